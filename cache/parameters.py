@@ -1,0 +1,151 @@
+"""Versioned parameters: published once by the training server, fetched by every worker.
+
+The bytes of a version are a pure function of the run and the version number, so a worker that
+holds version v never asks for it again (the process tier); below that lies the chunk store.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cache import keys
+from cache.chunks import Chunks
+from cache.codec import Manifest, layout, pack, views
+from cache.errors import CacheError, ChunkMissing, VersionMissing
+from cache.ledger import Ledger
+from cache.records import StateRecord, VersionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCounters:
+    """How fetches were served since the process began.
+
+    Attributes:
+        process_hits: the version was loaded already.
+        misses: the version was read from the chunk store.
+        nbytes: bytes read from the chunk store.
+        seconds: time spent reading them.
+    """
+
+    process_hits: int = 0
+    misses: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class ParameterCache:
+    """Publishes and fetches versions.
+
+    Args:
+        chunks: where the bytes go.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+        self._lock = threading.Lock()
+        self._counters = FetchCounters()
+
+    @property
+    def counters(self) -> FetchCounters:
+        """A snapshot of the counters."""
+        return self._counters
+
+    def publish(self, ledger: Ledger, version: int, flat: torch.Tensor, *, chain: str) -> VersionRecord:
+        """Store the bytes of a version; the commit that follows makes it visible.
+
+        Args:
+            flat: uint8, 1-D, laid out by the run's manifest.
+            chain: ledger chain of this version; filled in later with `dataclasses.replace`
+                when it depends on the digest that this call computes.
+        """
+        key = ledger.keys.parameters_blob(version, uuid.uuid4().hex[:12])
+        blob = self.chunks.put(key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS)
+        return VersionRecord(version, blob.digest, blob, chain)
+
+    def publish_state(
+        self, ledger: Ledger, record: VersionRecord, skeleton: Any, tensors: dict[str, torch.Tensor]
+    ) -> VersionRecord:
+        """Store optimizer state beside a version and return the record that names it."""
+        manifest = layout(tensors)
+        blob = None
+        if manifest.nbytes:
+            key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
+            blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+        return replace(record, state=StateRecord(skeleton, manifest.to_json(), blob))
+
+    def fetch_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Skeleton and tensors of a published state."""
+        if state.blob is None:
+            return state.skeleton, {}
+        return state.skeleton, views(self.chunks.get(state.blob), Manifest.from_json(state.manifest))
+
+    def fetch(
+        self, ledger: Ledger, version: int, *, out: torch.Tensor | None = None
+    ) -> tuple[VersionRecord, torch.Tensor]:
+        """Read a version.
+
+        Args:
+            out: preallocated uint8 buffer of the manifest's length.
+
+        Returns:
+            (record, uint8 tensor of the manifest's length).
+
+        Raises:
+            VersionMissing: if it is not stored (any more).
+        """
+        began = time.perf_counter()
+        record = ledger.version(version)
+        if record is None:
+            raise VersionMissing(
+                f"version {version} of run {ledger.run!r} is not in the cache; stored: {sorted(ledger.versions())}"
+            )
+        try:
+            flat = self.chunks.get(record.blob, out)
+        except ChunkMissing as error:
+            raise VersionMissing(f"version {version} of run {ledger.run!r} lost a chunk: {error}") from error
+        with self._lock:
+            c = self._counters
+            self._counters = replace(
+                c,
+                misses=c.misses + 1,
+                nbytes=c.nbytes + record.blob.nbytes,
+                seconds=c.seconds + time.perf_counter() - began,
+            )
+        return record, flat
+
+    def hit(self) -> None:
+        """Count a fetch that the process tier answered."""
+        with self._lock:
+            self._counters = replace(self._counters, process_hits=self._counters.process_hits + 1)
+
+    def keep(self, record: VersionRecord) -> None:
+        """Give the bytes of a run's last version the life of its results."""
+        self.chunks.touch(record.blob, keys.RESULT_TTL_SECONDS)
+        if record.state is not None and record.state.blob is not None:
+            self.chunks.touch(record.state.blob, keys.RESULT_TTL_SECONDS)
+
+    def drop(self, ledger: Ledger, versions: Iterable[int]) -> None:
+        """Forget versions and delete their bytes."""
+        doomed = list(versions)
+        if not doomed:
+            return
+        stored = ledger.versions()
+        ledger.drop_versions(doomed)
+        refs = []
+        for version in doomed:
+            record = stored.get(version)
+            if record is not None:
+                refs.append(record.blob)
+                if record.state is not None and record.state.blob is not None:
+                    refs.append(record.state.blob)
+        try:
+            self.chunks.delete(refs)
+        except CacheError:
+            return  # the chunks carry a TTL; a node that is away loses them by itself

@@ -1,0 +1,293 @@
+"""What the control plane stores, as frozen values with a JSON form.
+
+A record holds references and small numbers, never tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cache.chunks import BlobRef
+
+GENESIS = "0" * 32
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """One written gradient slot.
+
+    Attributes:
+        shard: number of the shard in its global step.
+        digest: checksum of the stored bytes (gradients, then changed buffers).
+        nonce: which attempt wrote it; names its chunks.
+        blob: where the bytes are.
+        manifest: layout of the bytes (cache.codec.Manifest as JSON).
+        buffers: names in the manifest that are buffers, not gradients.
+        examples: how many examples the shard held.
+        loss: mean loss over the shard.
+        grad_norm: L2 norm of the shard's gradient.
+        worker: id of the worker process that computed it.
+        attempt: 1 for the first try of this shard.
+        seconds: compute time of the shard.
+        environment: what could change bits: torch version, device, threads, CPU capability.
+    """
+
+    shard: int
+    digest: str
+    nonce: str
+    blob: BlobRef
+    manifest: dict[str, Any]
+    buffers: tuple[str, ...]
+    examples: int
+    loss: float
+    grad_norm: float
+    worker: str
+    attempt: int
+    seconds: float
+    environment: str = ""
+
+    def to_json(self) -> str:
+        """Text for the slots hash."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["blob"] = self.blob.to_json()
+        fields["buffers"] = list(self.buffers)
+        return json.dumps(fields, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> SlotRecord:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        fields["blob"] = BlobRef.from_json(fields["blob"])
+        fields["buffers"] = tuple(fields["buffers"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class StateRecord:
+    """Optimizer and scheduler state of one version: a tree's skeleton and its tensors."""
+
+    skeleton: Any
+    manifest: dict[str, Any]
+    blob: BlobRef | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form."""
+        blob = None if self.blob is None else self.blob.to_json()
+        return {"skeleton": self.skeleton, "manifest": self.manifest, "blob": blob}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> StateRecord:
+        """The inverse of `as_dict`."""
+        blob = fields["blob"]
+        return cls(fields["skeleton"], fields["manifest"], None if blob is None else BlobRef.from_json(blob))
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """Where the parameters of one version are, and their optimizer state if it was published."""
+
+    version: int
+    digest: str
+    blob: BlobRef
+    chain: str
+    state: StateRecord | None = None
+
+    def to_json(self) -> str:
+        """Text for the versions hash."""
+        return json.dumps(
+            {
+                "version": self.version,
+                "digest": self.digest,
+                "blob": self.blob.to_json(),
+                "chain": self.chain,
+                "state": None if self.state is None else self.state.as_dict(),
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> VersionRecord:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        state = fields["state"]
+        return cls(
+            version=fields["version"],
+            digest=fields["digest"],
+            blob=BlobRef.from_json(fields["blob"]),
+            chain=fields["chain"],
+            state=None if state is None else StateRecord.from_dict(state),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReceipt:
+    """What the ledger keeps of a slot after its bytes are gone."""
+
+    shard: int
+    digest: str
+    examples: int
+    loss: float
+    worker: str
+    attempt: int
+    seconds: float
+    nbytes: int
+    environment: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One committed global step.
+
+    `chain` covers what a replay must meet again (the slots' bytes, the resulting parameters and
+    the entry before); `seal` covers every field of the entry, so that an altered one is found.
+
+    Attributes:
+        version: the version that the step made; it started from `version - 1`.
+        slots: what each shard contributed, in slot order.
+        parameters: digest of the version's parameter bytes.
+        loss: count-weighted mean loss of the step.
+        grad_norm: L2 norm of the averaged gradient before clipping.
+        examples: examples in the step.
+        seconds: from the previous commit to this one.
+        committed_at: Unix time (s) by the server's clock.
+        token: fencing token of the server that committed.
+        server: its worker id.
+        skipped: the update was left out because of a NaN or Inf.
+        lr: learning rate of each parameter group that the update used.
+        previous: chain of the entry before.
+    """
+
+    version: int
+    slots: tuple[SlotReceipt, ...]
+    parameters: str
+    loss: float
+    grad_norm: float
+    examples: int
+    seconds: float
+    committed_at: float
+    token: int
+    server: str
+    skipped: bool
+    lr: tuple[float, ...]
+    previous: str
+    chain: str = ""
+    seal: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def computed_chain(self) -> str:
+        """The chain value that follows from the entry's own contents."""
+        essence = [
+            self.previous,
+            self.version,
+            [[slot.shard, slot.digest, slot.examples] for slot in self.slots],
+            self.parameters,
+            self.skipped,
+        ]
+        return hashlib.blake2b(canonical(essence).encode(), digest_size=16).hexdigest()
+
+    def computed_seal(self) -> str:
+        """A checksum over every field but `seal`."""
+        fields = asdict(self)
+        fields.pop("seal")
+        return hashlib.blake2b(canonical(fields).encode(), digest_size=16).hexdigest()
+
+    def sealed(self) -> LedgerEntry:
+        """The entry with `chain` and `seal` filled in."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["chain"] = self.computed_chain()
+        fields["seal"] = LedgerEntry(**fields).computed_seal()
+        return LedgerEntry(**fields)
+
+    def to_json(self) -> str:
+        """Text for the ledger hash and its segments on disk (which ask for a "step")."""
+        return json.dumps({"step": self.version - 1, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> LedgerEntry:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> LedgerEntry:
+        """Rebuild an entry from its parsed JSON."""
+        fields = {name: item for name, item in value.items() if name != "step"}
+        fields["slots"] = tuple(SlotReceipt(**slot) for slot in fields["slots"])
+        fields["lr"] = tuple(fields["lr"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The state of a run, as one read of its head gives it.
+
+    Attributes:
+        status: pending, running, paused, failed, cancelled or done.
+        version: number of committed global steps.
+        total_steps: global steps of the whole run; None before a server has seen the dataset.
+        token: the fencing token in force.
+        owner: worker id of the training server, "" if none.
+        queue: private queue of the owner's worker.
+        launched: the step whose chord was published, None if that is not recorded.
+        shared: several processes of one node take turns as server.
+        error: why the run failed: {"message", "kind", ...}.
+    """
+
+    status: str
+    version: int
+    total_steps: int | None
+    dataset_size: int | None
+    evaluation_size: int | None
+    incarnation: str
+    chain: str
+    token: int
+    owner: str
+    node: str
+    queue: str
+    launched: int | None
+    shared: bool
+    submitted_at: float
+    committed_at: float
+    duplicates: int
+    late: int
+    divergent: int
+    replayed: int
+    error: dict[str, Any] | None
+
+    @classmethod
+    def from_hash(cls, fields: dict[str, str]) -> Head:
+        """Read the head hash."""
+
+        def integer(name: str) -> int | None:
+            value = fields.get(name)
+            return None if value in (None, "") else int(value)  # type: ignore[arg-type]
+
+        return cls(
+            status=fields["status"],
+            version=int(fields["version"]),
+            total_steps=integer("total_steps"),
+            dataset_size=integer("dataset_size"),
+            evaluation_size=integer("evaluation_size"),
+            incarnation=fields["incarnation"],
+            chain=fields["chain"],
+            token=int(fields["token"]),
+            owner=fields.get("owner", ""),
+            node=fields.get("node", ""),
+            queue=fields.get("queue", ""),
+            launched=integer("launched"),
+            shared=fields.get("shared") == "1",
+            submitted_at=float(fields["submitted_at"]),
+            committed_at=float(fields["committed_at"]),
+            duplicates=integer("duplicates") or 0,
+            late=integer("late") or 0,
+            divergent=integer("divergent") or 0,
+            replayed=integer("replayed") or 0,
+            error=json.loads(fields["error"]) if fields.get("error") else None,
+        )

@@ -1,0 +1,21 @@
+-- A training server takes a run over: it gets the next fencing token.
+-- KEYS 1 head  hash  state of the run
+-- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue
+-- Returns {'acquired', token}, {'owned', queue of the live owner} when another node serves the run,
+-- or {'missing', 0}. A second process of the owner's own node may take over (prefork children take
+-- turns): `shared` then tells the server to publish its optimizer state with each version.
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  return {'missing', 0}
+end
+local owner = redis.call('HGET', KEYS[1], 'owner')
+if owner and owner ~= '' and owner ~= ARGV[1] then
+  if redis.call('EXISTS', ARGV[3] .. owner) == 1 then
+    if redis.call('HGET', KEYS[1], 'node') ~= ARGV[2] then
+      return {'owned', redis.call('HGET', KEYS[1], 'queue')}
+    end
+    redis.call('HSET', KEYS[1], 'shared', 1)
+  end
+end
+local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4])
+return {'acquired', token}

@@ -1,0 +1,43 @@
+-- A Client asks whether it should compute a shard, and takes the lease on it.
+-- KEYS 1 head   hash  state of the run
+--      2 slots  hash  shard -> finished slot, of this step
+--      3 leases hash  shard -> {"worker","attempt"} of this step
+-- ARGV 1 step, 2 shard, 3 worker id, 4 worker key prefix, 5 backup ('1': compute beside a live holder),
+--      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice)
+-- Returns {verdict, attempt, incarnation}: 'compute', 'duplicate' (slot written), 'late' (step committed),
+-- 'early' (head is behind), 'held' (a live worker is at it), 'stopped' (run not running).
+local status = redis.call('HGET', KEYS[1], 'status')
+local incarnation = redis.call('HGET', KEYS[1], 'incarnation') or ''
+if status ~= 'running' then
+  return {'stopped', 0, incarnation}
+end
+local version = tonumber(redis.call('HGET', KEYS[1], 'version'))
+local step = tonumber(ARGV[1])
+if step < version then
+  redis.call('HINCRBY', KEYS[1], 'late', 1)
+  return {'late', 0, incarnation}
+end
+if step > version then
+  return {'early', 0, incarnation}
+end
+if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
+  redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
+  return {'duplicate', 0, incarnation}
+end
+local attempt = 1
+local held = redis.call('HGET', KEYS[3], ARGV[2])
+if held then
+  local lease = cjson.decode(held)
+  attempt = lease['attempt'] + 1
+  if lease['delivery'] == ARGV[7] and lease['worker'] == ARGV[3] then
+    return {'compute', lease['attempt'], incarnation}
+  end
+  if ARGV[5] ~= '1' and redis.call('EXISTS', ARGV[4] .. lease['worker']) == 1 and lease['open'] then
+    redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
+    return {'held', lease['attempt'], incarnation}
+  end
+end
+redis.call('HSET', KEYS[3], ARGV[2],
+  cjson.encode({worker = ARGV[3], attempt = attempt, delivery = ARGV[7], open = true}))
+redis.call('EXPIRE', KEYS[3], ARGV[6])
+return {'compute', attempt, incarnation}

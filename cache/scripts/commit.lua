@@ -1,0 +1,55 @@
+-- Commit one global step: complete step + expected head + fencing token -> new head.
+-- The blobs of the new version are already stored; this moves the pointer.
+-- KEYS 1 head hash, 2 slots hash, 3 leases hash, 4 ledger hash, 5 versions hash, 6 pins hash,
+--      7 events stream, 8 expected hash, 9 spec, 10 manifest, 11 evaluations, 12 active set
+-- ARGV 1 step (= version it starts from), 2 token, 3 shards in the step, 4 ledger entry JSON,
+--      5 version record JSON, 6 new chain, 7 now (s), 8 TTL of a run (s), 9 event JSON,
+--      10 events kept, 11 now (ms)
+-- Returns {'ok', versions kept..., '|', pinned versions...}, or {verdict}: 'fenced', 'stale', 'incomplete',
+-- 'stopped', 'diverged' (a replay that did not meet the chain it had before).
+local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '-1')
+local step = tonumber(ARGV[1])
+if tonumber(redis.call('HGET', KEYS[1], 'token') or '-1') ~= tonumber(ARGV[2]) then
+  return {'fenced'}
+end
+local again = (version == step + 1 and redis.call('HGET', KEYS[1], 'chain') == ARGV[6])
+if not again then
+  if version ~= step then
+    return {'stale'}
+  end
+  local status = redis.call('HGET', KEYS[1], 'status')
+  if status ~= 'running' then
+    return {'stopped'}
+  end
+  if redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[3]) then
+    return {'incomplete'}
+  end
+  local field = tostring(step + 1)
+  local expected = redis.call('HGET', KEYS[8], field)
+  if expected and expected ~= ARGV[6] then
+    return {'diverged'}
+  end
+  redis.call('HDEL', KEYS[8], field)
+  redis.call('HSET', KEYS[4], field, ARGV[4])
+  redis.call('HSET', KEYS[5], field, ARGV[5])
+  redis.call('HSET', KEYS[1], 'version', field, 'chain', ARGV[6], 'committed_at', ARGV[7])
+  redis.call('DEL', KEYS[2], KEYS[3])
+  redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[10], '*', 'type', 'step', 'data', ARGV[9])
+  for _, index in ipairs({1, 4, 5, 6, 7, 8, 9, 10, 11}) do
+    redis.call('EXPIRE', KEYS[index], ARGV[8])
+  end
+end
+local reply = {'ok'}
+for _, kept in ipairs(redis.call('HKEYS', KEYS[5])) do
+  reply[#reply + 1] = kept
+end
+reply[#reply + 1] = '|'
+local pins = redis.call('HGETALL', KEYS[6])
+for i = 1, #pins, 2 do
+  if tonumber(pins[i + 1]) < tonumber(ARGV[11]) then
+    redis.call('HDEL', KEYS[6], pins[i])
+  else
+    reply[#reply + 1] = pins[i]
+  end
+end
+return reply

@@ -1,0 +1,21 @@
+-- Create a run once.
+-- KEYS 1 spec   string  JSON of recipe and config
+--      2 head   hash    state of the run
+--      3 runs   zset    index of all runs
+--      4 active set     names of the runs that are not at rest
+-- ARGV 1 name, 2 spec JSON, 3 now (s), 4 TTL of a run (s), 5 incarnation (unique id), 6 version, 7 chain
+-- Returns {'created', spec} or {'exists', spec of the one that is there}.
+local spec = redis.call('GET', KEYS[1])
+if spec and redis.call('EXISTS', KEYS[2]) == 1 then
+  return {'exists', spec}
+end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
+redis.call('DEL', KEYS[2])
+redis.call('HSET', KEYS[2], 'status', 'pending', 'version', ARGV[6], 'chain', ARGV[7], 'token', 0,
+  'incarnation', ARGV[5], 'submitted_at', ARGV[3], 'committed_at', ARGV[3], 'duplicates', 0, 'late', 0)
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
+redis.call('EXPIRE', KEYS[3], ARGV[4])
+redis.call('SADD', KEYS[4], ARGV[1])
+redis.call('EXPIRE', KEYS[4], ARGV[4])
+return {'created', ARGV[2]}

@@ -1,0 +1,33 @@
+-- Write a gradient slot once: the first writer wins. Its chunks are already stored.
+-- KEYS 1 head  hash  state of the run
+--      2 slots hash  shard -> JSON of the slot, of this step
+-- ARGV 1 step, 2 shard, 3 slot JSON, 4 nonce of this attempt, 5 digest, 6 TTL of the work (s)
+-- Returns {verdict, slots present}: 'written', 'duplicate' (same bytes were there), 'divergent'
+-- (other bytes were there: a broken purity), 'late' (step committed), 'stopped', 'early'.
+local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '-1')
+local status = redis.call('HGET', KEYS[1], 'status')
+local step = tonumber(ARGV[1])
+if version < 0 or status == 'cancelled' or status == 'done' then
+  return {'stopped', 0}
+end
+if step < version then
+  redis.call('HINCRBY', KEYS[1], 'late', 1)
+  return {'late', 0}
+end
+if step > version then
+  return {'early', 0}
+end
+if redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3]) == 1 then
+  redis.call('EXPIRE', KEYS[2], ARGV[6])
+  return {'written', redis.call('HLEN', KEYS[2])}
+end
+local there = cjson.decode(redis.call('HGET', KEYS[2], ARGV[2]))
+if there['nonce'] == ARGV[4] then
+  return {'written', redis.call('HLEN', KEYS[2])}
+end
+redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
+if there['digest'] ~= ARGV[5] then
+  redis.call('HINCRBY', KEYS[1], 'divergent', 1)
+  return {'divergent', redis.call('HLEN', KEYS[2])}
+end
+return {'duplicate', redis.call('HLEN', KEYS[2])}

@@ -1,0 +1,60 @@
+"""The only module that reads the environment.
+
+Order of precedence everywhere: explicit argument, then environment, then default.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_URL = "redis://localhost:6379/0"
+DEFAULT_CHECKPOINT_DIR = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the process was told through its environment.
+
+    Attributes:
+        url: Redis URL of broker, control plane and, by default, of the tensors.
+        cache_urls: Redis URLs of the tensor nodes; empty means `url` alone.
+        checkpoint_dir: directory or fsspec URL under which each run has a folder.
+        allowed_modules: module prefixes that a worker may import recipes from; None means
+            what lies under the directory that the worker was started in, and `torch`.
+        host_cache: whether processes of one host share fetched versions.
+        device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
+        server_memory_bytes: how much model and optimizer state a training server keeps warm.
+    """
+
+    url: str = DEFAULT_URL
+    cache_urls: tuple[str, ...] = ()
+    checkpoint_dir: str = DEFAULT_CHECKPOINT_DIR
+    allowed_modules: tuple[str, ...] | None = None
+    host_cache: bool = True
+    device: str = "auto"
+    server_memory_bytes: int = 4 << 30
+
+
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def from_environment() -> Settings:
+    """Read TORCHORD_* once and return it as a value.
+
+    `CELERY_BROKER_URL` comes before `TORCHORD_URL` because `celery -b URL` sets it: an
+    argument that a person typed, and the one that Celery itself obeys.
+    """
+    env = os.environ
+    allowed = env.get("TORCHORD_ALLOWED_MODULES")
+    return Settings(
+        url=env.get("CELERY_BROKER_URL") or env.get("TORCHORD_URL") or DEFAULT_URL,
+        cache_urls=_words(env.get("TORCHORD_CACHE_URLS", "")),
+        checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
+        allowed_modules=None if allowed is None else _words(allowed),
+        host_cache=env.get("TORCHORD_HOST_CACHE", "on").lower() not in ("off", "0", "no", "false"),
+        device=env.get("TORCHORD_DEVICE") or "auto",
+        server_memory_bytes=int(env.get("TORCHORD_SERVER_MEMORY_BYTES") or 4 << 30),
+    )

@@ -1,0 +1,225 @@
+"""The registry of living workers: a heartbeat key per process, renewed by a thread of its own.
+
+A worker whose key is gone is taken for dead: its shards are sent again. A worker that was only
+paused finds out by the verdicts of the scripts; nothing that it then sends is applied twice.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import cast
+
+import redis
+
+from cache import keys
+from cache.connection import translated
+from cache.errors import CacheError
+
+log = logging.getLogger(__name__)
+
+_BEATS_PER_LEASE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker process says of itself.
+
+    Attributes:
+        id: unique for the life of the process.
+        node: Celery node name, as in `celery@host`; several processes of a prefork pool share it.
+        queues: the queues that its node consumes.
+        pid: process id on its host.
+        task: what it is doing now, "" when idle.
+        since: Unix time (s) at which that began.
+        environment: what could change bits (torch version, device, CPU capability).
+    """
+
+    id: str
+    node: str
+    host: str
+    pid: int
+    queues: tuple[str, ...]
+    task: str = ""
+    since: float = 0.0
+    environment: str = ""
+
+
+def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerInfo:
+    """Describe this process under a fresh id."""
+    host = socket.gethostname() or platform.node()
+    unique = uuid.uuid4().hex[:8]
+    return WorkerInfo(
+        f"{node}/{os.getpid()}-{unique}", node, host, os.getpid(), tuple(queues), environment=environment
+    )
+
+
+class Registry:
+    """Reads and writes heartbeats.
+
+    Args:
+        client: connection to the control plane.
+        url: its URL, for messages.
+    """
+
+    def __init__(self, client: redis.Redis, url: str) -> None:
+        self.client = client
+        self.url = url
+
+    def beat(self, info: WorkerInfo) -> None:
+        """Renew one worker's lease."""
+        with translated(self.url, f"renew the lease of worker {info.id}"):
+            pipe = self.client.pipeline(transaction=False)
+            pipe.set(keys.worker(info.id), json.dumps(asdict(info)), px=keys.WORKER_LEASE_MS)
+            pipe.zadd(keys.WORKERS, {info.id: int(time.time() * 1000)})
+            pipe.expire(keys.WORKERS, keys.WORKER_INDEX_TTL_SECONDS)
+            pipe.execute()
+
+    def leave(self, info: WorkerInfo) -> None:
+        """End one worker's lease at once."""
+        with translated(self.url, f"end the lease of worker {info.id}"):
+            pipe = self.client.pipeline(transaction=False)
+            pipe.delete(keys.worker(info.id))
+            pipe.zrem(keys.WORKERS, info.id)
+            pipe.execute()
+
+    def alive(self) -> dict[str, WorkerInfo]:
+        """Every worker whose lease is in force, by id; forgets those long gone."""
+        with translated(self.url, "list the workers"):
+            ids = cast(list[str], self.client.zrange(keys.WORKERS, 0, -1))
+            if not ids:
+                return {}
+            texts = cast(list[str | None], self.client.mget([keys.worker(id) for id in ids]))
+            gone = [id for id, text in zip(ids, texts, strict=True) if text is None]
+            if gone:
+                stale = int(time.time() * 1000) - 60_000
+                self.client.zremrangebyscore(keys.WORKERS, "-inf", stale)
+        found = {}
+        for text in texts:
+            if text is not None:
+                fields = json.loads(text)
+                fields["queues"] = tuple(fields["queues"])
+                found[fields["id"]] = WorkerInfo(**fields)
+        return found
+
+    def consumers(self, queue: str) -> list[WorkerInfo]:
+        """The living workers that consume `queue`."""
+        return [info for info in self.alive().values() if queue in info.queues]
+
+    # --- what the supervisor asks ---------------------------------------------------------
+
+    def elect(self, worker: str) -> bool:
+        """Take or renew the supervisor's lease; True while `worker` holds it."""
+        with translated(self.url, "elect a supervisor"):
+            if self.client.set(keys.SUPERVISOR, worker, nx=True, px=keys.SUPERVISOR_LEASE_MS):
+                return True
+            if self.client.get(keys.SUPERVISOR) != worker:
+                return False
+            return bool(self.client.pexpire(keys.SUPERVISOR, keys.SUPERVISOR_LEASE_MS))
+
+    def step_down(self, worker: str) -> None:
+        """Give the supervisor's lease up, if `worker` holds it."""
+        with translated(self.url, "give the supervisor's lease up"):
+            if self.client.get(keys.SUPERVISOR) == worker:
+                self.client.delete(keys.SUPERVISOR)
+
+    def active_runs(self) -> list[str]:
+        """Names of the runs that are not at rest."""
+        with translated(self.url, "list the active runs"):
+            return sorted(cast(set[str], self.client.smembers(keys.ACTIVE)))
+
+    def forget_run(self, run: str) -> None:
+        """Take a run off the list of active ones, unless it has become active again."""
+        with translated(self.url, "forget a run"):
+            if self.client.hget(keys.RunKeys(run).head, "status") not in ("pending", "running"):
+                self.client.srem(keys.ACTIVE, run)
+
+    def queue_length(self, queue: str) -> int:
+        """Messages waiting in a Celery queue."""
+        with translated(self.url, f"measure queue {queue!r}"):
+            return cast(int, self.client.llen(queue))
+
+    def expire_queue(self, queue: str) -> None:
+        """Give a dead worker's private queue a last TTL; every message in it is sent again anyway."""
+        with translated(self.url, f"expire queue {queue!r}"):
+            self.client.expire(queue, keys.WORK_TTL_SECONDS)
+
+    def queued_shards(self, queue: str, run: str, step: int) -> set[int]:
+        """Shards of a step whose gradient tasks still wait in a Celery queue.
+
+        Reads the newest and oldest thousand messages; each carries its arguments as text.
+        """
+        with translated(self.url, f"read queue {queue!r}"):
+            texts = cast(list[str], self.client.lrange(queue, 0, 999))
+            if len(texts) == 1000:
+                texts += cast(list[str], self.client.lrange(queue, -1000, -1))
+        found = set()
+        for text in texts:
+            try:
+                arguments = ast.literal_eval(json.loads(text)["headers"]["kwargsrepr"])
+            except (ValueError, KeyError, SyntaxError, TypeError):
+                continue
+            if isinstance(arguments, dict) and (arguments.get("run"), arguments.get("step")) == (run, step):
+                found.add(arguments.get("shard", -1))
+        return found
+
+
+class Heartbeat:
+    """Renews one process's lease from a daemon thread until stopped.
+
+    Args:
+        registry: where to.
+        info: what to say; `doing` changes it.
+    """
+
+    def __init__(self, registry: Registry, info: WorkerInfo) -> None:
+        self.registry = registry
+        self._info = info
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="torchord-heartbeat", daemon=True)
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What the next beat says."""
+        return self._info
+
+    def start(self) -> None:
+        """Beat once, now, then from the thread."""
+        try:
+            self.registry.beat(self._info)
+        except CacheError as error:
+            log.warning("heartbeat: %s", error)
+        self._thread.start()
+
+    def doing(self, task: str, environment: str | None = None) -> None:
+        """Say what the process is at; "" when idle. Sent with the next beat."""
+        self._info = replace(
+            self._info, task=task, since=time.time(), environment=environment or self._info.environment
+        )
+
+    def stop(self) -> None:
+        """Stop beating and end the lease."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2.0)
+        try:
+            self.registry.leave(self._info)
+        except CacheError as error:
+            log.debug("heartbeat: %s", error)
+
+    def _run(self) -> None:
+        period = keys.WORKER_LEASE_MS / 1000 / _BEATS_PER_LEASE
+        while not self._stop.wait(period):
+            try:
+                self.registry.beat(self._info)
+            except CacheError as error:
+                log.warning("heartbeat: %s", error)

@@ -1,0 +1,527 @@
+"""`CheckpointStore`: versions of a run on disk or at any fsspec URL.
+
+A checkpoint is two safetensors files (the state tensors, the optimizer's tensors) and a
+marker, a JSON file with their checksums. The marker is written last, so a checkpoint either
+has a marker and is whole, or does not exist. Beside the checkpoints lie the run's spec and
+its ledger, so that a run survives the loss of its Redis. Nothing is pickled.
+
+Layout of `<root>/<run>/`:
+
+    run.json                                recipe and config
+    version-000000100.tensors.safetensors   parameters and buffers of version 100
+    version-000000100.state.safetensors     tensors of optimizer and scheduler
+    version-000000100.json                  the marker: everything else, and checksums
+    ledger-000000001-000000100.jsonl        ledger entries of versions 1 to 100, one JSON object a line
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cache.errors import CheckpointError
+from coordinator import tree
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MARKER = re.compile(r"version-(\d+)\.json")
+_FILE = re.compile(r"version-(\d+)\.(?:tensors|state)\.safetensors")
+_SEGMENT = re.compile(r"ledger-(\d+)-(\d+)\.jsonl")
+_SPEC = "run.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One version as it was saved.
+
+    Attributes:
+        version: the parameter version.
+        tensors: name -> state tensor (parameters and buffers), on the CPU.
+        state: the tree that was given to `save` (see `coordinator.tree`).
+        meta: the JSON-able dict that was given to `save`.
+        skipped: for `CheckpointStore.latest`: one line for each newer checkpoint that was
+            passed over because it is damaged.
+    """
+
+    version: int
+    tensors: dict[str, Tensor]
+    state: Any
+    meta: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+
+class CheckpointStore:
+    """The checkpoints, spec and ledger of one run.
+
+    Args:
+        root: directory, or fsspec URL such as "s3://bucket/runs", above all runs' folders.
+        run: name of the run, which is the name of its folder.
+
+    Raises:
+        CheckpointError: no fsspec driver serves the URL.
+    """
+
+    def __init__(self, root: str, run: str) -> None:
+        self.run = run
+        self._files = _open(root, run)
+        self._sequence: int | None = None
+
+    def path(self, version: int | None = None) -> str:
+        """Return where the run's files lie, a directory or URL, or where one version's marker does."""
+        return self._files.path if version is None else self._files.where(_marker_name(version))
+
+    def check(self) -> None:
+        """Make sure that files can be written, before a run depends on it.
+
+        Raises:
+            CheckpointError: they cannot; the message has the path and the way out.
+        """
+        self._files.write(".probe", b"")
+        self._files.remove(".probe")
+
+    # --- versions -----------------------------------------------------------------------
+
+    def save(
+        self, version: int, tensors: Mapping[str, Tensor], state: Any, meta: Mapping[str, Any] | None = None
+    ) -> int:
+        """Write one checkpoint; its marker comes last, so that it exists whole or not at all.
+
+        Saving a version again replaces it.
+
+        Args:
+            version: the parameter version, from 0.
+            tensors: name -> state tensor, any dtype, shape, strides and device.
+            state: tree of plain values and tensors, e.g. `Trainer.state()`.
+            meta: JSON-able facts to keep with it.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            CheckpointError: the place cannot be written, or `state` or `meta` holds something
+                that cannot be saved.
+        """
+        skeleton, state_tensors = tree.flatten(state)
+        marker: dict[str, Any] = {
+            "format": _FORMAT,
+            "run": self.run,
+            "version": version,
+            "state": skeleton,
+            "meta": dict(meta or {}),
+            "files": {},
+        }
+        nbytes = 0
+        for part, mapping in (("tensors", tensors), ("state", state_tensors)):
+            name = f"version-{version:09d}.{part}.safetensors"
+            data, wide = _to_safetensors(mapping)
+            self._files.write(name, data)
+            marker["files"][part] = {
+                "name": name,
+                "nbytes": len(data),
+                "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+                "complex": wide,
+            }
+            nbytes += len(data)
+        try:
+            marker["checksum"] = _checksum(marker)
+            data = json.dumps(marker, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's meta is not JSON-able: {error}.") from error
+        self._files.write(_marker_name(version), data)
+        return nbytes + len(data)
+
+    def versions(self) -> list[int]:
+        """Return the versions that have a marker, ascending; they may still be damaged."""
+        found = (_MARKER.fullmatch(name) for name in self._files.names())
+        return sorted(int(match[1]) for match in found if match)
+
+    def load(self, version: int) -> Checkpoint:
+        """Read one checkpoint and verify every byte of it.
+
+        Raises:
+            CheckpointError: it does not exist or is damaged; the message names the file.
+        """
+        marker = self._marker(version)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for part, entry in marker["files"].items():
+            where = self._files.where(entry["name"])
+            parts[part] = _from_safetensors(self._verified(entry), entry["complex"], where)
+        state = tree.unflatten(marker["state"], parts["state"])
+        return Checkpoint(version, parts["tensors"], state, marker["meta"])
+
+    def meta(self, version: int) -> dict[str, Any]:
+        """Return the meta of one checkpoint without reading its tensors.
+
+        Raises:
+            CheckpointError: it does not exist, or its marker is damaged.
+        """
+        found: dict[str, Any] = self._marker(version)["meta"]
+        return found
+
+    def chain(self, version: int) -> str:
+        """Return the ledger's hash chain at one checkpoint, which its meta carries as "chain".
+
+        Raises:
+            CheckpointError: it does not exist, its marker is damaged, or it has no chain.
+        """
+        chain = self.meta(version).get("chain")
+        if not isinstance(chain, str):
+            raise CheckpointError(f"{self.path(version)} has no ledger chain; it was not written by a run.")
+        return chain
+
+    def latest_version(self, at_most: int | None = None) -> int | None:
+        """Return the newest version whose checkpoint is whole, every byte verified; None if none is.
+
+        Args:
+            at_most: consider versions up to this one only; None: all.
+        """
+        for version in reversed(self.versions()):
+            if at_most is None or version <= at_most:
+                try:
+                    for entry in self._marker(version)["files"].values():
+                        self._verified(entry)
+                except CheckpointError as error:
+                    log.warning("run %s: checkpoint %d passed over: %s", self.run, version, error)
+                    continue
+                return version
+        return None
+
+    def latest(self) -> Checkpoint | None:
+        """Read the newest checkpoint that is whole; None if the run has none at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all are damaged.
+        """
+        skipped: list[str] = []
+        for version in reversed(self.versions()):
+            try:
+                found = self.load(version)
+            except CheckpointError as error:
+                log.warning("run %s: checkpoint %d passed over: %s", self.run, version, error)
+                skipped.append(f"version {version}: {error}")
+                continue
+            return Checkpoint(found.version, found.tensors, found.state, found.meta, tuple(skipped))
+        if skipped:
+            raise CheckpointError(f"every checkpoint in {self.path()} is damaged: " + "; ".join(skipped))
+        return None
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete all but the newest checkpoints, and leavings of interrupted saves before them.
+
+        Args:
+            keep: how many to keep, at least 1.
+
+        Returns:
+            The versions that were deleted.
+        """
+        versions = self.versions()
+        kept = versions[-max(keep, 1) :]
+        gone = versions[: len(versions) - len(kept)]
+        for version in gone:  # the marker first, so that it never stands for files that are gone
+            self._files.remove(_marker_name(version))
+        for name in self._files.names():
+            match = _FILE.fullmatch(name)
+            if match and kept and int(match[1]) < kept[0]:
+                self._files.remove(name)
+        return gone
+
+    # --- spec and ledger ----------------------------------------------------------------
+
+    def save_spec(self, spec: Mapping[str, Any]) -> None:
+        """Write the run's recipe and config (a JSON-able dict), so that it can be resumed without Redis."""
+        self._files.write(_SPEC, json.dumps(spec, allow_nan=False, indent=1).encode())
+
+    def load_spec(self) -> dict[str, Any] | None:
+        """Return what `save_spec` wrote, None if there is nothing.
+
+        Raises:
+            CheckpointError: the file is unreadable.
+        """
+        if _SPEC not in self._files.names():
+            return None
+        found: dict[str, Any] = _parse(self._files.read(_SPEC), self._files.where(_SPEC))
+        return found
+
+    def append_ledger(self, entries: Sequence[str]) -> None:
+        """Write entries of consecutive versions as one more segment of the ledger.
+
+        Args:
+            entries: JSON objects as text, in order, each with an integer "version". Where a
+                version was written before, the later entry counts.
+        """
+        if not entries:
+            return
+        if self._sequence is None:
+            self._sequence = max((sequence for sequence, _ in self._segments()), default=0)
+        self._sequence += 1
+        lines = [
+            json.dumps({"sequence": self._sequence}),
+            *(" ".join(entry.split("\n")) for entry in entries),
+        ]
+        first, last = _version_of(entries[0], "the entry"), _version_of(entries[-1], "the entry")
+        text = "".join(f"{line}\n" for line in lines)
+        self._files.write(f"ledger-{first:09d}-{last:09d}.jsonl", text.encode())
+
+    def read_ledger(self) -> list[str]:
+        """Return the entries of all segments in order of version, for each the latest written.
+
+        Raises:
+            CheckpointError: a segment is damaged.
+        """
+        merged: dict[int, str] = {}
+        for _, entries in sorted(self._segments(), key=lambda item: item[0]):
+            merged.update(entries)
+        return [merged[version] for version in sorted(merged)]
+
+    def _segments(self) -> list[tuple[int, dict[int, str]]]:
+        """Return (sequence number, version -> entry) of each segment; a higher number was written later."""
+        found = []
+        for name in self._files.names():
+            if _SEGMENT.fullmatch(name):
+                where = self._files.where(name)
+                header, *lines = self._files.read(name).decode(errors="replace").splitlines() or [""]
+                sequence = _parse(header, where).get("sequence", 0)
+                found.append((int(sequence), {_version_of(line, where): line for line in lines}))
+        return found
+
+    def _verified(self, entry: Mapping[str, Any]) -> bytes:
+        """Read one file that a marker lists and compare it with its checksum."""
+        data = self._files.read(entry["name"])
+        if len(data) != entry["nbytes"] or xxhash.xxh3_128_hexdigest(data) != entry["xxh3_128"]:
+            raise CheckpointError(f"{self._files.where(entry['name'])} is damaged: its checksum differs.")
+        return data
+
+    def _marker(self, version: int) -> dict[str, Any]:
+        name = _marker_name(version)
+        marker = _parse(self._files.read(name), self._files.where(name))
+        if not isinstance(marker, dict) or marker.pop("checksum", None) != _checksum(marker):
+            raise CheckpointError(f"{self._files.where(name)} is damaged: its checksum differs.")
+        if marker["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{self._files.where(name)} has format {marker['format']}, this version of torchord reads "
+                f"{_FORMAT}."
+            )
+        return marker
+
+
+def runs_in(root: str) -> list[str]:
+    """Return the names of the runs that have a folder with a spec under `root`, sorted.
+
+    Raises:
+        CheckpointError: the place cannot be listed.
+    """
+    return _open(root, "").folders_with(_SPEC)
+
+
+# --- encoding ---------------------------------------------------------------------------
+
+
+def _marker_name(version: int) -> str:
+    return f"version-{version:09d}.json"
+
+
+def _checksum(marker: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(marker, sort_keys=True, allow_nan=False).encode())
+
+
+def _version_of(entry: str, where: str) -> int:
+    found = _parse(entry, where)
+    if not isinstance(found, dict) or type(found.get("version")) is not int:
+        raise CheckpointError(f"{where} is damaged: a ledger entry has no version.")
+    return int(found["version"])
+
+
+def _parse(data: bytes | str, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged: {error}.") from error
+
+
+def _to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, str]]:
+    """Serialise tensors; complex ones as pairs of reals, since not every file format has them."""
+    plain: dict[str, Tensor] = {}
+    wide: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+        if flat.is_complex():
+            wide[name] = str(flat.dtype).removeprefix("torch.")
+            flat = torch.view_as_real(flat)
+        plain[name] = flat.clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save(plain), wide
+
+
+def _from_safetensors(data: bytes, wide: Mapping[str, str], where: str) -> dict[str, Tensor]:
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{where} is damaged: {error}.") from error
+    return {name: torch.view_as_complex(t) if name in wide else t for name, t in tensors.items()}
+
+
+# --- places -----------------------------------------------------------------------------
+
+
+class _Files(ABC):
+    """A flat folder of files that are written whole. Every failure is a CheckpointError."""
+
+    path: str
+
+    def where(self, name: str) -> str:
+        """Return the full path or URL of a file."""
+        return f"{self.path}/{name}"
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of all files; none if the folder does not exist."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, replacing one of that name."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a file if it exists."""
+
+    @abstractmethod
+    def folders_with(self, name: str) -> list[str]:
+        """Return the names of the sub-folders that contain a file of that name, sorted."""
+
+
+def _open(root: str, folder: str) -> _Files:
+    if root.startswith("file://"):
+        root = root.removeprefix("file://")
+    return _RemoteFiles(root, folder) if "://" in root else _LocalFiles(Path(root) / folder)
+
+
+def _cannot_write(where: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {where}: {error}. Give a checkpoint_dir that the training server can write to, or set "
+        "TORCHORD_CHECKPOINT_DIR there."
+    )
+
+
+class _LocalFiles(_Files):
+    """A directory. Writing goes to a temporary file that is synced and then renamed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.path = str(directory)
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self._directory) if entry.is_file())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self._directory / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.where(name)}: {error}.") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        temporary: str | None = None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=self._directory)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._directory / name)
+            self._sync_directory()
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise _cannot_write(self.where(name), error) from error
+
+    def _sync_directory(self) -> None:
+        descriptor = os.open(self._directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove(self, name: str) -> None:
+        try:
+            (self._directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.where(name), error) from error
+
+    def folders_with(self, name: str) -> list[str]:
+        return sorted(path.parent.name for path in self._directory.glob(f"*/{name}"))
+
+
+class _RemoteFiles(_Files):
+    """A folder at an fsspec URL, where one upload is one whole object."""
+
+    def __init__(self, root: str, folder: str) -> None:
+        import fsspec
+
+        self.path = "/".join(part for part in (root.rstrip("/"), folder) if part)
+        try:
+            self._filesystem, self._base = fsspec.core.url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"cannot open {self.path}: {error}.") from error
+
+    def names(self) -> list[str]:
+        try:
+            self._filesystem.invalidate_cache()
+            entries = self._filesystem.ls(self._base, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # every driver has exceptions of its own
+            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
+        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+
+    def read(self, name: str) -> bytes:
+        try:
+            data: bytes = self._filesystem.cat_file(f"{self._base}/{name}")
+            return data
+        except Exception as error:
+            raise CheckpointError(f"cannot read {self.where(name)}: {error}.") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        try:
+            self._filesystem.makedirs(self._base, exist_ok=True)
+            self._filesystem.pipe_file(f"{self._base}/{name}", data)
+        except Exception as error:
+            raise _cannot_write(self.where(name), error) from error
+
+    def remove(self, name: str) -> None:
+        try:
+            self._filesystem.rm_file(f"{self._base}/{name}")
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise _cannot_write(self.where(name), error) from error
+
+    def folders_with(self, name: str) -> list[str]:
+        try:
+            self._filesystem.invalidate_cache()
+            found = self._filesystem.glob(f"{self._base}/*/{name}")
+        except Exception as error:
+            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
+        return sorted(path.split("/")[-2] for path in found)

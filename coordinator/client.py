@@ -1,0 +1,311 @@
+"""A Client's work: compute one shard's gradient, or one part of an evaluation or prediction.
+
+Each operation may run twice, anywhere, at any time: what it computes depends on its arguments
+only, and what it writes is written once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cache.chunks import BlobRef
+from cache.codec import Manifest, layout, pack, views
+from cache.errors import CacheError, ShardFailed
+from cache.records import SlotRecord
+from cache.workers import Heartbeat
+from coordinator import gradient
+from coordinator.services import RunContext, Services, device
+from coordinator.step import Sender
+from coordinator.task_names import UPDATES
+
+log = logging.getLogger(__name__)
+
+_FRAMES_SHOWN = 4
+_SAMPLES_SHOWN = 8
+
+
+def environment() -> str:
+    """What of this process could change the bits of a gradient, in one line."""
+    kind = device()
+    name = (
+        torch.cuda.get_device_name(kind)
+        if kind.startswith("cuda")
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {platform.machine()}"
+
+
+def short_traceback(error: BaseException) -> str:
+    """The last frames of an error, innermost last, one line each: enough to find the place."""
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_SHOWN:]
+    lines = [
+        f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line or ''}".rstrip() for f in frames
+    ]
+    return "\n".join(lines)
+
+
+def shown(samples: Sequence[int]) -> str:
+    """The first few sample indices, for a message."""
+    head = ", ".join(str(int(s)) for s in samples[:_SAMPLES_SHOWN])
+    return f"[{head}, … {len(samples)} in all]" if len(samples) > _SAMPLES_SHOWN else f"[{head}]"
+
+
+class Client:
+    """Executes tasks for one worker process.
+
+    Args:
+        services: connections and stores of the process.
+        heartbeat: its lease; its id is what the ledger records.
+        sender: for the message that follows a step completed outside its chord.
+    """
+
+    def __init__(self, services: Services, heartbeat: Heartbeat, sender: Sender) -> None:
+        self.services = services
+        self.heartbeat = heartbeat
+        self.sender = sender
+
+    # --- gradients ----------------------------------------------------------------------
+
+    def compute_gradient(
+        self, run: str, step: int, shard: int, *, delivery: str, in_chord: bool, backup: bool = False
+    ) -> dict[str, Any]:
+        """Compute one shard and write its slot.
+
+        Args:
+            delivery: id of the Celery task.
+            in_chord: whether Celery itself will call the update when all shards are in.
+            backup: compute even if a live worker is at the shard.
+
+        Returns:
+            The receipt that Flower shows.
+
+        Raises:
+            ShardFailed: if the recipe's own code raised; the run has failed with its message.
+        """
+        worker = self.heartbeat.info.id
+        ledger = self.services.ledger(run)
+        verdict, attempt, incarnation = ledger.begin_shard(
+            step, shard, worker=worker, delivery=delivery, backup=backup
+        )
+        receipt: dict[str, Any] = {
+            "run": run,
+            "step": step,
+            "shard": shard,
+            "status": verdict,
+            "worker": worker,
+        }
+        if verdict != "compute":
+            log.info("step %d shard %d of run %s: %s, nothing to do", step, shard, run, verdict)
+            return receipt
+        self.heartbeat.doing(f"{run}: gradient of shard {shard}, step {step}")
+        written = False
+        try:
+            receipt = self._compute(receipt, step, shard, attempt, incarnation, in_chord)
+            written = True
+            return receipt
+        except CacheError as error:
+            # Not the recipe's fault: the shard goes back at once and the supervisor sends it again.
+            log.warning("step %d shard %d of run %s goes back: %s", step, shard, run, error)
+            return {**receipt, "status": "handed back", "error": str(error)}
+        finally:
+            if not written:
+                ledger.end_lease(step, shard, worker=worker, delivery=delivery)
+            self.heartbeat.doing("")
+
+    def _compute(
+        self, receipt: dict[str, Any], step: int, shard: int, attempt: int, incarnation: str, in_chord: bool
+    ) -> dict[str, Any]:
+        run, worker = receipt["run"], receipt["worker"]
+        ledger = self.services.ledger(run)
+        context = self.services.context(run, incarnation)
+        began = time.perf_counter()
+        result, fetched = self._shard_gradient(context, step, shard)
+        seconds = time.perf_counter() - began
+        tensors = {**result.gradients, **result.buffers}
+        stored = self.services.gradients.put(ledger, step, shard, tensors)
+        slot = SlotRecord(
+            shard=shard,
+            digest=stored.digest,
+            nonce=stored.nonce,
+            blob=stored.blob,
+            manifest=stored.manifest,
+            buffers=tuple(result.buffers),
+            examples=result.examples,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            worker=worker,
+            attempt=attempt,
+            seconds=seconds,
+            environment=self.heartbeat.info.environment,
+        )
+        verdict, present = ledger.write_slot(step, slot)
+        if verdict != "written":
+            log.info("step %d shard %d of run %s: slot %s", step, shard, run, verdict)
+            self.services.gradients.delete([stored.blob])
+        elif not in_chord and present == context.plan().shards_in(step):
+            self.sender.advance(run, queue=ledger.head().queue or UPDATES)
+        return {
+            **receipt,
+            "status": verdict,
+            "version": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "examples": result.examples,
+            "nbytes": stored.blob.nbytes,
+            "fetched_nbytes": fetched,
+            "seconds": round(seconds, 6),
+            "attempt": attempt,
+        }
+
+    def _shard_gradient(
+        self, context: RunContext, step: int, shard: int
+    ) -> tuple[gradient.ShardGradient, int]:
+        samples: Sequence[int] = ()
+        try:
+            with context.lock:
+                dataset = context.dataset()
+                samples = context.plan().indices(step, shard)
+                before = self.services.parameters.counters.nbytes
+                replica = context.replica_at(step)
+                fetched = self.services.parameters.counters.nbytes - before
+                result = gradient.compute(
+                    replica, context.recipe, context.config, dataset, samples, step, shard
+                )
+        except CacheError:
+            raise
+        except Exception as error:
+            raise self._failed(context, error, step=step, shard=shard, samples=samples) from error
+        return result, fetched
+
+    def _failed(
+        self, context: RunContext, error: Exception, *, step: int, shard: int, samples: Sequence[int]
+    ) -> ShardFailed:
+        """Record that the recipe's own code raised, and return the error to raise."""
+        kind = type(error).__name__
+        place = f"shard {shard} of step {step} (samples {shown(samples)})"
+        message = f"{place} failed on worker {self.heartbeat.info.id}: {kind}: {error}"
+        reason = {
+            "kind": kind,
+            "message": message,
+            "traceback": short_traceback(error),
+            "step": step,
+            "shard": shard,
+            "samples": [int(s) for s in samples],
+            "worker": self.heartbeat.info.id,
+        }
+        self.services.ledger(context.run).transition(
+            "failed", allowed=("running",), event="failed", data={"message": message}, error=reason
+        )
+        self.services.forget(context.run)
+        return ShardFailed(f"run {context.run!r}: {message}")
+
+    # --- evaluation ---------------------------------------------------------------------
+
+    def evaluate(self, run: str, version: int, part: int, parts: int) -> dict[str, Any]:
+        """Evaluate one part of the evaluation dataset at one version and write it once.
+
+        Returns:
+            The receipt that Flower shows: metrics of the part, and of the whole when it is the last.
+        """
+        ledger = self.services.ledger(run)
+        receipt: dict[str, Any] = {
+            "run": run,
+            "version": version,
+            "part": part,
+            "worker": self.heartbeat.info.id,
+        }
+        head = ledger.head()
+        if head.status != "running" or version in ledger.evaluations():
+            return {**receipt, "status": "nothing to do"}
+        context = self.services.context(run, head.incarnation)
+        self.heartbeat.doing(f"{run}: evaluation of version {version}, part {part}")
+        try:
+            with context.lock:
+                dataset = context.dataset("evaluation")
+                samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
+                replica = context.replica_at(version)
+                examples, metrics = gradient.evaluate(
+                    replica, context.recipe, context.config, dataset, samples
+                )
+        except CacheError as error:
+            log.warning("evaluation part %d of run %s goes back: %s", part, run, error)
+            return {**receipt, "status": "handed back", "error": str(error)}
+        except Exception as error:
+            raise self._evaluation_failed(context, error, version=version, part=part) from error
+        finally:
+            self.heartbeat.doing("")
+        verdict, values = ledger.write_part(
+            version, part, {"examples": examples, "metrics": metrics}, parts=parts
+        )
+        if verdict == "complete":
+            _, whole = gradient.combine([(value["examples"], value["metrics"]) for value in values])
+            ledger.record_evaluation(version, whole)
+            receipt["evaluation"] = whole
+            if ledger.head().version == head.total_steps and not ledger.pending_evaluations():
+                self.sender.advance(run, queue=head.queue or UPDATES)
+        return {**receipt, "status": verdict, "examples": examples, **metrics}
+
+    def _evaluation_failed(
+        self, context: RunContext, error: Exception, *, version: int, part: int
+    ) -> ShardFailed:
+        kind = type(error).__name__
+        message = (
+            f"part {part} of the evaluation of version {version} failed on worker "
+            f"{self.heartbeat.info.id}: {kind}: {error}"
+        )
+        reason = {"kind": kind, "message": message, "traceback": short_traceback(error), "version": version}
+        self.services.ledger(context.run).transition(
+            "failed", allowed=("running",), event="failed", data={"message": message}, error=reason
+        )
+        self.services.forget(context.run)
+        return ShardFailed(f"run {context.run!r}: {message}")
+
+    # --- prediction ---------------------------------------------------------------------
+
+    def predict(
+        self, run: str, version: int, request: str, part: int, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Compute the outputs of one part of a prediction and write them once.
+
+        Args:
+            inputs: {"blob", "manifest", "skeleton"} of the part's inputs.
+        """
+        from coordinator import tree
+
+        ledger = self.services.ledger(run)
+        receipt: dict[str, Any] = {
+            "run": run,
+            "version": version,
+            "part": part,
+            "worker": self.heartbeat.info.id,
+        }
+        context = self.services.context(run, ledger.head().incarnation)
+        self.heartbeat.doing(f"{run}: prediction at version {version}, part {part}")
+        try:
+            blob = BlobRef.from_json(inputs["blob"])
+            tensors = views(self.services.chunks.get(blob), Manifest.from_json(inputs["manifest"]))
+            with context.lock:
+                replica = context.replica_at(version)
+                outputs = gradient.predict(replica, tree.unflatten(inputs["skeleton"], tensors))
+            skeleton, found = tree.flatten(outputs)
+            manifest = layout(found)
+            key = ledger.keys.predict_blob(request, part, "outputs")
+            stored = self.services.chunks.put(key, pack(found, manifest), ttl_seconds=3600)
+            answer = {"blob": stored.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
+        except CacheError:
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            answer = {"error": f"part {part} failed on worker {receipt['worker']}: {kind}: {error}"}
+        finally:
+            self.heartbeat.doing("")
+        ledger.write_output(request, part, answer)
+        return {**receipt, "status": "failed" if "error" in answer else "written"}

@@ -1,0 +1,357 @@
+"""One shard's gradient: a pure function of (run, parameter version, shard).
+
+Computing runs in two phases, each with all generators seeded by (run, step, shard) alone:
+the data phase reads samples and collates them, the model phase runs forward and backward.
+Buffers start from the loaded version each time. So the same shard gives the same bytes
+however often, wherever and after whatever else it is computed (like hardware and builds
+provided; see `determinism`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
+
+from cache.errors import InvalidInput
+from coordinator.config import TrainingConfig
+from coordinator.determinism import pinned, seed_everything
+from coordinator.recipe import ResolvedRecipe
+from coordinator.replica import Replica
+from coordinator.shards import derive_seed
+
+IndexArray = Sequence[int] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShardGradient:
+    """What one shard contributes to its step.
+
+    Attributes:
+        gradients: parameter name -> gradient of the shard's mean loss, on the CPU, in the
+            parameter's shape and dtype; parameters that the loss does not reach are left out.
+        buffers: buffer name -> value after the forward, on the CPU, where it changed.
+        loss: mean loss over the shard.
+        grad_norm: L2 norm of all gradients together.
+        examples: examples in the shard.
+        finite: whether loss and norm are finite.
+    """
+
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    loss: float
+    grad_norm: float
+    examples: int
+    finite: bool
+
+
+def compute(
+    replica: Replica,
+    resolved: ResolvedRecipe,
+    config: TrainingConfig,
+    dataset: Any,
+    indices: IndexArray,
+    step: int,
+    shard: int,
+) -> ShardGradient:
+    """Compute the gradient of a shard's mean loss at the replica's version.
+
+    Args:
+        replica: the model, loaded with the step's version.
+        resolved: the run's recipe.
+        config: the run's config.
+        dataset: what the recipe's dataset entry returned, or anything map-style that gives
+            the same samples for the same indices.
+        indices: dataset indices of the shard's examples, in order.
+        step: the global step.
+        shard: the shard's number within the step.
+
+    Returns:
+        Gradients, changed buffers and figures. The tensors belong to the caller.
+
+    Raises:
+        ShardFailed: the recipe's code raised (chained), or returned what cannot be used.
+        InvalidInput: there are no indices.
+    """
+    if len(indices) == 0:
+        raise InvalidInput(f"shard {shard} of step {step} has no examples.")
+    where = f"step {step}, shard {shard}"
+    with pinned(config.threads, config.deterministic, replica.device):
+        seed_everything(derive_seed(config.seed, "data", step, shard))
+        batch = load_batch(dataset, indices, resolved.collate, where=where)
+        replica.reset_buffers()
+        model = replica.train()
+        seed_everything(derive_seed(config.seed, "model", step, shard))
+        with _during(where, "the forward and the loss"), _autocast(config, replica.device):
+            loss = _loss(resolved, model, to_device(batch, replica.device))
+        _require_loss(loss, where)
+        with _during(where, "the backward"):
+            loss.backward()
+        gradients = _take_gradients(replica, where)
+        with _during(where, "the forward"):
+            buffers = replica.changed_buffers()
+        value = float(loss.detach())
+        norm = _norm(gradients)
+    finite = math.isfinite(value) and math.isfinite(norm)
+    return ShardGradient(gradients, buffers, value, norm, len(indices), finite)
+
+
+def evaluate(
+    replica: Replica,
+    resolved: ResolvedRecipe,
+    config: TrainingConfig,
+    dataset: Any,
+    indices: IndexArray,
+) -> tuple[int, dict[str, float]]:
+    """Measure loss and metrics on some examples, in evaluation mode, without gradients.
+
+    The examples go through the model in micro-batches of ceil(batch_size / shards), the size
+    of a training shard, each seeded by its first index.
+
+    Args:
+        replica: the model, loaded with the version to measure.
+        resolved: the run's recipe.
+        config: the run's config.
+        dataset: the evaluation dataset.
+        indices: which examples, in order.
+
+    Returns:
+        (examples, {"loss": mean loss, metric name: mean}); the means weigh each micro-batch by
+        its examples and are summed in order in float64.
+
+    Raises:
+        ShardFailed: the recipe's code raised, or returned what cannot be used.
+    """
+    size = -(-config.batch_size // config.shards)
+    parts: list[tuple[int, dict[str, float]]] = []
+    for start in range(0, len(indices), size):
+        some = indices[start : start + size]
+        where = f"evaluation of examples {start} to {start + len(some) - 1} of {len(indices)}"
+        first = int(some[0])
+        with pinned(config.threads, config.deterministic, replica.device):
+            seed_everything(derive_seed(config.seed, "evaluation data", first))
+            batch = load_batch(dataset, some, resolved.collate, where=where)
+            replica.reset_buffers()
+            model = replica.eval()
+            seed_everything(derive_seed(config.seed, "evaluation", first))
+            with _during(where, "evaluating"), torch.no_grad(), _autocast(config, replica.device):
+                parts.append((len(some), _measure(resolved, model, to_device(batch, replica.device))))
+            replica.reset_buffers()
+    return combine(parts)
+
+
+def combine(parts: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, dict[str, float]]:
+    """Merge results of `evaluate` over disjoint examples, in the order given.
+
+    Returns:
+        (examples together, name -> mean weighted by examples, in float64); (0, {}) for none.
+    """
+    total = sum(examples for examples, _ in parts)
+    sums: dict[str, float] = {}
+    for examples, values in parts:
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * examples
+    return total, {name: value / total for name, value in sums.items()}
+
+
+def predict(replica: Replica, inputs: Any) -> Any:
+    """Return model(inputs) in evaluation mode, without gradients.
+
+    Args:
+        replica: the model, loaded with the version to use.
+        inputs: what the model takes as its one argument: a tensor, or dicts, lists and tuples
+            of tensors, with the batch dimension first.
+
+    Returns:
+        The model's outputs with their tensors on the CPU.
+
+    Raises:
+        ShardFailed: the model raised (chained).
+    """
+    config = replica.config
+    with pinned(config.threads, config.deterministic, replica.device):
+        replica.reset_buffers()
+        model = replica.eval()
+        seed_everything(derive_seed(config.seed, "predict"))
+        with _during("prediction", "the model"), torch.no_grad(), _autocast(config, replica.device):
+            outputs = model(to_device(inputs, replica.device))
+        replica.reset_buffers()
+        return to_device(outputs, torch.device("cpu"))
+
+
+def load_batch(
+    dataset: Any,
+    indices: IndexArray,
+    collate: Callable[[list[Any]], Any] | None = None,
+    *,
+    where: str = "batch",
+) -> Any:
+    """Read samples and collate them, by the fastest way that the dataset offers.
+
+    A plain `TensorDataset` is indexed as a whole, which gives the bytes of torch's default
+    collate; a dataset with `__getitems__` is asked once; any other, sample by sample.
+
+    Args:
+        dataset: a map-style dataset.
+        indices: which samples, in order.
+        collate: (list of samples) -> batch; None: torch's default collate.
+        where: what to name in an error.
+
+    Raises:
+        ShardFailed: dataset or collate raised (chained).
+    """
+    if type(dataset) is TensorDataset and collate is None:
+        with _during(where, "reading the dataset"):
+            chosen = torch.as_tensor(np.array(indices, dtype=np.int64))
+            return [tensor[chosen] for tensor in dataset.tensors]
+    samples = _samples(dataset, [int(index) for index in indices], where)
+    with _during(where, "collating the samples"):
+        return (collate or default_collate)(samples)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor in nested dicts, lists and tuples to a device; the rest stays.
+
+    Copies to CUDA do not block; objects with a `to` method of their own (such as a Hugging
+    Face `BatchEncoding` or a `PackedSequence`) are asked to move themselves.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=device.type == "cuda")
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(to_device(item, device) for item in value)
+    if type(value) is dict:
+        return {key: to_device(item, device) for key, item in value.items()}
+    if hasattr(value, "to") and callable(value.to):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
+
+
+# --- parts ------------------------------------------------------------------------------
+
+
+def _samples(dataset: Any, indices: list[int], where: str) -> list[Any]:
+    if hasattr(dataset, "__getitems__"):
+        with _during(where, f"reading samples {indices[0]}, ... from the dataset"):
+            samples = list(dataset.__getitems__(indices))
+        if len(samples) != len(indices):
+            raise InvalidInput(
+                f"{where}: the dataset's __getitems__ returned {len(samples)} samples for {len(indices)} "
+                f"indices."
+            )
+        return samples
+    samples = []
+    for index in indices:
+        with _during(where, f"reading sample {index} from the dataset"):
+            samples.append(dataset[index])
+    return samples
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    shown = type(batch).__name__
+    if isinstance(batch, (list, tuple)):
+        shown += f" of {len(batch)} items"
+    elif isinstance(batch, Mapping):
+        shown += f" with keys {', '.join(map(str, batch))}"
+    raise InvalidInput(
+        f"with loss=, a batch must be a pair (inputs, targets), but the dataset gives a {shown}; use "
+        "step=(model, batch) -> loss in its place, or a collate that makes pairs."
+    )
+
+
+def _loss(resolved: ResolvedRecipe, model: Any, batch: Any) -> Any:
+    if resolved.step is not None:
+        return resolved.step(model, batch)
+    assert resolved.loss is not None
+    inputs, targets = _pair(batch)
+    return resolved.loss(model(inputs), targets)
+
+
+def _measure(resolved: ResolvedRecipe, model: Any, batch: Any) -> dict[str, float]:
+    if resolved.step is not None:
+        return {"loss": _number("step", resolved.step(model, batch))}
+    assert resolved.loss is not None
+    inputs, targets = _pair(batch)
+    outputs = model(inputs)
+    values = {"loss": _number("loss", resolved.loss(outputs, targets))}
+    for name, metric in resolved.metrics.items():
+        values[name] = _number(f"metric {name!r}", metric(outputs, targets))
+    return values
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise InvalidInput(
+            f"{name} returned a {type(value).__name__} {shown}, but must return a number or a scalar tensor."
+        ) from None
+
+
+def _require_loss(loss: Any, where: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise InvalidInput(f"{where}: the loss is a {type(loss).__name__}, but must be a scalar tensor.")
+    if loss.numel() != 1:
+        raise InvalidInput(
+            f"{where}: the loss has shape {tuple(loss.shape)}, but must be a scalar; take its mean over the "
+            f"shard."
+        )
+    if not loss.is_floating_point():
+        raise InvalidInput(f"{where}: the loss has dtype {loss.dtype}, but must be a floating-point tensor.")
+    if not loss.requires_grad:
+        raise InvalidInput(
+            f"{where}: the loss depends on no trainable parameter (all frozen, detached or converted on the "
+            f"way?)."
+        )
+
+
+def _take_gradients(replica: Replica, where: str) -> dict[str, Tensor]:
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in replica.parameters.items():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            continue
+        if gradient.layout is not torch.strided:
+            raise InvalidInput(
+                f"{where}: the gradient of {name!r} is {gradient.layout}; give its layer dense gradients "
+                "(sparse=False)."
+            )
+        gradients[name] = gradient.detach().to("cpu")
+    return gradients
+
+
+def _norm(gradients: Mapping[str, Tensor]) -> float:
+    if not gradients:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(g).double() for g in gradients.values()])
+    return float(torch.linalg.vector_norm(norms))
+
+
+def _autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:
+    if config.precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def _during(where: str, what: str) -> Iterator[None]:
+    """Let what the recipe's code raises pass as it is, with a note that says where it happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"torchord: raised in {what} ({where})")
+        raise

@@ -1,0 +1,282 @@
+"""The optimizer's side of a run: averaged gradients in, the next version out.
+
+A `Trainer` holds the run's model, optimizer and scheduler on the training server. It is a
+state machine over (parameters, optimizer state): the same state and the same averaged
+gradient give the same next state, bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
+from coordinator.config import TrainingConfig
+from coordinator.determinism import pinned, seed_everything
+from coordinator.recipe import ResolvedRecipe
+from coordinator.replica import Replica
+from coordinator.shards import derive_seed
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What one update did.
+
+    Attributes:
+        grad_norm: global L2 norm of the averaged gradient before clipping.
+        clipped: whether it was above `clip_norm` and scaled down.
+        skipped: whether the update was left out because something was not finite.
+        lr: learning rate of each parameter group in this step.
+    """
+
+    grad_norm: float
+    clipped: bool
+    skipped: bool
+    lr: tuple[float, ...]
+
+
+class Trainer:
+    """Model, optimizer and scheduler of one run. Make one with `build`.
+
+    Attributes:
+        replica: the model; its state tensors are the newest version.
+        optimizer: made by the recipe.
+        scheduler: made by the recipe, or None.
+        config: the run's config.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler | None,
+        config: TrainingConfig,
+    ) -> None:
+        self.replica = replica
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.config = config
+
+    @classmethod
+    def build(
+        cls, resolved: ResolvedRecipe, config: TrainingConfig, device: torch.device | str = "cpu"
+    ) -> Trainer:
+        """Make model, optimizer and scheduler as at the start of the run (version 0).
+
+        Raises:
+            InvalidInput: an entry returned something else than its kind, or an optimizer that
+                cannot work from averaged gradients (LBFGS and others that need a closure,
+                SparseAdam), or one over parameters that are not the model's.
+        """
+        replica = Replica.build(resolved, config, device)
+        with pinned(config.threads, config.deterministic, replica.device, restore=True):
+            seed_everything(derive_seed(config.seed, "optimizer"))
+            groups = (
+                replica.model.parameters()
+                if resolved.parameter_groups is None
+                else resolved.parameter_groups(replica.model)
+            )
+            optimizer = resolved.optimizer(groups)
+            _require_optimizer(optimizer, replica)
+            scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
+            if scheduler is not None and not isinstance(scheduler, LRScheduler):
+                raise InvalidInput(
+                    f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a "
+                    f"scheduler "
+                    "from torch.optim.lr_scheduler, or a subclass of LRScheduler."
+                )
+        return cls(replica, optimizer, scheduler, config)
+
+    def apply(
+        self,
+        gradients: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        *,
+        step: int,
+        loss: float,
+        finite: bool = True,
+    ) -> ApplyReport:
+        """Take one optimizer step and bring the state tensors to the next version.
+
+        Args:
+            gradients: parameter name -> averaged gradient. The optimizer leaves the parameters
+                that are missing alone, as it does in one process. May be scaled in place.
+            buffers: buffer name -> new value, for those that changed.
+            step: the global step, which seeds optimizers that draw random numbers.
+            loss: mean loss of the step; drives ReduceLROnPlateau.
+            finite: whether all shards reported finite values.
+
+        Returns:
+            The figures of the update. With nonfinite="skip" a step that is not finite changes
+            neither parameters nor buffers nor optimizer state; the scheduler steps all the same.
+
+        Raises:
+            NonFinite: loss or gradient is not finite and the config says "stop"; nothing changed.
+            ManifestMismatch: a name or shape is not the model's.
+            RunFailed: optimizer or scheduler raised (chained); the trainer must be loaded anew.
+        """
+        device = self.replica.device
+        with pinned(self.config.threads, self.config.deterministic, device):
+            seed_everything(derive_seed(self.config.seed, "update", step))
+            lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+            self._set_gradients(gradients)
+            try:
+                norm = self._total_norm()
+                clip = self.config.clip_norm
+                skipped = not (finite and math.isfinite(loss) and math.isfinite(float(norm)))
+                if skipped and self.config.nonfinite == "stop":
+                    raise NonFinite(
+                        f"step {step} has loss {loss} and gradient norm {float(norm)}; lower the learning "
+                        f"rate, set "
+                        "clip_norm, or set nonfinite='skip' to leave such steps out."
+                    )
+                clipped = clip is not None and not skipped and float(norm) > clip
+                if not skipped:
+                    self._update(norm, buffers, step)
+                self._step_scheduler(step, loss, quiet=skipped)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+        return ApplyReport(float(norm), clipped, skipped, lr)
+
+    def state(self) -> dict[str, Any]:
+        """Return optimizer and scheduler state as a tree of copies, tensors on the CPU.
+
+        The parameters are not in it: they are the version. See `coordinator.tree` for what the
+        tree may hold.
+        """
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": _copied(self.optimizer.state_dict()), "scheduler": _copied(scheduler)}
+
+    def load_state(self, tree: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; the next update has the bits it would have had there.
+
+        Raises:
+            CheckpointError: the state belongs to another optimizer or scheduler.
+        """
+        saved = _copied(tree["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved)
+            self._undo_casts(saved)
+            if (self.scheduler is None) != (tree["scheduler"] is None):
+                raise ValueError("one has a scheduler, the other has none")
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(_copied(tree["scheduler"]))
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(
+                f"the saved optimizer state does not fit the recipe's optimizer and scheduler: {error}."
+            ) from error
+
+    def state_nbytes(self) -> int:
+        """Return the bytes of the optimizer's state tensors; 0 for one without, or before its first step."""
+        return sum(
+            value.numel() * value.element_size()
+            for values in self.optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        )
+
+    def nbytes(self) -> int:
+        """Return the bytes that this trainer keeps in memory: state, one set of gradients, optimizer."""
+        return 2 * self.replica.manifest.nbytes + self.state_nbytes()
+
+    def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        parameters = self.replica.parameters
+        unknown = gradients.keys() - parameters.keys()
+        if unknown:
+            raise ManifestMismatch(f"gradient for {sorted(unknown)[0]!r}, which the model does not have.")
+        for name, parameter in parameters.items():
+            gradient = gradients.get(name)
+            if gradient is not None and gradient.shape != parameter.shape:
+                raise ManifestMismatch(
+                    f"the gradient of {name!r} has shape {tuple(gradient.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}."
+                )
+            parameter.grad = None if gradient is None else gradient.to(self.replica.device)
+
+    def _total_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.replica.parameters.values() if p.grad is not None]
+        return get_total_norm(gradients)
+
+    def _update(self, norm: Tensor, buffers: Mapping[str, Tensor], step: int) -> None:
+        if self.config.clip_norm is not None:
+            clip_grads_with_norm_(list(self.replica.parameters.values()), self.config.clip_norm, norm)
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            raise RunFailed(f"step {step}: the optimizer raised {type(error).__name__}: {error}") from error
+        with torch.no_grad():
+            for name, value in buffers.items():
+                if name not in self.replica.buffers:
+                    raise ManifestMismatch(f"value for buffer {name!r}, which the model does not have.")
+                self.replica.buffers[name].copy_(value)
+
+    def _step_scheduler(self, step: int, loss: float, *, quiet: bool) -> None:
+        if self.scheduler is None:
+            return
+        try:
+            with warnings.catch_warnings():
+                if quiet:  # torch warns of a scheduler that steps before its optimizer ever did
+                    warnings.simplefilter("ignore")
+                if isinstance(self.scheduler, ReduceLROnPlateau):
+                    self.scheduler.step(loss)
+                else:
+                    self.scheduler.step()
+        except Exception as error:
+            raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
+
+    def _undo_casts(self, saved: Mapping[str, Any]) -> None:
+        """Give state tensors their saved dtypes back: load_state_dict casts them to the parameter's."""
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        for number, parameter in zip(ids, order, strict=True):
+            current = self.optimizer.state.get(parameter, {})
+            for key, value in saved["state"].get(number, {}).items():
+                loaded = current.get(key)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                    current[key] = value.to(loaded.device)
+
+
+def _require_optimizer(optimizer: Any, replica: Replica) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidInput(
+            f"the recipe's optimizer entry returned a {type(optimizer).__name__}; it must return a "
+            "torch.optim.Optimizer."
+        )
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InvalidInput(
+            f"{name} evaluates the loss several times in a step (it needs a closure), which averaged "
+            f"gradients "
+            "cannot serve; use an optimizer whose step() takes no closure."
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam.")
+    own = {id(parameter) for parameter in replica.parameters.values()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(id(parameter) not in own for parameter in held):
+        raise InvalidInput(
+            "the optimizer holds a parameter that is not the model's; parameter_groups must return "
+            "parameters of "
+            "the model that it is given."
+        )
+
+
+def _copied(tree: Any) -> Any:
+    """Copy a tree of dicts, lists, tuples and tensors; tensors go to the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if type(tree) is dict:
+        return {key: _copied(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_copied(value) for value in tree)
+    return tree

@@ -1,0 +1,219 @@
+"""`Replica`: one run's model in one process, at one parameter version.
+
+The state of a model is its parameters and all its buffers, non-persistent and integer ones
+included; a version is that state in one flat buffer. A replica is built once per run and
+process, and versions are then copied into it in place, so that tied weights stay tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache.codec import Manifest, layout, pack, views
+from cache.errors import InvalidInput, ManifestMismatch
+from coordinator.config import TrainingConfig
+from coordinator.determinism import pinned, seed_everything
+from coordinator.recipe import ResolvedRecipe
+from coordinator.shards import derive_seed
+
+
+@dataclass(frozen=True)
+class _BufferHome:
+    """Where a buffer hangs in the module tree; a forward may put another tensor there."""
+
+    module: nn.Module
+    name: str
+
+
+class Replica:
+    """A model, its fixed state tensors, and the version they hold.
+
+    Make one with `build`. Attributes:
+        model: the module, on `device`.
+        config: the run's config.
+        device: where the model lives.
+        parameters: name -> parameter, tied ones once, frozen ones included.
+        buffers: name -> buffer tensor, tied ones once.
+        manifest: layout of a version: parameters, then buffers.
+        flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
+            first `load`.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+        self.model = model
+        self.config = config
+        self.device = device
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        _require_plain(self.parameters, self.buffers)
+        self.manifest: Manifest = layout(self.state_tensors())
+        self.flat: Tensor | None = None
+        self._homes = _homes(model, self.buffers)
+        self._version: dict[str, Tensor] = {}
+        self._counters: list[int] = []
+
+    @classmethod
+    def build(
+        cls, resolved: ResolvedRecipe, config: TrainingConfig, device: torch.device | str = "cpu"
+    ) -> Replica:
+        """Call the recipe's model entry, seeded by the run, and move the result to a device.
+
+        The same run gives the same initial state in every process: the constructor runs with
+        all generators seeded and fresh memory filled. The process's switches and generators
+        are put back.
+
+        Raises:
+            InvalidInput: the entry made no module, or its state cannot be laid out (lazy,
+                sparse or meta tensors).
+        """
+        device = torch.device(device)
+        with pinned(config.threads, config.deterministic, device, fill=True, restore=True):
+            seed_everything(derive_seed(config.seed, "init"))
+            model = resolved.model()
+            if not isinstance(model, nn.Module):
+                raise InvalidInput(
+                    f"the recipe's model entry returned a {type(model).__name__}; it must return a "
+                    f"torch.nn.Module."
+                )
+            return cls(model.to(device), config, device)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return name -> tensor of the whole state, parameters first; the live tensors, detached."""
+        state = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        state.update(self.buffers)
+        return state
+
+    def nbytes(self) -> int:
+        """Return the bytes of one version of this model."""
+        return self.manifest.nbytes
+
+    def pack(self, out: Tensor | None = None) -> Tensor:
+        """Copy the state as it is now into one flat buffer (1-D uint8 on the CPU)."""
+        return pack(self.state_tensors(), self.manifest, out)
+
+    def load(self, buffer: Tensor) -> None:
+        """Take over a version.
+
+        Args:
+            buffer: 1-D uint8 CPU tensor laid out by `manifest`. It is kept, not copied, and must
+                not change until the next `load`.
+
+        Raises:
+            ManifestMismatch: the buffer has another size than this model's versions.
+        """
+        if buffer.numel() != self.manifest.nbytes:
+            raise ManifestMismatch(
+                f"a version of this model has {self.manifest.nbytes} bytes, the one given has "
+                f"{buffer.numel()}; the "
+                "run was started with other code than this worker's."
+            )
+        self.flat = buffer
+        self._version = views(buffer, self.manifest)
+        self.restore()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a version given by name; see `load`.
+
+        Raises:
+            ManifestMismatch: names, shapes or dtypes differ from this model's state.
+        """
+        self.load(pack(tensors, self.manifest))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the loaded version into parameters and buffers once more."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._version[name])
+        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Put every buffer back to the loaded version, undoing what a forward did to it.
+
+        Parameters are put back too if something wrote to them since; torch counts writes.
+        """
+        counters = [parameter._version for parameter in self.parameters.values()]
+        if counters != self._counters:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self._version[name])
+            self._counters = [parameter._version for parameter in self.parameters.values()]
+        for name, buffer in self.buffers.items():
+            for home in self._homes[name]:
+                home.module._buffers[home.name] = buffer
+            buffer.copy_(self._version[name])
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """Return a CPU copy of each buffer whose bytes differ from the loaded version.
+
+        Raises:
+            InvalidInput: a forward replaced a buffer by one of another shape or dtype.
+        """
+        changed: dict[str, Tensor] = {}
+        for name, buffer in self.buffers.items():
+            home = self._homes[name][0]
+            current = home.module._buffers[home.name]
+            if current is None or current.shape != buffer.shape or current.dtype != buffer.dtype:
+                now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
+                raise InvalidInput(
+                    f"the forward turned buffer {name!r} from {buffer.dtype} of shape {tuple(buffer.shape)} "
+                    f"into "
+                    f"{now}; a run's state must keep its layout."
+                )
+            value = current.detach().to("cpu", copy=True).contiguous()
+            if not _same_bytes(value, self._version[name]):
+                changed[name] = value
+        return changed
+
+    def train(self) -> nn.Module:
+        """Switch the model to training mode, drop its gradients and return it."""
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        return self.model
+
+    def eval(self) -> nn.Module:
+        """Switch the model to evaluation mode and return it."""
+        self.model.eval()
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `model.state_dict()` with each tensor copied to the CPU."""
+        return {
+            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for name, value in self.model.state_dict().items()
+        }
+
+
+def _homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[_BufferHome]]:
+    homes: dict[str, list[_BufferHome]] = {name: [] for name in buffers}
+    names = {id(buffer): name for name, buffer in buffers.items()}
+    for module in model.modules():
+        for local, buffer in module._buffers.items():
+            if buffer is not None:
+                homes[names[id(buffer)]].append(_BufferHome(module, local))
+    return homes
+
+
+def _require_plain(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    for name, tensor in {**parameters, **buffers}.items():
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise InvalidInput(
+                f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model "
+                f"in the "
+                "recipe's model function."
+            )
+        if tensor.device.type == "meta":
+            raise InvalidInput(
+                f"{name!r} is on the meta device and has no values; build the model on the CPU."
+            )
+        if tensor.layout is not torch.strided:
+            raise InvalidInput(f"{name!r} is {tensor.layout}; a run's state must be dense.")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

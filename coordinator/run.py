@@ -1,0 +1,486 @@
+"""A run as a person sees it: follow it, stop it, continue it, audit it, use its model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.errors import (
+    CheckpointError,
+    InvalidInput,
+    NoWorker,
+    RunCancelled,
+    RunError,
+    RunFailed,
+    RunNotFound,
+    VersionMissing,
+    WaitTimeout,
+)
+from cache.ledger import Event, Ledger
+from cache.records import GENESIS, Head, LedgerEntry
+from coordinator.audit import Audit, audit
+from coordinator.config import TrainingConfig
+from coordinator.recipe import resolve
+from coordinator.services import Services
+from coordinator.shards import Plan
+from coordinator.step import Sender
+from coordinator.task_names import GRADIENTS, UPDATES, worker_command
+
+if TYPE_CHECKING:
+    import torch
+
+    from coordinator.recipe import ResolvedRecipe
+
+_RESTING = ("done", "failed", "cancelled")
+_POLL_SECONDS = 0.5
+
+
+class Detached(KeyboardInterrupt):
+    """Waiting was interrupted; the run goes on without this process."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        name: the run's name.
+        state: pending, running, paused, failed, cancelled or done.
+        version: committed global steps, which is also the version of the parameters.
+        total_steps: global steps of the whole run; None until a training server has seen the data.
+        epoch: the epoch that the next step belongs to, from 0; None likewise.
+        error: why it failed, one sentence; None otherwise.
+        traceback: the last frames of the recipe's code where it raised, "" otherwise.
+        submitted_at: Unix time (s).
+        server: worker id of the training server, "" if none serves it.
+        waiting_for: queues that the run needs and no living worker consumes.
+    """
+
+    name: str
+    state: str
+    version: int
+    total_steps: int | None
+    epoch: int | None
+    error: str | None
+    traceback: str
+    submitted_at: float
+    server: str
+    waiting_for: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One committed global step.
+
+    Attributes:
+        step: its number, from 0.
+        version: the version it made (`step + 1`).
+        loss: count-weighted mean loss over its shards, at the parameters before the update.
+        examples: examples in the step.
+        seconds: from the previous commit to this one.
+        nbytes: gradient bytes that its shards stored.
+        grad_norm: L2 norm of the averaged gradient, before clipping.
+        lr: learning rate of each parameter group.
+        skipped: the update was left out because of a NaN or Inf.
+        workers: which worker computed each shard, in shard order.
+    """
+
+    step: int
+    version: int
+    loss: float
+    examples: int
+    seconds: float
+    nbytes: int
+    grad_norm: float
+    lr: tuple[float, ...] = ()
+    skipped: bool = False
+    workers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, entry: LedgerEntry) -> StepReport:
+        """The report of one ledger entry."""
+        return cls(
+            step=entry.version - 1,
+            version=entry.version,
+            loss=entry.loss,
+            examples=entry.examples,
+            seconds=entry.seconds,
+            nbytes=sum(slot.nbytes for slot in entry.slots),
+            grad_norm=entry.grad_norm,
+            lr=entry.lr,
+            skipped=entry.skipped,
+            workers=tuple(slot.worker for slot in entry.slots),
+        )
+
+
+@dataclass
+class TrainedModel:
+    """What `Run.wait` returns.
+
+    Attributes:
+        module: the model in eval mode, on CPU, holding the last version.
+        history: one report a global step.
+        metrics: the last evaluation, {"loss": ..., metric: ...}; empty without an evaluation.
+        evaluations: version -> metrics.
+        version: the version that `module` holds.
+    """
+
+    module: torch.nn.Module
+    history: list[StepReport]
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    version: int = 0
+
+    def save(self, path: str | Path) -> Path:
+        """Write the state dict as a safetensors file and return its path.
+
+        Tied tensors are written once each; `torch.nn.Module.load_state_dict` of the file gives the
+        same model.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        tensors = {name: t.detach().clone().contiguous() for name, t in self.module.state_dict().items()}
+        try:
+            save_file(tensors, target)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {target}: {error}; choose a directory that exists"
+            ) from error
+        return target
+
+
+class Run:
+    """A handle on one run; any number of processes may hold one.
+
+    Made by `Master.submit` and `Master.run`.
+    """
+
+    def __init__(
+        self, services: Services, sender: Sender, name: str, *, trusted: tuple[str, ...] = ()
+    ) -> None:
+        self.name = name
+        self._services = services
+        self._sender = sender
+        self._ledger: Ledger = services.ledger(name)
+        self._trusted = trusted
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name!r}>"
+
+    # --- looking ------------------------------------------------------------------------
+
+    def status(self) -> RunStatus:
+        """Where the run stands now.
+
+        Raises:
+            RunNotFound: if the server knows no such run.
+        """
+        head = self._ledger.head()
+        epoch = None
+        if head.total_steps is not None and head.dataset_size:
+            plan = self._plan(head)
+            epoch = plan.locate(min(head.version, head.total_steps - 1))[0] if plan else None
+        error = head.error or {}
+        return RunStatus(
+            name=self.name,
+            state=head.status,
+            version=head.version,
+            total_steps=head.total_steps,
+            epoch=epoch,
+            error=error.get("message"),
+            traceback=error.get("traceback", ""),
+            submitted_at=head.submitted_at,
+            server=head.owner,
+            waiting_for=() if head.status in _RESTING else tuple(self.idle_queues()),
+        )
+
+    def history(self) -> list[StepReport]:
+        """One report a committed step, oldest first (from Redis and the ledger segments on disk)."""
+        return [StepReport.of(entry) for entry in self._entries(self._ledger.head())]
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Metrics of each evaluated version."""
+        return self._ledger.evaluations()
+
+    def events(self, after: str = "0-0") -> Iterator[Event]:
+        """Live iterator over the run's events; ends when the run is done, failed or cancelled.
+
+        Args:
+            after: id of the last event seen, to go on from there.
+        """
+        while True:
+            found = self._ledger.read_events(after, block_seconds=_POLL_SECONDS)
+            for event in found:
+                after = event.id
+                yield event
+            if not found and self._ledger.head().status in _RESTING:
+                return
+
+    def wait(
+        self, *, timeout: float | None = None, progress: bool = False, worker_timeout: float = 15.0
+    ) -> TrainedModel:
+        """Wait until the run is done.
+
+        Ctrl-C detaches: the run goes on, and the message says how to come back to it.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+            progress: show a progress bar (step, loss, metric, samples/s, time left).
+            worker_timeout: seconds without any worker on a queue before giving up waiting.
+
+        Raises:
+            RunFailed: with the message of what failed.
+            RunCancelled: the run was cancelled.
+            NoWorker: nobody consumes a queue; the run stays queued.
+            WaitTimeout: the run goes on, but `timeout` is over.
+        """
+        from coordinator.progress import Progress
+
+        try:
+            with Progress(self.name, enabled=progress) as bar:
+                self._wait(bar, timeout, worker_timeout)
+        except KeyboardInterrupt:
+            print(
+                f"\nDetached. Run {self.name!r} goes on as long as its workers do; come back with\n"
+                f"    Master({self._services.settings.url!r}).run({self.name!r}).wait(progress=True)",
+                file=sys.stderr,
+            )
+            raise Detached(f"run {self.name!r} goes on") from None
+        head = self._ledger.head()
+        evaluations = self.evaluations()
+        return TrainedModel(
+            module=self.model(),
+            history=[StepReport.of(entry) for entry in self._entries(head)],
+            metrics=evaluations.get(head.version, {}),
+            evaluations=evaluations,
+            version=head.version,
+        )
+
+    def _wait(self, bar: Any, timeout: float | None, worker_timeout: float) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        workers_seen = time.monotonic()
+        after = "0-0"
+        while True:
+            head = self._ledger.head()
+            bar.head(head)
+            events = self._ledger.read_events(
+                after, block_seconds=0 if head.status in _RESTING else _POLL_SECONDS
+            )
+            for event in events:
+                after = event.id
+                bar.event(event)
+            if head.status == "done" and not events:
+                return
+            if head.status == "failed" and not events:
+                raise RunFailed(_failure(self.name, head))
+            if head.status == "cancelled":
+                raise RunCancelled(f"run {self.name!r} was cancelled at version {head.version}")
+            now = time.monotonic()
+            if deadline is not None and now > deadline:
+                raise WaitTimeout(
+                    f"run {self.name!r} is {head.status} at version {head.version} of {head.total_steps} after "
+                    f"{timeout:g} s; it goes on, call wait() again"
+                )
+            if events or head.status == "paused":
+                workers_seen = now
+            elif now - workers_seen > worker_timeout:
+                idle = self.idle_queues()
+                if idle:
+                    raise NoWorker(_no_worker(self.name, idle))
+                workers_seen = now
+
+    def idle_queues(self) -> list[str]:
+        """The queues that no living worker consumes, of those that the run needs."""
+        alive = self._services.registry.alive().values()
+        return [queue for queue in (UPDATES, GRADIENTS) if not any(queue in info.queues for info in alive)]
+
+    # --- acting --------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop within the step: shards at work finish and are kept, no other begins.
+
+        Raises:
+            RunError: if the run is not running.
+        """
+        done, before = self._ledger.transition("paused", allowed=("pending", "running"), event="paused")
+        if not done and before != "paused":
+            raise RunError(f"run {self.name!r} is {before}; only a running run can be paused")
+
+    def cancel(self) -> None:
+        """End the run for good; what it computed stays readable for a week.
+
+        Raises:
+            RunError: if it is done already.
+        """
+        done, before = self._ledger.transition(
+            "cancelled", allowed=("pending", "running", "paused", "failed"), event="cancelled"
+        )
+        if not done and before != "cancelled":
+            raise RunError(f"run {self.name!r} is {before}; there is nothing to cancel")
+        self._ledger.retire()
+
+    def resume(self) -> None:
+        """Continue after a pause, a failure, or the loss of Redis (from the last checkpoint).
+
+        Finished shards of the interrupted step are kept.
+
+        Raises:
+            RunError: if the run is done or cancelled.
+            RunNotFound: if neither Redis nor the checkpoint directory knows it.
+        """
+        try:
+            head = self._ledger.head()
+        except RunNotFound:
+            self._resume_from_checkpoint()
+            return
+        status = "pending" if head.total_steps is None else "running"
+        done, before = self._ledger.transition(
+            status, allowed=("paused", "failed"), event="resumed", error=None
+        )
+        if not done and before not in ("running", "pending"):
+            raise RunError(f"run {self.name!r} is {before}; submit it under a new name to train again")
+        self._sender.advance(self.name)
+
+    def _resume_from_checkpoint(self) -> None:
+        store = self._checkpoints()
+        spec = store.load_spec()
+        if spec is None:
+            raise RunNotFound(
+                f"run {self.name!r} is neither in Redis nor under {self._services.settings.checkpoint_dir}; "
+                "set TORCHORD_CHECKPOINT_DIR to where its checkpoints are"
+            )
+        incarnation = str(spec.pop("incarnation"))
+        latest = store.latest()
+        version, chain = (0, GENESIS) if latest is None else (latest.version, str(latest.meta["chain"]))
+        if self._ledger.create(spec, incarnation=incarnation, version=version, chain=chain) is None:
+            self._sender.advance(self.name)
+
+    # --- using ---------------------------------------------------------------------------
+
+    def verify(self) -> Audit:
+        """Audit the ledger: every (step, shard) applied exactly once, each version from the one before."""
+        head = self._ledger.head()
+        return audit(head, self._entries(head), self._plan(head), self._ledger.version(head.version))
+
+    def model(self, version: int | None = None) -> torch.nn.Module:
+        """The model in eval mode, on CPU.
+
+        Args:
+            version: a stored version; None for the newest.
+
+        Raises:
+            VersionMissing: if that version is neither in the cache nor among the checkpoints.
+        """
+        from coordinator.replica import Replica
+
+        replica = Replica.build(self._recipe(), self._config(), "cpu")
+        self._load(replica, version)
+        return replica.model.eval()
+
+    def state_dict(self, version: int | None = None) -> dict[str, torch.Tensor]:
+        """The model's state dict, tensors on CPU; arguments and errors as `model`."""
+        return {name: tensor.detach().clone() for name, tensor in self.model(version).state_dict().items()}
+
+    def predict(
+        self, inputs: Any, batch_size: int = 256, *, version: int | None = None, timeout: float | None = None
+    ) -> Any:
+        """Outputs for `inputs`, in their order, computed by the workers.
+
+        Args:
+            inputs: a tensor (first dimension: examples) or a map-style Dataset; of a dataset's
+                (input, target) pairs the input is taken.
+            batch_size: examples a task.
+            version: pinned for the whole call; None for the newest.
+            timeout: seconds; None waits as long as workers are alive.
+
+        Returns:
+            What the model returns, its tensors joined along the first dimension.
+
+        Raises:
+            InvalidInput: the inputs are of another kind, or empty.
+            RunFailed: the model raised on these inputs.
+        """
+        from coordinator.predict import predict
+
+        head = self._ledger.head()
+        return predict(
+            self._services,
+            self._sender,
+            self._ledger,
+            inputs,
+            batch_size=batch_size,
+            version=head.version if version is None else version,
+            timeout_seconds=timeout,
+        )
+
+    # --- parts ----------------------------------------------------------------------------
+
+    def _config(self) -> TrainingConfig:
+        return TrainingConfig.from_json(self._spec()["config"])
+
+    def _spec(self) -> dict[str, Any]:
+        return self._ledger.spec()
+
+    def _recipe(self) -> ResolvedRecipe:
+        allowed = self._services.settings.allowed_modules
+        if self._trusted:
+            allowed = (*(allowed or ()), *self._trusted)
+        return resolve(self._spec()["recipe"], allowed=allowed)
+
+    def _plan(self, head: Head) -> Plan | None:
+        return None if not head.dataset_size else Plan(head.dataset_size, self._config())
+
+    def _checkpoints(self) -> Any:
+        from coordinator.checkpoint import CheckpointStore
+
+        return CheckpointStore(self._services.settings.checkpoint_dir, self.name)
+
+    def _entries(self, head: Head) -> list[LedgerEntry]:
+        """All entries up to the head: those on disk, overridden by those in Redis."""
+        found = {entry.version: entry for entry in self._ledger.entries()}
+        if len(found) < head.version:
+            for fields in self._checkpoints().read_ledger():
+                entry = LedgerEntry.from_dict(fields)
+                found.setdefault(entry.version, entry)
+        return [found[version] for version in sorted(found) if version <= head.version]
+
+    def _load(self, replica: Any, version: int | None) -> None:
+        head = self._ledger.head()
+        wanted = head.version if version is None else version
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
+            raise InvalidInput(f"version must be a whole number from 0 to {head.version}, got {version!r}")
+        try:
+            _, flat = self._services.parameters.fetch(self._ledger, wanted)
+            replica.load(flat)
+        except VersionMissing as error:
+            store = self._checkpoints()
+            if wanted not in store.versions():
+                raise VersionMissing(
+                    f"{error}; checkpoints hold {store.versions()}. Ask for one of these, or for the newest"
+                ) from error
+            replica.load_tensors(store.load(wanted).tensors)
+
+
+def _failure(name: str, head: Head) -> str:
+    error = head.error or {}
+    text = f"run {name!r} stopped at version {head.version}: {error.get('message', 'no reason recorded')}"
+    if error.get("traceback"):
+        text += "\n" + "\n".join("    " + line for line in str(error["traceback"]).splitlines())
+    return (
+        text
+        + f"\nCorrect the cause, restart the workers if code changed, then Master(...).run({name!r}).resume()."
+    )
+
+
+def _no_worker(name: str, queues: list[str]) -> str:
+    commands = "\n".join(f"    {worker_command(queue)}" for queue in queues)
+    listed = " and ".join(repr(queue) for queue in queues)
+    return (
+        f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n{commands}\n"
+        "(or `celery -A tasks worker` for everything on one worker), then wait() again"
+    )

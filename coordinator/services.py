@@ -1,0 +1,213 @@
+"""What one process needs to work on any run: connections, stores and cached run contexts."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cache.chunks import ChunkStore
+from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
+from cache.errors import InvalidInput, RunError
+from cache.gradients import GradientStore
+from cache.ledger import Ledger
+from cache.parameters import ParameterCache
+from cache.settings import Settings
+from cache.workers import Registry
+from coordinator.config import TrainingConfig
+from coordinator.recipe import ResolvedRecipe, resolve
+from coordinator.shards import Plan
+
+if TYPE_CHECKING:
+    from coordinator.replica import Replica
+
+_CONTEXTS_KEPT = 4
+
+
+class Services:
+    """Connections and stores of one process; a forked child makes its own connections.
+
+    Args:
+        settings: where the servers are.
+        patience_seconds: how long an operation waits for a server that is away.
+    """
+
+    def __init__(self, settings: Settings, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> None:
+        self.settings = settings
+        self.patience_seconds = patience_seconds
+        self._clients = Clients()
+        self.chunks = ChunkStore(settings.cache_urls or (settings.url,))
+        self.parameters = ParameterCache(self.chunks)
+        self.gradients = GradientStore(self.chunks)
+        self._contexts: OrderedDict[tuple[str, str], RunContext] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def registry(self) -> Registry:
+        """The registry of living workers."""
+        url = self.settings.url
+        return Registry(self._clients.get(url, self.patience_seconds), url)
+
+    def ledger(self, run: str) -> Ledger:
+        """The control plane of one run."""
+        url = self.settings.url
+        return Ledger(self._clients.get(url, self.patience_seconds), url, run)
+
+    def context(self, run: str, incarnation: str) -> RunContext:
+        """The run's recipe, config, data and replica in this process, made at first use."""
+        key = (run, incarnation)
+        with self._lock:
+            found = self._contexts.get(key)
+            if found is None:
+                found = RunContext(self, run, incarnation)
+                self._contexts[key] = found
+                while len(self._contexts) > _CONTEXTS_KEPT:
+                    self._contexts.popitem(last=False)
+            self._contexts.move_to_end(key)
+            return found
+
+    def forget(self, run: str) -> None:
+        """Drop what this process keeps of a run (after an error in its code, say)."""
+        with self._lock:
+            for key in [key for key in self._contexts if key[0] == run]:
+                del self._contexts[key]
+
+    def close(self) -> None:
+        """Close the tensor connections; the control plane's close with the process."""
+        self.chunks.close()
+
+
+class RunContext:
+    """One run as seen by one process. Every part is made lazily and once.
+
+    Args:
+        services: the process's stores.
+        run: name of the run.
+        incarnation: id of this life of the name.
+    """
+
+    def __init__(self, services: Services, run: str, incarnation: str) -> None:
+        self.services = services
+        self.run = run
+        self.incarnation = incarnation
+        self.lock = threading.RLock()
+        self._spec: dict[str, Any] | None = None
+        self._resolved: ResolvedRecipe | None = None
+        self._config: TrainingConfig | None = None
+        self._datasets: dict[str, Any] = {}
+        self._plan: Plan | None = None
+        self._replica: Replica | None = None
+        self._replica_version: int | None = None
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Recipe and config as submitted."""
+        with self.lock:
+            if self._spec is None:
+                self._spec = self.services.ledger(self.run).spec()
+            return self._spec
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The run's configuration."""
+        with self.lock:
+            if self._config is None:
+                self._config = TrainingConfig.from_json(self.spec["config"])
+            return self._config
+
+    @property
+    def recipe(self) -> ResolvedRecipe:
+        """The recipe's callables.
+
+        Raises:
+            NotAllowed: the allow-list of this worker has no room for a module of the recipe.
+            RecipeError: a module or name cannot be imported here.
+        """
+        with self.lock:
+            if self._resolved is None:
+                self._resolved = resolve(self.spec["recipe"], allowed=self.services.settings.allowed_modules)
+            return self._resolved
+
+    def dataset(self, kind: str = "dataset") -> Any:
+        """The training dataset, or the one of `kind` "evaluation"."""
+        with self.lock:
+            if kind not in self._datasets:
+                make = self.recipe.dataset if kind == "dataset" else self.recipe.evaluation
+                if make is None:
+                    raise InvalidInput(f"run {self.run!r} has no {kind} in its recipe")
+                made = make()
+                if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
+                    raise InvalidInput(
+                        f"the recipe's {kind} must be a map-style dataset with __len__ and __getitem__, "
+                        f"got {type(made).__name__}"
+                    )
+                self._datasets[kind] = made
+            return self._datasets[kind]
+
+    def plan(self) -> Plan:
+        """Which samples belong to which shard, for the dataset size that the run recorded.
+
+        Raises:
+            RunError: if this worker has loaded a dataset of another length.
+        """
+        with self.lock:
+            if self._plan is None:
+                size = self.services.ledger(self.run).head().dataset_size
+                self._plan = Plan(len(self.dataset()) if size is None else size, self.config)
+            loaded = self._datasets.get("dataset")
+            if loaded is not None and len(loaded) != self._plan.size:
+                raise RunError(
+                    f"the dataset has {len(loaded)} samples on this worker and {self._plan.size} in the run; "
+                    "give every worker the same data"
+                )
+            return self._plan
+
+    def replica(self) -> Replica:
+        """This process's copy of the model, on its device, holding any version or none."""
+        from coordinator.replica import Replica
+
+        with self.lock:
+            if self._replica is None:
+                self._replica = Replica.build(self.recipe, self.config, device())
+            return self._replica
+
+    def replica_at(self, version: int) -> Replica:
+        """The replica, holding `version`: fetched unless it is loaded already."""
+        replica = self.replica()
+        if self._replica_version == version:
+            self.services.parameters.hit()
+            return replica
+        self._replica_version = None
+        _, flat = self.services.parameters.fetch(self.services.ledger(self.run), version, out=replica.flat)
+        replica.load(flat)
+        self._replica_version = version
+        return replica
+
+
+_device: str | None = None
+
+
+def set_device(name: str) -> None:
+    """Choose the device of this process: "auto", "cpu", "cuda" or "cuda:N"."""
+    global _device
+    _device = None if name == "auto" else name
+
+
+def device() -> str:
+    """The device of this process; "auto" picks CUDA if there is one."""
+    global _device
+    if _device is None:
+        import torch
+
+        _device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return _device
+
+
+def with_url(settings: Settings, url: str | None, cache_urls: tuple[str, ...] | None = None) -> Settings:
+    """Settings with explicit arguments put over them."""
+    if url is not None:
+        settings = replace(settings, url=url)
+    if cache_urls is not None:
+        settings = replace(settings, cache_urls=tuple(cache_urls))
+    return settings

@@ -1,0 +1,98 @@
+"""Sending tasks: one global step as a Celery chord, and single tasks beside it.
+
+The coordinator knows tasks by name only. Every argument is small JSON; what the tasks work on
+is named by (run, step, shard, version) and lies in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery, chord
+from kombu.exceptions import OperationalError
+
+from cache.connection import masked
+from cache.errors import CacheUnreachable
+from coordinator import task_names
+
+_PUBLISH = {"retry": True, "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0}}
+
+
+class Sender:
+    """Publishes torchord's tasks.
+
+    Args:
+        app: the Celery app whose broker the tasks go to.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+
+    def send(self, task: str, kwargs: dict[str, Any], *, queue: str) -> None:
+        """Publish one task whose result nobody waits for.
+
+        Raises:
+            CacheUnreachable: if the broker does not take it.
+        """
+        try:
+            self.app.send_task(task, kwargs=kwargs, queue=queue, ignore_result=True, **_PUBLISH)
+        except OperationalError as error:
+            raise CacheUnreachable(
+                f"cannot send {task}: no Redis answers at {masked(self.app.conf.broker_url)} ({error})"
+            ) from error
+
+    def advance(self, run: str, *, queue: str = task_names.UPDATES) -> None:
+        """Ask a training server to do whatever comes next in a run."""
+        self.send(task_names.ADVANCE, {"run": run}, queue=queue)
+
+    def gradient(self, run: str, step: int, shard: int, *, backup: bool = False) -> None:
+        """Publish one gradient task outside a chord: a lost one again, or a backup."""
+        self.send(
+            task_names.COMPUTE_GRADIENT,
+            {"run": run, "step": step, "shard": shard, "version": step, "backup": backup},
+            queue=task_names.GRADIENTS,
+        )
+
+    def step(self, run: str, step: int, shards: Iterable[int], *, callback_queue: str) -> None:
+        """Publish a global step: a chord of gradient tasks with the update as its callback.
+
+        The header is a generator: given a list, Celery subscribes the launching process to every
+        header's result and never unsubscribes (celery issue 4824).
+
+        Args:
+            shards: the shards that still lack a slot.
+            callback_queue: private queue of the training server that holds the run.
+        """
+        signature = self.app.signature
+        header = (
+            signature(
+                task_names.COMPUTE_GRADIENT,
+                kwargs={"run": run, "step": step, "shard": shard, "version": step},
+                queue=task_names.GRADIENTS,
+                ignore_result=True,
+            )
+            for shard in shards
+        )
+        body = signature(
+            task_names.APPLY_UPDATE,
+            kwargs={"run": run, "step": step},
+            queue=callback_queue,
+            ignore_result=True,
+        )
+        try:
+            chord(header, app=self.app)(body)
+        except OperationalError as error:
+            raise CacheUnreachable(
+                f"cannot launch step {step} of run {run!r}: no Redis answers at "
+                f"{masked(self.app.conf.broker_url)} ({error})"
+            ) from error
+
+    def evaluation(self, run: str, version: int, parts: Iterable[int], of: int) -> None:
+        """Publish the parts of an evaluation of one version."""
+        for part in parts:
+            self.send(
+                task_names.EVALUATE,
+                {"run": run, "version": version, "part": part, "parts": of},
+                queue=task_names.GRADIENTS,
+            )

@@ -1,0 +1,32 @@
+"""The training server's tasks: the chord callback, and the same thing without a chord."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache.errors import TorchordError
+from coordinator.task_names import ADVANCE, APPLY_UPDATE
+from tasks.celery_app import app
+
+
+@app.task(name=APPLY_UPDATE, throws=(TorchordError,))
+def apply_update(receipts: list[Any], *, run: str, step: int) -> dict[str, Any]:
+    """The callback of a step's chord: average, update, commit, launch the next step.
+
+    Safe to run twice, early or late: it acts on the ledger's slots, not on `receipts`, and the
+    commit is a compare-and-swap of the head under a fencing token.
+    """
+    from tasks.worker import process
+
+    return process().server.advance(run, step=step)
+
+
+@app.task(name=ADVANCE, throws=(TorchordError,))
+def advance(*, run: str) -> dict[str, Any]:
+    """Do whatever comes next in a run: initialise, apply, launch, finish.
+
+    Safe to run twice: see `apply_update`.
+    """
+    from tasks.worker import process
+
+    return process().server.advance(run)

@@ -1,0 +1,107 @@
+"""The Celery app. Every setting that departs from Celery's default has its reason beside it."""
+
+from __future__ import annotations
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+from cache.settings import from_environment
+from coordinator.task_names import (
+    ADVANCE,
+    APPLY_UPDATE,
+    COMPUTE_GRADIENT,
+    EVALUATE,
+    GRADIENTS,
+    PREDICT,
+    UPDATES,
+)
+
+settings = from_environment()
+
+# The nameless exchange delivers by queue name alone, and unlike a named one leaves no
+# `_kombu.binding.*` key behind in Redis for every queue that ever was.
+_DIRECT = Exchange("", type="direct")
+
+app = Celery(
+    "torchord",
+    include=[
+        "tasks.compute_gradient",
+        "tasks.apply_update",
+        "tasks.evaluate",
+        "tasks.predict",
+        "tasks.worker",
+    ],
+)
+
+app.conf.update(
+    broker_url=settings.url,
+    # One server: the chord counts its parts where the messages are.
+    result_backend=settings.url,
+    # JSON only, in and out: a worker that accepts pickle runs whatever reaches its queue.
+    task_serializer="json",
+    result_serializer="json",
+    event_serializer="json",
+    accept_content=["json"],
+    result_accept_content=["json"],
+    # -Q gradients and -Q updates split the roles; a worker without -Q takes both.
+    task_queues=[Queue(name, _DIRECT, routing_key=name) for name in (GRADIENTS, UPDATES)],
+    task_default_queue=GRADIENTS,
+    task_default_exchange="",
+    task_default_exchange_type="direct",
+    task_default_routing_key=GRADIENTS,
+    task_routes={
+        COMPUTE_GRADIENT: {"queue": GRADIENTS},
+        EVALUATE: {"queue": GRADIENTS},
+        PREDICT: {"queue": GRADIENTS},
+        APPLY_UPDATE: {"queue": UPDATES},
+        ADVANCE: {"queue": UPDATES},
+    },
+    # threads -c 1: one process owns one device and answers pings while it computes; nothing is
+    # forked, so CUDA and OpenMP may be initialised. prefork and solo work too (docs/workers.md).
+    worker_pool="threads",
+    worker_concurrency=1,
+    # A task is acknowledged when it is done, so a worker that stops hands it back; running it
+    # twice is safe, see each task's docstring.
+    task_acks_late=True,
+    # A killed prefork child's task runs again at once instead of being reported as failed.
+    task_reject_on_worker_lost=True,
+    # With late acknowledgement, 1 reserves nothing beyond the running task: a slow worker
+    # holds no work that an idle one could do.
+    worker_prefetch_multiplier=1,
+    # Receipts are for people (events); the ledger holds the truth. Stored results would only
+    # fill Redis, and a chord whose header stores none cannot hang between storing and counting.
+    task_ignore_result=True,
+    # Must exceed the longest step, or the chord forgets its count and hangs (the supervisor
+    # would still complete the step).
+    result_expires=24 * 3600,
+    result_chord_retry_interval=0.1,
+    # The result backend survives a restart of Redis without losing what it was to store.
+    result_backend_always_retry=True,
+    result_backend_max_retries=60,
+    # Wait for Redis at the start and after a loss, for as long as it takes.
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    # Also shortens the lease under which a chord's callback is claimed, from 21 s to 6 s.
+    broker_connection_timeout=1,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    broker_transport_options={
+        # Lost tasks are sent again by the supervisor within seconds; this is the second net,
+        # and a redelivered duplicate of a live task changes nothing.
+        "visibility_timeout": 3600,
+        "socket_keepalive": True,
+        "socket_connect_timeout": 2,
+        "health_check_interval": 30,
+    },
+    result_backend_transport_options={"socket_keepalive": True},
+    # Redis loses idle connections behind NAT; keep them.
+    redis_socket_keepalive=True,
+    # No remote rate limits are used; the bucket machinery costs a thread hand-over a task.
+    worker_disable_rate_limits=True,
+    # Workers need nothing from each other: the ledger and the heartbeats say it all.
+    worker_enable_remote_control=True,
+    task_track_started=False,
+    timezone="UTC",
+    enable_utc=True,
+    worker_redirect_stdouts=False,
+    worker_hijack_root_logger=True,
+)

@@ -1,0 +1,20 @@
+"""Evaluation by the Clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache.errors import TorchordError
+from coordinator.task_names import EVALUATE
+from tasks.celery_app import app
+
+
+@app.task(name=EVALUATE, throws=(TorchordError,))
+def evaluate(*, run: str, version: int, part: int, parts: int) -> dict[str, Any]:
+    """Evaluate one part of the evaluation dataset at one version.
+
+    Safe to run twice: the metrics are a function of (run, version, part), written once.
+    """
+    from tasks.worker import process
+
+    return process().client.evaluate(run, version, part, parts)

@@ -1,0 +1,20 @@
+"""Prediction by the Clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache.errors import TorchordError
+from coordinator.task_names import PREDICT
+from tasks.celery_app import app
+
+
+@app.task(name=PREDICT, throws=(TorchordError,))
+def predict(*, run: str, version: int, request: str, part: int, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Compute the outputs of one part of a prediction.
+
+    Safe to run twice: the outputs are a function of (run, version, inputs), written once.
+    """
+    from tasks.worker import process
+
+    return process().client.predict(run, version, request, part, inputs)

@@ -1,0 +1,191 @@
+"""What a worker process keeps beside its tasks: services, heartbeat, private queue, supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import replace
+from typing import Any
+
+from celery import bootsteps, signals
+from celery.utils.nodenames import gethostname
+from kombu import Exchange, Queue
+
+from cache.connection import WORKER_PATIENCE_SECONDS
+from cache.workers import Heartbeat, new_info
+from coordinator.services import Services, set_device
+from coordinator.step import Sender
+from coordinator.supervisor import Supervisor
+from coordinator.task_names import GRADIENTS, UPDATES, private_queue
+from tasks.celery_app import app, settings
+
+log = logging.getLogger(__name__)
+
+
+class Process:
+    """The parts of one process that runs tasks. A forked child makes its own.
+
+    Args:
+        node: name of the Celery node, as in `celery@host`.
+        queues: what the node consumes.
+    """
+
+    def __init__(self, node: str, queues: tuple[str, ...]) -> None:
+        from coordinator.client import Client
+        from coordinator.server import TrainingServer
+
+        self.pid = os.getpid()
+        self.services = Services(
+            replace(settings, url=app.conf.broker_url), patience_seconds=WORKER_PATIENCE_SECONDS
+        )
+        self.sender = Sender(app)
+        self.heartbeat = Heartbeat(self.services.registry, new_info(node, queues))
+        self.client = Client(self.services, self.heartbeat, self.sender)
+        self.server = TrainingServer(self.services, self.heartbeat, self.sender)
+        self.supervisor: Supervisor | None = None
+        self.heartbeat.start()
+
+    def supervise(self) -> None:
+        """Stand for election as the supervisor."""
+        self.supervisor = Supervisor(self.services, self.heartbeat.info.id, self.sender)
+        self.supervisor.start()
+
+    def stop(self) -> None:
+        """Hand runs over and end the lease."""
+        if self.supervisor is not None:
+            self.supervisor.stop()
+        self.server.leave()
+        self.heartbeat.stop()
+        self.services.close()
+
+
+_node = gethostname()
+_queues: tuple[str, ...] = ()
+_process: Process | None = None
+_lock = threading.Lock()
+
+
+def process() -> Process:
+    """This process's parts, made at the first task (or when the worker is ready)."""
+    global _process
+    with _lock:
+        if _process is None or _process.pid != os.getpid():
+            _process = Process(_node, _queues)
+            _process.heartbeat.doing("", environment=_environment())
+        return _process
+
+
+def _environment() -> str:
+    from coordinator.client import environment
+
+    return environment()
+
+
+def _stop_process() -> None:
+    global _process
+    with _lock:
+        if _process is not None and _process.pid == os.getpid():
+            _process.stop()
+            _process = None
+
+
+class TorchordStep(bootsteps.StartStopStep):
+    """Makes the process ready when the consumer is: private queue, heartbeat, supervisor.
+
+    In a prefork worker the parent runs no task and must not touch CUDA: it consumes the queues,
+    supervises, and each child makes its own parts.
+    """
+
+    requires = {"celery.worker.consumer.tasks:Tasks"}
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+
+    def start(self, parent: Any) -> None:
+        """Called at start and again after each reconnection."""
+        global _node, _queues
+        _node = parent.hostname
+        consumed = tuple(sorted(queue.name for queue in parent.task_consumer.queues))
+        if UPDATES in consumed:
+            own = private_queue(_node)
+            if own not in consumed:
+                queue = Queue(own, Exchange("", type="direct"), routing_key=own)
+                app.amqp.queues.select_add(queue)
+                parent.task_consumer.add_queue(queue)
+                parent.task_consumer.consume()
+                consumed = (*consumed, own)
+        _queues = consumed
+        if _forks(parent):
+            _supervise_from_parent()
+            return
+        parts = process()
+        if UPDATES in consumed and parts.supervisor is None:
+            parts.supervise()
+
+
+def _forks(parent: Any) -> bool:
+    return "prefork" in type(parent.pool).__module__
+
+
+_parent_supervisor: Supervisor | None = None
+_parent_heartbeat: Heartbeat | None = None
+
+
+def _supervise_from_parent() -> None:
+    """The parent of a prefork pool speaks for the node: heartbeat with its queues, supervisor."""
+    global _parent_supervisor, _parent_heartbeat
+    if _parent_heartbeat is not None:
+        return
+    services = Services(replace(settings, url=app.conf.broker_url), patience_seconds=WORKER_PATIENCE_SECONDS)
+    _parent_heartbeat = Heartbeat(services.registry, new_info(_node, _queues))
+    _parent_heartbeat.start()
+    if UPDATES in _queues:
+        _parent_supervisor = Supervisor(services, _parent_heartbeat.info.id, Sender(app))
+        _parent_supervisor.start()
+
+
+app.steps["consumer"].add(TorchordStep)
+
+
+@signals.worker_init.connect
+def _preload(**_: Any) -> None:
+    """Import torch before the pool starts: children share its pages, the first task does not wait."""
+    import torch  # noqa: F401
+
+    set_device(settings.device)
+
+
+@signals.worker_process_init.connect
+def _child_started(**_: Any) -> None:
+    """In a prefork child: child i takes device i."""
+    try:
+        from billiard.process import current_process
+
+        index = getattr(current_process(), "index", 0)
+    except ImportError:
+        index = 0
+    if settings.device in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            set_device(f"cuda:{index % torch.cuda.device_count()}")
+
+
+@signals.worker_process_shutdown.connect
+def _child_stopped(**_: Any) -> None:
+    _stop_process()
+
+
+@signals.worker_shutdown.connect
+def _stopped(**_: Any) -> None:
+    if _parent_supervisor is not None:
+        _parent_supervisor.stop()
+    if _parent_heartbeat is not None:
+        _parent_heartbeat.stop()
+    _stop_process()
+
+
+def consumed_queues() -> tuple[str, ...]:
+    """The queues that this node consumes."""
+    return _queues or (GRADIENTS, UPDATES)

@@ -1,0 +1,110 @@
+"""Fixtures of every test: a real server, a database of one's own, and clusters.
+
+| fixture | what a test gets |
+| --- | --- |
+| `redis_server` | the session's embedded server (`.url`, `.port`, `.pid`) |
+| `redis_url` | URL of an empty database on it, emptied afterwards |
+| `cluster` | a function that starts a `LocalCluster`, stopped afterwards |
+| `no_keys_without_ttl` | automatic: a test with one of the two above fails if a torchord key has no TTL |
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from coordinator.embedded import EmbeddedServer
+from coordinator.local import LocalCluster
+from tests.support.keys import keys_without_ttl
+
+DATABASES = 1024
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def neutral_environment() -> Iterator[None]:
+    """No setting of the developer's own shell reaches a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("TORCHORD_", "CELERY_")) and name != "TORCHORD_TEST_MARK":
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedServer]:
+    """The session's server, on a free port, in memory, started when first asked for."""
+    with EmbeddedServer(options={"databases": DATABASES}) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedServer) -> Iterator[str]:
+    """URL of a database that this test has for itself; its keys go when the test ends."""
+    url = f"redis://127.0.0.1:{redis_server.port}/{1 + next(_numbers) % (DATABASES - 1)}"
+    yield url
+    client = redis.Redis.from_url(url)
+    client.flushdb()  # of the server that we started above
+    client.close()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., LocalCluster]]:
+    """A function with the arguments of `LocalCluster`: starts one whose workers are ready.
+
+    Logs and checkpoints go below `tmp_path`; the logs of a test that fails are shown with it.
+    """
+    clusters: list[LocalCluster] = []
+
+    def start(workers: int = 2, **arguments: Any) -> LocalCluster:
+        folder = tmp_path / f"cluster{len(clusters)}"
+        defaults = {"log_dir": folder / "logs", "checkpoint_dir": folder / "checkpoints", "wait_ready": True}
+        started = LocalCluster(workers, **{**defaults, **arguments})
+        clusters.append(started)
+        started.start()
+        return started
+
+    yield start
+    forever: list[str] = []
+    try:
+        for one in clusters:
+            if one.guardian_pid is not None and one.broker.responds():
+                forever += keys_without_ttl(one.url)
+    finally:
+        for one in clusters:
+            for worker in one.processes.values():
+                worker.kill()  # a warm shutdown would take each test another second
+            one.stop()
+    assert not forever, f"keys without a TTL: {forever[:20]}"
+
+
+@pytest.fixture(autouse=True)
+def no_keys_without_ttl(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a torchord key without TTL in its database."""
+    if "redis_url" not in request.fixturenames:
+        yield
+        return
+    url = request.getfixturevalue("redis_url")
+    yield
+    forever = keys_without_ttl(url)
+    assert not forever, f"keys without a TTL: {forever[:20]}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of each worker's log below a failed test."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if call.when == "call" and report.failed and folder is not None:
+        for log in sorted(folder.glob("cluster*/logs/*.log")):
+            text = log.read_bytes()[-8192:].decode(errors="replace")
+            report.sections.append((f"log {log.relative_to(folder)}", text))
+    return report

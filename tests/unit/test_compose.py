@@ -1,0 +1,240 @@
+"""docker-compose.yml and its overlays: valid Compose files, and what the documentation promises of them.
+
+No container engine is needed. The Compose specification's own JSON schema (Apache-2.0, from
+compose-spec/compose-spec) comes with the development dependency check-jsonschema.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = ROOT / "docker-compose.yml"
+OVERLAYS = sorted((ROOT / "deploy").glob("*.yml"))
+Document = dict[str, Any]
+
+
+def load(path: Path) -> Document:
+    return yaml.safe_load(path.read_text())
+
+
+def schema_errors(path: Path) -> str:
+    """What the Compose schema says against the file; empty when it is valid."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def ours(document: Document) -> Document:
+    """The services that run torchord's image: all but the store."""
+    return {name: service for name, service in document["services"].items() if name != "store"}
+
+
+def command_of(service: Document) -> str:
+    return " ".join(service["command"])
+
+
+# --- what we promise: each takes the document and yields what is broken --------------------
+
+
+def health_and_restart(document: Document) -> list[str]:
+    broken = []
+    for name, service in document["services"].items():
+        health = service.get("healthcheck", {})
+        if not {"test", "interval", "timeout", "retries"} <= health.keys():
+            broken.append(f"{name}: no complete health check")
+        if service.get("restart") != "unless-stopped":
+            broken.append(f"{name}: not restarted")
+        if "stop_grace_period" not in service:
+            broken.append(f"{name}: no stop_grace_period")
+    return broken
+
+
+def one_image(document: Document) -> list[str]:
+    images = {service["image"] for service in ours(document).values()}
+    builds = {str(service.get("build")) for service in ours(document).values()}
+    return [] if len(images) == 1 and len(builds) == 1 else [f"images {images}, builds {builds}"]
+
+
+def profiles(document: Document) -> list[str]:
+    expected = {"client-cpu": ["cpu"], "client-gpu": ["gpu"], "tensorboard": ["tensorboard"]}
+    found = {name: s["profiles"] for name, s in document["services"].items() if "profiles" in s}
+    return [] if found == expected else [f"profiles {found}"]
+
+
+def gpu_reserved(document: Document) -> list[str]:
+    broken = []
+    for name, service in document["services"].items():
+        reservations = service.get("deploy", {}).get("resources", {}).get("reservations", {})
+        devices = reservations.get("devices", [])
+        gpus = [d for d in devices if d.get("driver") == "nvidia" and "gpu" in d.get("capabilities", [])]
+        if ("gpu" in service.get("profiles", [])) != (len(gpus) == 1):
+            broken.append(f"{name}: {len(gpus)} GPU reservations")
+    return broken
+
+
+def store_persists(document: Document) -> list[str]:
+    store = document["services"]["store"]
+    broken = [
+        f"store: no {flag}"
+        for flag in ("--appendonly yes", "--maxmemory ", "--maxmemory-policy noeviction")
+        if flag not in command_of(store)
+    ]
+    mounts = [volume.split(":") for volume in store.get("volumes", [])]
+    named = [source for source, target, *_ in mounts if target == "/data"]
+    if not named or named[0] not in document.get("volumes", {}):
+        broken.append("store: /data is not a named volume")
+    return broken
+
+
+def ports_are_local(document: Document) -> list[str]:
+    return [
+        f"{name}: {port}"
+        for name, service in document["services"].items()
+        for port in service.get("ports", [])
+        if not str(port).startswith("127.0.0.1:")
+    ]
+
+
+def workers_reach_the_store(document: Document) -> list[str]:
+    broken = []
+    for name, service in ours(document).items():
+        if "-A tasks" not in command_of(service):
+            continue
+        if "TORCHORD_URL" not in service.get("environment", {}):
+            broken.append(f"{name}: no TORCHORD_URL")
+        if service.get("depends_on", {}).get("store", {}).get("condition") != "service_healthy":
+            broken.append(f"{name}: does not wait for the store")
+    return broken
+
+
+def queues_are_served(document: Document) -> list[str]:
+    queues = {name: command_of(s).partition("-Q ")[2].split(" ")[0] for name, s in ours(document).items()}
+    expected = {"server": "updates", "client-cpu": "gradients", "client-gpu": "gradients"}
+    served = {name: queue for name, queue in queues.items() if queue}
+    return [] if served == expected else [f"queues {served}"]
+
+
+PROMISES: list[Callable[[Document], list[str]]] = [
+    health_and_restart,
+    one_image,
+    profiles,
+    gpu_reserved,
+    store_persists,
+    ports_are_local,
+    workers_reach_the_store,
+    queues_are_served,
+]
+
+
+@pytest.mark.parametrize("path", [COMPOSE, *OVERLAYS], ids=lambda path: path.name)
+def test_the_compose_schema_accepts_the_file(path: Path) -> None:
+    assert schema_errors(path) == ""
+
+
+def test_the_compose_schema_refuses_a_misspelt_key(tmp_path: Path) -> None:
+    document = load(COMPOSE)
+    document["services"]["store"]["helthcheck"] = document["services"]["store"].pop("healthcheck")
+    path = tmp_path / "docker-compose.yml"
+    path.write_text(yaml.safe_dump(document))
+    assert "helthcheck" in schema_errors(path)
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+def test_the_file_keeps_the_promise(promise: Callable[[Document], list[str]]) -> None:
+    assert promise(load(COMPOSE)) == []
+
+
+def _drop_health(services: Document) -> None:
+    del services["client-gpu"]["healthcheck"]
+
+
+def _drop_restart(services: Document) -> None:
+    del services["flower"]["restart"]
+
+
+def _second_image(services: Document) -> None:
+    services["flower"]["image"] = "mher/flower"
+
+
+def _gpu_by_default(services: Document) -> None:
+    del services["client-gpu"]["profiles"]
+
+
+def _no_reservation(services: Document) -> None:
+    del services["client-gpu"]["deploy"]
+
+
+def _no_aof(services: Document) -> None:
+    services["store"]["command"] = ["valkey-server"]
+
+
+def _no_volume(services: Document) -> None:
+    services["store"]["volumes"] = ["./data:/data"]
+
+
+def _open_port(services: Document) -> None:
+    services["store"]["ports"] = ["6379:6379"]
+
+
+def _no_url(services: Document) -> None:
+    del services["server"]["environment"]["TORCHORD_URL"]
+
+
+def _no_wait(services: Document) -> None:
+    services["client-cpu"]["depends_on"] = {"server": {"condition": "service_started"}}
+
+
+def _no_server(services: Document) -> None:
+    services["server"]["command"] = ["celery", "-A", "tasks", "worker"]
+
+
+@pytest.mark.parametrize(
+    ("breakage", "promise"),
+    [
+        (_drop_health, health_and_restart),
+        (_drop_restart, health_and_restart),
+        (_second_image, one_image),
+        (_gpu_by_default, profiles),
+        (_no_reservation, gpu_reserved),
+        (_no_aof, store_persists),
+        (_no_volume, store_persists),
+        (_open_port, ports_are_local),
+        (_no_url, workers_reach_the_store),
+        (_no_wait, workers_reach_the_store),
+        (_no_server, queues_are_served),
+    ],
+)
+def test_a_broken_promise_is_noticed(
+    breakage: Callable[[Document], None], promise: Callable[[Document], list[str]]
+) -> None:
+    document = load(COMPOSE)
+    breakage(document["services"])
+    assert promise(document) != []
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_an_overlay_changes_only_services_that_exist(path: Path) -> None:
+    assert load(path)["services"].keys() <= load(COMPOSE)["services"].keys()
+
+
+def test_the_fleet_overlay_keeps_the_stores_options() -> None:
+    base = load(COMPOSE)["services"]["store"]["command"]
+    fleet = load(ROOT / "deploy" / "fleet.yml")["services"]["store"]["command"]
+    assert fleet[: len(base)] == base
+    assert {"--tls-port", "--aclfile"} <= set(fleet)
+
+
+def test_the_image_needs_no_root_and_holds_every_package() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    users = [line.split()[1] for line in dockerfile.splitlines() if line.startswith("USER ")]
+    assert users and users[-1] != "root"
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in ("cache", "coordinator", "tasks"):
+        assert f"COPY {name} " in dockerfile
+        assert f"!{name}" in ignored
