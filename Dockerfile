@@ -33,7 +33,9 @@ WORKDIR /app
 COPY --chown=torchord:torchord examples /app/examples
 USER torchord
 
-ENV TORCHORD_CHECKPOINT_DIR=/var/lib/torchord/checkpoints
+# Celery takes the working directory off the import path once it has found the app.
+ENV PYTHONPATH=/app \
+    TORCHORD_CHECKPOINT_DIR=/var/lib/torchord/checkpoints
 VOLUME /var/lib/torchord/checkpoints
 
 # Celery finishes the task in hand on SIGTERM.

@@ -18,7 +18,7 @@ INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-inde
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test bench lint format clean distclean
+.PHONY: demo test bench lint lint-style lint-format lint-types lint-imports format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -30,10 +30,19 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
-lint: $(VENV)/.installed-dev
+# `make lint --keep-going` tells all that is wrong at once.
+lint: lint-style lint-format lint-types lint-imports
+
+lint-style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+
+lint-format: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
+
+lint-types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+lint-imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev

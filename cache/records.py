@@ -207,18 +207,13 @@ class LedgerEntry:
         return LedgerEntry(**fields)
 
     def to_json(self) -> str:
-        """Text for the ledger hash and its segments on disk (which ask for a "step")."""
-        return json.dumps({"step": self.version - 1, **asdict(self)}, separators=(",", ":"))
+        """Text for the ledger hash and its segments on disk."""
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> LedgerEntry:
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> LedgerEntry:
-        """Rebuild an entry from its parsed JSON."""
-        fields = {name: item for name, item in value.items() if name != "step"}
+        fields = json.loads(text)
         fields["slots"] = tuple(SlotReceipt(**slot) for slot in fields["slots"])
         fields["lr"] = tuple(fields["lr"])
         return cls(**fields)

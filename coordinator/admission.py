@@ -144,7 +144,7 @@ class Admission:
             return  # a namespace package has no code of its own; its child is judged next
         if not last and self.allowed is not None and any(within(p, name) for p in self.allowed):
             return  # the allow-list names something below this package, so it admits the package's own file
-        if not last and name == "torch":
+        if not last and any(within(part, name) for part in TORCH_MODULES):
             return  # torch is running already; its submodule is judged next
         if not self._permits(name, spec, spec.origin if spec.has_location else None):
             raise self._refusal(name, target)

@@ -82,7 +82,8 @@ class Accumulator:
         self._seen += examples
         if examples < 1 or self._seen > self.examples:
             raise InvalidInput(
-                f"a shard of {examples} examples makes {self._seen} in a step of {self.examples}; was it added twice?"
+                f"a shard of {examples} examples makes {self._seen} in a step of {self.examples}; was it "
+                f"added twice?"
             )
         weight = examples / self.examples
         for name, gradient in gradients.items():

@@ -53,6 +53,35 @@ class ShardGradient:
     finite: bool
 
 
+def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "dataset") -> Any:
+    """Call the recipe's dataset entry, seeded by the run, so that every process makes the same one.
+
+    Args:
+        resolved: the run's recipe.
+        config: the run's config.
+        kind: "dataset" for training, or "evaluation".
+
+    Returns:
+        A map-style dataset. The process's switches and generators are put back.
+
+    Raises:
+        InvalidInput: the recipe has no such entry, or it made something else.
+    """
+    make = resolved.dataset if kind == "dataset" else resolved.evaluation
+    if make is None:
+        raise InvalidInput(f"the recipe has no {kind}.")
+    with pinned(config.threads, config.deterministic, restore=True), _during(f"making the {kind}"):
+        seed_everything(derive_seed(config.seed, kind))
+        made = make()
+    if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
+        raise InvalidInput(
+            f"the recipe's {kind} entry returned a {type(made).__name__}; it must return a map-style "
+            f"dataset, "
+            "with __len__ and __getitem__."
+        )
+    return made
+
+
 def compute(
     replica: Replica,
     resolved: ResolvedRecipe,
@@ -78,25 +107,25 @@ def compute(
         Gradients, changed buffers and figures. The tensors belong to the caller.
 
     Raises:
-        ShardFailed: the recipe's code raised (chained), or returned what cannot be used.
-        InvalidInput: there are no indices.
+        InvalidInput: there are no indices, or the recipe's code returned what cannot be used.
+        Exception: whatever the recipe's code raises, with a note (PEP 678) that says in which
+            phase, and for which sample.
     """
     if len(indices) == 0:
         raise InvalidInput(f"shard {shard} of step {step} has no examples.")
-    where = f"step {step}, shard {shard}"
     with pinned(config.threads, config.deterministic, replica.device):
         seed_everything(derive_seed(config.seed, "data", step, shard))
-        batch = load_batch(dataset, indices, resolved.collate, where=where)
+        batch = load_batch(dataset, indices, resolved.collate)
         replica.reset_buffers()
         model = replica.train()
         seed_everything(derive_seed(config.seed, "model", step, shard))
-        with _during(where, "the forward and the loss"), _autocast(config, replica.device):
+        with _during("computing forward and loss"), _alone(len(indices)), _autocast(config, replica.device):
             loss = _loss(resolved, model, to_device(batch, replica.device))
-        _require_loss(loss, where)
-        with _during(where, "the backward"):
+        _require_loss(loss)
+        with _during("computing the backward"):
             loss.backward()
-        gradients = _take_gradients(replica, where)
-        with _during(where, "the forward"):
+        gradients = _take_gradients(replica)
+        with _during("collecting buffers"):
             buffers = replica.changed_buffers()
         value = float(loss.detach())
         norm = _norm(gradients)
@@ -134,15 +163,14 @@ def evaluate(
     parts: list[tuple[int, dict[str, float]]] = []
     for start in range(0, len(indices), size):
         some = indices[start : start + size]
-        where = f"evaluation of examples {start} to {start + len(some) - 1} of {len(indices)}"
         first = int(some[0])
         with pinned(config.threads, config.deterministic, replica.device):
             seed_everything(derive_seed(config.seed, "evaluation data", first))
-            batch = load_batch(dataset, some, resolved.collate, where=where)
+            batch = load_batch(dataset, some, resolved.collate)
             replica.reset_buffers()
             model = replica.eval()
             seed_everything(derive_seed(config.seed, "evaluation", first))
-            with _during(where, "evaluating"), torch.no_grad(), _autocast(config, replica.device):
+            with _during("evaluating"), torch.no_grad(), _autocast(config, replica.device):
                 parts.append((len(some), _measure(resolved, model, to_device(batch, replica.device))))
             replica.reset_buffers()
     return combine(parts)
@@ -162,26 +190,27 @@ def combine(parts: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, dict
     return total, {name: value / total for name, value in sums.items()}
 
 
-def predict(replica: Replica, inputs: Any) -> Any:
+def predict(replica: Replica, inputs: Any, config: TrainingConfig | None = None) -> Any:
     """Return model(inputs) in evaluation mode, without gradients.
 
     Args:
         replica: the model, loaded with the version to use.
         inputs: what the model takes as its one argument: a tensor, or dicts, lists and tuples
             of tensors, with the batch dimension first.
+        config: the run's config; None: the replica's.
 
     Returns:
         The model's outputs with their tensors on the CPU.
 
     Raises:
-        ShardFailed: the model raised (chained).
+        Exception: what the model raises, with a note.
     """
-    config = replica.config
+    config = replica.config if config is None else config
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
         model = replica.eval()
         seed_everything(derive_seed(config.seed, "predict"))
-        with _during("prediction", "the model"), torch.no_grad(), _autocast(config, replica.device):
+        with _during("predicting"), torch.no_grad(), _autocast(config, replica.device):
             outputs = model(to_device(inputs, replica.device))
         replica.reset_buffers()
         return to_device(outputs, torch.device("cpu"))
@@ -191,8 +220,6 @@ def load_batch(
     dataset: Any,
     indices: IndexArray,
     collate: Callable[[list[Any]], Any] | None = None,
-    *,
-    where: str = "batch",
 ) -> Any:
     """Read samples and collate them, by the fastest way that the dataset offers.
 
@@ -203,17 +230,17 @@ def load_batch(
         dataset: a map-style dataset.
         indices: which samples, in order.
         collate: (list of samples) -> batch; None: torch's default collate.
-        where: what to name in an error.
 
     Raises:
-        ShardFailed: dataset or collate raised (chained).
+        InvalidInput: `__getitems__` returned another number of samples.
+        Exception: what dataset or collate raise, with a note.
     """
     if type(dataset) is TensorDataset and collate is None:
-        with _during(where, "reading the dataset"):
+        with _during("reading the dataset"):
             chosen = torch.as_tensor(np.array(indices, dtype=np.int64))
             return [tensor[chosen] for tensor in dataset.tensors]
-    samples = _samples(dataset, [int(index) for index in indices], where)
-    with _during(where, "collating the samples"):
+    samples = _samples(dataset, [int(index) for index in indices])
+    with _during("collating the samples"):
         return (collate or default_collate)(samples)
 
 
@@ -241,19 +268,18 @@ def to_device(value: Any, device: torch.device) -> Any:
 # --- parts ------------------------------------------------------------------------------
 
 
-def _samples(dataset: Any, indices: list[int], where: str) -> list[Any]:
+def _samples(dataset: Any, indices: list[int]) -> list[Any]:
     if hasattr(dataset, "__getitems__"):
-        with _during(where, f"reading samples {indices[0]}, ... from the dataset"):
+        with _during(f"reading samples {indices[0]}, ... from the dataset"):
             samples = list(dataset.__getitems__(indices))
         if len(samples) != len(indices):
             raise InvalidInput(
-                f"{where}: the dataset's __getitems__ returned {len(samples)} samples for {len(indices)} "
-                f"indices."
+                f"the dataset's __getitems__ returned {len(samples)} samples for {len(indices)} indices."
             )
         return samples
     samples = []
     for index in indices:
-        with _during(where, f"reading sample {index} from the dataset"):
+        with _during(f"reading sample {index} from the dataset"):
             samples.append(dataset[index])
     return samples
 
@@ -302,24 +328,37 @@ def _number(name: str, value: Any) -> float:
         ) from None
 
 
-def _require_loss(loss: Any, where: str) -> None:
+def _require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor):
-        raise InvalidInput(f"{where}: the loss is a {type(loss).__name__}, but must be a scalar tensor.")
+        raise InvalidInput(f"the loss is a {type(loss).__name__}, but must be a scalar tensor.")
     if loss.numel() != 1:
         raise InvalidInput(
-            f"{where}: the loss has shape {tuple(loss.shape)}, but must be a scalar; take its mean over the "
-            f"shard."
+            f"the loss has shape {tuple(loss.shape)}, but must be a scalar; take its mean over the shard."
         )
     if not loss.is_floating_point():
-        raise InvalidInput(f"{where}: the loss has dtype {loss.dtype}, but must be a floating-point tensor.")
+        raise InvalidInput(f"the loss has dtype {loss.dtype}, but must be a floating-point tensor.")
     if not loss.requires_grad:
         raise InvalidInput(
-            f"{where}: the loss depends on no trainable parameter (all frozen, detached or converted on the "
-            f"way?)."
+            "the loss depends on no trainable parameter (all frozen, detached or converted on the way?)."
         )
 
 
-def _take_gradients(replica: Replica, where: str) -> dict[str, Tensor]:
+@contextmanager
+def _alone(examples: int) -> Iterator[None]:
+    """Explain why a BatchNorm refuses a shard of one example."""
+    try:
+        yield
+    except ValueError as error:
+        if examples == 1 and "more than 1 value per channel" in str(error):
+            raise InvalidInput(
+                "a BatchNorm cannot train on a shard of one example; choose batch_size and shards so that "
+                "each "
+                "shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)."
+            ) from error
+        raise
+
+
+def _take_gradients(replica: Replica) -> dict[str, Tensor]:
     gradients: dict[str, Tensor] = {}
     for name, parameter in replica.parameters.items():
         gradient, parameter.grad = parameter.grad, None
@@ -327,7 +366,7 @@ def _take_gradients(replica: Replica, where: str) -> dict[str, Tensor]:
             continue
         if gradient.layout is not torch.strided:
             raise InvalidInput(
-                f"{where}: the gradient of {name!r} is {gradient.layout}; give its layer dense gradients "
+                f"the gradient of {name!r} is {gradient.layout}; give its layer dense gradients "
                 "(sparse=False)."
             )
         gradients[name] = gradient.detach().to("cpu")
@@ -348,10 +387,10 @@ def _autocast(config: TrainingConfig, device: torch.device) -> AbstractContextMa
 
 
 @contextmanager
-def _during(where: str, what: str) -> Iterator[None]:
+def _during(what: str) -> Iterator[None]:
     """Let what the recipe's code raises pass as it is, with a note that says where it happened."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"torchord: raised in {what} ({where})")
+        error.add_note(f"torchord: raised while {what}")
         raise

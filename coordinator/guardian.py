@@ -133,6 +133,8 @@ class _Watch:
             try:
                 os.killpg(pid, signal.SIGKILL if late else 0)
             except (ProcessLookupError, PermissionError):
+                late = True  # the group is empty
+            if late:
                 del self.leftovers[pid]
 
     def orphaned(self) -> bool:
@@ -148,10 +150,7 @@ class _Watch:
             self._signal(group, signal.SIGKILL, os.killpg)
             self._await(group, LEFTOVER_SECONDS)
         self.stopping = True
-        deadline = time.monotonic() + LEFTOVER_SECONDS
-        while self.leftovers and time.monotonic() < deadline:
-            self.reap()
-            time.sleep(0.01)
+        self.reap()
 
     def _await(self, group: list[int], seconds: float) -> None:
         deadline = time.monotonic() + seconds

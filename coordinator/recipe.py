@@ -307,16 +307,18 @@ def _encode(name: str, entry: Entry) -> Target:
 def _name_of(name: str, function: Any) -> str:
     """Return "module:qualname" under which importing gives this very object."""
     owner = getattr(function, "__self__", None)
+    module: str
+    path: str | None
     if isinstance(function, MethodType) and isinstance(owner, type):  # a classmethod
         module, path = owner.__module__, f"{owner.__qualname__}.{function.__name__}"
     else:
         module = getattr(function, "__module__", None) or ""
         path = getattr(function, "__qualname__", None)
     shown = f"{module}.{path}" if path else repr(function)
-    if module not in ("", "__main__") and isinstance(path, str) and "<" not in path:
+    if module not in ("", "__main__") and path and "<" not in path:
         found = _look_up(module, path)
         if found is function or (isinstance(function, MethodType) and found == function):
-            return f"{module}:{path}"
+            return f"{_shortest_home(module, path, found)}:{path}"
     public = _public_torch_name(function)
     if public is not None:
         return public
@@ -325,6 +327,16 @@ def _name_of(name: str, function: Any) -> str:
         f"import "
         f"it; move it to a module, e.g. my_models.py, and import it from there."
     )
+
+
+def _shortest_home(module: str, path: str, found: Any) -> str:
+    """Return torch.optim for torch.optim.adamw: torch moves things between its inner modules."""
+    parts = module.split(".")
+    if parts[0] == "torch":
+        for depth in range(1, len(parts)):
+            if _look_up(".".join(parts[:depth]), path) is found:
+                return ".".join(parts[:depth])
+    return module
 
 
 def _why_unimportable(function: Any, module: Any, path: Any) -> str:

@@ -444,8 +444,8 @@ class Run:
         """All entries up to the head: those on disk, overridden by those in Redis."""
         found = {entry.version: entry for entry in self._ledger.entries()}
         if len(found) < head.version:
-            for fields in self._checkpoints().read_ledger():
-                entry = LedgerEntry.from_dict(fields)
+            for text in self._checkpoints().read_ledger():
+                entry = LedgerEntry.from_json(text)
                 found.setdefault(entry.version, entry)
         return [found[version] for version in sorted(found) if version <= head.version]
 

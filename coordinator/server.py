@@ -7,7 +7,6 @@ ledger alone and acts under a fencing token; a server that was overtaken can't c
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -237,23 +236,22 @@ class TrainingServer:
 
     def _update(self, warm: WarmRun, slots: list[SlotRecord]) -> tuple[ApplyReport, float]:
         """Average the slots in slot order and step the optimizer."""
-        plan, trainer = warm.context.plan(), warm.trainer
+        trainer = warm.trainer
+        examples = sum(slot.examples for slot in slots)
+        loss = sum(slot.loss * slot.examples for slot in slots) / examples
+        bad = [s.shard for s in slots if not (math.isfinite(s.loss) and math.isfinite(s.grad_norm))]
         held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
-        accumulator = Accumulator(plan.shard_sizes(warm.version), held)
+        accumulator = Accumulator(held, examples)
         for slot in slots:
             gradients, buffers = self.services.gradients.get(slot)
-            finite = math.isfinite(slot.loss) and math.isfinite(slot.grad_norm)
-            accumulator.add(slot.shard, gradients, buffers, loss=slot.loss, finite=finite)
+            accumulator.add(gradients, buffers, slot.examples)
         mean = accumulator.result()
         try:
-            report = trainer.apply(
-                mean.gradients, mean.buffers, step=warm.version, loss=mean.loss, finite=mean.finite
-            )
+            report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
-            bad = [s.shard for s in slots if not (math.isfinite(s.loss) and math.isfinite(s.grad_norm))]
             where = f"in shards {bad}" if bad else "in the average only"
             raise NonFinite(f"run {warm.run!r}: {error} The NaN or infinity arose {where}.") from error
-        return report, mean.loss
+        return report, loss
 
     def _refused(self, warm: WarmRun, verdict: str, step: int) -> None:
         """The commit was not taken; what this process holds is ahead of the head."""
@@ -296,7 +294,7 @@ class TrainingServer:
 
     def _state_cadence(self, warm: WarmRun) -> int:
         """Every how many steps the optimizer state goes to the cache: cheap states each step."""
-        nbytes = _state_nbytes(warm.trainer)
+        nbytes = warm.trainer.state_nbytes()
         if nbytes <= _STATE_ALWAYS_NBYTES:
             return 1
         return max(1, -(-_STATE_SHARE * nbytes // max(1, warm.record.blob.nbytes)))
@@ -321,7 +319,7 @@ class TrainingServer:
         self.fault("server.before_checkpoint")
         config = warm.context.config
         entries = warm.ledger.entries(warm.spilled + 1, warm.version)
-        warm.checkpoints.append_ledger([json.loads(entry.to_json()) for entry in entries])
+        warm.checkpoints.append_ledger([entry.to_json() for entry in entries])
         meta = {
             "run": warm.run,
             "incarnation": warm.context.incarnation,
@@ -339,7 +337,7 @@ class TrainingServer:
             warm.ledger.trim_entries(
                 range(max(1, kept_from - 2 * config.checkpoint_every - keys.LEDGER_KEPT), kept_from)
             )
-        warm.ledger.emit("checkpoint", {"version": warm.version, "path": warm.checkpoints.path})
+        warm.ledger.emit("checkpoint", {"version": warm.version, "path": warm.checkpoints.path(warm.version)})
 
     def _launch_evaluation(self, warm: WarmRun) -> None:
         """Publish the evaluation of the present version; it stays stored until that is done."""
@@ -450,7 +448,7 @@ class TrainingServer:
             raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")
         return WarmRun(
             context, ledger, trainer, checkpoints, token, head.version, chain, record, time.time(),
-            state_version=head.version, spilled=head.version, nbytes=_nbytes(trainer),
+            state_version=head.version, spilled=head.version, nbytes=trainer.nbytes(),
         )  # fmt: skip
 
     def _restore(
@@ -475,7 +473,7 @@ class TrainingServer:
             log.warning("run %s: replaying from version %d to %d", context.run, record.version, head.version)
         return WarmRun(
             context, ledger, trainer, checkpoints, token, record.version, record.chain, record, time.time(),
-            state_version=record.version, spilled=_spilled(checkpoints, record.version), nbytes=_nbytes(trainer), shared=head.shared,
+            state_version=record.version, spilled=_spilled(checkpoints, record.version), nbytes=trainer.nbytes(), shared=head.shared,
         )  # fmt: skip
 
     def _from_cache(self, ledger: Ledger, trainer: Trainer, head: Head) -> VersionRecord | None:
@@ -571,20 +569,7 @@ def evaluation_parts(size: int, shards: int) -> int:
 
 def _spilled(checkpoints: CheckpointStore, version: int) -> int:
     """Up to which version the ledger is on disk, at most `version`."""
-    return max((v for v in checkpoints.versions() if v <= version), default=0)
-
-
-def _state_nbytes(trainer: Trainer) -> int:
-    """Bytes of the optimizer's tensors."""
-    tensors = (
-        t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
-    )
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _nbytes(trainer: Trainer) -> int:
-    """What a warm run costs: parameters, gradients, optimizer state (estimated as two more copies)."""
-    return 4 * trainer.replica.manifest.nbytes
+    return checkpoints.latest_version(at_most=version) or 0
 
 
 def _receipt(slot: SlotRecord) -> SlotReceipt:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.chunks import ChunkStore
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
-from cache.errors import InvalidInput, RunError
+from cache.errors import RunError
 from cache.gradients import GradientStore
 from cache.ledger import Ledger
 from cache.parameters import ParameterCache
@@ -131,17 +131,11 @@ class RunContext:
 
     def dataset(self, kind: str = "dataset") -> Any:
         """The training dataset, or the one of `kind` "evaluation"."""
+        from coordinator.gradient import open_dataset
+
         with self.lock:
             if kind not in self._datasets:
-                make = self.recipe.dataset if kind == "dataset" else self.recipe.evaluation
-                if make is None:
-                    raise InvalidInput(f"run {self.run!r} has no {kind} in its recipe")
-                made = make()
-                if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
-                    raise InvalidInput(
-                        f"the recipe's {kind} must be a map-style dataset with __len__ and __getitem__, "
-                        f"got {type(made).__name__}"
-                    )
+                made = open_dataset(self.recipe, self.config, kind)
                 self._datasets[kind] = made
             return self._datasets[kind]
 

@@ -1,0 +1,339 @@
+"""One connection to a Redis-compatible server, moving large values without a copy of its own.
+
+A general client joins what it sends into one string and builds what it receives from pieces.
+Here a value leaves straight from the tensor's memory (gathered with its command into one
+system call) and arrives straight in the tensor's memory (scattered, so that the few bytes of
+protocol behind a value land in a scratch buffer).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+from cache.errors import InvalidInput
+
+SCRATCH_NBYTES = 4096
+OVERFLOW_NBYTES = 64
+"""How far a read may run past a value: enough for the next header, too little to be worth a copy."""
+
+_MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
+
+Reply = str | int | bytes | None
+
+
+class ServerRefused(Exception):
+    """An error reply; stays inside `cache/`, see `cache.node`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is and how to be let in.
+
+    Attributes:
+        label: the URL without credentials and options; safe to log, identifies the node.
+        host: host name or address; empty for a unix socket.
+        port: TCP port; 0 for a unix socket.
+        path: file name of the unix socket, else empty.
+        db: logical database.
+        username: ACL user, or None for the default user.
+        password: or None where the server asks for none.
+        tls: how to verify the server (and present a client certificate), or None without TLS.
+    """
+
+    label: str
+    host: str
+    port: int
+    path: str
+    db: int
+    username: str | None = field(repr=False)
+    password: str | None = field(repr=False)
+    tls: ssl.SSLContext | None = field(repr=False, compare=False)
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Read a redis://, rediss:// or unix:// URL.
+
+        `valkey://` and `valkeys://` are the same; `redis+socket://` is the same as `unix://`. The
+        query may hold db, ssl_cert_reqs ("required" unless given), ssl_ca_certs, ssl_certfile,
+        ssl_keyfile and ssl_check_hostname, spelled as Celery spells them; other options are
+        ignored. A fragment names the node: "redis://10.0.0.5/0#left".
+
+        Raises:
+            InvalidInput: the URL cannot be used; the message does not repeat its password.
+        """
+        try:
+            parts = urlsplit(url)
+            options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(parts.scheme, parts.scheme)
+            unix = scheme == "unix"
+            if scheme not in ("redis", "rediss", "unix") or (unix and not parts.path):
+                raise ValueError("it must begin with redis://, rediss:// or unix:///")
+            host = "" if unix else parts.hostname or "localhost"
+            port = 0 if unix else parts.port or 6379
+            db = int(options.get("db") or options.get("virtual_host") or (not unix and parts.path.strip("/")) or 0)
+            tls = _tls_context(options) if scheme == "rediss" else None
+        except (ValueError, OSError) as error:
+            raise InvalidInput(f"the cache URL {_masked(url)} cannot be used: {error}") from error
+        where = parts.path if unix else f"{f'[{host}]' if ':' in host else host}:{port}"
+        label = unquote(parts.fragment) or f"{scheme}://{where}{'?db=' if unix else '/'}{db}"
+        username, password = _credentials(parts, options)
+        return cls(label, host, port, parts.path if unix else "", db, username, password, tls)
+
+
+class Connection:
+    """A socket that speaks the protocol's second version.
+
+    Not for several threads at once. After an OSError the connection is out of step and must be
+    closed; after a `ServerRefused` it is in step.
+
+    Args:
+        address: where to.
+        connect_timeout_seconds: longest wait for the connection and for each reply of the log-in.
+        timeout_seconds: longest wait without a byte moving.
+
+    Raises:
+        OSError: no connection (ConnectionError, TimeoutError, ssl.SSLError and so on).
+        ServerRefused: the server did not accept the credentials or the database.
+    """
+
+    def __init__(self, address: Address, connect_timeout_seconds: float, timeout_seconds: float) -> None:
+        self._bytes = bytearray(SCRATCH_NBYTES)
+        self._scratch = memoryview(self._bytes)
+        self._overflow = self._scratch[:OVERFLOW_NBYTES]
+        self._start = self._end = 0
+        self.pid = os.getpid()
+        self._tls = address.tls is not None
+        self._socket = _connect(address, connect_timeout_seconds)
+        try:
+            self._set_timeout(connect_timeout_seconds)
+            self._log_in(address)
+            self._set_timeout(timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Send buffers one after the other, each from its own memory."""
+        if self._tls:
+            for buffer in buffers:
+                self._socket.sendall(buffer)
+            return
+        for first in range(0, len(buffers), _MOST_BUFFERS):
+            rest: Sequence[bytes | memoryview] = buffers[first : first + _MOST_BUFFERS]
+            while rest:
+                rest = _after(rest, self._within_timeout_sendmsg(rest))
+
+    def reply(self) -> Reply:
+        """Read one reply: text, a number, bytes, or None for nil.
+
+        Raises:
+            ServerRefused: the server answered with an error.
+        """
+        line = self._line()
+        kind, text = line[:1], line[1:]
+        if kind == b"+":
+            return text.decode(errors="replace")
+        if kind == b"-":
+            raise ServerRefused(text.decode(errors="replace"))
+        if kind == b":":
+            return int(text)
+        if kind == b"$":
+            nbytes = int(text)
+            if nbytes < 0:
+                return None
+            value = bytearray(nbytes)
+            self._value_into(memoryview(value))
+            return bytes(value)
+        raise ConnectionError(f"unexpected reply {line[:32]!r}: is that a Redis-compatible server?")
+
+    def reply_into(self, part: memoryview) -> int | None:
+        """Read one string reply into memory of the expected size.
+
+        Args:
+            part: where the value belongs.
+
+        Returns:
+            The value's length in bytes, or None for nil. With any other length than that of
+            `part` the value was skipped and `part` is untouched.
+
+        Raises:
+            ServerRefused: the server answered with an error.
+        """
+        line = self._line()
+        if line[:1] == b"-":
+            raise ServerRefused(line[1:].decode(errors="replace"))
+        if line[:1] != b"$":
+            raise ConnectionError(f"unexpected reply {line[:32]!r}: is that a Redis-compatible server?")
+        nbytes = int(line[1:])
+        if nbytes < 0:
+            return None
+        if nbytes == len(part):
+            self._value_into(part)
+        else:
+            self._skip(nbytes + 2)
+        return nbytes
+
+    def close(self) -> None:
+        """Close the socket; the peer is not told more than that."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+    def _log_in(self, address: Address) -> None:
+        if address.password is not None:
+            user = () if address.username is None else (address.username,)
+            self.send([command("AUTH", *user, address.password)])
+            self.reply()
+        if address.db:
+            self.send([command("SELECT", str(address.db))])
+            self.reply()
+
+    def _set_timeout(self, seconds: float) -> None:
+        """Plain sockets stay blocking and let the kernel watch the clock, which saves a poll per call."""
+        if self._tls:
+            self._socket.settimeout(seconds)
+            return
+        self._socket.settimeout(None)
+        interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+    def _within_timeout_sendmsg(self, buffers: Sequence[bytes | memoryview]) -> int:
+        try:
+            return self._socket.sendmsg(buffers)
+        except BlockingIOError as error:
+            raise TimeoutError("the server takes no more data") from error
+
+    def _receive(self, part: memoryview) -> int:
+        """Read into `part` and, on a plain socket, a little beyond it into the scratch buffer."""
+        try:
+            if self._tls:
+                count = self._socket.recv_into(part)
+            else:
+                count = self._socket.recvmsg_into([part, self._overflow])[0]
+        except BlockingIOError as error:
+            raise TimeoutError("the server sends no more data") from error
+        if not count:
+            raise ConnectionResetError("the server closed the connection")
+        return count
+
+    def _value_into(self, part: memoryview) -> None:
+        filled = min(self._end - self._start, len(part))
+        part[:filled] = self._scratch[self._start : self._start + filled]
+        self._start += filled
+        while filled < len(part):
+            self._start = self._end = 0
+            filled += self._receive(part[filled:] if filled else part)
+        if filled > len(part):
+            self._end = filled - len(part)
+        self._skip(2)
+
+    def _skip(self, nbytes: int) -> None:
+        while nbytes > self._end - self._start:
+            nbytes -= self._end - self._start
+            self._start = self._end = 0
+            self._fill()
+        self._start += nbytes
+
+    def _line(self) -> bytes:
+        while (stop := self._bytes.find(b"\r\n", self._start, self._end)) < 0:
+            self._fill()
+        line = bytes(self._scratch[self._start : stop])
+        self._start = stop + 2
+        return line
+
+    def _fill(self) -> None:
+        if self._start:
+            rest = bytes(self._scratch[self._start : self._end])
+            self._scratch[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        if self._end == SCRATCH_NBYTES:
+            raise ConnectionError("a reply without end: is that a Redis-compatible server?")
+        try:
+            count = self._socket.recv_into(self._scratch[self._end :])
+        except BlockingIOError as error:
+            raise TimeoutError("the server does not reply") from error
+        if not count:
+            raise ConnectionResetError("the server closed the connection")
+        self._end += count
+
+
+def command(*words: str | bytes) -> bytes:
+    """Encode a command whose arguments are all small."""
+    encoded = [word.encode() if isinstance(word, str) else word for word in words]
+    return b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded)
+
+
+def set_command(key: bytes, value: memoryview, ttl_seconds: int) -> tuple[bytes, memoryview, bytes]:
+    """Encode SET key value EX ttl around a value that stays where it is."""
+    head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, len(value))
+    ttl = b"%d" % ttl_seconds
+    return head, value, b"\r\n$2\r\nEX\r\n$%d\r\n%s\r\n" % (len(ttl), ttl)
+
+
+def _after(buffers: Sequence[bytes | memoryview], sent: int) -> Sequence[bytes | memoryview]:
+    """Return what is left of `buffers` after their first `sent` bytes."""
+    for i, buffer in enumerate(buffers):
+        if sent < len(buffer):
+            return [memoryview(buffer)[sent:], *buffers[i + 1 :]]
+        sent -= len(buffer)
+    return ()
+
+
+def _connect(address: Address, timeout_seconds: float) -> socket.socket:
+    if address.path:
+        plain = socket.socket(socket.AF_UNIX)
+        try:
+            plain.settimeout(timeout_seconds)
+            plain.connect(address.path)
+        except BaseException:
+            plain.close()
+            raise
+        return plain
+    plain = socket.create_connection((address.host, address.port), timeout_seconds)
+    try:
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if address.tls is None:
+            return plain
+        return address.tls.wrap_socket(plain, server_hostname=address.host)
+    except BaseException:
+        plain.close()
+        raise
+
+
+def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+    requirement = options.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
+    if requirement not in ("required", "optional", "none"):
+        raise ValueError(f"ssl_cert_reqs={requirement!r} is not one of required, optional, none")
+    unchecked = options.get("ssl_check_hostname", "true").lower() in ("false", "0", "no")
+    context.check_hostname = requirement == "required" and not unchecked
+    context.verify_mode = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}[
+        requirement
+    ]
+    if "ssl_certfile" in options:
+        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+    return context
+
+
+def _credentials(parts: SplitResult, options: dict[str, str]) -> tuple[str | None, str | None]:
+    username = unquote(parts.username) if parts.username else options.get("username")
+    password = unquote(parts.password) if parts.password else options.get("password")
+    return username, password
+
+
+def _masked(url: str) -> str:
+    scheme, slashes, rest = url.partition("://")
+    return f"{scheme}{slashes}{rest.rpartition('@')[2].partition('?')[0]}"
+
+

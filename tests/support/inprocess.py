@@ -1,0 +1,91 @@
+"""A run in one process: the pure parts chained as the workers chain them, without queue and store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coordinator.aggregate import Accumulator
+from coordinator.config import TrainingConfig
+from coordinator.gradient import compute, open_dataset
+from coordinator.optimize import ApplyReport, Trainer
+from coordinator.recipe import Recipe, ResolvedRecipe, resolve
+from coordinator.replica import Replica
+from coordinator.shards import Plan
+
+
+def resolved(recipe: Recipe) -> ResolvedRecipe:
+    """Resolve a recipe by way of its spec, as a worker does."""
+    return resolve(recipe.to_spec(), allowed=("*",))
+
+
+@dataclass
+class InProcess:
+    """A training server and any number of Clients, called one after the other."""
+
+    recipe: ResolvedRecipe
+    config: TrainingConfig
+    clients: int = 1
+    reports: list[ApplyReport] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dataset = open_dataset(self.recipe, self.config)
+        self.plan = Plan(len(self.dataset), self.config)
+        self.trainer = Trainer.build(self.recipe, self.config)
+        self.replicas = [Replica.build(self.recipe, self.config) for _ in range(self.clients)]
+
+    def step(self, step: int) -> None:
+        """One global step, its shards dealt to the clients, computed in reverse order."""
+        version = self.trainer.replica.pack()
+        for replica in self.replicas:
+            replica.load(version)
+        shards = range(self.plan.shards_in(step))
+        found = {
+            shard: compute(
+                self.replicas[shard % self.clients],
+                self.recipe,
+                self.config,
+                self.dataset,
+                self.plan.indices(step, shard),
+                step,
+                shard,
+            )
+            for shard in reversed(shards)
+        }
+        total = Accumulator(self.trainer.replica.state_tensors(), self.plan.examples(step))
+        for shard in shards:
+            total.add(found[shard].gradients, found[shard].buffers, found[shard].examples)
+        loss = sum(found[s].loss * found[s].examples for s in shards) / self.plan.examples(step)
+        gradients, buffers = total.result()
+        self.losses.append(loss)
+        self.reports.append(self.trainer.apply(gradients, buffers, step=step, loss=loss))
+
+    def train(self, start: int = 0, stop: int | None = None) -> InProcess:
+        """The steps from `start` to before `stop`; None: to the end."""
+        for step in range(start, self.plan.total_steps if stop is None else stop):
+            self.step(step)
+        return self
+
+    @property
+    def bits(self) -> bytes:
+        """The whole state as bytes."""
+        return bytes(self.trainer.replica.pack().numpy())
+
+
+def run(recipe: Recipe, config: TrainingConfig, *, clients: int = 1) -> InProcess:
+    """Train to the end."""
+    return InProcess(resolved(recipe), config, clients).train()
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every byte (NaN equals NaN, 0 differs from -0)."""
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and torch.equal(
+            one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)
+        )
+    )

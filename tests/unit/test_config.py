@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from cache.errors import ConfigError
+from coordinator.config import TrainingConfig
+
+
+def test_defaults_are_valid_and_travel_as_json() -> None:
+    config = TrainingConfig(clip_norm=1, seed=7, evaluate_every=3)
+    assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.clip_norm == 1.0 and isinstance(config.clip_norm, float)
+
+
+def test_fields_left_out_of_json_take_their_defaults() -> None:
+    assert TrainingConfig.from_json({"epochs": 2}) == TrainingConfig(epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("epochs", "batch_size", "shards", "threads") for value in (0, -1, 1.0, True)),
+        *((name, value) for name in ("checkpoint_every", "keep_checkpoints", "max_attempts") for value in (0, "3")),
+        ("evaluate_every", 0),
+        ("evaluate_every", False),
+        ("epochs", None),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", 0.5),
+        ("clip_norm", 0),
+        ("clip_norm", -1.0),
+        ("clip_norm", float("nan")),
+        ("clip_norm", float("inf")),
+        ("clip_norm", True),
+        ("clip_norm", "1"),
+        ("shard_timeout_seconds", 0),
+        ("precision", "fp16"),
+        ("precision", "double"),
+        ("precision", None),
+        ("nonfinite", "ignore"),
+        ("skew", "maybe"),
+        ("deterministic", 1),
+        ("local_steps", 4),
+        ("local_steps", 0),
+        ("staleness", 1),
+        ("staleness", -1),
+        ("compression", "int8"),
+        ("compression", None),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        TrainingConfig(**{name: value})
+    assert name in str(refused.value)
+    assert repr(value) in str(refused.value)
+    assert str(refused.value).count("\n") == 0
+
+
+def test_what_is_not_built_yet_says_so() -> None:
+    for name, value in (("local_steps", 2), ("staleness", 1), ("compression", "topk")):
+        with pytest.raises(ConfigError, match="not implemented in this version"):
+            TrainingConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(ConfigError, match="learning_rate"):
+        TrainingConfig.from_json({"learning_rate": 0.1})
+
+
+def test_differences_name_the_fields_in_order() -> None:
+    ours, theirs = TrainingConfig(), TrainingConfig(seed=3, batch_size=8)
+    assert ours.differences(ours) == []
+    assert ours.differences(theirs) == ["batch_size: 256 here, 8 there", "seed: 0 here, 3 there"]
+
+
+def test_frozen_and_keyword_only() -> None:
+    config = TrainingConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.epochs = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        TrainingConfig(5)  # type: ignore[misc]
+
+
+def test_every_field_is_documented() -> None:
+    assert TrainingConfig.__doc__ is not None
+    for field in fields(TrainingConfig):
+        assert f"        {field.name}: " in TrainingConfig.__doc__
+
+
+def test_numpy_integers_are_integers() -> None:
+    import numpy as np
+
+    assert type(TrainingConfig(epochs=np.int64(3)).epochs) is int

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.errors import InvalidInput
+from coordinator.config import TrainingConfig
+from coordinator.shards import Plan, derive_seed, epoch_order
+
+plans = st.builds(
+    lambda size, batch, shards, epochs: Plan(
+        size, TrainingConfig(batch_size=batch, shards=shards, epochs=epochs, seed=5)
+    ),
+    st.integers(1, 60),
+    st.integers(1, 20),
+    st.integers(1, 25),
+    st.integers(1, 3),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans)
+def test_each_epoch_visits_every_example_once(plan: Plan) -> None:
+    for epoch in range(plan.config.epochs):
+        visited: list[int] = []
+        for index in range(plan.steps_per_epoch):
+            step = epoch * plan.steps_per_epoch + index
+            assert plan.locate(step) == (epoch, index)
+            shards = [plan.indices(step, shard) for shard in range(plan.shards_in(step))]
+            assert [len(part) for part in shards] == plan.shard_sizes(step)
+            assert sum(plan.shard_sizes(step)) == plan.examples(step)
+            assert min(plan.shard_sizes(step)) >= 1
+            assert max(plan.shard_sizes(step)) - min(plan.shard_sizes(step)) <= 1
+            visited.extend(int(i) for part in shards for i in part)
+        assert sorted(visited) == list(range(plan.size))
+    assert plan.total_steps == plan.config.epochs * plan.steps_per_epoch
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans)
+def test_shards_cut_a_batch_as_tensor_split_does(plan: Plan) -> None:
+    step = plan.total_steps - 1
+    epoch, index = plan.locate(step)
+    start = index * plan.config.batch_size
+    batch = epoch_order(5, epoch, plan.size)[start : start + plan.config.batch_size]
+    for shard, part in enumerate(np.array_split(batch, plan.shards_in(step))):
+        assert np.array_equal(plan.indices(step, shard), part)
+
+
+def test_the_batches_do_not_depend_on_the_number_of_shards() -> None:
+    one = Plan(50, TrainingConfig(batch_size=16, shards=1))
+    many = Plan(50, TrainingConfig(batch_size=16, shards=5))
+    for step in range(one.total_steps):
+        parts = [many.indices(step, shard) for shard in range(many.shards_in(step))]
+        assert np.array_equal(one.indices(step, 0), np.concatenate(parts))
+
+
+def test_the_order_is_fixed_for_all_time() -> None:
+    """If this fails, runs that began with an older version would continue in another order."""
+    assert epoch_order(0, 0, 8).tolist() == [GOLDEN]
+    assert derive_seed(0, "init") == 0
+
+
+def test_epochs_and_seeds_give_other_orders() -> None:
+    orders = {epoch_order(seed, epoch, 100).tobytes() for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_the_order_is_evenly_spread() -> None:
+    firsts = np.array([epoch_order(seed, 0, 5)[0] for seed in range(2000)])
+    assert np.abs(np.bincount(firsts, minlength=5) - 400).max() < 90  # 5 standard deviations
+
+
+def test_derived_seeds_tell_parts_apart() -> None:
+    seeds = [
+        derive_seed(1, 2),
+        derive_seed(12),
+        derive_seed("1", 2),
+        derive_seed(1, "2"),
+        derive_seed("12"),
+        derive_seed(2, 1),
+        derive_seed(-1, 2),
+        derive_seed(1, 2, ""),
+        derive_seed(),
+        derive_seed(2**70),
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("step", [-1, 6])
+def test_steps_outside_the_run_are_refused(step: int) -> None:
+    plan = Plan(10, TrainingConfig(batch_size=4, shards=3, epochs=2))
+    with pytest.raises(InvalidInput, match="steps 0 to 5"):
+        plan.indices(step, 0)
+
+
+def test_shards_outside_the_step_are_refused() -> None:
+    plan = Plan(10, TrainingConfig(batch_size=4, shards=3))
+    assert plan.shards_in(2) == 2
+    with pytest.raises(InvalidInput, match="shard 2 "):
+        plan.indices(2, 2)
+    with pytest.raises(InvalidInput):
+        plan.indices(0, -1)
+
+
+def test_an_empty_dataset_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="empty"):
+        Plan(0, TrainingConfig())
+
+
+def test_indices_cannot_be_written_to() -> None:
+    plan = Plan(10, TrainingConfig(batch_size=4, shards=2))
+    with pytest.raises(ValueError, match="read-only"):
+        plan.indices(0, 0)[0] = 3
+
+
+def test_threads_may_share_a_plan() -> None:
+    plan = Plan(300, TrainingConfig(batch_size=10, shards=2, epochs=6))
+    expected = [Plan(300, plan.config).indices(step, 1).tolist() for step in range(plan.total_steps)]
+    wrong: list[int] = []
+
+    def read(offset: int) -> None:
+        for i in range(plan.total_steps):
+            step = (i * 31 + offset) % plan.total_steps
+            if plan.indices(step, 1).tolist() != expected[step]:
+                wrong.append(step)
+
+    threads = [threading.Thread(target=read, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
