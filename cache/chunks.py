@@ -7,92 +7,57 @@ knows at once when it was given other bytes than the writer wrote.
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from functools import partial
+from typing import Protocol
 
-import redis
 import torch
 import xxhash
 from torch import Tensor
 
-from cache.codec import memory
+from cache.blob import BlobRef as BlobRef
+from cache.blob import as_bytes, checksums, chunk_count, split
 from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
+from cache.node import Found, Node, reset_after_fork
+from cache.ring import Ring
+from cache.wire import Address
 
-CHUNK_NBYTES = 1 << 20
+CHUNK_NBYTES = 1 << 19
+"""Half a MiB: still in the processor's cache when it is checked, and few enough keys for 1.6 GB."""
 
-
-@dataclass(frozen=True, slots=True)
-class BlobRef:
-    """Where a blob is and what it contains.
-
-    Attributes:
-        key: prefix of its chunks; chunk i is stored under `<key>:<i>`.
-        nbytes: length in bytes.
-        chunk_nbytes: length of each chunk but the last.
-        checksums: xxh3_64 of each chunk, 16 hexadecimal digits each.
-    """
-
-    key: str
-    nbytes: int
-    chunk_nbytes: int
-    checksums: tuple[str, ...]
-
-    @property
-    def digest(self) -> str:
-        """32 hexadecimal digits that depend on the content (and chunk size), not on the key."""
-        text = f"{self.nbytes}:{self.chunk_nbytes}:{''.join(self.checksums)}"
-        return xxhash.xxh3_128_hexdigest(text.encode())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the reference as a dict of strings and integers."""
-        return {
-            "key": self.key,
-            "nbytes": self.nbytes,
-            "chunk_nbytes": self.chunk_nbytes,
-            "checksums": "".join(self.checksums),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> BlobRef:
-        """Rebuild a reference that `to_json` produced, trusting nothing in it.
-
-        Raises:
-            InvalidInput: a field is missing, of the wrong type or at odds with the others.
-        """
-        try:
-            joined = str(value["checksums"])
-            ref = cls(
-                str(value["key"]),
-                int(value["nbytes"]),
-                int(value["chunk_nbytes"]),
-                tuple(joined[i : i + 16] for i in range(0, len(joined), 16)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"this is not a blob reference ({error!r})") from error
-        if (
-            ref.nbytes < 0
-            or ref.chunk_nbytes <= 0
-            or len(joined) != 16 * _count(ref.nbytes, ref.chunk_nbytes)
-        ):
-            raise InvalidInput(
-                f"blob {ref.key!r}: {len(joined) // 16} checksums do not fit {ref.nbytes} bytes"
-            )
-        return ref
+_CHECKED_BESIDE_NBYTES = 4 << 20  # from here on a second thread computes checksums while this one sends
+_AVOIDED_SECONDS = 5.0  # how long a node that did not answer is asked last; doubled each time
+_MOST_AVOIDED_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 
 
 class Chunks(Protocol):
     """What callers need of a chunk store; `ChunkStore` and `MemoryChunkStore` have it."""
 
-    def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef: ...
-    def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor: ...
-    def delete(self, refs: Iterable[BlobRef]) -> None: ...
-    def touch(self, ref: BlobRef, ttl_seconds: int) -> None: ...
-    def close(self) -> None: ...
+    def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
+        """Store a buffer."""
+        ...
+
+    def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
+        """Fetch and verify a blob."""
+        ...
+
+    def delete(self, refs: Iterable[BlobRef]) -> None:
+        """Delete blobs."""
+        ...
+
+    def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
+        """Set the remaining lifetime of a blob."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
 
 
 @dataclass(slots=True)
@@ -108,148 +73,328 @@ class Counters:
 class ChunkStore:
     """Blobs in one or several Redis-compatible servers.
 
-    Threads may share a store; a forked child opens its own connections.
+    Chunks are spread over the nodes by consistent hashing and move in parallel, one thread a node.
+    A node that does not answer is skipped: its chunks are written to, and looked for on, the next
+    nodes of the ring. Threads may share a store; a forked child opens its own connections.
 
     Args:
-        urls: redis://, rediss:// or unix:// URL of each node.
+        urls: redis://, rediss:// or unix:// URL of each node. A node is known to the ring by its
+            URL without credentials, or by the URL's #fragment, so every process must be given the
+            same ones, in any order.
         chunk_nbytes: length of each chunk, in bytes.
-        connect_timeout_seconds: longest wait for a node to answer.
+        replicas: further nodes that get a copy of each chunk.
+        connections: sockets per node that one operation uses at a time; more than one helps where
+            a single one does not fill the network.
+        weights: relative share of each node, in the order of `urls`; None means equal.
+        connect_timeout_seconds: longest wait for a connection.
+        timeout_seconds: longest wait without a byte moving.
+        patience_seconds: how long an operation is tried again while no node answers (a restart).
+
+    Raises:
+        InvalidInput: no URL, an unusable one, the same node twice, or a value out of range.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, chunk_nbytes: int = CHUNK_NBYTES, connect_timeout_seconds: float = 2.0
+        self,
+        urls: Sequence[str],
+        *,
+        chunk_nbytes: int = CHUNK_NBYTES,
+        replicas: int = 0,
+        connections: int = 1,
+        weights: Sequence[float] | None = None,
+        connect_timeout_seconds: float = 2.0,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float = 0.0,
     ) -> None:
-        if not urls:
-            raise InvalidInput("a chunk store needs at least one URL")
+        addresses = [Address.parse(url) for url in urls]
+        names = [address.label for address in addresses]
+        if len(set(names)) != len(names):
+            raise InvalidInput(f"the same cache node is listed twice: {', '.join(names)}")
+        if chunk_nbytes < 1 or replicas < 0 or connections < 1:
+            raise InvalidInput("chunk_nbytes and connections must be at least 1, replicas at least 0")
         self.chunk_nbytes = chunk_nbytes
         self.counters = Counters()
-        self._url = urls[0]
-        self._timeout = connect_timeout_seconds
+        self._ring = Ring(dict(zip(names, weights or [1.0] * len(names), strict=True)))
+        self._nodes = {
+            address.label: Node(
+                address, connect_timeout_seconds=connect_timeout_seconds, timeout_seconds=timeout_seconds
+            )
+            for address in addresses
+        }
+        self._copies = min(1 + replicas, len(names))
+        self._connections = connections
+        self._patience_seconds = patience_seconds
+        self._avoided: dict[str, tuple[float, float]] = {}  # name -> (until, for how long), seconds
         self._lock = threading.Lock()
-        self._pid = -1
-        self._client: redis.Redis | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        reset_after_fork(self)
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a buffer and return its reference; chunks that exist are overwritten.
 
+        The buffer must not change until this returns.
+
         Args:
             key: prefix of the chunk keys.
             buffer: contiguous CPU tensor (any dtype) or memoryview; sent from its own memory.
-            ttl_seconds: lifetime of the chunks.
+            ttl_seconds: lifetime of the chunks, at least 1.
 
         Raises:
-            CacheUnreachable: the node does not answer.
-            CacheError: the node refused.
+            CacheUnreachable: no node answers.
+            CacheError: a node refused.
         """
+        if ttl_seconds < 1:
+            raise InvalidInput(f"ttl_seconds must be at least 1, not {ttl_seconds}")
         view = as_bytes(buffer)
         started = time.perf_counter()
-        sums: list[str] = []
-        client = self._connection()
-        try:
-            for group in _groups(_count(len(view), self.chunk_nbytes), 8):
-                pipe = client.pipeline(transaction=False)
-                for i in group:
-                    part = view[i * self.chunk_nbytes : (i + 1) * self.chunk_nbytes]
-                    sums.append(xxhash.xxh3_64_hexdigest(part))
-                    pipe.set(f"{key}:{i}", part, ex=ttl_seconds)
-                pipe.execute()
-        except (redis.RedisError, OSError) as error:
-            raise self._error(error, "SET", key) from error
+        parts = split(view, self.chunk_nbytes)
+        items = [(f"{key}:{i}".encode(), part) for i, part in enumerate(parts)]
+        if len(view) < _CHECKED_BESIDE_NBYTES:
+            sums = checksums(parts)
+            self._patiently(lambda: self._store(items, ttl_seconds))
+        else:
+            summing = self._pool().submit(checksums, parts)
+            try:
+                self._patiently(lambda: self._store(items, ttl_seconds))
+            finally:
+                sums = summing.result()
         with self._lock:
             self.counters.bytes_out += len(view)
             self.counters.seconds_out += time.perf_counter() - started
-        return BlobRef(key, len(view), self.chunk_nbytes, tuple(sums))
+        return BlobRef(key, len(view), self.chunk_nbytes, sums)
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
         """Fetch a blob and verify it.
 
         Args:
             ref: from `put`.
-            out: 1-D uint8 CPU tensor of `ref.nbytes` bytes to receive into; allocated if None.
+            out: 1-D uint8 CPU tensor of `ref.nbytes` bytes to receive into (pinned, if it goes on
+                to a GPU); allocated if None. Undefined after an error.
 
         Returns:
             `out`, 1-D uint8.
 
         Raises:
-            ChunkMissing: a chunk expired, was evicted or was lost.
+            ChunkMissing: a chunk expired, was evicted or was lost with its node.
             ChunkCorrupt: a chunk is not what was written.
-            CacheUnreachable: the node does not answer.
-            CacheError: the node refused.
+            CacheUnreachable: no node answers.
+            CacheError: a node refused.
         """
         if out is None:
             out = torch.empty(ref.nbytes, dtype=torch.uint8)
-        view = as_bytes(out)
-        if len(view) != ref.nbytes:
-            raise InvalidInput(f"blob {ref.key!r} has {ref.nbytes} bytes, the buffer {len(view)}")
+        self.read_into(ref, as_bytes(out))
+        return out
+
+    def read_into(self, ref: BlobRef, view: memoryview) -> None:
+        """As `get`, into any writable memory of `ref.nbytes` bytes."""
+        ref.require_length(view)
         started = time.perf_counter()
-        client = self._connection()
-        try:
-            for group in _groups(len(ref.checksums), 8):
-                values: Any = client.mget([f"{ref.key}:{i}" for i in group])
-                for i, value in zip(group, values, strict=True):
-                    part = view[i * ref.chunk_nbytes : (i + 1) * ref.chunk_nbytes]
-                    if value is None:
-                        raise ChunkMissing(f"chunk {ref.key}:{i} is not on {self._node()}")
-                    if len(value) != len(part) or xxhash.xxh3_64_hexdigest(value) != ref.checksums[i]:
-                        raise ChunkCorrupt(f"chunk {ref.key}:{i} on {self._node()} is not what was written")
-                    part[:] = value
-        except (redis.RedisError, OSError) as error:
-            raise self._error(error, "GET", ref.key) from error
+        self._patiently(lambda: self._load(ref, split(view, ref.chunk_nbytes)))
         with self._lock:
             self.counters.bytes_in += len(view)
             self.counters.seconds_in += time.perf_counter() - started
-        return out
 
     def delete(self, refs: Iterable[BlobRef]) -> None:
-        """Delete the chunks of blobs; absent ones are no error."""
-        keys = [f"{ref.key}:{i}" for ref in refs for i in range(len(ref.checksums))]
-        client = self._connection()
-        try:
-            for start in range(0, len(keys), 512):
-                client.unlink(*keys[start : start + 512])
-        except (redis.RedisError, OSError) as error:
-            raise self._error(error, "UNLINK", keys[0]) from error
+        """Delete the chunks of blobs; absent ones are no error.
+
+        With several nodes, one that does not answer is passed over: its chunks expire.
+
+        Raises:
+            CacheUnreachable: the only node does not answer.
+            CacheError: a node refused.
+        """
+        groups: dict[str, list[bytes]] = {}
+        for ref in refs:
+            for key in ref.chunk_keys():
+                for name in self._order(key)[: self._copies]:
+                    groups.setdefault(name, []).append(key.encode())
+        failed = self._each(
+            [(name, partial(self._nodes[name].delete, keys)) for name, keys in groups.items()]
+        )
+        if failed and len(self._nodes) == 1:
+            raise next(iter(failed.values()))
 
     def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         """Set the remaining lifetime of a blob's chunks.
 
         Raises:
             ChunkMissing: a chunk is gone already.
+            CacheUnreachable: no node answers.
+            CacheError: a node refused.
         """
-        client = self._connection()
-        try:
-            for group in _groups(len(ref.checksums), 512):
-                pipe = client.pipeline(transaction=False)
-                for i in group:
-                    pipe.expire(f"{ref.key}:{i}", ttl_seconds)
-                for i, found in zip(group, pipe.execute(), strict=True):
-                    if not found:
-                        raise ChunkMissing(f"chunk {ref.key}:{i} is not on {self._node()}")
-        except (redis.RedisError, OSError) as error:
-            raise self._error(error, "EXPIRE", ref.key) from error
+        self._patiently(lambda: self._touch(ref, ttl_seconds))
 
     def close(self) -> None:
-        """Close the connections; the store may be used again."""
+        """Close connections and threads; the store may be used again."""
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None and self._pid == os.getpid():
-            client.close()
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown()
+        for node in self._nodes.values():
+            node.close()
 
-    def _connection(self) -> redis.Redis:
+    def reset(self) -> None:
+        """Start afresh in a forked child, which has none of the parent's threads."""
+        self._lock = threading.Lock()
+        self._threads = None
+
+    # --- one attempt of each operation: rounds over the nodes, in the order of the ring -------
+
+    def _store(self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> None:
+        orders = [iter(self._order(key.decode())) for key, _ in items]
+        wanted = dict.fromkeys(range(len(items)), self._copies)
+        failed: dict[str, CacheUnreachable] = {}
+        while wanted:
+            groups: dict[str, list[int]] = {}
+            for i, copies in list(wanted.items()):
+                names = [name for name, _ in zip(orders[i], range(copies), strict=False)]
+                if not names:
+                    if copies == self._copies:
+                        raise _nowhere(failed)
+                    del wanted[i]  # fewer nodes answer than copies were asked for; one copy there is
+                for name in names:
+                    groups.setdefault(name, []).append(i)
+
+            def send(name: str, indices: Sequence[int]) -> None:
+                self._nodes[name].store([items[i] for i in indices], ttl_seconds)
+
+            lost = self._each(self._lanes(groups, send))
+            failed |= lost
+            for name, indices in groups.items():
+                for i in indices if name not in lost else ():
+                    wanted[i] -= 1
+                    if not wanted[i]:
+                        del wanted[i]
+
+    def _load(self, ref: BlobRef, parts: Sequence[memoryview]) -> None:
+        keys = list(ref.chunk_keys())
+        orders = [iter(self._order(key)) for key in keys]
+        good = [False] * len(keys)
+        corrupt: dict[int, str] = {}
+        failed: dict[str, CacheUnreachable] = {}
+
+        def receive(name: str, indices: Sequence[int]) -> None:
+            def check(position: int, found: Found) -> None:
+                i = indices[position]
+                good[i] = found is Found.YES and xxhash.xxh3_64_hexdigest(parts[i]) == ref.checksums[i]
+                if not good[i] and found is not Found.NO:
+                    corrupt[i] = name
+
+            self._nodes[name].load([(keys[i].encode(), parts[i]) for i in indices], check)
+
+        pending = list(range(len(keys)))
+        while pending:
+            groups: dict[str, list[int]] = {}
+            for i in pending:
+                name = next(orders[i], None)
+                if name is None:
+                    raise self._no_chunk(keys[i], corrupt.get(i), failed)
+                groups.setdefault(name, []).append(i)
+            failed |= self._each(self._lanes(groups, receive))
+            pending = [i for i in pending if not good[i]]
+
+    def _touch(self, ref: BlobRef, ttl_seconds: int) -> None:
+        keys = list(ref.chunk_keys())
+        orders = [self._order(key) for key in keys]
+        found = [False] * len(keys)
+        failed: dict[str, CacheUnreachable] = {}
+
+        def expire(name: str, indices: Sequence[int]) -> None:
+            hits = self._nodes[name].expire([keys[i].encode() for i in indices], ttl_seconds)
+            for i, hit in zip(indices, hits, strict=True):
+                found[i] |= hit
+
+        for turn in range(len(self._nodes)):
+            groups: dict[str, list[int]] = {}
+            for i, order in enumerate(orders):
+                if turn < self._copies or not found[i]:
+                    groups.setdefault(order[turn], []).append(i)
+            failed |= self._each(self._lanes(groups, expire))
+        if not all(found):
+            raise self._no_chunk(keys[found.index(False)], None, failed)
+
+    # --- nodes and threads -------------------------------------------------------------------
+
+    def _order(self, key: str) -> list[str]:
+        """All nodes in the order in which to try them for a key; silent ones last."""
+        if len(self._nodes) == 1:
+            return list(self._nodes)
+        names = list(self._ring.order(key))
+        if self._avoided:
+            now = time.monotonic()
+            silent = {name for name, (until, _) in self._avoided.items() if until > now}
+            names.sort(key=silent.__contains__)
+        return names
+
+    def _lanes(
+        self, groups: Mapping[str, Sequence[int]], work: Callable[[str, Sequence[int]], None]
+    ) -> list[tuple[str, Callable[[], None]]]:
+        """Cut the work of each node into one run of chunks per connection."""
+        lanes: list[tuple[str, Callable[[], None]]] = []
+        for name, indices in groups.items():
+            size = chunk_count(len(indices), self._connections)
+            for first in range(0, len(indices), size):
+                lanes.append((name, partial(work, name, indices[first : first + size])))
+        return lanes
+
+    def _each(self, tasks: Sequence[tuple[str, Callable[[], None]]]) -> dict[str, CacheUnreachable]:
+        """Run tasks side by side, the last one in this thread, and return the nodes that did not answer."""
+        others = [(name, self._pool().submit(task)) for name, task in tasks[:-1]]
+        failed: dict[str, CacheUnreachable] = {}
+        refused: CacheError | None = None
+        outcomes = [(name, other.result) for name, other in others]
+        for name, outcome in [*tasks[-1:], *outcomes]:
+            try:
+                outcome()
+                if name not in failed:
+                    self._avoided.pop(name, None)
+            except CacheUnreachable as error:
+                failed[name] = error
+                self._avoid(name, error)
+            except CacheError as error:
+                refused = error
+        if refused is not None:
+            raise refused
+        return failed
+
+    def _avoid(self, name: str, error: CacheUnreachable) -> None:
+        if len(self._nodes) == 1:
+            return
+        _, seconds = self._avoided.get(name, (0.0, 0.0))
+        seconds = min(max(2 * seconds, _AVOIDED_SECONDS), _MOST_AVOIDED_SECONDS)
+        self._avoided[name] = (time.monotonic() + seconds, seconds)
+        _log.warning("%s; asking the other nodes first for %g s", error, seconds)
+
+    def _no_chunk(
+        self, key: str, corrupt_on: str | None, failed: Mapping[str, CacheUnreachable]
+    ) -> CacheError:
+        if corrupt_on is not None:
+            return ChunkCorrupt(f"chunk {key} on cache node {corrupt_on} is not what was written")
+        if len(failed) == len(self._nodes):
+            return _nowhere(failed)
+        silent = f"; silent: {', '.join(failed)}" if failed else ""
+        error = ChunkMissing(f"chunk {key} is on none of the cache nodes {', '.join(self._nodes)}{silent}")
+        error.__cause__ = next(iter(failed.values()), None)
+        return error
+
+    def _patiently(self, attempt: Callable[[], None]) -> None:
+        deadline = time.monotonic() + self._patience_seconds
+        pause = 0.05
+        while True:
+            try:
+                return attempt()
+            except CacheUnreachable:
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
-            if self._client is None or self._pid != os.getpid():
-                self._client = redis.Redis.from_url(self._url, socket_connect_timeout=self._timeout)
-                self._pid = os.getpid()
-            return self._client
-
-    def _node(self) -> str:
-        parts = urlsplit(self._url)
-        return f"{parts.scheme}://{parts.hostname or ''}:{parts.port or 6379}{parts.path}"
-
-    def _error(self, error: Exception, command: str, key: str) -> CacheError:
-        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-            return CacheUnreachable(f"{command} {key} on {self._node()}: {error}")
-        return CacheError(f"{command} {key} on {self._node()}: {error}")
+            if self._threads is None:
+                most = 2 + 2 * len(self._nodes) * self._connections
+                self._threads = ThreadPoolExecutor(most, thread_name_prefix="torchord-cache")
+            return self._threads
 
 
 class MemoryChunkStore:
@@ -274,8 +419,7 @@ class MemoryChunkStore:
         if out is None:
             out = torch.empty(ref.nbytes, dtype=torch.uint8)
         view = as_bytes(out)
-        if len(view) != ref.nbytes:
-            raise InvalidInput(f"blob {ref.key!r} has {ref.nbytes} bytes, the buffer {len(view)}")
+        ref.require_length(view)
         for i, checksum in enumerate(ref.checksums):
             self._require(f"{ref.key}:{i}")
             part = self.chunks[f"{ref.key}:{i}"][0]
@@ -305,15 +449,11 @@ class MemoryChunkStore:
             raise ChunkMissing(f"chunk {key} is not in memory")
 
 
-def as_bytes(buffer: Tensor | memoryview) -> memoryview:
-    """Return the buffer's own memory as bytes, without a copy."""
-    return memory(buffer) if isinstance(buffer, Tensor) else buffer.cast("B")
-
-
-def _count(nbytes: int, chunk_nbytes: int) -> int:
-    return -(-nbytes // chunk_nbytes)
-
-
-def _groups(count: int, size: int) -> Iterator[range]:
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+def _nowhere(failed: Mapping[str, CacheUnreachable]) -> CacheUnreachable:
+    """The error when no node answered: the first node's own words, and how many said the same."""
+    first = next(iter(failed.values()))
+    if len(failed) == 1:
+        return first
+    error = CacheUnreachable(f"none of {len(failed)} cache nodes answers; the first: {first}")
+    error.__cause__ = first
+    return error

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cache.errors import CacheError, CacheUnreachable
 from cache.wire import Address, Connection, ServerRefused, command, set_command
@@ -21,12 +21,16 @@ _SENT_AT_ONCE_NBYTES = 2 << 20
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
 
+_CLUSTER = (
+    "it is part of a Redis Cluster: list plain nodes in TORCHORD_CACHE_URLS, torchord spreads the chunks"
+)
 _HINTS = {
     "OOM": "it is full: raise its maxmemory, or let finished runs expire",
     "READONLY": "it is a replica: name the primary in the URL",
-    "MOVED": "it is part of a Redis Cluster, which torchord does not need: list plain nodes in TORCHORD_CACHE_URLS",
-    "ASK": "it is part of a Redis Cluster, which torchord does not need: list plain nodes in TORCHORD_CACHE_URLS",
-    "CLUSTERDOWN": "it is part of a Redis Cluster, which torchord does not need: list plain nodes",
+    "MOVED": _CLUSTER,
+    "ASK": _CLUSTER,
+    "CROSSSLOT": _CLUSTER,
+    "CLUSTERDOWN": _CLUSTER,
     "NOAUTH": "it wants a password: redis://USER:PASSWORD@HOST",
     "WRONGPASS": "it does not accept the user name and password of the URL",
     "NOPERM": "the user of the URL lacks a right: torchord needs SET, GET, UNLINK and EXPIRE on its keys",
@@ -37,6 +41,30 @@ _HINTS = {
 _PASSING = ("LOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
 T = TypeVar("T")
+
+
+class Resettable(Protocol):
+    """What owns locks, threads or sockets that a forked child must not use."""
+
+    def reset(self) -> None:
+        """Forget them."""
+
+
+_resettable: weakref.WeakSet[Resettable] = weakref.WeakSet()
+
+
+def reset_after_fork(thing: Resettable) -> None:
+    """Have `thing.reset()` called in each forked child, as long as it lives."""
+    _resettable.add(thing)
+
+
+def _reset_all() -> None:
+    for thing in list(_resettable):
+        thing.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_all)
 
 
 class Found(Enum):
@@ -66,7 +94,7 @@ class Node:
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
-        _nodes.add(self)
+        reset_after_fork(self)
 
     @property
     def label(self) -> str:
@@ -82,9 +110,7 @@ class Node:
         """
         self._run("write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds))
 
-    def load(
-        self, items: Sequence[tuple[bytes, memoryview]], received: Callable[[int, Found], None]
-    ) -> None:
+    def load(self, items: Sequence[tuple[bytes, memoryview]], received: Callable[[int, Found], None]) -> None:
         """Read each key into its memory.
 
         Args:
@@ -180,24 +206,14 @@ class Node:
                 return
         connection.close()
 
-    def _forget(self) -> None:
-        """In a forked child: the parent's lock may be held and its sockets are not ours."""
+    def reset(self) -> None:
+        """Start afresh in a forked child: the lock may be held by a thread that is not here, and
+        the sockets belong to the parent.
+        """
         self._lock = threading.Lock()
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
-
-
-_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for node in list(_nodes):
-        node._forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _store(connection: Connection, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> None:

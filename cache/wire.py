@@ -71,13 +71,17 @@ class Address:
         try:
             parts = urlsplit(url)
             options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-            scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(parts.scheme, parts.scheme)
+            scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(
+                parts.scheme, parts.scheme
+            )
             unix = scheme == "unix"
             if scheme not in ("redis", "rediss", "unix") or (unix and not parts.path):
                 raise ValueError("it must begin with redis://, rediss:// or unix:///")
             host = "" if unix else parts.hostname or "localhost"
             port = 0 if unix else parts.port or 6379
-            db = int(options.get("db") or options.get("virtual_host") or (not unix and parts.path.strip("/")) or 0)
+            db = int(
+                options.get("db") or options.get("virtual_host") or (not unix and parts.path.strip("/")) or 0
+            )
             tls = _tls_context(options) if scheme == "rediss" else None
         except (ValueError, OSError) as error:
             raise InvalidInput(f"the cache URL {_masked(url)} cannot be used: {error}") from error
@@ -182,8 +186,12 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket; the peer is not told more than that."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # AttributeError: never opened
             self._socket.close()
+
+    def __del__(self) -> None:
+        """An abandoned store need not be closed."""
+        self.close()
 
     def _log_in(self, address: Address) -> None:
         if address.password is not None:
@@ -318,9 +326,11 @@ def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
         raise ValueError(f"ssl_cert_reqs={requirement!r} is not one of required, optional, none")
     unchecked = options.get("ssl_check_hostname", "true").lower() in ("false", "0", "no")
     context.check_hostname = requirement == "required" and not unchecked
-    context.verify_mode = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}[
-        requirement
-    ]
+    context.verify_mode = {
+        "required": ssl.CERT_REQUIRED,
+        "optional": ssl.CERT_OPTIONAL,
+        "none": ssl.CERT_NONE,
+    }[requirement]
     if "ssl_certfile" in options:
         context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
     return context
@@ -335,5 +345,3 @@ def _credentials(parts: SplitResult, options: dict[str, str]) -> tuple[str | Non
 def _masked(url: str) -> str:
     scheme, slashes, rest = url.partition("://")
     return f"{scheme}{slashes}{rest.rpartition('@')[2].partition('?')[0]}"
-
-

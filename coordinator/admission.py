@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -97,12 +97,12 @@ class Admission:
         assert loaded is not None
         return loaded
 
-    def fetch(self, target: str) -> Any:
+    def fetch(self, target: str) -> Callable[..., Any]:
         """Import "package.module:attribute" and return the object, judged itself as well.
 
         Raises:
             NotAllowed: module or object may not be used here.
-            RecipeError: there is no such module or attribute.
+            RecipeError: there is no such module or attribute, or it is not callable.
         """
         module, _, path = target.partition(":")
         found: Any = self.load(module)
@@ -118,8 +118,11 @@ class Admission:
                 ) from None
             if isinstance(found, ModuleType):
                 self._admit_name(found.__name__, target)
+        if not callable(found):
+            raise RecipeError(f"{target!r} is of type {type(found).__name__}, but must be a callable.")
         self._admit_object(found, target)
-        return found
+        result: Callable[..., Any] = found
+        return result
 
     def _admit_object(self, found: Any, target: str) -> None:
         inner = found

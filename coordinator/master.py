@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 from celery import Celery
+from kombu import Queue
 
 from cache import keys
 from cache.connection import CLIENT_PATIENCE_SECONDS, connect, ping, translated
@@ -18,7 +19,8 @@ from coordinator.config import TrainingConfig
 from coordinator.recipe import Recipe, fingerprint, modules_of
 from coordinator.run import Run, TrainedModel
 from coordinator.services import Services, with_url
-from coordinator.step import Sender
+from coordinator.step import Sender, nameless_exchange
+from coordinator.task_names import GRADIENTS, UPDATES
 
 
 class Master:
@@ -145,8 +147,10 @@ def _publisher(url: str) -> Celery:
         task_ignore_result=True,
         broker_connection_timeout=2,
         broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3},
-        task_create_missing_queues=True,
+        task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
+        task_default_queue=UPDATES,
     )
+    app.amqp.autoexchange = nameless_exchange
     return app
 
 

@@ -142,7 +142,7 @@ class Recipe:
         for name, value in spec.items():
             if name not in {field.name for field in fields(cls)}:
                 raise RecipeError(f"a recipe has no entry {name!r}.")
-            if name == "metrics":
+            if name == "metrics" and isinstance(value, Mapping):
                 entries[name] = {metric: _decode(f"metrics.{metric}", v) for metric, v in value.items()}
             else:
                 entries[name] = _decode(name, value)
@@ -315,13 +315,13 @@ def _name_of(name: str, function: Any) -> str:
         module = getattr(function, "__module__", None) or ""
         path = getattr(function, "__qualname__", None)
     shown = f"{module}.{path}" if path else repr(function)
+    public = _public_torch_name(function) if module == "torch" or module.startswith("torch.") else None
+    if public is not None:
+        return public
     if module not in ("", "__main__") and path and "<" not in path:
         found = _look_up(module, path)
         if found is function or (isinstance(function, MethodType) and found == function):
             return f"{_shortest_home(module, path, found)}:{path}"
-    public = _public_torch_name(function)
-    if public is not None:
-        return public
     raise RecipeError(
         f"recipe entry {name!r} is {shown}, {_why_unimportable(function, module, path)}, so no worker can "
         f"import "
@@ -362,9 +362,6 @@ def _look_up(module: str, path: str) -> Any:
 
 def _public_torch_name(function: Any) -> str | None:
     """Return the public name of one of torch's functions, many of which carry a private one."""
-    home = getattr(function, "__module__", None) or ""
-    if home != "torch" and not home.startswith("torch."):
-        return None
     for module in _TORCH_PUBLIC:
         namespace: ModuleType | None = sys.modules.get(module)
         for name, value in vars(namespace).items() if namespace else ():
@@ -428,13 +425,8 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
         raise NotAllowed(f"recipe entry {name!r}: {error}") from None
     except RecipeError as error:
         raise RecipeError(f"recipe entry {name!r}: {error}") from error.__cause__
-    if not callable(found):
-        raise RecipeError(
-            f"recipe entry {name!r}: {entry.target!r} is a {type(found).__name__}, not a callable."
-        )
     if inspect.isclass(found) and (name in _FUNCTIONS or name.startswith("metrics.")):
         raise RecipeError(f"recipe entry {name!r}: {entry.target!r} is a class, but must be a function.")
     if entry.args or entry.kwargs:
         return functools.partial(found, *entry.args, **(entry.kwargs or {}))
-    bound: Callable[..., Any] = found
-    return bound
+    return found

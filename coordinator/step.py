@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery, chord
+from kombu import Exchange
 from kombu.exceptions import OperationalError
 
 from cache.connection import masked
@@ -17,6 +18,15 @@ from cache.errors import CacheUnreachable
 from coordinator import task_names
 
 _PUBLISH = {"retry": True, "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0}}
+
+
+def nameless_exchange(name: str) -> Exchange:
+    """The exchange of a queue that is not configured: the nameless one, which delivers by queue name.
+
+    Celery's default is a named exchange per queue, and each leaves a `_kombu.binding.*` key without
+    TTL in Redis; the training servers' private queues would pile up there.
+    """
+    return Exchange("", type="direct")
 
 
 class Sender:

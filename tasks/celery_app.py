@@ -6,6 +6,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from cache.settings import from_environment
+from coordinator.step import nameless_exchange
 from coordinator.task_names import (
     ADVANCE,
     APPLY_UPDATE,
@@ -32,6 +33,8 @@ app = Celery(
         "tasks.worker",
     ],
 )
+
+app.amqp.autoexchange = nameless_exchange
 
 app.conf.update(
     broker_url=settings.url,

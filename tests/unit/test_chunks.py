@@ -189,7 +189,7 @@ def test_a_forked_child_uses_its_own_connections(url):
 
 def test_an_unreachable_node_is_named_without_its_password():
     store = ChunkStore([f"redis://user:secret@127.0.0.1:{free_port()}/0"], connect_timeout_seconds=1.0)
-    with pytest.raises(CacheUnreachable, match="127.0.0.1") as caught:
+    with pytest.raises(CacheUnreachable, match=r"127\.0\.0\.1") as caught:
         store.put("t:nowhere", blob(10), ttl_seconds=60)
     assert "secret" not in str(caught.value)
 

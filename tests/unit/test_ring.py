@@ -55,11 +55,14 @@ def test_the_order_is_a_permutation_that_begins_with_the_owner(names, key):
     ring = Ring(dict.fromkeys(names, 1.0), points_per_node=8)
     order = list(ring.order(key))
     assert sorted(order) == sorted(names) and order[0] == ring.owner(key)
-    assert order == list(Ring(dict.fromkeys(reversed(sorted(names)), 1.0), points_per_node=8).order(key))
+    assert order == list(Ring(dict.fromkeys(sorted(names, reverse=True), 1.0), points_per_node=8).order(key))
 
 
 def test_every_process_draws_the_same_ring():
-    script = "from cache.ring import Ring; print([Ring({'a': 1, 'b': 1, 'c': 1}).owner(f'k{i}') for i in range(50)])"
+    script = (
+        "from cache.ring import Ring\n"
+        "print([Ring({'a': 1, 'b': 1, 'c': 1}).owner(f'k{i}') for i in range(50)])"
+    )
     seen = {
         subprocess.run(
             [sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True

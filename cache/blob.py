@@ -1,0 +1,105 @@
+"""The reference to a blob: small, JSON-able, and enough to find its chunks and to check them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from cache.codec import memory
+from cache.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRef:
+    """Where a blob is and what it contains.
+
+    Attributes:
+        key: prefix of its chunks; chunk i is stored under `<key>:<i>`.
+        nbytes: length in bytes.
+        chunk_nbytes: length of each chunk but the last.
+        checksums: xxh3_64 of each chunk, 16 hexadecimal digits each.
+    """
+
+    key: str
+    nbytes: int
+    chunk_nbytes: int
+    checksums: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that depend on the content (and chunk size), not on the key."""
+        text = f"{self.nbytes}:{self.chunk_nbytes}:{''.join(self.checksums)}"
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    def chunk_keys(self) -> Iterator[str]:
+        """The key of each chunk, in order."""
+        return (f"{self.key}:{i}" for i in range(len(self.checksums)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the reference as a dict of strings and integers."""
+        return {
+            "key": self.key,
+            "nbytes": self.nbytes,
+            "chunk_nbytes": self.chunk_nbytes,
+            "checksums": "".join(self.checksums),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BlobRef:
+        """Rebuild a reference that `to_json` produced, trusting nothing in it.
+
+        Raises:
+            InvalidInput: a field is missing, of the wrong type or at odds with the others.
+        """
+        try:
+            joined = str(value["checksums"])
+            ref = cls(
+                str(value["key"]),
+                int(value["nbytes"]),
+                int(value["chunk_nbytes"]),
+                tuple(joined[i : i + 16] for i in range(0, len(joined), 16)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"this is not a blob reference ({error!r})") from error
+        if (
+            ref.nbytes < 0
+            or ref.chunk_nbytes <= 0
+            or len(joined) != 16 * chunk_count(ref.nbytes, ref.chunk_nbytes)
+        ):
+            raise InvalidInput(
+                f"blob {ref.key!r}: {len(joined) // 16} checksums do not fit {ref.nbytes} bytes"
+            )
+        return ref
+
+    def require_length(self, view: memoryview) -> None:
+        """Refuse memory of another length than the blob's.
+
+        Raises:
+            InvalidInput: names both lengths.
+        """
+        if len(view) != self.nbytes:
+            raise InvalidInput(f"blob {self.key!r} has {self.nbytes} bytes, the buffer {len(view)}")
+
+
+def as_bytes(buffer: Tensor | memoryview) -> memoryview:
+    """Return the buffer's own memory as bytes, without a copy."""
+    return memory(buffer) if isinstance(buffer, Tensor) else buffer.cast("B")
+
+
+def chunk_count(nbytes: int, chunk_nbytes: int) -> int:
+    """How many chunks so many bytes make."""
+    return -(-nbytes // chunk_nbytes)
+
+
+def split(view: memoryview, nbytes: int) -> list[memoryview]:
+    """Cut a view into views of `nbytes` bytes, the last one shorter."""
+    return [view[start : start + nbytes] for start in range(0, len(view), nbytes)]
+
+
+def checksums(parts: Iterable[memoryview]) -> tuple[str, ...]:
+    """xxh3_64 of each chunk, 16 hexadecimal digits."""
+    return tuple(xxhash.xxh3_64_hexdigest(part) for part in parts)
