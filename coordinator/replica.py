@@ -50,7 +50,6 @@ class Replica:
         self.device = device
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
-        _require_plain(self.parameters, self.buffers)
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
         self._homes = _homes(model, self.buffers)
@@ -80,6 +79,7 @@ class Replica:
                     f"the recipe's model entry returned a {type(model).__name__}; it must return a "
                     f"torch.nn.Module."
                 )
+            _require_plain(model)
             return cls(model.to(device), config, device)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -199,8 +199,8 @@ def _homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[_B
     return homes
 
 
-def _require_plain(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    for name, tensor in {**parameters, **buffers}.items():
+def _require_plain(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise InvalidInput(
                 f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model "
