@@ -28,7 +28,7 @@ RUN pip install -c /src/constraints.txt "/src[demo,tensorboard]" && rm -rf /src
 # A worker imports recipes from what lies under the directory that it is started in: add your own
 # code here, with a bind mount or with an image built FROM this one.
 RUN useradd --create-home --uid 10001 torchord \
-    && install -d -o torchord -g torchord /app /var/lib/torchord/checkpoints
+    && install -d -o torchord -g torchord /app /var/lib/torchord/checkpoints /var/lib/torchord/tensorboard
 WORKDIR /app
 COPY --chown=torchord:torchord examples /app/examples
 USER torchord
@@ -36,7 +36,7 @@ USER torchord
 # Celery takes the working directory off the import path once it has found the app.
 ENV PYTHONPATH=/app \
     TORCHORD_CHECKPOINT_DIR=/var/lib/torchord/checkpoints
-VOLUME /var/lib/torchord/checkpoints
+VOLUME /var/lib/torchord/checkpoints /var/lib/torchord/tensorboard
 
 # Celery finishes the task in hand on SIGTERM.
 STOPSIGNAL SIGTERM

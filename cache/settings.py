@@ -26,6 +26,7 @@ class Settings:
         host_cache: whether processes of one host share fetched versions.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
         server_memory_bytes: how much model and optimizer state a training server keeps warm.
+        faults: plan of injected faults, for tests (see coordinator.faults); "" for none.
     """
 
     url: str = DEFAULT_URL
@@ -35,6 +36,7 @@ class Settings:
     host_cache: bool = True
     device: str = "auto"
     server_memory_bytes: int = 4 << 30
+    faults: str = ""
 
 
 def _words(value: str) -> tuple[str, ...]:
@@ -57,4 +59,5 @@ def from_environment() -> Settings:
         host_cache=env.get("TORCHORD_HOST_CACHE", "on").lower() not in ("off", "0", "no", "false"),
         device=env.get("TORCHORD_DEVICE") or "auto",
         server_memory_bytes=int(env.get("TORCHORD_SERVER_MEMORY_BYTES") or 4 << 30),
+        faults=env.get("TORCHORD_FAULTS", ""),
     )

@@ -20,9 +20,6 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 from cache.errors import InvalidInput
 
 SCRATCH_NBYTES = 4096
-OVERFLOW_NBYTES = 64
-"""How far a read may run past a value: enough for the next header, too little to be worth a copy."""
-
 _MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
 
 Reply = str | int | bytes | None
@@ -110,7 +107,6 @@ class Connection:
     def __init__(self, address: Address, connect_timeout_seconds: float, timeout_seconds: float) -> None:
         self._bytes = bytearray(SCRATCH_NBYTES)
         self._scratch = memoryview(self._bytes)
-        self._overflow = self._scratch[:OVERFLOW_NBYTES]
         self._start = self._end = 0
         self.pid = os.getpid()
         self._tls = address.tls is not None
@@ -170,7 +166,7 @@ class Connection:
         Raises:
             ServerRefused: the server answered with an error.
         """
-        line = self._line()
+        line = self._line(len(str(len(part))) + 3)
         if line[:1] == b"-":
             raise ServerRefused(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
@@ -218,13 +214,13 @@ class Connection:
         except BlockingIOError as error:
             raise TimeoutError("the server takes no more data") from error
 
-    def _receive(self, part: memoryview) -> int:
-        """Read into `part` and, on a plain socket, a little beyond it into the scratch buffer."""
+    def _receive(self, part: memoryview, overflow: memoryview) -> int:
+        """Read into `part` and, on a plain socket, beyond it into `overflow`."""
         try:
             if self._tls:
                 count = self._socket.recv_into(part)
             else:
-                count = self._socket.recvmsg_into([part, self._overflow])[0]
+                count = self._socket.recvmsg_into([part, overflow])[0]
         except BlockingIOError as error:
             raise TimeoutError("the server sends no more data") from error
         if not count:
@@ -232,12 +228,15 @@ class Connection:
         return count
 
     def _value_into(self, part: memoryview) -> None:
+        # What follows is most likely the header of a value of the same length. Reading just that
+        # far lets the next value start where the kernel copies fastest, at the head of its memory.
+        overflow = self._scratch[: len(str(len(part))) + 5]
         filled = min(self._end - self._start, len(part))
         part[:filled] = self._scratch[self._start : self._start + filled]
         self._start += filled
         while filled < len(part):
             self._start = self._end = 0
-            filled += self._receive(part[filled:] if filled else part)
+            filled += self._receive(part[filled:] if filled else part, overflow)
         if filled > len(part):
             self._end = filled - len(part)
         self._skip(2)
@@ -249,14 +248,16 @@ class Connection:
             self._fill()
         self._start += nbytes
 
-    def _line(self) -> bytes:
+    def _line(self, likely_nbytes: int = SCRATCH_NBYTES) -> bytes:
+        """Read up to the end of a line, in the first place `likely_nbytes` of it."""
         while (stop := self._bytes.find(b"\r\n", self._start, self._end)) < 0:
-            self._fill()
+            self._fill(likely_nbytes)
+            likely_nbytes = SCRATCH_NBYTES
         line = bytes(self._scratch[self._start : stop])
         self._start = stop + 2
         return line
 
-    def _fill(self) -> None:
+    def _fill(self, at_most_nbytes: int = SCRATCH_NBYTES) -> None:
         if self._start:
             rest = bytes(self._scratch[self._start : self._end])
             self._scratch[: len(rest)] = rest
@@ -264,7 +265,7 @@ class Connection:
         if self._end == SCRATCH_NBYTES:
             raise ConnectionError("a reply without end: is that a Redis-compatible server?")
         try:
-            count = self._socket.recv_into(self._scratch[self._end :])
+            count = self._socket.recv_into(self._scratch[self._end : self._end + at_most_nbytes])
         except BlockingIOError as error:
             raise TimeoutError("the server does not reply") from error
         if not count:

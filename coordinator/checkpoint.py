@@ -33,7 +33,8 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cache.errors import CheckpointError
+from cache.codec import dtype_name, dtype_of
+from cache.errors import CheckpointError, ManifestMismatch
 from coordinator import tree
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ _MARKER = re.compile(r"version-(\d+)\.json")
 _FILE = re.compile(r"version-(\d+)\.(?:tensors|state)\.safetensors")
 _SEGMENT = re.compile(r"ledger-(\d+)-(\d+)\.jsonl")
 _SPEC = "run.json"
+_COMMON = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+)
+"""What every safetensors reader knows; tensors of other dtypes (complex, float8, ...) go as bytes."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +134,13 @@ class CheckpointStore:
         nbytes = 0
         for part, mapping in (("tensors", tensors), ("state", state_tensors)):
             name = f"version-{version:09d}.{part}.safetensors"
-            data, wide = _to_safetensors(mapping)
+            data, index = _to_safetensors(mapping)
             self._files.write(name, data)
             marker["files"][part] = {
                 "name": name,
                 "nbytes": len(data),
                 "xxh3_128": xxhash.xxh3_128_hexdigest(data),
-                "complex": wide,
+                **index,
             }
             nbytes += len(data)
         try:
@@ -160,7 +166,7 @@ class CheckpointStore:
         parts: dict[str, dict[str, Tensor]] = {}
         for part, entry in marker["files"].items():
             where = self._files.where(entry["name"])
-            parts[part] = _from_safetensors(self._verified(entry), entry["complex"], where)
+            parts[part] = _from_safetensors(self._verified(entry), entry, where)
         state = tree.unflatten(marker["state"], parts["state"])
         return Checkpoint(version, parts["tensors"], state, marker["meta"])
 
@@ -273,7 +279,7 @@ class CheckpointStore:
             json.dumps({"sequence": self._sequence}),
             *(" ".join(entry.split("\n")) for entry in entries),
         ]
-        first, last = _version_of(entries[0], "the entry"), _version_of(entries[-1], "the entry")
+        first, last = (_integer_in(entry, "version", "a ledger entry") for entry in (entries[0], entries[-1]))
         text = "".join(f"{line}\n" for line in lines)
         self._files.write(f"ledger-{first:09d}-{last:09d}.jsonl", text.encode())
 
@@ -294,9 +300,11 @@ class CheckpointStore:
         for name in self._files.names():
             if _SEGMENT.fullmatch(name):
                 where = self._files.where(name)
-                header, *lines = self._files.read(name).decode(errors="replace").splitlines() or [""]
-                sequence = _parse(header, where).get("sequence", 0)
-                found.append((int(sequence), {_version_of(line, where): line for line in lines}))
+                header, *lines = (
+                    self._files.read(name).decode(errors="replace").removesuffix("\n").split("\n")
+                )
+                sequence = _integer_in(header, "sequence", where)
+                found.append((sequence, {_integer_in(line, "version", where): line for line in lines}))
         return found
 
     def _verified(self, entry: Mapping[str, Any]) -> bytes:
@@ -339,11 +347,12 @@ def _checksum(marker: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(marker, sort_keys=True, allow_nan=False).encode())
 
 
-def _version_of(entry: str, where: str) -> int:
-    found = _parse(entry, where)
-    if not isinstance(found, dict) or type(found.get("version")) is not int:
-        raise CheckpointError(f"{where} is damaged: a ledger entry has no version.")
-    return int(found["version"])
+def _integer_in(text: str, key: str, where: str) -> int:
+    found = _parse(text, where)
+    value = found.get(key) if isinstance(found, dict) else None
+    if type(value) is not int:
+        raise CheckpointError(f"{where} is damaged: it has a line without {key}.")
+    return value
 
 
 def _parse(data: bytes | str, where: str) -> Any:
@@ -353,25 +362,38 @@ def _parse(data: bytes | str, where: str) -> Any:
         raise CheckpointError(f"{where} is damaged: {error}.") from error
 
 
-def _to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, str]]:
-    """Serialise tensors; complex ones as pairs of reals, since not every file format has them."""
+def _to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
+    """Serialise tensors.
+
+    Returns:
+        (content, index): index has "order", the names in the order of the mapping, and "raw",
+        name -> [dtype, shape] of those whose dtype goes as bytes.
+    """
     plain: dict[str, Tensor] = {}
-    wide: dict[str, str] = {}
+    raw: dict[str, list[Any]] = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().to("cpu").resolve_conj().resolve_neg()
-        if flat.is_complex():
-            wide[name] = str(flat.dtype).removeprefix("torch.")
-            flat = torch.view_as_real(flat)
-        plain[name] = flat.clone(memory_format=torch.contiguous_format)
-    return safetensors.torch.save(plain), wide
+        dense = (
+            tensor.detach()
+            .to("cpu")
+            .resolve_conj()
+            .resolve_neg()
+            .clone(memory_format=torch.contiguous_format)
+        )
+        if dense.dtype not in _COMMON:
+            raw[name] = [dtype_name(dense.dtype), list(dense.shape)]
+            dense = dense.reshape(-1).view(torch.uint8)
+        plain[name] = dense
+    return safetensors.torch.save(plain), {"order": list(plain), "raw": raw}
 
 
-def _from_safetensors(data: bytes, wide: Mapping[str, str], where: str) -> dict[str, Tensor]:
+def _from_safetensors(data: bytes, index: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError) as error:
+        found = safetensors.torch.load(data)
+        for name, (dtype, shape) in index["raw"].items():
+            found[name] = found[name].view(dtype_of(dtype)).reshape(shape)
+        return {name: found[name] for name in index["order"]}
+    except (SafetensorError, KeyError, ValueError, RuntimeError, ManifestMismatch) as error:
         raise CheckpointError(f"{where} is damaged: {error}.") from error
-    return {name: torch.view_as_complex(t) if name in wide else t for name, t in tensors.items()}
 
 
 # --- places -----------------------------------------------------------------------------

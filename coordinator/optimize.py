@@ -128,6 +128,8 @@ class Trainer:
         with pinned(self.config.threads, self.config.deterministic, device):
             seed_everything(derive_seed(self.config.seed, "update", step))
             lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+            self._check(gradients, self.replica.parameters, "gradient for")
+            self._check(buffers, self.replica.buffers, "value for buffer")
             self._set_gradients(gradients)
             try:
                 norm = self._total_norm()
@@ -188,18 +190,19 @@ class Trainer:
         """Return the bytes that this trainer keeps in memory: state, one set of gradients, optimizer."""
         return 2 * self.replica.manifest.nbytes + self.state_nbytes()
 
-    def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        parameters = self.replica.parameters
-        unknown = gradients.keys() - parameters.keys()
-        if unknown:
-            raise ManifestMismatch(f"gradient for {sorted(unknown)[0]!r}, which the model does not have.")
-        for name, parameter in parameters.items():
-            gradient = gradients.get(name)
-            if gradient is not None and gradient.shape != parameter.shape:
+    @staticmethod
+    def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+        for name, tensor in given.items():
+            if name not in own:
+                raise ManifestMismatch(f"{what} {name!r}, which the model does not have.")
+            if tensor.shape != own[name].shape:
                 raise ManifestMismatch(
-                    f"the gradient of {name!r} has shape {tuple(gradient.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}."
+                    f"{what} {name!r} of shape {tuple(tensor.shape)}, the model's has {tuple(own[name].shape)}."
                 )
+
+    def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.replica.parameters.items():
+            gradient = gradients.get(name)
             parameter.grad = None if gradient is None else gradient.to(self.replica.device)
 
     def _total_norm(self) -> Tensor:
@@ -215,8 +218,6 @@ class Trainer:
             raise RunFailed(f"step {step}: the optimizer raised {type(error).__name__}: {error}") from error
         with torch.no_grad():
             for name, value in buffers.items():
-                if name not in self.replica.buffers:
-                    raise ManifestMismatch(f"value for buffer {name!r}, which the model does not have.")
                 self.replica.buffers[name].copy_(value)
 
     def _step_scheduler(self, step: int, loss: float, *, quiet: bool) -> None:

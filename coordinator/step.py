@@ -6,7 +6,7 @@ is named by (run, step, shard, version) and lies in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from celery import Celery, chord
@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from cache.connection import masked
 from cache.errors import CacheUnreachable
 from coordinator import task_names
+from coordinator.template import StepTemplate, push
 
 _PUBLISH = {"retry": True, "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0}}
 
@@ -34,10 +35,19 @@ class Sender:
 
     Args:
         app: the Celery app whose broker the tasks go to.
+        fault: called between the messages of a launch; tests use it to die there.
     """
 
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, app: Celery, *, fault: Callable[[str], None] | None = None) -> None:
         self.app = app
+        self.fault = fault
+        self._templates: dict[tuple[str, str], StepTemplate] = {}
+        url, options = str(app.conf.broker_url), app.conf.broker_transport_options or {}
+        plain = url.startswith(("redis://", "rediss://", "redis+socket://", "unix://"))
+        self._one_server = plain and app.conf.result_backend == url and "global_keyprefix" not in options
+        self._connection_errors: tuple[type[Exception], ...] = tuple(
+            getattr(app.backend, "connection_errors", ()) if self._one_server else ()
+        )
 
     def send(self, task: str, kwargs: dict[str, Any], *, queue: str) -> None:
         """Publish one task whose result nobody waits for.
@@ -48,9 +58,7 @@ class Sender:
         try:
             self.app.send_task(task, kwargs=kwargs, queue=queue, ignore_result=True, **_PUBLISH)
         except OperationalError as error:
-            raise CacheUnreachable(
-                f"cannot send {task}: no Redis answers at {masked(self.app.conf.broker_url)} ({error})"
-            ) from error
+            raise self._unreachable(f"send {task}", error) from error
 
     def advance(self, run: str, *, queue: str = task_names.UPDATES) -> None:
         """Ask a training server to do whatever comes next in a run."""
@@ -64,15 +72,41 @@ class Sender:
             queue=task_names.GRADIENTS,
         )
 
-    def step(self, run: str, step: int, shards: Iterable[int], *, callback_queue: str) -> None:
+    def step(self, run: str, step: int, shards: Sequence[int], *, callback_queue: str) -> None:
         """Publish a global step: a chord of gradient tasks with the update as its callback.
-
-        The header is a generator: given a list, Celery subscribes the launching process to every
-        header's result and never unsubscribes (celery issue 4824).
 
         Args:
             shards: the shards that still lack a slot.
             callback_queue: private queue of the training server that holds the run.
+
+        Raises:
+            CacheUnreachable: if the broker does not take it.
+        """
+        if not self._one_server:
+            self._canvas_step(run, step, shards, callback_queue)
+            return
+        key = (run, callback_queue)
+        if key not in self._templates:
+            self._templates.clear()  # a handful of runs at most; each costs 1 ms to record again
+            self._templates[key] = StepTemplate(
+                self.app,
+                task=task_names.COMPUTE_GRADIENT,
+                kwargs={"run": run},
+                queue=task_names.GRADIENTS,
+                body=task_names.APPLY_UPDATE,
+                body_kwargs={"run": run},
+                body_queue=callback_queue,
+            )
+        try:
+            push(self.app, self._templates[key], step, shards, fault=self.fault)
+        except (OperationalError, *self._connection_errors) as error:
+            raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
+
+    def _canvas_step(self, run: str, step: int, shards: Sequence[int], callback_queue: str) -> None:
+        """The same chord by Celery's canvas, for brokers and backends that are not one plain Redis.
+
+        The header is a generator: given a list, Celery subscribes the launching process to every
+        header's result and never unsubscribes (celery issue 4824).
         """
         signature = self.app.signature
         header = (
@@ -93,10 +127,10 @@ class Sender:
         try:
             chord(header, app=self.app)(body)
         except OperationalError as error:
-            raise CacheUnreachable(
-                f"cannot launch step {step} of run {run!r}: no Redis answers at "
-                f"{masked(self.app.conf.broker_url)} ({error})"
-            ) from error
+            raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
+
+    def _unreachable(self, what: str, error: Exception) -> CacheUnreachable:
+        return CacheUnreachable(f"cannot {what}: no Redis answers at {masked(self.app.conf.broker_url)} ({error})")
 
     def evaluation(self, run: str, version: int, parts: Iterable[int], of: int) -> None:
         """Publish the parts of an evaluation of one version."""

@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     followers: dict[str, Follower] = {}
     try:
+        options.logdir.mkdir(parents=True, exist_ok=True)
         master = Master(options.url)
         while True:
             for run in master.runs():
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     directory.mkdir(parents=True, exist_ok=True)
                     writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
                     followers[run] = Follower(master, run, directory, writer)
+            (options.logdir / ".alive").touch()
             copied = sum(follower.copy() for follower in followers.values())
             if options.once and not copied:
                 return 0

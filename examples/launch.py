@@ -84,7 +84,7 @@ def parser(description: str, *, name: str, epochs: int) -> argparse.ArgumentPars
     made = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
     made.add_argument(
         "--url",
-        default=os.environ.get("TORCHORD_URL"),
+        default=os.environ.get("TORCHORD_URL") or None,
         help="train on the workers at this Redis URL, for instance redis://localhost:6379/0 (default: "
         "$TORCHORD_URL, and without it a cluster is started and stopped)",
     )
@@ -98,7 +98,7 @@ def parser(description: str, *, name: str, epochs: int) -> argparse.ArgumentPars
         "--checkpoints",
         type=Path,
         default=Path("checkpoints"),
-        help="folder for the started cluster's checkpoints",
+        help="folder for a started cluster's checkpoints",
     )
     made.add_argument(
         "--flower", action="store_true", help="start Flower as well, and stay up after training until Ctrl-C"

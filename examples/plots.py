@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coordinator import TrainedModel
 
 BLUE, ORANGE, RED, GREY = "#1f6fb4", "#d9720f", "#c62828", "#6b7280"
-_SMOOTHING = 0.9
+_WINDOWS = 40  # smoothing averages over about 1/40 of the run
 
 
 def save_curve(path: Path, trained: TrainedModel, *, title: str, metric: str = "accuracy") -> Path:
@@ -123,9 +123,10 @@ def _curve(axes: Any, trained: TrainedModel, *, title: str, metric: str) -> None
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average, corrected for its start."""
+    keep = 1 - 1 / max(1.0, len(values) / _WINDOWS)
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         smoothed.append(mean / weight)
     return smoothed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,11 @@ from coordinator.task_names import GRADIENTS, UPDATES, private_queue
 from tasks.celery_app import app, settings
 
 log = logging.getLogger(__name__)
+
+# Celery takes the working directory off the path once it has found the app, but a worker may import
+# recipes from there: last, so that nothing in it hides an installed module.
+if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
 
 
 class Process:

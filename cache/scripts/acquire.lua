@@ -16,6 +16,9 @@ if owner and owner ~= '' and owner ~= ARGV[1] then
     redis.call('HSET', KEYS[1], 'shared', 1)
   end
 end
+if redis.call('HGET', KEYS[1], 'node') ~= ARGV[2] then
+  redis.call('HDEL', KEYS[1], 'shared')
+end
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4])
 return {'acquired', token}

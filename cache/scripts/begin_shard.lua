@@ -1,7 +1,7 @@
 -- A Client asks whether it should compute a shard, and takes the lease on it.
 -- KEYS 1 head   hash  state of the run
 --      2 slots  hash  shard -> finished slot, of this step
---      3 leases hash  shard -> {"worker","attempt"} of this step
+--      3 leases hash  shard -> {"worker","attempt","delivery","open"} of this step
 -- ARGV 1 step, 2 shard, 3 worker id, 4 worker key prefix, 5 backup ('1': compute beside a live holder),
 --      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice)
 -- Returns {verdict, attempt, incarnation}: 'compute', 'duplicate' (slot written), 'late' (step committed),
@@ -29,7 +29,7 @@ local held = redis.call('HGET', KEYS[3], ARGV[2])
 if held then
   local lease = cjson.decode(held)
   attempt = lease['attempt'] + 1
-  if lease['delivery'] == ARGV[7] and lease['worker'] == ARGV[3] then
+  if lease['open'] and lease['delivery'] == ARGV[7] and lease['worker'] == ARGV[3] then
     return {'compute', lease['attempt'], incarnation}
   end
   if ARGV[5] ~= '1' and redis.call('EXISTS', ARGV[4] .. lease['worker']) == 1 and lease['open'] then

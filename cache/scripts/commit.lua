@@ -35,7 +35,7 @@ if not again then
   redis.call('HSET', KEYS[1], 'version', field, 'chain', ARGV[6], 'committed_at', ARGV[7])
   redis.call('DEL', KEYS[2], KEYS[3])
   redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[10], '*', 'type', 'step', 'data', ARGV[9])
-  for _, index in ipairs({1, 4, 5, 6, 7, 8, 9, 10, 11}) do
+  for _, index in ipairs({1, 4, 5, 6, 7, 8, 9, 10, 11, 12}) do
     redis.call('EXPIRE', KEYS[index], ARGV[8])
   end
 end

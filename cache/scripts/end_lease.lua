@@ -10,7 +10,9 @@ local lease = cjson.decode(held)
 if lease['worker'] ~= ARGV[2] or lease['delivery'] ~= ARGV[3] then
   return 0
 end
-lease['open'] = false
-lease['attempt'] = lease['attempt'] - 1  -- only a worker's death counts as a try
-redis.call('HSET', KEYS[1], ARGV[1], cjson.encode(lease))
+if lease['open'] then
+  lease['open'] = false
+  lease['attempt'] = lease['attempt'] - 1  -- only a worker's death counts as a try
+  redis.call('HSET', KEYS[1], ARGV[1], cjson.encode(lease))
+end
 return 1

@@ -9,5 +9,6 @@ redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('HDEL', KEYS[5], ARGV[1])
 if first == 1 then
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[5], '*', 'type', 'evaluation', 'data', ARGV[3])
+  redis.call('EXPIRE', KEYS[4], ARGV[4])
 end
 return first

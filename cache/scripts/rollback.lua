@@ -22,6 +22,7 @@ redis.call('HDEL', KEYS[1], 'launched')
 redis.call('HINCRBY', KEYS[1], 'replayed', from - target)
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'type', 'rollback', 'data',
   cjson.encode({version = target, from = from}))
+redis.call('EXPIRE', KEYS[5], ARGV[4])
 local reply = {'ok'}
 for _, kept in ipairs(redis.call('HKEYS', KEYS[4])) do
   if tonumber(kept) > target then

@@ -1,20 +1,33 @@
 -- Change the status of a run, if it is in one of the states that allow it.
--- KEYS 1 head hash, 2 active set, 3 events stream
+-- KEYS 1 head hash, 2 active set, 3 events stream, 4 slots hash of the step in ARGV 12 (of the present
+--      step if there is none), 5 leases hash of the same step
 -- ARGV 1 name, 2 new status, 3 allowed states (comma-separated, with a comma at both ends), 4 event type,
 --      5 event JSON, 6 error JSON ('' to clear, '-' to leave), 7 TTL of a run (s), 8 events kept,
---      9 token ('' if the caller is not the training server)
--- Returns {'ok', old status}, {'fenced', status} or {'refused', present status}.
+--      9 token ('' if the caller is not the training server), 10 nonce of the request,
+--      11 incarnation that it is about ('' for any), 12 step and 13 shard that it is about ('' for none)
+-- Returns {'ok', old status}, {'fenced', status}, {'refused', present status}, or {'late', status}: the
+-- reason for the change no longer holds (the shard's slot is written, or it is another run by now).
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then
   return {'refused', 'missing'}
 end
+if redis.call('HGET', KEYS[1], 'changed') == ARGV[10] .. ':' .. ARGV[2] then
+  return {'ok', redis.call('HGET', KEYS[1], 'changed_from')}
+end
 if ARGV[9] ~= '' and redis.call('HGET', KEYS[1], 'token') ~= ARGV[9] then
   return {'fenced', status}
+end
+if ARGV[11] ~= '' and redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[11] then
+  return {'late', status}
+end
+if ARGV[12] ~= '' and (redis.call('HGET', KEYS[1], 'version') ~= ARGV[12]
+    or redis.call('HEXISTS', KEYS[4], ARGV[13]) == 1) then
+  return {'late', status}
 end
 if not string.find(ARGV[3], ',' .. status .. ',', 1, true) then
   return {'refused', status}
 end
-redis.call('HSET', KEYS[1], 'status', ARGV[2])
+redis.call('HSET', KEYS[1], 'status', ARGV[2], 'changed', ARGV[10] .. ':' .. ARGV[2], 'changed_from', status)
 if ARGV[6] == '' then
   redis.call('HDEL', KEYS[1], 'error')
 elseif ARGV[6] ~= '-' then
@@ -22,6 +35,7 @@ elseif ARGV[6] ~= '-' then
 end
 if ARGV[2] == 'running' or ARGV[2] == 'pending' then
   redis.call('HDEL', KEYS[1], 'launched')
+  redis.call('DEL', KEYS[5])  -- the tries before count no more
   redis.call('SADD', KEYS[2], ARGV[1])
   redis.call('EXPIRE', KEYS[2], ARGV[7])
 else

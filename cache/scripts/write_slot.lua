@@ -1,13 +1,18 @@
 -- Write a gradient slot once: the first writer wins. Its chunks are already stored.
 -- KEYS 1 head  hash  state of the run
 --      2 slots hash  shard -> JSON of the slot, of this step
--- ARGV 1 step, 2 shard, 3 slot JSON, 4 nonce of this attempt, 5 digest, 6 TTL of the work (s)
+-- ARGV 1 step, 2 shard, 3 slot JSON, 4 nonce of this attempt, 5 digest, 6 TTL of the work (s),
+--      7 incarnation of the run that it was computed for ('' if that is not known)
 -- Returns {verdict, slots present}: 'written', 'duplicate' (same bytes were there), 'divergent'
--- (other bytes were there: a broken purity), 'late' (step committed), 'stopped', 'early'.
+-- (other bytes were there: a broken purity), 'late' (step committed), 'early', 'stopped' (run ended,
+-- gone, or another run of the same name).
 local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '-1')
 local status = redis.call('HGET', KEYS[1], 'status')
 local step = tonumber(ARGV[1])
 if version < 0 or status == 'cancelled' or status == 'done' then
+  return {'stopped', 0}
+end
+if ARGV[7] ~= '' and redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[7] then
   return {'stopped', 0}
 end
 if step < version then

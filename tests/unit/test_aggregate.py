@@ -17,7 +17,9 @@ from tests.support import models
 from tests.support.inprocess import InProcess, resolved, run, same
 
 
-def average(parts: list[dict[str, Tensor]], sizes: list[int], old: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def average(
+    parts: list[dict[str, Tensor]], sizes: list[int], old: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Buffers of an aggregate of shards that have no gradients."""
     total = Accumulator(old or {}, sum(sizes))
     for part, size in zip(parts, sizes, strict=True):
@@ -146,7 +148,9 @@ def test_too_many_or_too_few_examples_are_refused() -> None:
 
 def test_floating_buffers_are_the_mean_weighted_by_examples() -> None:
     found = average(
-        [{"m": torch.tensor([1.0, 5.0])}, {"m": torch.tensor([4.0, 5.0])}], [1, 3], {"m": torch.tensor([0.0, 9.0])}
+        [{"m": torch.tensor([1.0, 5.0])}, {"m": torch.tensor([4.0, 5.0])}],
+        [1, 3],
+        {"m": torch.tensor([0.0, 9.0])},
     )
     assert found["m"].tolist() == [3.25, 5.0]
 
@@ -173,7 +177,9 @@ def test_what_all_shards_agree_on_keeps_its_bits() -> None:
 
 
 def test_a_minimum_that_began_at_infinity_has_a_mean() -> None:
-    found = average([{"m": torch.tensor(1.0)}, {"m": torch.tensor(3.0)}], [1, 1], {"m": torch.tensor(math.inf)})
+    found = average(
+        [{"m": torch.tensor(1.0)}, {"m": torch.tensor(3.0)}], [1, 1], {"m": torch.tensor(math.inf)}
+    )
     assert found["m"].item() == 2.0
 
 
@@ -191,7 +197,8 @@ def test_batchnorm_statistics_are_the_mean_over_the_shards() -> None:
     replica = ours.replicas[0]
     replica.load(ours.trainer.replica.pack())
     parts = [
-        compute(replica, recipe, config, ours.dataset, ours.plan.indices(0, k), 0, k).buffers for k in range(2)
+        compute(replica, recipe, config, ours.dataset, ours.plan.indices(0, k), 0, k).buffers
+        for k in range(2)
     ]
     ours.step(0)
     after = ours.trainer.replica.buffers

@@ -23,8 +23,16 @@ def test_fields_left_out_of_json_take_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("epochs", "batch_size", "shards", "threads") for value in (0, -1, 1.0, True)),
-        *((name, value) for name in ("checkpoint_every", "keep_checkpoints", "max_attempts") for value in (0, "3")),
+        *(
+            (name, value)
+            for name in ("epochs", "batch_size", "shards", "threads")
+            for value in (0, -1, 1.0, True)
+        ),
+        *(
+            (name, value)
+            for name in ("checkpoint_every", "keep_checkpoints", "max_attempts")
+            for value in (0, "3")
+        ),
         ("evaluate_every", 0),
         ("evaluate_every", False),
         ("epochs", None),

@@ -410,7 +410,9 @@ class Growing(models.Mlp):
 
 
 def test_after_an_error_the_replica_serves_the_next_shard() -> None:
-    bench = Bench(models.mlp(dataset=partial(models.Raising, at=int(Bench(models.mlp()).plan.indices(0, 0)[0]))))
+    bench = Bench(
+        models.mlp(dataset=partial(models.Raising, at=int(Bench(models.mlp()).plan.indices(0, 0)[0])))
+    )
     with pytest.raises(OSError, match="cannot read"):
         bench.compute(0, 0)
     assert_equal(bench.compute(0, 1), Bench(models.mlp()).compute(0, 1))
@@ -481,7 +483,9 @@ def test_datasets_must_be_map_style(made: Any) -> None:
 
 def test_datasets_are_made_alike_in_every_process() -> None:
     recipe = resolved(models.mlp())
-    object.__setattr__(recipe, "dataset", lambda: TensorDataset(torch.rand(3), torch.as_tensor(np.random.rand(3))))
+    object.__setattr__(
+        recipe, "dataset", lambda: TensorDataset(torch.rand(3), torch.as_tensor(np.random.rand(3)))
+    )
     torch.manual_seed(1), np.random.seed(1)
     one = open_dataset(recipe, CONFIG)
     torch.manual_seed(2), np.random.seed(2)
@@ -574,7 +578,9 @@ def test_any_number_of_clients_gives_the_same_bits(name: str) -> None:
 
 def test_shards_agree_with_one_large_batch() -> None:
     """Up to rounding: 1e-5 relative after 15 steps, for a model without dropout or BatchNorm."""
-    recipe = models.mlp(size=41, model=partial(models.Mlp, dropout=0.0), optimizer=partial(torch.optim.SGD, lr=0.1))
+    recipe = models.mlp(
+        size=41, model=partial(models.Mlp, dropout=0.0), optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
     one, many = (
         run(recipe, TrainingConfig(epochs=3, batch_size=9, shards=shards, clip_norm=0.5)) for shards in (1, 4)
     )

@@ -65,10 +65,14 @@ def test_partials_of_partials_are_one() -> None:
 
 
 def test_strings_name_what_need_not_be_importable_here() -> None:
-    assert models.mlp(model="their_code.nets:Big.tiny").to_spec()["model"] == entry("their_code.nets:Big.tiny")
+    assert models.mlp(model="their_code.nets:Big.tiny").to_spec()["model"] == entry(
+        "their_code.nets:Big.tiny"
+    )
 
 
-@pytest.mark.parametrize("text", ["a.b", "a:b:c", "a:", ":b", "a-b:c", "a.:b", "a:b.", "a b:c", "", ".a:b", "1a:b"])
+@pytest.mark.parametrize(
+    "text", ["a.b", "a:b:c", "a:", ":b", "a-b:c", "a.:b", "a:b.", "a b:c", "", ".a:b", "1a:b"]
+)
 def test_malformed_strings_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"package\.module:attribute"):
         models.mlp(model=text)
@@ -227,14 +231,21 @@ def test_required_entries_may_not_be_none(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model", models.Mlp()), ("loss", torch.nn.CrossEntropyLoss()), ("dataset", models.points()), ("loss", 3)],
+    [
+        ("model", models.Mlp()),
+        ("loss", torch.nn.CrossEntropyLoss()),
+        ("dataset", models.points()),
+        ("loss", 3),
+    ],
 )
 def test_objects_in_place_of_callables_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=rf"'{name}' is an object of class"):
         models.mlp(**{name: value})
 
 
-@pytest.mark.parametrize("value", [torch.nn.CrossEntropyLoss, partial(torch.nn.CrossEntropyLoss, reduction="mean")])
+@pytest.mark.parametrize(
+    "value", [torch.nn.CrossEntropyLoss, partial(torch.nn.CrossEntropyLoss, reduction="mean")]
+)
 def test_a_loss_class_is_not_a_loss(value: Any) -> None:
     with pytest.raises(RecipeError, match="must be a function"):
         models.mlp(loss=value)
@@ -326,7 +337,9 @@ def test_the_standard_library_is_never_the_project() -> None:
             resolve(spec_of(model=entry("shelve:open")), allowed=None, directory=directory)
 
 
-def test_a_project_may_lie_below_the_interpreters_prefix(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_may_lie_below_the_interpreters_prefix(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As /usr/src/app does below /usr."""
     write(project / "mine.py", "def f(): return 1\n")
     monkeypatch.setattr(sys, "prefix", str(project.parent))
@@ -363,7 +376,8 @@ def test_an_explicit_list_replaces_the_default(project: Path) -> None:
 
 def test_torch_parts_may_be_listed_alone() -> None:
     found = resolve(
-        spec_of(loss=entry("torch.nn.functional:gelu")), allowed=("torch.nn", "torch.optim", "torch.utils.data")
+        spec_of(loss=entry("torch.nn.functional:gelu")),
+        allowed=("torch.nn", "torch.optim", "torch.utils.data"),
     )
     assert found.loss is F.gelu
 
@@ -420,7 +434,10 @@ def test_torch_in_the_list_means_its_building_blocks() -> None:
     assert resolve(spec_of(), allowed=("torch",)).loss is F.cross_entropy
     with pytest.raises(NotAllowed):
         resolve(spec_of(model=entry("torch.hub:load")), allowed=("torch",))
-    assert resolve(spec_of(model=entry("torch.hub:load")), allowed=("torch", "torch.hub")).model is torch.hub.load
+    assert (
+        resolve(spec_of(model=entry("torch.hub:load")), allowed=("torch", "torch.hub")).model
+        is torch.hub.load
+    )
 
 
 def test_torch_parts_are_all_there() -> None:

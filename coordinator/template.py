@@ -1,0 +1,119 @@
+"""A step's messages from a recorded one: the same Celery messages, rendered instead of rebuilt.
+
+Publishing a chord through Celery's canvas costs its publisher about 2 ms for two tasks and 0.6 ms for
+each further one: signatures are cloned, options merged and one connection round trip made per task.
+All of that gives the same message but for a few fields. So the first step of a run lets Celery make
+one header message (onto an in-memory transport), and each step after that fills in the step, the
+shard and fresh ids, and sends all of it in one round trip. What arrives is an ordinary protocol-2
+message of an ordinary chord: workers, Flower and the `celery` command see no difference.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+from uuid import uuid4
+
+from celery import Celery
+from kombu import Connection
+
+_STEP = 918273645546372819  # stands for the step and the version; no run gets there
+_SHARD = 192837465564738291
+
+
+class StepTemplate:
+    """Renders the header messages of one run's steps.
+
+    Args:
+        app: the Celery app whose settings the messages follow.
+        task: name of the header's task.
+        kwargs: its keyword arguments but for "step", "version" and "shard".
+        queue: where the header's tasks go.
+        body: name of the callback's task.
+        body_kwargs: its keyword arguments but for "step".
+        body_queue: where the callback goes.
+    """
+
+    def __init__(
+        self,
+        app: Celery,
+        *,
+        task: str,
+        kwargs: dict[str, Any],
+        queue: str,
+        body: str,
+        body_kwargs: dict[str, Any],
+        body_queue: str,
+    ) -> None:
+        self.queue = queue
+        self._ids = {name: str(uuid4()) for name in ("task", "group", "body")}
+        callback = app.signature(body, kwargs={**body_kwargs, "step": _STEP}, queue=body_queue, ignore_result=True)
+        callback.freeze(self._ids["body"])
+        arguments = {**kwargs, "step": _STEP, "version": _STEP, "shard": _SHARD}
+        with Connection("memory://") as connection:
+            producer = connection.Producer()
+            app.send_task(
+                task,
+                kwargs=arguments,
+                task_id=self._ids["task"],
+                group_id=self._ids["group"],
+                group_index=_SHARD,
+                chord=dict(callback),
+                queue=queue,
+                ignore_result=True,
+                producer=producer,
+                add_to_parent=False,
+                root_id=self._ids["task"],
+                parent_id=self._ids["group"],
+            )
+            recorded = connection.default_channel._get(queue)
+        recorded["headers"]["parent_id"] = None
+        self._tag = str(recorded["properties"]["delivery_tag"])
+        recorded["body"], self._body = "@body@", base64.b64decode(recorded["body"]).decode()
+        self._envelope = json.dumps(recorded)
+        for name, token in (("task", self._ids["task"]), ("group", self._ids["group"]), ("shard", str(_SHARD))):
+            if token not in self._envelope or (name == "task" and self._tag not in self._envelope):
+                raise ValueError(f"a recorded Celery message has no {name} id where one was expected")
+
+    def render(self, step: int, shards: Sequence[int]) -> tuple[str, list[bytes]]:
+        """(group id, one message a shard) for one step, as they lie in a Redis list."""
+        group, callback = str(uuid4()), str(uuid4())
+        ids = self._ids
+        body = self._body.replace(str(_STEP), str(step)).replace(ids["body"], callback).replace(ids["group"], group)
+        envelope = self._envelope.replace(str(_STEP), str(step)).replace(ids["group"], group)
+        messages = []
+        for index, shard in enumerate(shards):
+            task, number = str(uuid4()), str(shard)
+            text = body.replace(str(_SHARD), number).replace(ids["task"], task)
+            encoded = base64.b64encode(text.encode()).decode()
+            message = envelope.replace(f'"group_index": {_SHARD}', f'"group_index": {index}')
+            message = message.replace(str(_SHARD), number).replace(ids["task"], task)
+            message = message.replace(self._tag, str(uuid4())).replace("@body@", encoded)
+            messages.append(message.encode())
+        return group, messages
+
+
+def push(
+    app: Celery, template: StepTemplate, step: int, shards: Sequence[int], *, fault: Callable[[str], None] | None = None
+) -> None:
+    """Publish one step in one round trip: the chord's size, then its messages.
+
+    The size comes first, as in Celery's own order: a header that finishes before it is known would
+    not be counted.
+
+    Args:
+        fault: if given, the first message goes in a round trip of its own and `fault` is called
+            between the two; tests use it to die in the middle of a launch.
+    """
+    group, messages = template.render(step, shards)
+    backend = cast(Any, app.backend)
+    pipe = backend.client.pipeline(transaction=False)
+    pipe.set(backend.get_key_for_group(group, ".s"), len(messages), ex=int(backend.expires))
+    if fault is not None and len(messages) > 1:
+        pipe.lpush(template.queue, messages.pop(0))
+        pipe.execute()
+        fault("sender.mid_launch")
+    pipe.lpush(template.queue, *messages)
+    pipe.execute()

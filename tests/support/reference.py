@@ -1,0 +1,264 @@
+"""Plain training loops in one process: what a pipeline's weights are compared with, bit for bit.
+
+Nothing of the training server, the Clients, the queue, the store or the averaging is used here. The
+loops follow the documented contract alone:
+
+- which examples belong to which shard of which step: `coordinator.shards.Plan`;
+- every generator (torch, numpy's global one, `random`) is seeded with `derive_seed(seed, ...)` of
+  "init" before the model is built, "dataset" before the dataset is, "optimizer" before the optimizer
+  is, ("data", step, shard) before a shard is read, ("model", step, shard) before its forward, and
+  ("update", step) before the optimizer steps;
+- one torch thread, deterministic algorithms;
+- the step's gradient is the sum over the shards, in shard order, of n_k / N times the gradient of the
+  shard's mean loss;
+- every shard's forward starts from the buffers of the step's version; afterwards a floating buffer is
+  b_0 + sum over k > 0 of n_k / N (b_k - b_0), and any other the value of the first shard that changed it;
+- with nonfinite="skip" a step with a NaN or infinity leaves everything alone but the scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.deterministic
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from coordinator import Recipe, TrainingConfig
+from coordinator.shards import Plan, derive_seed
+
+Bits = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+@dataclass
+class Reference:
+    """What a loop ended with.
+
+    Attributes:
+        module: the trained model.
+        losses: count-weighted mean loss of each step.
+        skipped: the steps that were left out.
+        lrs: learning rate of each parameter group, for each step.
+    """
+
+    module: nn.Module
+    losses: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    lrs: list[tuple[float, ...]] = field(default_factory=list)
+
+    @property
+    def bits(self) -> Bits:
+        """The bytes of the model's state dict."""
+        return bits(self.module)
+
+
+def bits(state: nn.Module | dict[str, Tensor]) -> Bits:
+    """Name -> (dtype, shape, bytes) of a state dict: equal means equal in every bit, NaN and -0.0 included."""
+    tensors = state.state_dict() if isinstance(state, nn.Module) else state
+    return {
+        name: (str(t.dtype), tuple(t.shape), t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in tensors.items()
+    }  # fmt: skip
+
+
+def all_bits(module: nn.Module) -> Bits:
+    """Like `bits`, and the buffers that are not in the state dict (persistent=False) besides."""
+    return bits({**module.state_dict(), **dict(module.named_buffers())})
+
+
+def accumulate(recipe: Recipe, config: TrainingConfig) -> Reference:
+    """The loop that everybody writes: `(loss_k * n_k / N).backward()` shard after shard, then `step()`.
+
+    It has the pipeline's bits where each n_k / N is a power of two, so that the product is exact; for
+    other sizes see `average`.
+    """
+    weights = {n / sum(sizes) for sizes in _sizes(recipe, config) for n in sizes}
+    assert all(math.frexp(weight)[0] == 0.5 for weight in weights), f"not powers of two: {weights}"
+    return _train(recipe, config, scaled_loss=True)
+
+
+def average(recipe: Recipe, config: TrainingConfig) -> Reference:
+    """The same for shards of any size: each shard's gradient, then the weighted sum in shard order."""
+    return _train(recipe, config, scaled_loss=False)
+
+
+def large_batch(recipe: Recipe, config: TrainingConfig) -> Reference:
+    """One batch a step, no shards, no seeds inside a step: what training in one process is without us.
+
+    Comparable for models that draw no random numbers and keep no batch statistics.
+    """
+    model, data, optimizer, scheduler = _parts(recipe, config)
+    result = Reference(model)
+    plan = Plan(len(data), config)
+    with _pinned(config.threads):
+        for step in range(plan.total_steps):
+            indices = [int(i) for shard in range(plan.shards_in(step)) for i in plan.indices(step, shard)]
+            optimizer.zero_grad()
+            loss = _loss(recipe, config, model.train(), _read(recipe, data, indices))
+            loss.backward()
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            result.losses.append(loss.item())
+    return result
+
+
+# --- parts ------------------------------------------------------------------------------
+
+
+def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Reference:
+    model, data, optimizer, scheduler = _parts(recipe, config)
+    result = Reference(model)
+    plan = Plan(len(data), config)
+    parameters = list(model.parameters())
+    for step in range(plan.total_steps):
+        shards = range(plan.shards_in(step))
+        count = plan.examples(step)
+        before = _buffers(model)
+        after: list[tuple[float, dict[str, Tensor]]] = []
+        total: list[Tensor | None] = [None] * len(parameters)
+        mean = 0.0
+        optimizer.zero_grad()
+        for shard in shards:
+            indices = [int(i) for i in plan.indices(step, shard)]
+            weight = len(indices) / count
+            with _pinned(config.threads):
+                _seed(derive_seed(config.seed, "data", step, shard))
+                batch = _read(recipe, data, indices)
+                _set_buffers(model, before)
+                _seed(derive_seed(config.seed, "model", step, shard))
+                loss = _loss(recipe, config, model.train(), batch)
+                if scaled_loss:
+                    (loss * weight).backward()
+                else:
+                    loss.backward()
+                    total = [_add(old, p.grad, weight) for old, p in zip(total, parameters, strict=True)]
+                    optimizer.zero_grad()
+                    model.zero_grad()
+            mean += loss.item() * len(indices)
+            after.append((weight, _buffers(model)))
+        if not scaled_loss:
+            for parameter, gradient in zip(parameters, total, strict=True):
+                parameter.grad = gradient
+        _set_buffers(model, before)
+        result.losses.append(mean / count)
+        result.lrs.append(tuple(float(group["lr"]) for group in optimizer.param_groups))
+        finite = math.isfinite(mean) and all(
+            bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None
+        )
+        if finite:
+            with _pinned(config.threads):
+                _seed(derive_seed(config.seed, "update", step))
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                optimizer.step()
+            _set_buffers(model, _averaged(before, after))
+        else:
+            assert config.nonfinite == "skip", f"step {step} is not finite"
+            result.skipped.append(step)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(result.losses[-1])
+        elif scheduler is not None:
+            scheduler.step()
+    return result
+
+
+def _parts(recipe: Recipe, config: TrainingConfig) -> tuple[nn.Module, Any, torch.optim.Optimizer, Any]:
+    """Model, dataset, optimizer, scheduler; the recipe's entries are callables here, no strings."""
+    made: list[Any] = []
+    for name, entry in (("init", recipe.model), ("dataset", recipe.dataset)):
+        with _pinned(config.threads, fill=name == "init"):
+            _seed(derive_seed(config.seed, name))
+            made.append(entry())  # type: ignore[operator]
+    model, data = made
+    with _pinned(config.threads):
+        _seed(derive_seed(config.seed, "optimizer"))
+        groups = model.parameters() if recipe.parameter_groups is None else recipe.parameter_groups(model)  # type: ignore[operator]
+        optimizer = recipe.optimizer(groups)  # type: ignore[operator]
+        scheduler = None if recipe.scheduler is None else recipe.scheduler(optimizer)  # type: ignore[operator]
+    return model, data, optimizer, scheduler
+
+
+def _read(recipe: Recipe, data: Any, indices: list[int]) -> Any:
+    samples = data.__getitems__(indices) if hasattr(data, "__getitems__") else [data[i] for i in indices]
+    return (recipe.collate or default_collate)(samples)  # type: ignore[operator]
+
+
+def _loss(recipe: Recipe, config: TrainingConfig, model: nn.Module, batch: Any) -> Tensor:
+    half = torch.autocast("cpu", dtype=torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    with half:
+        if recipe.step is not None:
+            return recipe.step(model, batch)  # type: ignore[operator,no-any-return]
+        inputs, targets = batch
+        return recipe.loss(model(inputs), targets)  # type: ignore[operator,misc,no-any-return]
+
+
+def _add(total: Tensor | None, gradient: Tensor | None, weight: float) -> Tensor | None:
+    if gradient is None:
+        return total
+    return gradient * weight if total is None else total.add(gradient, alpha=weight)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _set_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        home, _, last = name.rpartition(".")
+        setattr(model.get_submodule(home), last, value.clone())
+
+
+def _averaged(before: dict[str, Tensor], after: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    new = {}
+    for name, old in before.items():
+        values = [found[name] for _, found in after]
+        if old.is_floating_point():
+            moved = torch.zeros_like(old)
+            for (weight, _), value in zip(after[1:], values[1:], strict=True):
+                moved.add_(value - values[0], alpha=weight)
+            new[name] = values[0] + moved
+        else:
+            new[name] = next((value for value in values if not torch.equal(value, old)), old)
+    return new
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def _pinned(threads: int, *, fill: bool = False) -> Iterator[None]:
+    """Thread count and deterministic algorithms of the run, put back afterwards, generators too."""
+    memory: Any = torch.utils.deterministic
+    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    generators = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    filled = memory.fill_uninitialized_memory
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = fill
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        memory.fill_uninitialized_memory = filled
+        torch.set_rng_state(generators[0])
+        np.random.set_state(generators[1])
+        random.setstate(generators[2])
+
+
+def _sizes(recipe: Recipe, config: TrainingConfig) -> list[list[int]]:
+    plan = Plan(len(recipe.dataset()), config)  # type: ignore[operator,arg-type]
+    return [plan.shard_sizes(step) for step in range(plan.total_steps)]
