@@ -54,7 +54,7 @@ def _word(name: str, value: Any) -> str:
     if name == "status":
         return str(value)
     if isinstance(value, dict):
-        return _words(value, list(value))
+        return f"{name} ({_words(value, list(value))})"
     if isinstance(value, float):
         return f"{name} {value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:

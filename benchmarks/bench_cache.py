@@ -147,7 +147,9 @@ def servers() -> dict[str, str]:
     found = {}
     for binary in (str(get_binary_path()), shutil.which("redis-server")):
         if binary is not None:
-            words = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()
+            words = subprocess.run(
+                [binary, "--version"], capture_output=True, text=True, check=True
+            ).stdout.split()
             version = next(word for word in words if word.startswith("v=")).removeprefix("v=")
             found[f"{words[0]} {version}"] = binary
     return found
@@ -236,7 +238,9 @@ def extra_memory(port: int, nbytes: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 45, 400, 1600], metavar="MB")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -268,9 +272,16 @@ def main() -> None:
                 }
                 rows.append(row)
                 others = ", ".join(f"{m} {r:.2f}" for m, r in median.items() if m != "chunk store")
-                print(f"{name:16} {size:5} {way:4} {bare:6.2f} {ours:6.2f} {ours / bare:6.2f}  {others}; extra {row['extra_memory_megabytes']} MB", flush=True)
+                print(
+                    f"{name:16} {size:5} {way:4} {bare:6.2f} {ours:6.2f} {ours / bare:6.2f}  {others}; extra {row['extra_memory_megabytes']} MB",
+                    flush=True,
+                )
     arguments.output.parent.mkdir(exist_ok=True)
-    machine = {"processors": torch.get_num_threads(), "system": platform.platform(), "torch": torch.__version__}
+    machine = {
+        "processors": torch.get_num_threads(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+    }
     arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 

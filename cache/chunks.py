@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -149,9 +149,8 @@ class ChunkStore:
         started = time.perf_counter()
         parts = split(view, self.chunk_nbytes)
         items = [(f"{key}:{i}".encode(), part) for i, part in enumerate(parts)]
-        if len(view) < _CHECKED_BESIDE_NBYTES:
-            sums = checksums(parts)
-            self._patiently(lambda: self._store(items, ttl_seconds))
+        if len(view) < _CHECKED_BESIDE_NBYTES and len(self._nodes) == 1:
+            sums = self._store_on_one(items, ttl_seconds)
         else:
             summing = self._pool().submit(checksums, parts)
             try:
@@ -204,10 +203,10 @@ class ChunkStore:
             CacheError: a node refused.
         """
         groups: dict[str, list[bytes]] = {}
-        for ref in refs:
-            for key in ref.chunk_keys():
-                for name in self._order(key)[: self._copies]:
-                    groups.setdefault(name, []).append(key.encode())
+        keys = [key for ref in refs for key in ref.chunk_keys()]
+        for key, order in zip(keys, self._orders(keys), strict=True):
+            for name in order[: self._copies]:
+                groups.setdefault(name, []).append(key.encode())
         failed = self._each(
             [(name, partial(self._nodes[name].delete, keys)) for name, keys in groups.items()]
         )
@@ -238,37 +237,44 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._threads = None
 
+    def _store_on_one(self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> tuple[str, ...]:
+        """Store a small blob; its checksums are computed between sending and the server's answer."""
+        sums: list[tuple[str, ...]] = []
+        (node,) = self._nodes.values()
+
+        def check() -> None:
+            sums.append(checksums(part for _, part in items))
+
+        if items:
+            self._patiently(lambda: node.store(items, ttl_seconds, check))
+        return sums[0] if sums else ()
+
     # --- one attempt of each operation: rounds over the nodes, in the order of the ring -------
 
     def _store(self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> None:
-        orders = [iter(self._order(key.decode())) for key, _ in items]
-        wanted = dict.fromkeys(range(len(items)), self._copies)
+        orders = self._orders([key.decode() for key, _ in items])
+        placed = [0] * len(items)
         failed: dict[str, CacheUnreachable] = {}
-        while wanted:
+
+        def send(name: str, indices: Sequence[int]) -> None:
+            self._nodes[name].store([items[i] for i in indices], ttl_seconds)
+
+        for turn in range(len(self._nodes)):
             groups: dict[str, list[int]] = {}
-            for i, copies in list(wanted.items()):
-                names = [name for name, _ in zip(orders[i], range(copies), strict=False)]
-                if not names:
-                    if copies == self._copies:
-                        raise _nowhere(failed)
-                    del wanted[i]  # fewer nodes answer than copies were asked for; one copy there is
-                for name in names:
-                    groups.setdefault(name, []).append(i)
-
-            def send(name: str, indices: Sequence[int]) -> None:
-                self._nodes[name].store([items[i] for i in indices], ttl_seconds)
-
+            for i, order in enumerate(orders):
+                if turn < self._copies or placed[i] < self._copies:
+                    groups.setdefault(order[turn], []).append(i)
             lost = self._each(self._lanes(groups, send))
             failed |= lost
             for name, indices in groups.items():
                 for i in indices if name not in lost else ():
-                    wanted[i] -= 1
-                    if not wanted[i]:
-                        del wanted[i]
+                    placed[i] += 1
+        if not all(placed):
+            raise _nowhere(failed)
 
     def _load(self, ref: BlobRef, parts: Sequence[memoryview]) -> None:
         keys = list(ref.chunk_keys())
-        orders = [iter(self._order(key)) for key in keys]
+        orders = self._orders(keys)
         good = [False] * len(keys)
         corrupt: dict[int, str] = {}
         failed: dict[str, CacheUnreachable] = {}
@@ -282,20 +288,19 @@ class ChunkStore:
 
             self._nodes[name].load([(keys[i].encode(), parts[i]) for i in indices], check)
 
-        pending = list(range(len(keys)))
-        while pending:
+        for turn in range(len(self._nodes)):
             groups: dict[str, list[int]] = {}
-            for i in pending:
-                name = next(orders[i], None)
-                if name is None:
-                    raise self._no_chunk(keys[i], corrupt.get(i), failed)
-                groups.setdefault(name, []).append(i)
+            for i, order in enumerate(orders):
+                if not good[i]:
+                    groups.setdefault(order[turn], []).append(i)
             failed |= self._each(self._lanes(groups, receive))
-            pending = [i for i in pending if not good[i]]
+        if not all(good):
+            i = good.index(False)
+            raise self._no_chunk(keys[i], corrupt.get(i), failed)
 
     def _touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         keys = list(ref.chunk_keys())
-        orders = [self._order(key) for key in keys]
+        orders = self._orders(keys)
         found = [False] * len(keys)
         failed: dict[str, CacheUnreachable] = {}
 
@@ -315,16 +320,17 @@ class ChunkStore:
 
     # --- nodes and threads -------------------------------------------------------------------
 
-    def _order(self, key: str) -> list[str]:
-        """All nodes in the order in which to try them for a key; silent ones last."""
+    def _orders(self, keys: Sequence[str]) -> list[list[str]]:
+        """For each key all nodes in the order in which to try them; silent ones last."""
         if len(self._nodes) == 1:
-            return list(self._nodes)
-        names = list(self._ring.order(key))
-        if self._avoided:
-            now = time.monotonic()
-            silent = {name for name, (until, _) in self._avoided.items() if until > now}
-            names.sort(key=silent.__contains__)
-        return names
+            return [list(self._nodes)] * len(keys)
+        orders = [list(self._ring.order(key)) for key in keys]
+        now = time.monotonic()
+        silent = {name for name, (until, _) in list(self._avoided.items()) if until > now}
+        if silent:
+            for order in orders:
+                order.sort(key=silent.__contains__)
+        return orders
 
     def _lanes(
         self, groups: Mapping[str, Sequence[int]], work: Callable[[str, Sequence[int]], None]

@@ -8,6 +8,7 @@ whether the caller came early, late or a second time.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -99,7 +100,13 @@ class Ledger:
     # --- life of a run ------------------------------------------------------------------
 
     def create(
-        self, spec: dict[str, Any], *, incarnation: str, version: int = 0, chain: str = GENESIS
+        self,
+        spec: dict[str, Any],
+        *,
+        incarnation: str,
+        version: int = 0,
+        chain: str = GENESIS,
+        token: int | None = None,
     ) -> dict[str, Any] | None:
         """Create the run, once.
 
@@ -108,16 +115,33 @@ class Ledger:
             incarnation: unique id of this life of the name; caches are keyed by it.
             version: head to start from (above 0 when restored from a checkpoint).
             chain: chain of that version.
+            token: what the fencing tokens count from; None draws it at random, so that no server
+                of an earlier life of the name holds a valid one.
 
         Returns:
             None if this call created it, else the spec of the run that is there.
         """
-        now = time.time()
+        first = secrets.randbelow(1 << 40) if token is None else token
+        names = self.keys
+        left_behind = [name for name in names.lasting() if name not in (names.spec, names.head)]
         with self._during("creation"):
             verdict, text = self._script(
                 "create_run",
-                [self.keys.spec, self.keys.head, keys.RUNS, keys.ACTIVE],
-                [self.run, json.dumps(spec), now, keys.RUN_TTL_SECONDS, incarnation, version, chain],
+                [
+                    *(names.spec, names.head, keys.RUNS, keys.ACTIVE),
+                    *left_behind,
+                    *(names.slots(version), names.leases(version)),
+                ],
+                [
+                    self.run,
+                    json.dumps(spec),
+                    time.time(),
+                    keys.RUN_TTL_SECONDS,
+                    incarnation,
+                    version,
+                    chain,
+                    first,
+                ],
             )
         return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
 
@@ -156,21 +180,33 @@ class Ledger:
         data: dict[str, Any] | None = None,
         error: dict[str, Any] | Literal["keep"] | None = "keep",
         token: int | None = None,
+        incarnation: str | None = None,
+        shard: tuple[int, int] | None = None,
     ) -> tuple[bool, str]:
         """Change the status if the present one is in `allowed`.
 
         Args:
             error: stored as the reason; None clears it, "keep" leaves it.
             token: the training server's fencing token, None for anybody else.
+            incarnation: life of the run that the change is about, None for any.
+            shard: (step, shard) that the change is about: nothing changes once its slot is written
+                or its step committed, as when a straggler fails.
 
         Returns:
             (done, status before).
         """
         reason = "-" if error == "keep" else "" if error is None else json.dumps(error)
         with self._during(f"set status {status!r}"):
+            step = self.client.hget(self.keys.head, "version") or 0 if shard is None else shard[0]
             verdict, before = self._script(
                 "transition",
-                [self.keys.head, keys.ACTIVE, self.keys.events],
+                [
+                    self.keys.head,
+                    keys.ACTIVE,
+                    self.keys.events,
+                    self.keys.slots(int(cast(str, step))),
+                    self.keys.leases(int(cast(str, step))),
+                ],
                 [
                     self.run,
                     status,
@@ -181,6 +217,10 @@ class Ledger:
                     keys.RUN_TTL_SECONDS,
                     keys.EVENTS_KEPT,
                     "" if token is None else token,
+                    secrets.token_hex(6),
+                    incarnation or "",
+                    "" if shard is None else shard[0],
+                    "" if shard is None else shard[1],
                 ],
             )
         return verdict == "ok", before
@@ -223,8 +263,14 @@ class Ledger:
         with self._during(f"hand back shard {shard} of step {step}"):
             return bool(self._script("end_lease", [self.keys.leases(step)], [shard, worker, delivery]))
 
-    def write_slot(self, step: int, slot: SlotRecord) -> tuple[SlotVerdict, int]:
+    def write_slot(
+        self, step: int, slot: SlotRecord, *, incarnation: str | None = None
+    ) -> tuple[SlotVerdict, int]:
         """Write a gradient slot once; its bytes are already stored.
+
+        Args:
+            incarnation: what `begin_shard` answered: another run of the same name takes no slot of
+                this one. None if that is not known.
 
         Returns:
             (verdict, slots present in the step): see scripts/write_slot.lua.
@@ -233,7 +279,15 @@ class Ledger:
             verdict, present = self._script(
                 "write_slot",
                 [self.keys.head, self.keys.slots(step)],
-                [step, slot.shard, slot.to_json(), slot.nonce, slot.digest, keys.WORK_TTL_SECONDS],
+                [
+                    step,
+                    slot.shard,
+                    slot.to_json(),
+                    slot.nonce,
+                    slot.digest,
+                    keys.WORK_TTL_SECONDS,
+                    incarnation or "",
+                ],
             )
         return verdict, int(present)
 
@@ -249,11 +303,10 @@ class Ledger:
             verdict, value = self._script("acquire", [self.keys.head], [worker, node, keys.worker(""), queue])
         return verdict, int(value) if verdict == "acquired" else value
 
-    def release(self, token: int) -> None:
+    def release(self, token: int) -> bool:
         """Give the run up, if it is still ours: a standby may take it at once."""
         with self._during("release"):
-            if self.client.hget(self.keys.head, "token") == str(token):
-                self.client.hset(self.keys.head, "owner", "")
+            return bool(self._script("release", [self.keys.head], [token]))
 
     def initialise(
         self,
@@ -359,10 +412,23 @@ class Ledger:
             "ok", tuple(int(v) for v in reply[1:bar]), frozenset(int(v) for v in reply[bar + 1 :])
         )
 
-    def mark_launched(self, step: int) -> None:
-        """Record that the chord of a step was published."""
+    def drop_slot(self, step: int, shard: int, *, nonce: str, token: int) -> str:
+        """Open a slot again whose bytes are lost; returns "ok", "fenced" or "stale".
+
+        Args:
+            nonce: of the slot that was read, so that a newer one stays.
+        """
+        names = self.keys
+        with self._during(f"open slot {shard} of step {step} again"):
+            reply = self._script(
+                "drop_slot", [names.head, names.slots(step), names.leases(step)], [token, step, shard, nonce]
+            )
+        return cast(str, reply)
+
+    def mark_launched(self, step: int, *, token: int) -> str:
+        """Record that the chord of the present step was published; returns "ok", "fenced" or "stale"."""
         with self._during(f"record the launch of step {step}"):
-            self.client.hset(self.keys.head, "launched", step)
+            return cast(str, self._script("mark_launched", [self.keys.head], [token, step]))
 
     def rollback(self, *, token: int, version: int, chain: str) -> tuple[bool, tuple[int, ...]]:
         """Take the head back to `version`.
@@ -405,18 +471,29 @@ class Ledger:
             found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
         return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
 
-    def put_version(self, record: VersionRecord) -> None:
-        """Record or replace a stored version (its state was published after the commit)."""
-        with self._during(f"record version {record.version}"):
-            self.client.hset(self.keys.versions, str(record.version), record.to_json())
-            self.client.expire(self.keys.versions, keys.RUN_TTL_SECONDS)
+    def put_version(self, record: VersionRecord, *, token: int) -> bool:
+        """Record or replace a stored version (its state was published after the commit).
 
-    def drop_versions(self, versions: Iterable[int]) -> None:
-        """Forget stored versions; the caller deletes their bytes."""
-        fields = [str(version) for version in versions]
-        if fields:
-            with self._during("drop versions"):
-                self.client.hdel(self.keys.versions, *fields)
+        Returns:
+            False if another server has taken the run over; then nothing changed.
+        """
+        with self._during(f"record version {record.version}"):
+            reply = self._script(
+                "put_version",
+                [self.keys.head, self.keys.versions],
+                [token, record.version, record.to_json(), keys.RUN_TTL_SECONDS],
+            )
+        return bool(reply == "ok")
+
+    def drop_versions(self, versions: Iterable[int], *, token: int) -> bool:
+        """Forget stored versions; the caller then deletes their bytes.
+
+        Returns:
+            False if another server has taken the run over; then nothing changed.
+        """
+        with self._during("drop versions"):
+            reply = self._script("drop_versions", [self.keys.head, self.keys.versions], [token, *versions])
+        return bool(reply == "ok")
 
     def pin(self, version: int, *, seconds: float) -> None:
         """Keep a version stored for a while, beyond its place in the retention."""
@@ -498,14 +575,14 @@ class Ledger:
     def launch_evaluation(self, version: int, parts: int, *, pin_seconds: float) -> bool:
         """Record that a version is being evaluated and keep it stored; False if that is done or under way."""
         with self._during(f"record the evaluation of version {version}"):
-            if self.client.hexists(self.keys.evaluations, str(version)):
-                return False
-            pipe = self.client.pipeline(transaction=True)
-            pipe.hsetnx(self.keys.pending_evaluations, str(version), parts)
-            pipe.expire(self.keys.pending_evaluations, keys.RUN_TTL_SECONDS)
-            pipe.hset(self.keys.pins, str(version), int((time.time() + pin_seconds) * 1000))
-            pipe.expire(self.keys.pins, keys.RUN_TTL_SECONDS)
-            return bool(pipe.execute()[0])
+            names = self.keys
+            return bool(
+                self._script(
+                    "launch_evaluation",
+                    [names.evaluations, names.pending_evaluations, names.pins],
+                    [version, parts, int((time.time() + pin_seconds) * 1000), keys.RUN_TTL_SECONDS],
+                )
+            )
 
     def pending_evaluations(self) -> dict[int, int]:
         """Evaluations under way: version -> number of parts."""
@@ -546,12 +623,15 @@ class Ledger:
     def emit(self, event: str, data: dict[str, Any]) -> None:
         """Append one event."""
         with self._during(f"emit {event!r}"):
-            self.client.xadd(
+            pipe = self.client.pipeline(transaction=True)
+            pipe.xadd(
                 self.keys.events,
                 {"type": event, "data": json.dumps(data)},
                 maxlen=keys.EVENTS_KEPT,
                 approximate=True,
             )
+            pipe.expire(self.keys.events, keys.RUN_TTL_SECONDS)
+            pipe.execute()
 
     def read_events(self, after: str = "0-0", *, block_seconds: float = 0.0, count: int = 500) -> list[Event]:
         """Events after an id, waiting up to `block_seconds` for the first."""

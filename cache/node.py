@@ -14,9 +14,11 @@ from typing import Protocol, TypeVar
 from cache.errors import CacheError, CacheUnreachable
 from cache.wire import Address, Connection, ServerRefused, command, set_command
 
-IN_FLIGHT_NBYTES = 8 << 20
-"""Asked for and not yet received, or sent and not yet acknowledged: hides the round trip, and bounds
-what the server buffers for this reader."""
+LEAST_IN_FLIGHT_NBYTES = 2 << 20
+MOST_IN_FLIGHT_NBYTES = 32 << 20
+"""Bounds of what is asked for and not yet received, or sent and not yet acknowledged. In between it is
+what a 10 Gbit/s link holds: enough to hide the round trip, and no more for the server to buffer."""
+_LINK_NBYTES_PER_SECOND = 1.25e9
 _SENT_AT_ONCE_NBYTES = 2 << 20
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
@@ -101,14 +103,27 @@ class Node:
         """The node's URL without credentials."""
         return self.address.label
 
-    def store(self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> None:
+    def store(
+        self,
+        items: Sequence[tuple[bytes, memoryview]],
+        ttl_seconds: int,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Set each key to its value, from the value's own memory.
+
+        Args:
+            items: key and value.
+            ttl_seconds: lifetime of the keys.
+            meanwhile: called once all is sent, while the server is still at work; again if a
+                broken connection made the operation start anew.
 
         Raises:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses, for a reason that the message tells.
         """
-        self._run("write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds))
+        self._run(
+            "write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds, meanwhile=meanwhile)
+        )
 
     def load(self, items: Sequence[tuple[bytes, memoryview]], received: Callable[[int, Found], None]) -> None:
         """Read each key into its memory.
@@ -216,7 +231,18 @@ class Node:
             connection.close()
 
 
-def _store(connection: Connection, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> None:
+def _in_flight_nbytes(connection: Connection) -> int:
+    held = int(connection.round_trip_seconds * _LINK_NBYTES_PER_SECOND)
+    return max(LEAST_IN_FLIGHT_NBYTES, min(held, MOST_IN_FLIGHT_NBYTES))
+
+
+def _store(
+    connection: Connection,
+    items: Sequence[tuple[bytes, memoryview]],
+    ttl_seconds: int,
+    meanwhile: Callable[[], None] | None,
+) -> None:
+    most_nbytes = _in_flight_nbytes(connection)
     unanswered: list[int] = []
     waiting_nbytes = 0
     buffers: list[bytes | memoryview] = []
@@ -247,20 +273,23 @@ def _store(connection: Connection, items: Sequence[tuple[bytes, memoryview]], tt
         waiting_nbytes += len(value)
         if buffered_nbytes >= _SENT_AT_ONCE_NBYTES:
             flush()
-            acknowledge(IN_FLIGHT_NBYTES)
+            acknowledge(most_nbytes)
     if buffers:
         flush()
+    if meanwhile is not None:
+        meanwhile()
     acknowledge(-1)
 
 
 def _load(
     connection: Connection, items: Sequence[tuple[bytes, memoryview]], received: Callable[[int, Found], None]
 ) -> None:
+    most_nbytes = _in_flight_nbytes(connection)
     asked = 0
     in_flight_nbytes = 0
     for i, (_, part) in enumerate(items):
         requests = []
-        while asked < len(items) and (asked <= i or in_flight_nbytes < IN_FLIGHT_NBYTES):
+        while asked < len(items) and (asked <= i or in_flight_nbytes < most_nbytes):
             requests.append(command("GET", items[asked][0]))
             in_flight_nbytes += len(items[asked][1])
             asked += 1

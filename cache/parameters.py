@@ -131,13 +131,14 @@ class ParameterCache:
         if record.state is not None and record.state.blob is not None:
             self.chunks.touch(record.state.blob, keys.RESULT_TTL_SECONDS)
 
-    def drop(self, ledger: Ledger, versions: Iterable[int]) -> None:
-        """Forget versions and delete their bytes."""
+    def drop(self, ledger: Ledger, versions: Iterable[int], *, token: int) -> None:
+        """Forget versions and delete their bytes, unless another server has taken the run over."""
         doomed = list(versions)
         if not doomed:
             return
         stored = ledger.versions()
-        ledger.drop_versions(doomed)
+        if not ledger.drop_versions(doomed, token=token):
+            return
         refs = []
         for version in doomed:
             record = stored.get(version)

@@ -262,7 +262,7 @@ class Head:
 
         def integer(name: str) -> int | None:
             value = fields.get(name)
-            return None if value in (None, "") else int(value)  # type: ignore[arg-type]
+            return int(value) if value else None
 
         return cls(
             status=fields["status"],

@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
@@ -89,7 +90,7 @@ class Address:
 
 
 class Connection:
-    """A socket that speaks the protocol's second version.
+    """A socket that speaks the protocol's second version (RESP2).
 
     Not for several threads at once. After an OSError the connection is out of step and must be
     closed; after a `ServerRefused` it is in step.
@@ -98,6 +99,10 @@ class Connection:
         address: where to.
         connect_timeout_seconds: longest wait for the connection and for each reply of the log-in.
         timeout_seconds: longest wait without a byte moving.
+
+    Attributes:
+        pid: the process that opened it.
+        round_trip_seconds: how long the peer took to accept; an upper bound of the round trip.
 
     Raises:
         OSError: no connection (ConnectionError, TimeoutError, ssl.SSLError and so on).
@@ -110,7 +115,9 @@ class Connection:
         self._start = self._end = 0
         self.pid = os.getpid()
         self._tls = address.tls is not None
+        started = time.perf_counter()
         self._socket = _connect(address, connect_timeout_seconds)
+        self.round_trip_seconds = time.perf_counter() - started
         try:
             self._set_timeout(connect_timeout_seconds)
             self._log_in(address)

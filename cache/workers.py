@@ -24,6 +24,7 @@ import redis
 from cache import keys
 from cache.connection import translated
 from cache.errors import CacheError
+from cache.scripts import source
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +141,8 @@ class Registry:
     def forget_run(self, run: str) -> None:
         """Take a run off the list of active ones, unless it has become active again."""
         with translated(self.url, "forget a run"):
-            if self.client.hget(keys.RunKeys(run).head, "status") not in ("pending", "running"):
-                self.client.srem(keys.ACTIVE, run)
+            script = self.client.register_script(source("forget_run"))
+            script(keys=[keys.RunKeys(run).head, keys.ACTIVE], args=[run])
 
     def queue_length(self, queue: str) -> int:
         """Messages waiting in a Celery queue."""

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from coordinator.local import LocalCluster
     from coordinator.master import Master
     from coordinator.recipe import Recipe
-    from coordinator.run import Audit, Run, RunStatus, StepReport, TrainedModel
+    from coordinator.audit import Audit
+    from coordinator.run import Run, RunStatus, StepReport, TrainedModel
 
 _HOME = {
-    "Audit": "coordinator.run",
+    "Audit": "coordinator.audit",
     "LocalCluster": "coordinator.local",
     "Master": "coordinator.master",
     "Recipe": "coordinator.recipe",

@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -36,6 +32,7 @@ from torch import Tensor
 from cache.codec import dtype_name, dtype_of
 from cache.errors import CheckpointError, ManifestMismatch
 from coordinator import tree
+from coordinator.files import open_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ class CheckpointStore:
 
     def __init__(self, root: str, run: str) -> None:
         self.run = run
-        self._files = _open(root, run)
+        self._files = open_folder(root, run)
         self._sequence: int | None = None
 
     def path(self, version: int | None = None) -> str:
@@ -333,7 +330,7 @@ def runs_in(root: str) -> list[str]:
     Raises:
         CheckpointError: the place cannot be listed.
     """
-    return _open(root, "").folders_with(_SPEC)
+    return open_folder(root, "").folders_with(_SPEC)
 
 
 # --- encoding ---------------------------------------------------------------------------
@@ -394,156 +391,3 @@ def _from_safetensors(data: bytes, index: Mapping[str, Any], where: str) -> dict
         return {name: found[name] for name in index["order"]}
     except (SafetensorError, KeyError, ValueError, RuntimeError, ManifestMismatch) as error:
         raise CheckpointError(f"{where} is damaged: {error}.") from error
-
-
-# --- places -----------------------------------------------------------------------------
-
-
-class _Files(ABC):
-    """A flat folder of files that are written whole. Every failure is a CheckpointError."""
-
-    path: str
-
-    def where(self, name: str) -> str:
-        """Return the full path or URL of a file."""
-        return f"{self.path}/{name}"
-
-    @abstractmethod
-    def names(self) -> list[str]:
-        """Return the names of all files; none if the folder does not exist."""
-
-    @abstractmethod
-    def read(self, name: str) -> bytes:
-        """Return a file's content."""
-
-    @abstractmethod
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, replacing one of that name."""
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Delete a file if it exists."""
-
-    @abstractmethod
-    def folders_with(self, name: str) -> list[str]:
-        """Return the names of the sub-folders that contain a file of that name, sorted."""
-
-
-def _open(root: str, folder: str) -> _Files:
-    if root.startswith("file://"):
-        root = root.removeprefix("file://")
-    return _RemoteFiles(root, folder) if "://" in root else _LocalFiles(Path(root) / folder)
-
-
-def _cannot_write(where: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write {where}: {error}. Give a checkpoint_dir that the training server can write to, or set "
-        "TORCHORD_CHECKPOINT_DIR there."
-    )
-
-
-class _LocalFiles(_Files):
-    """A directory. Writing goes to a temporary file that is synced and then renamed."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.path = str(directory)
-
-    def names(self) -> list[str]:
-        try:
-            return sorted(entry.name for entry in os.scandir(self._directory) if entry.is_file())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
-
-    def read(self, name: str) -> bytes:
-        try:
-            return (self._directory / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.where(name)}: {error}.") from error
-
-    def write(self, name: str, data: bytes) -> None:
-        temporary: str | None = None
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=self._directory)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._directory / name)
-            self._sync_directory()
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise _cannot_write(self.where(name), error) from error
-
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def remove(self, name: str) -> None:
-        try:
-            (self._directory / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise _cannot_write(self.where(name), error) from error
-
-    def folders_with(self, name: str) -> list[str]:
-        return sorted(path.parent.name for path in self._directory.glob(f"*/{name}"))
-
-
-class _RemoteFiles(_Files):
-    """A folder at an fsspec URL, where one upload is one whole object."""
-
-    def __init__(self, root: str, folder: str) -> None:
-        import fsspec
-
-        self.path = "/".join(part for part in (root.rstrip("/"), folder) if part)
-        try:
-            self._filesystem, self._base = fsspec.core.url_to_fs(self.path)
-        except (ImportError, ValueError) as error:
-            raise CheckpointError(f"cannot open {self.path}: {error}.") from error
-
-    def names(self) -> list[str]:
-        try:
-            self._filesystem.invalidate_cache()
-            entries = self._filesystem.ls(self._base, detail=True)
-        except FileNotFoundError:
-            return []
-        except Exception as error:  # every driver has exceptions of its own
-            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
-        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
-
-    def read(self, name: str) -> bytes:
-        try:
-            data: bytes = self._filesystem.cat_file(f"{self._base}/{name}")
-            return data
-        except Exception as error:
-            raise CheckpointError(f"cannot read {self.where(name)}: {error}.") from error
-
-    def write(self, name: str, data: bytes) -> None:
-        try:
-            self._filesystem.makedirs(self._base, exist_ok=True)
-            self._filesystem.pipe_file(f"{self._base}/{name}", data)
-        except Exception as error:
-            raise _cannot_write(self.where(name), error) from error
-
-    def remove(self, name: str) -> None:
-        try:
-            self._filesystem.rm_file(f"{self._base}/{name}")
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            raise _cannot_write(self.where(name), error) from error
-
-    def folders_with(self, name: str) -> list[str]:
-        try:
-            self._filesystem.invalidate_cache()
-            found = self._filesystem.glob(f"{self._base}/*/{name}")
-        except Exception as error:
-            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
-        return sorted(path.split("/")[-2] for path in found)

@@ -146,7 +146,7 @@ class Client:
             seconds=seconds,
             environment=self.heartbeat.info.environment,
         )
-        verdict, present = ledger.write_slot(step, slot)
+        verdict, present = ledger.write_slot(step, slot, incarnation=incarnation)
         if verdict != "written":
             log.info("step %d shard %d of run %s: slot %s", step, shard, run, verdict)
             self.services.gradients.delete([stored.blob])
@@ -202,7 +202,13 @@ class Client:
             "worker": self.heartbeat.info.id,
         }
         self.services.ledger(context.run).transition(
-            "failed", allowed=("running",), event="failed", data={"message": message}, error=reason
+            "failed",
+            allowed=("running",),
+            event="failed",
+            data={"message": message},
+            error=reason,
+            incarnation=context.incarnation,
+            shard=(step, shard),
         )
         self.services.forget(context.run)
         return ShardFailed(f"run {context.run!r}: {message}")
@@ -263,7 +269,12 @@ class Client:
         )
         reason = {"kind": kind, "message": message, "traceback": short_traceback(error), "version": version}
         self.services.ledger(context.run).transition(
-            "failed", allowed=("running",), event="failed", data={"message": message}, error=reason
+            "failed",
+            allowed=("running",),
+            event="failed",
+            data={"message": message},
+            error=reason,
+            incarnation=context.incarnation,
         )
         self.services.forget(context.run)
         return ShardFailed(f"run {context.run!r}: {message}")

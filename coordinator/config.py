@@ -45,8 +45,8 @@ class TrainingConfig:
             gives other bits, hence it belongs to the run and not to the machine.
         checkpoint_every: global steps between two checkpoints, at least 1.
         keep_checkpoints: newest checkpoints that are kept, at least 1.
-        evaluate_every: global steps between two evaluations, at least 1; None: after each
-            epoch's end only as the coordinator decides.
+        evaluate_every: global steps between two evaluations, at least 1; None: one evaluation,
+            of the last version (which is evaluated in any case).
         deterministic: whether torch may use deterministic algorithms only. Without it, runs on
             a GPU can be faster and need not give the same bits twice.
         nonfinite: what to do with a step whose loss or averaged gradient is NaN or infinite:

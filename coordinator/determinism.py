@@ -78,7 +78,11 @@ def seed_everything(seed: int) -> None:
     Args:
         seed: 0 to 2**63 - 1; numpy takes it modulo 2**32.
     """
-    torch.manual_seed(seed)
+    # What torch.manual_seed does, less its queue for a CUDA that is not initialised: filling that
+    # formats a stack trace each time, which costs as much as a small model's forward.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % (1 << 32))
     random.seed(seed)
 
@@ -98,6 +102,7 @@ def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) 
     if torch.get_float32_matmul_precision() != "highest":
         torch.set_float32_matmul_precision("highest")
     if cuda:
+        torch.cuda.init()  # so that its generators can be seeded
         torch.backends.cudnn.deterministic = deterministic
         torch.backends.cudnn.benchmark = not deterministic
         with warnings.catch_warnings():
@@ -113,6 +118,7 @@ def _snapshot() -> dict[str, Any]:
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "fill": _memory.fill_uninitialized_memory,
         "matmul": torch.get_float32_matmul_precision(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "torch_rng": torch.get_rng_state(),
         "numpy_rng": np.random.get_state(),
         "random_rng": random.getstate(),
@@ -125,6 +131,7 @@ def _put_back(before: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(before["deterministic"], warn_only=before["warn_only"])
     _memory.fill_uninitialized_memory = before["fill"]
     torch.set_float32_matmul_precision(before["matmul"])
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]
     torch.set_rng_state(before["torch_rng"])
     np.random.set_state(before["numpy_rng"])
     random.setstate(before["random_rng"])

@@ -197,7 +197,8 @@ class Trainer:
                 raise ManifestMismatch(f"{what} {name!r}, which the model does not have.")
             if tensor.shape != own[name].shape:
                 raise ManifestMismatch(
-                    f"{what} {name!r} of shape {tuple(tensor.shape)}, the model's has {tuple(own[name].shape)}."
+                    f"{what} {name!r} of shape {tuple(tensor.shape)}, where the model has "
+                    f"{tuple(own[name].shape)}."
                 )
 
     def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:

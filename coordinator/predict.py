@@ -39,7 +39,7 @@ def predict(
     from cache.codec import Manifest, layout, pack, views
     from coordinator import tree
 
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise InvalidInput(f"batch_size must be a whole number of examples, at least 1, got {batch_size!r}")
     if ledger.version(version) is None:
         raise RunError(
@@ -119,7 +119,7 @@ def _batches(inputs: Any, batch_size: int) -> Iterator[Any]:
             raise InvalidInput(
                 "predict() takes a tensor whose first dimension counts examples, got a 0-d tensor"
             )
-        for batch in inputs.detach().cpu().split(batch_size):
+        for batch in torch.split(inputs.detach().cpu(), batch_size):
             if len(batch):
                 yield batch
         return

@@ -452,7 +452,7 @@ class Run:
     def _load(self, replica: Any, version: int | None) -> None:
         head = self._ledger.head()
         wanted = head.version if version is None else version
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
+        if type(wanted) is not int or wanted < 0:
             raise InvalidInput(f"version must be a whole number from 0 to {head.version}, got {version!r}")
         try:
             _, flat = self._services.parameters.fetch(self._ledger, wanted)

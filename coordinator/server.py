@@ -22,11 +22,12 @@ from cache import keys
 from cache.errors import (
     CacheError,
     CheckpointError,
+    ChunkCorrupt,
+    ChunkMissing,
     Fenced,
     NonFinite,
     RunError,
     TorchordError,
-    VersionMissing,
 )
 from cache.ledger import Ledger
 from cache.records import GENESIS, Head, LedgerEntry, SlotReceipt, SlotRecord, VersionRecord
@@ -103,6 +104,7 @@ class TrainingServer:
         self.sender = sender
         self.fault = fault
         self._warm: OrderedDict[str, WarmRun] = OrderedDict()
+        self._tokens: dict[str, int] = {}
         self._lock = threading.RLock()
 
     @property
@@ -140,7 +142,7 @@ class TrainingServer:
                 return {"run": run, "status": "cache error", "error": str(error)}
             except Exception as error:
                 self._warm.pop(run, None)
-                self._fail(ledger, error)
+                self._fail(ledger, error, self._tokens.get(run))
                 raise
             finally:
                 self.heartbeat.doing("")
@@ -243,7 +245,11 @@ class TrainingServer:
         held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
         accumulator = Accumulator(held, examples)
         for slot in slots:
-            gradients, buffers = self.services.gradients.get(slot)
+            try:
+                gradients, buffers = self.services.gradients.get(slot)
+            except (ChunkMissing, ChunkCorrupt):
+                warm.ledger.drop_slot(warm.version, slot.shard, nonce=slot.nonce, token=warm.token)
+                raise
             accumulator.add(gradients, buffers, slot.examples)
         mean = accumulator.result()
         try:
@@ -276,7 +282,7 @@ class TrainingServer:
         else:
             self.sender.advance(warm.run, queue=self.queue)
         self.fault("server.after_launch")
-        warm.ledger.mark_launched(step)
+        warm.ledger.mark_launched(step, token=warm.token)
 
     # --- beside the steps -------------------------------------------------------------------
 
@@ -304,15 +310,17 @@ class TrainingServer:
         before = warm.state_version
         skeleton, tensors = tree.flatten(warm.trainer.state())
         warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
-        warm.ledger.put_version(warm.record)
+        if not warm.ledger.put_version(warm.record, token=warm.token):
+            raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
         warm.state_version = warm.version
         if before != _NEVER and before < warm.version - 1:
-            self.services.parameters.drop(warm.ledger, [before])
+            self.services.parameters.drop(warm.ledger, [before], token=warm.token)
 
     def _retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
         """Delete the versions that nobody needs: not recent, not pinned, not the restore point."""
         kept = set(range(warm.version - _KEPT_VERSIONS + 1, warm.version + 1)) | pinned | {warm.state_version}
-        self.services.parameters.drop(warm.ledger, [version for version in stored if version not in kept])
+        doomed = [version for version in stored if version not in kept]
+        self.services.parameters.drop(warm.ledger, doomed, token=warm.token)
 
     def _checkpoint(self, warm: WarmRun) -> None:
         """Write the present version to disk and spill the ledger's older entries beside it."""
@@ -363,14 +371,14 @@ class TrainingServer:
         )
         if done:
             stored = [v for v in ledger.versions() if v != version]
-            self.services.parameters.drop(ledger, stored)
+            self.services.parameters.drop(ledger, stored, token=warm.token)
             ledger.retire()
             self.services.parameters.keep(warm.record)
         self._warm.pop(warm.run, None)
         return {**receipt, "status": "done", "version": version}
 
-    def _fail(self, ledger: Ledger, error: Exception) -> None:
-        """Stop the run with the error as its reason."""
+    def _fail(self, ledger: Ledger, error: Exception, token: int | None) -> None:
+        """Stop the run with the error as its reason, unless another server has taken it over."""
         kind = type(error).__name__
         message = (
             str(error) if isinstance(error, TorchordError) else f"{kind} on the training server: {error}"
@@ -382,7 +390,12 @@ class TrainingServer:
             "worker": self.heartbeat.info.id,
         }
         ledger.transition(
-            "failed", allowed=("pending", "running"), event="failed", data={"message": message}, error=reason
+            "failed",
+            allowed=("pending", "running"),
+            event="failed",
+            data={"message": message},
+            error=reason,
+            token=token,
         )
         self.services.forget(ledger.run)
 
@@ -399,7 +412,7 @@ class TrainingServer:
         if verdict == "owned":
             return str(value)
         self._warm.pop(run, None)
-        token = int(value)
+        token = self._tokens[run] = int(value)
         self.fault("server.after_acquire")
         head = ledger.head()
         context = self.services.context(run, head.incarnation)
@@ -464,12 +477,12 @@ class TrainingServer:
         record = self._from_cache(ledger, trainer, head)
         on_disk = [v for v in checkpoints.versions() if v <= head.version]
         if record is None or any(version > record.version for version in on_disk):
-            record = self._from_disk(context, ledger, trainer, checkpoints, on_disk)
+            record = self._from_disk(context, ledger, trainer, checkpoints, token, on_disk)
         if record.version != head.version:
             done, above = ledger.rollback(token=token, version=record.version, chain=record.chain)
             if not done:
                 raise Fenced(f"run {context.run!r}: overtaken while restoring")
-            self.services.parameters.drop(ledger, above)
+            self.services.parameters.drop(ledger, above, token=token)
             log.warning("run %s: replaying from version %d to %d", context.run, record.version, head.version)
         return WarmRun(
             context, ledger, trainer, checkpoints, token, record.version, record.chain, record, time.time(),
@@ -500,6 +513,7 @@ class TrainingServer:
         ledger: Ledger,
         trainer: Trainer,
         checkpoints: CheckpointStore,
+        token: int,
         versions: list[int],
     ) -> VersionRecord:
         """Load the newest whole checkpoint of `versions`, or the initial weights, and publish it."""
@@ -517,7 +531,8 @@ class TrainingServer:
         record = self.services.parameters.publish(ledger, version, trainer.replica.pack(None), chain=chain)
         skeleton, tensors = tree.flatten(trainer.state())
         record = self.services.parameters.publish_state(ledger, record, skeleton, tensors)
-        ledger.put_version(record)
+        if not ledger.put_version(record, token=token):
+            raise Fenced(f"run {context.run!r}: overtaken while restoring")
         return record
 
     def _load_checkpoint(
@@ -547,7 +562,7 @@ class TrainingServer:
         try:
             if warm.state_version != warm.version:
                 self._publish_state(warm)
-        except (CacheError, VersionMissing) as error:
+        except (CacheError, Fenced) as error:
             log.warning("run %s: state of version %d not published: %s", warm.run, warm.version, error)
 
     def leave(self) -> None:

@@ -45,8 +45,9 @@ class Sender:
         url, options = str(app.conf.broker_url), app.conf.broker_transport_options or {}
         plain = url.startswith(("redis://", "rediss://", "redis+socket://", "unix://"))
         self._one_server = plain and app.conf.result_backend == url and "global_keyprefix" not in options
-        self._connection_errors: tuple[type[Exception], ...] = tuple(
-            getattr(app.backend, "connection_errors", ()) if self._one_server else ()
+        self._connection_errors: tuple[type[Exception], ...] = (
+            OperationalError,
+            *(getattr(app.backend, "connection_errors", ()) if self._one_server else ()),
         )
 
     def send(self, task: str, kwargs: dict[str, Any], *, queue: str) -> None:
@@ -99,7 +100,7 @@ class Sender:
             )
         try:
             push(self.app, self._templates[key], step, shards, fault=self.fault)
-        except (OperationalError, *self._connection_errors) as error:
+        except self._connection_errors as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
     def _canvas_step(self, run: str, step: int, shards: Sequence[int], callback_queue: str) -> None:

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 from uuid import uuid4
 
 from celery import Celery
 from kombu import Connection
-
-_STEP = 918273645546372819  # stands for the step and the version; no run gets there
-_SHARD = 192837465564738291
-
 
 class StepTemplate:
     """Renders the header messages of one run's steps.
@@ -48,10 +45,13 @@ class StepTemplate:
         body_queue: str,
     ) -> None:
         self.queue = queue
+        # Numbers that stand for the step (and version) and the shard; drawn, so that nothing else equals them.
+        self._step, self._shard = (str(10**17 + secrets.randbelow(10**17)) for _ in range(2))
         self._ids = {name: str(uuid4()) for name in ("task", "group", "body")}
-        callback = app.signature(body, kwargs={**body_kwargs, "step": _STEP}, queue=body_queue, ignore_result=True)
+        callback = app.signature(body, kwargs={**body_kwargs, "step": int(self._step)}, queue=body_queue, ignore_result=True)
         callback.freeze(self._ids["body"])
-        arguments = {**kwargs, "step": _STEP, "version": _STEP, "shard": _SHARD}
+        step, shard = int(self._step), int(self._shard)
+        arguments = {**kwargs, "step": step, "shard": shard, "version": step}
         with Connection("memory://") as connection:
             producer = connection.Producer()
             app.send_task(
@@ -59,7 +59,7 @@ class StepTemplate:
                 kwargs=arguments,
                 task_id=self._ids["task"],
                 group_id=self._ids["group"],
-                group_index=_SHARD,
+                group_index=shard,
                 chord=dict(callback),
                 queue=queue,
                 ignore_result=True,
@@ -73,7 +73,7 @@ class StepTemplate:
         self._tag = str(recorded["properties"]["delivery_tag"])
         recorded["body"], self._body = "@body@", base64.b64decode(recorded["body"]).decode()
         self._envelope = json.dumps(recorded)
-        for name, token in (("task", self._ids["task"]), ("group", self._ids["group"]), ("shard", str(_SHARD))):
+        for name, token in (("task", self._ids["task"]), ("group", self._ids["group"]), ("shard", self._shard)):
             if token not in self._envelope or (name == "task" and self._tag not in self._envelope):
                 raise ValueError(f"a recorded Celery message has no {name} id where one was expected")
 
@@ -81,15 +81,15 @@ class StepTemplate:
         """(group id, one message a shard) for one step, as they lie in a Redis list."""
         group, callback = str(uuid4()), str(uuid4())
         ids = self._ids
-        body = self._body.replace(str(_STEP), str(step)).replace(ids["body"], callback).replace(ids["group"], group)
-        envelope = self._envelope.replace(str(_STEP), str(step)).replace(ids["group"], group)
+        body = self._body.replace(self._step, str(step)).replace(ids["body"], callback).replace(ids["group"], group)
+        envelope = self._envelope.replace(self._step, str(step)).replace(ids["group"], group)
         messages = []
         for index, shard in enumerate(shards):
             task, number = str(uuid4()), str(shard)
-            text = body.replace(str(_SHARD), number).replace(ids["task"], task)
+            text = body.replace(self._shard, number).replace(ids["task"], task)
             encoded = base64.b64encode(text.encode()).decode()
-            message = envelope.replace(f'"group_index": {_SHARD}', f'"group_index": {index}')
-            message = message.replace(str(_SHARD), number).replace(ids["task"], task)
+            message = envelope.replace(f'"group_index": {self._shard}', f'"group_index": {index}')
+            message = message.replace(self._shard, number).replace(ids["task"], task)
             message = message.replace(self._tag, str(uuid4())).replace("@body@", encoded)
             messages.append(message.encode())
         return group, messages

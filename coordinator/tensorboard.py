@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if run not in followers:
                     directory = options.logdir / run
                     directory.mkdir(parents=True, exist_ok=True)
-                    writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+                    writer: Any = SummaryWriter(str(directory))
                     followers[run] = Follower(master, run, directory, writer)
             (options.logdir / ".alive").touch()
             copied = sum(follower.copy() for follower in followers.values())

@@ -11,7 +11,7 @@ local status = redis.call('HGET', KEYS[1], 'status')
 if not status then
   return {'refused', 'missing'}
 end
-if redis.call('HGET', KEYS[1], 'changed') == ARGV[10] .. ':' .. ARGV[2] then
+if redis.call('HGET', KEYS[1], 'changed') == ARGV[10] then  -- sent twice
   return {'ok', redis.call('HGET', KEYS[1], 'changed_from')}
 end
 if ARGV[9] ~= '' and redis.call('HGET', KEYS[1], 'token') ~= ARGV[9] then
@@ -27,7 +27,7 @@ end
 if not string.find(ARGV[3], ',' .. status .. ',', 1, true) then
   return {'refused', status}
 end
-redis.call('HSET', KEYS[1], 'status', ARGV[2], 'changed', ARGV[10] .. ':' .. ARGV[2], 'changed_from', status)
+redis.call('HSET', KEYS[1], 'status', ARGV[2], 'changed', ARGV[10], 'changed_from', status)
 if ARGV[6] == '' then
   redis.call('HDEL', KEYS[1], 'error')
 elseif ARGV[6] ~= '-' then
@@ -35,7 +35,12 @@ elseif ARGV[6] ~= '-' then
 end
 if ARGV[2] == 'running' or ARGV[2] == 'pending' then
   redis.call('HDEL', KEYS[1], 'launched')
-  redis.call('DEL', KEYS[5])  -- the tries before count no more
+  local leases = redis.call('HGETALL', KEYS[5])
+  for i = 1, #leases, 2 do  -- the tries before count no more
+    local lease = cjson.decode(leases[i + 1])
+    lease['attempt'] = 0
+    redis.call('HSET', KEYS[5], leases[i], cjson.encode(lease))
+  end
   redis.call('SADD', KEYS[2], ARGV[1])
   redis.call('EXPIRE', KEYS[2], ARGV[7])
 else

@@ -77,6 +77,7 @@ DTYPES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_shape(local: CheckpointStore, dtype: torch.dtype) -> None:
     for shape in ((), (0,), (3,), (2, 0, 3), (4, 3)):
@@ -194,7 +195,7 @@ def test_a_truncated_or_missing_file_is_damage(local: CheckpointStore) -> None:
 def test_if_all_are_damaged_it_says_so(local: CheckpointStore) -> None:
     local.save(1, TENSORS, STATE)
     damage(local, 1)
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
         local.latest()
 
 

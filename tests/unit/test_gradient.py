@@ -144,6 +144,16 @@ def test_threads_are_pinned_in_whatever_thread_computes() -> None:
         assert_equal(first, result)
 
 
+def test_seeding_is_that_of_torch_numpy_and_random() -> None:
+    def draw() -> tuple[Any, ...]:
+        return torch.rand(1).item(), torch.nn.functional.dropout(torch.ones(9)).tolist(), torch.initial_seed()
+
+    torch.manual_seed(2**62 + 5), np.random.seed(5), random.seed(2**62 + 5)
+    expected = (*draw(), np.random.rand(), random.random())
+    seed_everything(2**62 + 5)
+    assert (*draw(), np.random.rand(), random.random()) == expected
+
+
 def test_building_and_opening_leave_the_process_as_it_was() -> None:
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     expected = (torch.rand(1).item(), np.random.rand(), random.random())
@@ -499,7 +509,7 @@ def test_datasets_are_made_alike_in_every_process() -> None:
 def test_evaluation_is_the_mean_over_examples() -> None:
     bench = Bench(models.mlp())
     data = open_dataset(bench.recipe, CONFIG, "evaluation")
-    indices = list(range(0, len(data), 2)) + [1]  # 11 examples in micro-batches of 2
+    indices = [*range(0, len(data), 2), 1]  # 11 examples in micro-batches of 2
     examples, values = evaluate(bench.replica, bench.recipe, CONFIG, data, indices)
     inputs, targets = data[indices]
     with torch.no_grad():

@@ -80,8 +80,19 @@ def test_malformed_strings_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [F.gelu, F.relu, F.linear, F.conv2d, F.max_pool2d, F.scaled_dot_product_attention, torch.relu, torch.tanh]
-    + [torch.special.expit, F.cross_entropy, F.mse_loss],
+    [
+        F.gelu,
+        F.relu,
+        F.linear,
+        F.conv2d,
+        F.max_pool2d,
+        F.scaled_dot_product_attention,
+        torch.relu,
+        torch.tanh,
+        torch.special.expit,
+        F.cross_entropy,
+        F.mse_loss,
+    ],
     ids=lambda f: getattr(f, "__name__", "f"),
 )
 def test_torchs_own_functions_keep_a_public_name(function: Callable[..., Any]) -> None:
@@ -368,7 +379,7 @@ def test_a_prefix_may_name_an_inner_module(project: Path) -> None:
 
 def test_an_explicit_list_replaces_the_default(project: Path) -> None:
     write(project / "mine.py", "def f(): return 1\n")
-    with pytest.raises(NotAllowed, match="TORCHORD_ALLOWED_MODULES=mine,torch$"):
+    with pytest.raises(NotAllowed, match=r"TORCHORD_ALLOWED_MODULES=mine,torch$"):
         resolve(spec_of(model=entry("mine:f")), allowed=("mine",), directory=project)
     with pytest.raises(NotAllowed, match="it admits nothing"):
         resolve(spec_of(), allowed=())

@@ -48,10 +48,9 @@ def identical(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(identical, one, other))
     if isinstance(one, float):
-        return (
-            (math.isnan(one)
-            and math.isnan(other))
-            or (one, math.copysign(1, one)) == (other, math.copysign(1, other))
+        return (math.isnan(one) and math.isnan(other)) or (one, math.copysign(1, one)) == (
+            other,
+            math.copysign(1, other),
         )
     return bool(one == other)
 
@@ -122,8 +121,11 @@ def test_what_cannot_be_saved_is_named_by_its_path(tree: Any, path: str) -> None
         {"dict": [1]},
         {},
         {"a": 1, "b": 2},
-    ]
-    + [{"dict": [[[1], 2]]}, {"tuple": 3}, {"dtype": "nothing"}, {"tensor": []}],
+        {"dict": [[[1], 2]]},
+        {"tuple": 3},
+        {"dtype": "nothing"},
+        {"tensor": []},
+    ],
 )
 def test_malformed_skeletons_are_refused(skeleton: Any) -> None:
     with pytest.raises(CheckpointError, match="damaged"):

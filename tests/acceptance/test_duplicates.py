@@ -1,0 +1,328 @@
+"""Exactly once: whatever is delivered twice, late, early or out of order changes a counter and nothing else.
+
+| test | who computes | what is delivered |
+| --- | --- | --- |
+| relay | real workers behind a relay that sits between their queues and the broker's | every message, the callbacks too, two or three times, out of order, old ones again |
+| re-sent | real workers | each step's shards again by name while it runs, and after its commit |
+| shuffled | Clients and a server in this process, one message at a time | every order that a seed gives, callbacks at any moment |
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+
+from cache.settings import Settings
+from cache.workers import Heartbeat, new_info
+from coordinator import Master, Run, TrainingConfig
+from coordinator.client import Client
+from coordinator.server import TrainingServer
+from coordinator.services import Services
+from coordinator.shards import Plan
+from coordinator.step import Sender
+from coordinator.supervisor import Supervisor
+from coordinator.task_names import APPLY_UPDATE, COMPUTE_GRADIENT, GRADIENTS, UPDATES
+from tests.support import models, recipes_more, reference
+from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
+from tests.support.waiting import wait_until
+
+# 33 examples in batches of 8: four steps of four shards, then one of a single example and a single shard,
+# whose sample the test holds back until it has counted.
+SIZE, SLOTS = 33, 17
+CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, seed=5)
+LAST = int(Plan(SIZE, CONFIG).indices(4, 0)[0])
+_RELAYED = {GRADIENTS: "relayed-gradients", UPDATES: "relayed-updates"}
+
+
+@pytest.fixture
+def sender() -> Iterator[Any]:
+    """A function (url) -> a `Sender` of this test's own."""
+    apps: list[Celery] = []
+
+    def make(url: str) -> Sender:
+        app = Celery("duplicates", broker=url, set_as_current=False)
+        app.conf.update(task_ignore_result=True)
+        apps.append(app)
+        return Sender(app)
+
+    yield make
+    for app in apps:
+        app.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A training server and two Clients."""
+    with fleet(tmp_path_factory.mktemp("duplicates"), workers=2) as one:
+        yield one
+
+
+def ignored(run: Run) -> int:
+    """Duplicates that the ledger has counted so far."""
+    head = run._ledger.head()
+    return head.duplicates + head.late
+
+
+def unchanged(run: Run, gate: Path) -> None:
+    """The run ended with the bits of a loop that saw every shard once."""
+    trained = finished(run)
+    recipe = recipes_more.gated(str(gate), LAST, SIZE)
+    assert reference.bits(trained.module) == reference.average(recipe, CONFIG).bits
+    audit = run.verify()
+    assert (audit.steps, audit.slots, audit.divergent, audit.replayed) == (5, SLOTS, 0, 0)
+
+
+# --- a relay between the broker's queues and the workers' ---------------------------------
+
+
+class Relay(threading.Thread):
+    """Takes every message off the broker's queues and puts copies of it on those that the workers read.
+
+    A gradient task is pushed two or three times, among what else is waiting, and may come once more
+    some messages later, by when its step is often over. A callback is pushed two or three times, too.
+
+    Attributes:
+        gradients: gradient messages that were delivered, copies included.
+        callbacks: the same for the server's.
+    """
+
+    def __init__(self, url: str, server_queue: str, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.client = redis.Redis.from_url(url, decode_responses=True)
+        self.sources = [GRADIENTS, UPDATES, server_queue]
+        self.random = random.Random(seed)
+        self.gradients = self.callbacks = 0
+        self.old: list[str] = []
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            first = self.client.brpop(self.sources, timeout=0.1)
+            if first is None:
+                continue
+            waiting = [first]
+            for source in self.sources:  # a chord's header arrives as one: shuffle it
+                while (text := self.client.rpop(source)) is not None:
+                    waiting.append((source, text))
+            copies = [pair for pair in waiting for _ in range(self.random.choice((2, 3)))]
+            copies += [(GRADIENTS, text) for text in self.old if self.random.random() < 0.2]
+            self.old += [text for source, text in waiting if source == GRADIENTS]
+            self.random.shuffle(copies)
+            for source, text in copies:
+                if source == GRADIENTS:
+                    self.gradients += 1
+                    self.client.lpush(_RELAYED[GRADIENTS], text)
+                else:
+                    self.callbacks += 1
+                    self.client.lpush(_RELAYED[UPDATES], text)
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.join(10)
+        self.client.close()
+
+
+def test_every_message_is_delivered_two_or_three_times(sender: Any, tmp_path: Path) -> None:
+    queues = {"client": _RELAYED[GRADIENTS], "server": _RELAYED[UPDATES]}
+    gate = tmp_path / "gate"
+    with fleet(tmp_path, workers=2, queues=queues) as one:
+        client = redis.Redis.from_url(one.cluster.url, decode_responses=True)
+        node = next(iter(client.zrange("torchord:workers", 0, -1, desc=True))).partition("@")[2].partition("/")[0]
+        relay = Relay(one.cluster.url, f"{UPDATES}.server@{node}", seed=1)
+        # The relayed server does not consume `updates`, so no supervisor runs beside it; here is one.
+        supervisor = Supervisor(Services(Settings(one.cluster.url)), "test", sender(one.cluster.url))
+        relay.start()
+        supervisor.start()
+        try:
+            run = one.master.submit(recipes_more.gated(str(gate), LAST, SIZE), CONFIG, name="relayed")
+            wait_until(Path(f"{gate}.waiting").exists, message="the last shard")
+            # One delivery of each of the 17 shards was computed or is being; every other one was ignored.
+            wait_until(
+                lambda: ignored(run) == relay.gradients - SLOTS,
+                message=lambda: f"{relay.gradients - SLOTS} duplicates",
+            )
+            gate.touch()
+            unchanged(run, gate)
+        finally:
+            gate.touch()
+            supervisor.stop()
+            relay.stop()
+            client.close()
+        assert run.verify().duplicates_ignored == relay.gradients - SLOTS >= SLOTS
+        # Callbacks came more often than there were steps, and did nothing more.
+        log = one.log("server")
+        assert log.count(f"{APPLY_UPDATE}[") > 5 and relay.callbacks >= 2 * 5
+        assert log.count("'status': 'committed'") + log.count("'status': 'done'") >= 5
+
+
+# --- tasks sent again by name ---------------------------------------------------------------
+
+
+def test_shards_sent_again_while_and_after_their_step(pair: Fleet, sender: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    run = pair.master.submit(recipes_more.gated(str(gate), LAST, SIZE), CONFIG, name="sent-again")
+    post = sender(pair.cluster.url)
+    plan = Plan(SIZE, CONFIG)
+    sent = 0
+    try:
+        for event in run.events():
+            # The step that has just begun, twice (once as a backup, which computes beside a live
+            # holder), and once more all the steps before it, which are committed.
+            if event.type == "started" or (event.type == "step" and event.data["version"] < 4):
+                step = event.data["version"]
+                for again in (*range(step), step, step):
+                    for shard in range(plan.shards_in(again)):
+                        post.gradient("sent-again", again, shard, backup=sent % 2 == 0)
+                        sent += 1
+            elif event.type == "step":
+                break
+        wait_until(Path(f"{gate}.waiting").exists, message="the last shard")
+        post.gradient("sent-again", 4, 0)  # held by a live worker
+        for shard in range(4):
+            post.gradient("sent-again", 0, shard)  # late by four steps
+        sent += 5
+        # The supervisor may have sent a shard of its own accord, if the machine was slow: it logs that.
+        extra = lambda: sum(pair.log("server").count(word) for word in ("is sent again", "backup of shard"))  # noqa: E731
+        wait_until(lambda: ignored(run) == sent + extra(), message=lambda: f"{sent} + {extra()} duplicates")
+    finally:
+        gate.touch()
+    unchanged(run, gate)
+    assert run.verify().duplicates_ignored == sent + extra() >= 2 * 16
+
+
+def test_a_callback_twice_and_one_that_comes_early(pair: Fleet, sender: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    run = pair.master.submit(recipes_more.gated(str(gate), LAST, SIZE), CONFIG, name="callbacks")
+    post = sender(pair.cluster.url)
+    wait_until(Path(f"{gate}.waiting").exists, message="the last shard")
+    queue = run._ledger.head().queue
+
+    def call(step: int) -> str:
+        result = post.app.send_task(APPLY_UPDATE, args=[[]], kwargs={"run": "callbacks", "step": step}, queue=queue)
+        return str(result.id)
+
+    def receipt(task: str) -> str:
+        done = f"{APPLY_UPDATE}[{task}] succeeded"
+        wait_until(lambda: done in pair.log("server"), message=f"callback {task}")
+        return next(line for line in pair.log("server").splitlines() if done in line)
+
+    try:
+        early = [call(4), call(4)]  # its one slot is missing
+        again = [call(0), call(0), call(3)]  # those of steps that are over
+        ahead = [call(5), call(99)]  # of steps that do not exist
+        for task in (*early, *again, *ahead):
+            assert "'status': 'waiting'" in receipt(task), receipt(task)
+        assert run.status().version == 4 and run._ledger.slots_present(4) == set()
+    finally:
+        gate.touch()
+    unchanged(run, gate)
+    # And after the end.
+    assert "'status': 'done'" in receipt(call(4))
+    assert run.status().version == 5
+    assert run.verify().ok
+
+
+# --- every order, one message at a time -----------------------------------------------------
+
+
+@dataclass
+class Post:
+    """A `Sender` that keeps the messages, for a test to deliver when it likes, as often as it likes.
+
+    Attributes:
+        gradients: waiting (step, shard, chord); chord None for a task outside one.
+        callbacks: how many calls to the server wait.
+        chords: chord -> its shards that were not delivered yet, as Celery counts them.
+    """
+
+    gradients: list[tuple[int, int, int | None]] = field(default_factory=list)
+    callbacks: int = 0
+    chords: dict[int, set[int]] = field(default_factory=dict)
+
+    def advance(self, run: str, *, queue: str = UPDATES) -> None:
+        self.callbacks += 1
+
+    def step(self, run: str, step: int, shards: Iterable[int], *, callback_queue: str) -> None:
+        chord = len(self.chords)
+        self.chords[chord] = set(shards)
+        self.gradients += [(step, shard, chord) for shard in self.chords[chord]]
+
+    def counted(self, shard: int, chord: int | None) -> None:
+        """A header task of a chord has ended: the last one calls back."""
+        if chord is not None and shard in self.chords[chord]:
+            self.chords[chord].remove(shard)
+            self.callbacks += not self.chords[chord]
+
+
+def _process(settings: Settings, node: str, post: Post) -> tuple[Client, TrainingServer]:
+    services = Services(settings)
+    heartbeat = Heartbeat(services.registry, new_info(node, (GRADIENTS, UPDATES)))
+    services.registry.beat(heartbeat.info)
+    return (
+        Client(services, heartbeat, post),  # type: ignore[arg-type]
+        TrainingServer(services, heartbeat, post),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shuffled_deliveries(redis_url: str, tmp_path: Path, seed: int) -> None:
+    """Any order of any copies, from two workers and a server that is called at any moment."""
+    chance = random.Random(seed)
+    settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
+    post = Post()
+    clients = [_process(settings, f"client{i}@here", post)[0] for i in range(2)]
+    _, server = _process(settings, "server@here", post)
+    recipe = models.mlp(SIZE, evaluation=None, metrics=None)
+    master = Master(redis_url, checkpoint_dir=str(tmp_path))
+    run = master.submit(recipe, CONFIG, name="shuffled")
+    post.callbacks += 1  # what submit sent went to a queue that nobody reads
+    delivered = 0
+    old: list[tuple[int, int, int | None]] = []
+    while run.status().state not in ("done", "failed"):
+        roll = chance.random()
+        if roll < 0.15 or (post.callbacks and roll < 0.4):  # early, or one that is due
+            server.advance("shuffled")
+            if post.callbacks and chance.random() < 0.7:  # else the same message comes again
+                post.callbacks -= 1
+            continue
+        waiting = post.gradients if post.gradients and roll < 0.85 else old
+        if not waiting:
+            continue
+        message = chance.choice(waiting)
+        if waiting is post.gradients and chance.random() < 0.7:
+            waiting.remove(message)
+            old.append(message)
+        step, shard, chord = message
+        delivery = f"{step}-{shard}-{chance.randrange(3)}"
+        chance.choice(clients).compute_gradient(
+            "shuffled", step, shard, delivery=delivery, in_chord=chord is not None, backup=roll > 0.9
+        )
+        post.counted(shard, chord)
+        delivered += 1
+    unchanged_bits = reference.average(recipe, CONFIG).bits
+    assert reference.bits(finished(run).module) == unchanged_bits
+    audit = run.verify()
+    assert audit.slots == SLOTS
+    assert audit.duplicates_ignored == delivered - SLOTS > 0
+    assert audit.divergent == audit.replayed == 0
+
+
+def test_messages_say_what_a_duplicate_is_of(redis_url: str, sender: Any) -> None:
+    """A gradient message is small JSON that names run, step and shard: two copies are the same work."""
+    post = sender(redis_url)
+    post.gradient("named", 3, 1)
+    client = redis.Redis.from_url(redis_url, decode_responses=True)
+    message = json.loads(client.rpop(GRADIENTS))
+    client.close()
+    assert message["headers"]["task"] == COMPUTE_GRADIENT
+    assert message["content-type"] == "application/json"
+    assert len(json.dumps(message)) < 2000 and WAIT_SECONDS > 0
