@@ -47,6 +47,10 @@ class Chunks(Protocol):
         """Fetch and verify a blob."""
         ...
 
+    def read_into(self, ref: BlobRef, view: memoryview) -> None:
+        """Fetch and verify a blob, into any writable memory."""
+        ...
+
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """Delete blobs."""
         ...
@@ -424,7 +428,11 @@ class MemoryChunkStore:
         """As `ChunkStore.get`."""
         if out is None:
             out = torch.empty(ref.nbytes, dtype=torch.uint8)
-        view = as_bytes(out)
+        self.read_into(ref, as_bytes(out))
+        return out
+
+    def read_into(self, ref: BlobRef, view: memoryview) -> None:
+        """As `ChunkStore.read_into`."""
         ref.require_length(view)
         for i, checksum in enumerate(ref.checksums):
             self._require(f"{ref.key}:{i}")
@@ -433,7 +441,6 @@ class MemoryChunkStore:
                 raise ChunkCorrupt(f"chunk {ref.key}:{i} in memory is not what was written")
             view[i * ref.chunk_nbytes : i * ref.chunk_nbytes + len(part)] = part
         self.counters.bytes_in += len(view)
-        return out
 
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """As `ChunkStore.delete`."""

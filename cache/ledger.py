@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import redis
 
@@ -23,19 +23,30 @@ from cache.errors import CacheError, RunNotFound
 from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord
 from cache.scripts import source
 
-BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped"]
+BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped", "skewed"]
 SlotVerdict = Literal["written", "duplicate", "divergent", "late", "early", "stopped"]
 CommitVerdict = Literal["ok", "fenced", "stale", "incomplete", "stopped", "diverged"]
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who is at a shard: the worker's id, which try it is, and whether the hold is in force."""
+    """Who is at a shard.
+
+    Attributes:
+        shard: number of the shard in its step.
+        worker: id of the worker process.
+        attempt: which try it is, counted from 1; a hand-back counts as none.
+        delivery: id of the Celery task.
+        open: whether the hold is in force.
+        since: Unix time (s) at which it was taken, by the server's clock.
+    """
 
     shard: int
     worker: str
     attempt: int
     open: bool
+    delivery: str = ""
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +65,6 @@ class Event:
     id: str
     type: str
     data: dict[str, Any]
-
-
-class LedgerLike(Protocol):
-    """The part of the control plane that decides exactly-once; `MemoryLedger` is its twin."""
-
-    def begin_shard(
-        self, step: int, shard: int, *, worker: str, delivery: str, backup: bool = False
-    ) -> tuple[BeginVerdict, int, str]:
-        """See `Ledger.begin_shard`."""
-
-    def write_slot(self, step: int, slot: SlotRecord) -> tuple[SlotVerdict, int]:
-        """See `Ledger.write_slot`."""
-
-    def acquire(self, *, worker: str, node: str, queue: str) -> tuple[str, int | str]:
-        """See `Ledger.acquire`."""
 
 
 class Ledger:
@@ -106,7 +102,6 @@ class Ledger:
         incarnation: str,
         version: int = 0,
         chain: str = GENESIS,
-        token: int | None = None,
     ) -> dict[str, Any] | None:
         """Create the run, once.
 
@@ -115,13 +110,10 @@ class Ledger:
             incarnation: unique id of this life of the name; caches are keyed by it.
             version: head to start from (above 0 when restored from a checkpoint).
             chain: chain of that version.
-            token: what the fencing tokens count from; None draws it at random, so that no server
-                of an earlier life of the name holds a valid one.
 
         Returns:
             None if this call created it, else the spec of the run that is there.
         """
-        first = secrets.randbelow(1 << 40) if token is None else token
         names = self.keys
         left_behind = [name for name in names.lasting() if name not in (names.spec, names.head)]
         with self._during("creation"):
@@ -140,7 +132,7 @@ class Ledger:
                     incarnation,
                     version,
                     chain,
-                    first,
+                    spec.get("config", {}).get("skew", "admit"),
                 ],
             )
         return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
@@ -238,7 +230,14 @@ class Ledger:
     # --- a Client's side ------------------------------------------------------------------
 
     def begin_shard(
-        self, step: int, shard: int, *, worker: str, delivery: str, backup: bool = False
+        self,
+        step: int,
+        shard: int,
+        *,
+        worker: str,
+        delivery: str,
+        backup: bool = False,
+        environment: str = "",
     ) -> tuple[BeginVerdict, int, str]:
         """Ask whether to compute a shard, and take its lease.
 
@@ -246,6 +245,7 @@ class Ledger:
             worker: id under which this process keeps its heartbeat.
             delivery: id of the Celery task, so that a request sent twice is known again.
             backup: compute beside a live holder (a backup task).
+            environment: what of the worker could change bits; "" if that does not matter.
 
         Returns:
             (verdict, attempt, incarnation of the run): see scripts/begin_shard.lua.
@@ -254,14 +254,32 @@ class Ledger:
             verdict, attempt, incarnation = self._script(
                 "begin_shard",
                 [self.keys.head, self.keys.slots(step), self.keys.leases(step)],
-                [step, shard, worker, keys.worker(""), int(backup), keys.WORK_TTL_SECONDS, delivery],
+                [
+                    step,
+                    shard,
+                    worker,
+                    keys.worker(""),
+                    int(backup),
+                    keys.WORK_TTL_SECONDS,
+                    delivery,
+                    environment,
+                ],
             )
         return verdict, int(attempt), incarnation
 
-    def end_lease(self, step: int, shard: int, *, worker: str, delivery: str) -> bool:
-        """Hand a shard back so that it can be computed elsewhere at once."""
+    def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
+        """Hand a shard back so that it can be computed elsewhere at once.
+
+        Args:
+            counts: whether the try counts towards `max_attempts`.
+
+        Returns:
+            False if the lease is not this delivery's (any more).
+        """
         with self._during(f"hand back shard {shard} of step {step}"):
-            return bool(self._script("end_lease", [self.keys.leases(step)], [shard, worker, delivery]))
+            return bool(
+                self._script("end_lease", [self.keys.leases(step)], [shard, worker, delivery, int(counts)])
+            )
 
     def write_slot(
         self, step: int, slot: SlotRecord, *, incarnation: str | None = None
@@ -358,7 +376,7 @@ class Ledger:
         result = {}
         for shard, text in found.items():
             fields = json.loads(text)
-            result[int(shard)] = Lease(int(shard), fields["worker"], int(fields["attempt"]), fields["open"])
+            result[int(shard)] = Lease(shard=int(shard), **fields)
         return result
 
     def commit(
@@ -428,7 +446,17 @@ class Ledger:
     def mark_launched(self, step: int, *, token: int) -> str:
         """Record that the chord of the present step was published; returns "ok", "fenced" or "stale"."""
         with self._during(f"record the launch of step {step}"):
-            return cast(str, self._script("mark_launched", [self.keys.head], [token, step]))
+            return cast(str, self._script("mark", [self.keys.head], [token, step, "launched"]))
+
+    def mark_called(self, step: int, *, token: int) -> str:
+        """Record that the chord of the present step called back; returns "ok", "fenced" or "stale"."""
+        with self._during(f"record the callback of step {step}"):
+            return cast(str, self._script("mark", [self.keys.head], [token, step, "called"]))
+
+    def called(self, step: int) -> bool:
+        """Whether the chord of a step called back already: then nobody calls when its last slot is in."""
+        with self._during(f"read the callback of step {step}"):
+            return bool(self.client.hget(self.keys.head, "called") == str(step))
 
     def rollback(self, *, token: int, version: int, chain: str) -> tuple[bool, tuple[int, ...]]:
         """Take the head back to `version`.

@@ -231,6 +231,8 @@ class Head:
         owner: worker id of the training server, "" if none.
         queue: private queue of the owner's worker.
         launched: the step whose chord was published, None if that is not recorded.
+        environment: what of the first worker that computed could change bits, "" before that.
+        skew: "refuse" if a worker of another environment may not compute.
         shared: several processes of one node take turns as server.
         error: why the run failed: {"message", "kind", ...}.
     """
@@ -255,6 +257,8 @@ class Head:
     divergent: int
     replayed: int
     error: dict[str, Any] | None
+    environment: str = ""
+    skew: str = ""
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -285,4 +289,6 @@ class Head:
             divergent=integer("divergent") or 0,
             replayed=integer("replayed") or 0,
             error=json.loads(fields["error"]) if fields.get("error") else None,
+            environment=fields.get("environment", ""),
+            skew=fields.get("skew", ""),
         )

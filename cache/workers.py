@@ -40,8 +40,9 @@ class WorkerInfo:
         node: Celery node name, as in `celery@host`; several processes of a prefork pool share it.
         queues: the queues that its node consumes.
         pid: process id on its host.
-        task: what it is doing now, "" when idle.
-        since: Unix time (s) at which that began.
+        task: what it is doing now, "" when idle; of a process that runs several tasks at once, all
+            of them, joined by "; ".
+        since: Unix time (s) at which that last changed.
         environment: what could change bits (torch version, device, CPU capability).
     """
 
@@ -53,6 +54,11 @@ class WorkerInfo:
     task: str = ""
     since: float = 0.0
     environment: str = ""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it is doing now, one by one."""
+        return tuple(self.task.split("; ")) if self.task else ()
 
 
 def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerInfo:
@@ -154,24 +160,29 @@ class Registry:
         with translated(self.url, f"expire queue {queue!r}"):
             self.client.expire(queue, keys.WORK_TTL_SECONDS)
 
-    def queued_shards(self, queue: str, run: str, step: int) -> set[int]:
-        """Shards of a step whose gradient tasks still wait in a Celery queue.
+    def queued(self, queue: str) -> list[dict[str, object]]:
+        """Arguments of the tasks that wait in a Celery queue.
 
-        Reads the newest and oldest thousand messages; each carries its arguments as text.
+        Reads the oldest and newest thousand messages; each carries its arguments as text.
         """
         with translated(self.url, f"read queue {queue!r}"):
-            texts = cast(list[str], self.client.lrange(queue, 0, 999))
+            texts = cast(list[str], self.client.lrange(queue, -1000, -1))
             if len(texts) == 1000:
-                texts += cast(list[str], self.client.lrange(queue, -1000, -1))
-        found = set()
+                texts += cast(list[str], self.client.lrange(queue, 0, 999))
+        found = []
         for text in texts:
             try:
                 arguments = ast.literal_eval(json.loads(text)["headers"]["kwargsrepr"])
             except (ValueError, KeyError, SyntaxError, TypeError):
                 continue
-            if isinstance(arguments, dict) and (arguments.get("run"), arguments.get("step")) == (run, step):
-                found.add(arguments.get("shard", -1))
+            if isinstance(arguments, dict):
+                found.append(arguments)
         return found
+
+    def server_id(self) -> str:
+        """Which life of the server this is: another text after each of its starts."""
+        with translated(self.url, "ask the server who it is"):
+            return str(cast(dict[str, object], self.client.info("server")).get("run_id", ""))
 
 
 class Heartbeat:
@@ -185,6 +196,8 @@ class Heartbeat:
     def __init__(self, registry: Registry, info: WorkerInfo) -> None:
         self.registry = registry
         self._info = info
+        self._doing: dict[int, str] = {}
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchord-heartbeat", daemon=True)
 
@@ -202,10 +215,18 @@ class Heartbeat:
         self._thread.start()
 
     def doing(self, task: str, environment: str | None = None) -> None:
-        """Say what the process is at; "" when idle. Sent with the next beat."""
-        self._info = replace(
-            self._info, task=task, since=time.time(), environment=environment or self._info.environment
-        )
+        """Say what the calling thread is at; "" when idle. Sent with the next beat."""
+        with self._lock:
+            if task:
+                self._doing[threading.get_ident()] = task
+            else:
+                self._doing.pop(threading.get_ident(), None)
+            self._info = replace(
+                self._info,
+                task="; ".join(self._doing.values()),
+                since=time.time(),
+                environment=environment or self._info.environment,
+            )
 
     def stop(self) -> None:
         """Stop beating and end the lease."""

@@ -7,7 +7,10 @@ its ledger, so that a run survives the loss of its Redis. Nothing is pickled.
 
 Layout of `<root>/<run>/`:
 
-    run.json                                recipe and config
+    run.json                                recipe, config and incarnation of the name's present life
+
+and below that, in a folder named by the incarnation:
+
     version-000000100.tensors.safetensors   parameters and buffers of version 100
     version-000000100.state.safetensors     tensors of optimizer and scheduler
     version-000000100.json                  the marker: everything else, and checksums
@@ -74,14 +77,18 @@ class CheckpointStore:
     Args:
         root: directory, or fsspec URL such as "s3://bucket/runs", above all runs' folders.
         run: name of the run, which is the name of its folder.
+        incarnation: id of this life of the name, the folder below that: a run submitted anew under a
+            name that was used before must not find the other's checkpoints. None keeps the files
+            in the run's own folder.
 
     Raises:
         CheckpointError: no fsspec driver serves the URL.
     """
 
-    def __init__(self, root: str, run: str) -> None:
+    def __init__(self, root: str, run: str, incarnation: str | None = None) -> None:
         self.run = run
-        self._files = open_folder(root, run)
+        self._home = open_folder(root, run)
+        self._files = self._home if incarnation is None else open_folder(root, f"{run}/{incarnation}")
         self._sequence: int | None = None
 
     def path(self, version: int | None = None) -> str:
@@ -247,7 +254,7 @@ class CheckpointStore:
 
     def save_spec(self, spec: Mapping[str, Any]) -> None:
         """Write the run's recipe and config (a JSON-able dict), so that it can be resumed without Redis."""
-        self._files.write(_SPEC, json.dumps(spec, allow_nan=False, indent=1).encode())
+        self._home.write(_SPEC, json.dumps(spec, allow_nan=False, indent=1).encode())
 
     def load_spec(self) -> dict[str, Any] | None:
         """Return what `save_spec` wrote, None if there is nothing.
@@ -255,9 +262,9 @@ class CheckpointStore:
         Raises:
             CheckpointError: the file is unreadable.
         """
-        if _SPEC not in self._files.names():
+        if _SPEC not in self._home.names():
             return None
-        found: dict[str, Any] = _parse(self._files.read(_SPEC), self._files.where(_SPEC))
+        found: dict[str, Any] = _parse(self._home.read(_SPEC), self._home.where(_SPEC))
         return found
 
     def append_ledger(self, entries: Sequence[str]) -> None:

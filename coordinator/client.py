@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ import torch
 
 from cache.chunks import BlobRef
 from cache.codec import Manifest, layout, pack, views
-from cache.errors import CacheError, ShardFailed
+from cache.errors import CacheError, ChunkCorrupt, RunNotFound, ShardFailed, VersionMissing
 from cache.records import SlotRecord
 from cache.workers import Heartbeat
 from coordinator import gradient
+from coordinator.faults import Hook, nothing
 from coordinator.services import RunContext, Services, device
 from coordinator.step import Sender
 from coordinator.task_names import UPDATES
@@ -52,6 +54,17 @@ def short_traceback(error: BaseException) -> str:
     return "\n".join(lines)
 
 
+def noted(error: BaseException) -> str:
+    """What was being done when the error was raised, from its notes (PEP 678)."""
+    notes = [note.removeprefix("torchord: ") for note in getattr(error, "__notes__", ())]
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def gradient_task(run: str, step: int, shard: int) -> str:
+    """What a Client's heartbeat says while it computes a shard; the supervisor compares."""
+    return f"{run}: gradient of shard {shard}, step {step}"
+
+
 def shown(samples: Sequence[int]) -> str:
     """The first few sample indices, for a message."""
     head = ", ".join(str(int(s)) for s in samples[:_SAMPLES_SHOWN])
@@ -65,12 +78,17 @@ class Client:
         services: connections and stores of the process.
         heartbeat: its lease; its id is what the ledger records.
         sender: for the message that follows a step completed outside its chord.
+        fault: called with the name of each point of the protocol; tests use it to die there.
     """
 
-    def __init__(self, services: Services, heartbeat: Heartbeat, sender: Sender) -> None:
+    def __init__(
+        self, services: Services, heartbeat: Heartbeat, sender: Sender, *, fault: Hook = nothing
+    ) -> None:
         self.services = services
         self.heartbeat = heartbeat
         self.sender = sender
+        self.fault = fault
+        self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
 
     # --- gradients ----------------------------------------------------------------------
 
@@ -92,6 +110,7 @@ class Client:
         """
         worker = self.heartbeat.info.id
         ledger = self.services.ledger(run)
+        self.fault("client.before_begin")
         verdict, attempt, incarnation = ledger.begin_shard(
             step, shard, worker=worker, delivery=delivery, backup=backup
         )
@@ -105,20 +124,50 @@ class Client:
         if verdict != "compute":
             log.info("step %d shard %d of run %s: %s, nothing to do", step, shard, run, verdict)
             return receipt
-        self.heartbeat.doing(f"{run}: gradient of shard {shard}, step {step}")
+        self.heartbeat.doing(gradient_task(run, step, shard))
+        self._at[threading.get_ident()] = (run, step, shard, delivery)
         written = False
         try:
+            self.fault("client.after_begin")
             receipt = self._compute(receipt, step, shard, attempt, incarnation, in_chord)
             written = True
             return receipt
         except CacheError as error:
             # Not the recipe's fault: the shard goes back at once and the supervisor sends it again.
             log.warning("step %d shard %d of run %s goes back: %s", step, shard, run, error)
+            if isinstance(error, (VersionMissing, ChunkCorrupt)):
+                self._report_loss(run, step)
             return {**receipt, "status": "handed back", "error": str(error)}
         finally:
+            self._at.pop(threading.get_ident(), None)
             if not written:
-                ledger.end_lease(step, shard, worker=worker, delivery=delivery)
+                self._end_lease(run, step, shard, delivery)
             self.heartbeat.doing("")
+
+    def _end_lease(self, run: str, step: int, shard: int, delivery: str) -> None:
+        worker = self.heartbeat.info.id
+        try:
+            self.services.ledger(run).end_lease(step, shard, worker=worker, delivery=delivery)
+        except CacheError as error:  # the supervisor finds out that nobody is at it
+            log.warning("step %d shard %d of run %s not handed back: %s", step, shard, run, error)
+
+    def _report_loss(self, run: str, step: int) -> None:
+        """The version to compute from is gone: its training server still holds it and stores it again."""
+        try:
+            head = self.services.ledger(run).head()
+            if head.version == step:
+                self.sender.advance(run, queue=head.queue or UPDATES)
+        except (CacheError, RunNotFound) as error:
+            log.warning("run %s: loss of version %d not reported: %s", run, step, error)
+
+    def hand_back(self) -> None:
+        """Give the shards at work to others at once, because this process is about to end.
+
+        Their computation goes on until the process ends; whoever is first writes the slot.
+        """
+        for run, step, shard, delivery in list(self._at.values()):
+            log.info("step %d shard %d of run %s is handed back: this worker stops", step, shard, run)
+            self._end_lease(run, step, shard, delivery)
 
     def _compute(
         self, receipt: dict[str, Any], step: int, shard: int, attempt: int, incarnation: str, in_chord: bool
@@ -130,7 +179,9 @@ class Client:
         result, fetched = self._shard_gradient(context, step, shard)
         seconds = time.perf_counter() - began
         tensors = {**result.gradients, **result.buffers}
+        self.fault("client.before_put")
         stored = self.services.gradients.put(ledger, step, shard, tensors)
+        self.fault("client.after_put")
         slot = SlotRecord(
             shard=shard,
             digest=stored.digest,
@@ -147,6 +198,7 @@ class Client:
             environment=self.heartbeat.info.environment,
         )
         verdict, present = ledger.write_slot(step, slot, incarnation=incarnation)
+        self.fault("client.after_slot")
         if verdict != "written":
             log.info("step %d shard %d of run %s: slot %s", step, shard, run, verdict)
             self.services.gradients.delete([stored.blob])
@@ -191,7 +243,7 @@ class Client:
         """Record that the recipe's own code raised, and return the error to raise."""
         kind = type(error).__name__
         place = f"shard {shard} of step {step} (samples {shown(samples)})"
-        message = f"{place} failed on worker {self.heartbeat.info.id}: {kind}: {error}"
+        message = f"{place} failed on worker {self.heartbeat.info.id}: {kind}: {error}{noted(error)}"
         reason = {
             "kind": kind,
             "message": message,
@@ -248,9 +300,11 @@ class Client:
             raise self._evaluation_failed(context, error, version=version, part=part) from error
         finally:
             self.heartbeat.doing("")
+        self.fault("client.before_part")
         verdict, values = ledger.write_part(
             version, part, {"examples": examples, "metrics": metrics}, parts=parts
         )
+        self.fault("client.after_part")
         if verdict == "complete":
             _, whole = gradient.combine([(value["examples"], value["metrics"]) for value in values])
             ledger.record_evaluation(version, whole)

@@ -21,6 +21,7 @@ import torch
 import torch.utils.deterministic
 
 _memory: Any = torch.utils.deterministic  # its one switch is a property that stubs do not know
+_cuda: Any = torch.cuda  # partly untyped
 
 COMPUTE_LOCK = threading.RLock()
 """Guards the process-wide state that `pinned` sets; re-entrant."""
@@ -81,8 +82,8 @@ def seed_everything(seed: int) -> None:
     # What torch.manual_seed does, less its queue for a CUDA that is not initialised: filling that
     # formats a stack trace each time, which costs as much as a small model's forward.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    if _cuda.is_initialized():
+        _cuda.manual_seed_all(seed)
     np.random.seed(seed % (1 << 32))
     random.seed(seed)
 
@@ -102,7 +103,7 @@ def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) 
     if torch.get_float32_matmul_precision() != "highest":
         torch.set_float32_matmul_precision("highest")
     if cuda:
-        torch.cuda.init()  # so that its generators can be seeded
+        _cuda.init()  # so that its generators can be seeded
         torch.backends.cudnn.deterministic = deterministic
         torch.backends.cudnn.benchmark = not deterministic
         with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from cache.connection import CLIENT_PATIENCE_SECONDS, connect, ping, translated
 from cache.errors import ConfigMismatch, InvalidInput
 from cache.settings import from_environment
 from coordinator.config import TrainingConfig
-from coordinator.recipe import Recipe, fingerprint, modules_of
+from coordinator.recipe import Recipe, fingerprint
 from coordinator.run import Run, TrainedModel
 from coordinator.services import Services, with_url
 from coordinator.step import Sender, nameless_exchange
@@ -57,7 +57,7 @@ class Master:
         self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
         ping(self._client, settings.url)
         self._sender = Sender(_publisher(settings.url))
-        self._trusted: dict[str, tuple[str, ...]] = {}
+        self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
     def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:
         """Queue a run and return at once; it goes on without this process.
@@ -85,12 +85,11 @@ class Master:
         )
         described = recipe.to_spec()
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
-        self._trusted[name] = modules_of(described)
-        run = self.run(name)
-        there = run._ledger.create(spec, incarnation=uuid.uuid4().hex[:12])
+        there = self._services.ledger(name).create(spec, incarnation=uuid.uuid4().hex[:12])
         if there is None:
+            self._submitted.add(name)
             self._sender.advance(name)
-            return run
+            return self.run(name)
         differing = _differences(described, there["recipe"]) + config.differences(
             TrainingConfig.from_json(there["config"])
         )
@@ -99,6 +98,8 @@ class Master:
                 f"run {name!r} exists with another {', '.join(differing)}; choose another name, or submit it "
                 "with the recipe and config that it has"
             )
+        self._submitted.add(name)
+        run = self.run(name)
         state = run.status().state
         if state in ("paused", "failed"):
             run.resume()
@@ -120,7 +121,7 @@ class Master:
 
     def run(self, name: str) -> Run:
         """A handle on the run of that name, whether or not it exists yet."""
-        return Run(self._services, self._sender, keys.check_name(name), trusted=self._trusted.get(name, ()))
+        return Run(self._services, self._sender, keys.check_name(name), trusted=name in self._submitted)
 
     def runs(self) -> list[str]:
         """Names of the runs that the server knows, oldest first."""

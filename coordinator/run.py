@@ -161,7 +161,7 @@ class Run:
     """
 
     def __init__(
-        self, services: Services, sender: Sender, name: str, *, trusted: tuple[str, ...] = ()
+        self, services: Services, sender: Sender, name: str, *, trusted: bool = False
     ) -> None:
         self.name = name
         self._services = services
@@ -347,15 +347,14 @@ class Run:
         self._sender.advance(self.name)
 
     def _resume_from_checkpoint(self) -> None:
-        store = self._checkpoints()
-        spec = store.load_spec()
+        spec = self._checkpoints(None).load_spec()
         if spec is None:
             raise RunNotFound(
                 f"run {self.name!r} is neither in Redis nor under {self._services.settings.checkpoint_dir}; "
                 "set TORCHORD_CHECKPOINT_DIR to where its checkpoints are"
             )
         incarnation = str(spec.pop("incarnation"))
-        latest = store.latest()
+        latest = self._checkpoints(incarnation).latest()
         version, chain = (0, GENESIS) if latest is None else (latest.version, str(latest.meta["chain"]))
         if self._ledger.create(spec, incarnation=incarnation, version=version, chain=chain) is None:
             self._sender.advance(self.name)
@@ -427,24 +426,23 @@ class Run:
         return self._ledger.spec()
 
     def _recipe(self) -> ResolvedRecipe:
-        allowed = self._services.settings.allowed_modules
-        if self._trusted:
-            allowed = (*(allowed or ()), *self._trusted)
+        # What this very process submitted it may import; any other run's modules must be allowed.
+        allowed = ("*",) if self._trusted else self._services.settings.allowed_modules
         return resolve(self._spec()["recipe"], allowed=allowed)
 
     def _plan(self, head: Head) -> Plan | None:
         return None if not head.dataset_size else Plan(head.dataset_size, self._config())
 
-    def _checkpoints(self) -> Any:
+    def _checkpoints(self, incarnation: str | None) -> Any:
         from coordinator.checkpoint import CheckpointStore
 
-        return CheckpointStore(self._services.settings.checkpoint_dir, self.name)
+        return CheckpointStore(self._services.settings.checkpoint_dir, self.name, incarnation)
 
     def _entries(self, head: Head) -> list[LedgerEntry]:
         """All entries up to the head: those on disk, overridden by those in Redis."""
         found = {entry.version: entry for entry in self._ledger.entries()}
         if len(found) < head.version:
-            for text in self._checkpoints().read_ledger():
+            for text in self._checkpoints(head.incarnation).read_ledger():
                 entry = LedgerEntry.from_json(text)
                 found.setdefault(entry.version, entry)
         return [found[version] for version in sorted(found) if version <= head.version]
@@ -458,7 +456,7 @@ class Run:
             _, flat = self._services.parameters.fetch(self._ledger, wanted)
             replica.load(flat)
         except VersionMissing as error:
-            store = self._checkpoints()
+            store = self._checkpoints(head.incarnation)
             if wanted not in store.versions():
                 raise VersionMissing(
                     f"{error}; checkpoints hold {store.versions()}. Ask for one of these, or for the newest"

@@ -417,7 +417,7 @@ class TrainingServer:
         head = ledger.head()
         context = self.services.context(run, head.incarnation)
         trainer = Trainer.build(context.recipe, context.config, device())
-        checkpoints = CheckpointStore(self.services.settings.checkpoint_dir, run)
+        checkpoints = CheckpointStore(self.services.settings.checkpoint_dir, run, head.incarnation)
         if head.status == "pending" or head.total_steps is None:
             warm = self._initialise(context, ledger, trainer, checkpoints, token, head)
         else:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     raise SystemExit(run_as("examples.fashion_mnist"))
 
 import gzip
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -48,7 +49,7 @@ Then: python -m examples.fashion_mnist --data DIR"""
 class FashionNet(nn.Sequential):
     """Two convolutions and two linear layers, for inputs (N, 1, 28, 28) and outputs (N, 10)."""
 
-    def __init__(self, dropout: float = 0.25) -> None:
+    def __init__(self) -> None:
         super().__init__(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.ReLU(),
@@ -57,7 +58,6 @@ class FashionNet(nn.Sequential):
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Dropout(dropout),
             nn.Linear(3136, 128),
             nn.ReLU(),
             nn.Linear(128, 10),
@@ -168,5 +168,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names=CLASSES,
         )
         print(f"Picture:     {picture}")
-        launch.what_next(chosen, "examples.fashion_mnist")
+        launch.what_next(chosen, f"examples.fashion_mnist --data {shlex.quote(str(folder))}")
     return 0 if clean else 1

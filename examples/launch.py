@@ -177,17 +177,17 @@ def report(chosen: Options, run: Run, trained: TrainedModel) -> bool:
     return audit.ok
 
 
-def what_next(chosen: Options, module: str) -> None:
-    """Say how to train on workers that stay up, and how to watch them."""
+def what_next(chosen: Options, command: str) -> None:
+    """Say how to train on workers that stay up, and how to watch them; `command` follows `python -m`."""
     if chosen.url is not None or chosen.flower:
         return
     print(
-        f"\nWatch every task in Flower:      python -m {module} --flower\n"
+        f"\nWatch every task in Flower:      python -m {command} --flower\n"
         "Train on workers that stay up, each line in a terminal of its own:\n"
         "    redis-server                              (or any Redis or Valkey that is up)\n"
         "    celery -A tasks worker\n"
         "    celery -A tasks flower\n"
-        f"    python -m {module} --url redis://localhost:6379/0"
+        f"    python -m {command} --url redis://localhost:6379/0"
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 from celery import Celery
 from kombu import Exchange, Queue
 
@@ -22,6 +25,20 @@ settings = from_environment()
 # The nameless exchange delivers by queue name alone, and unlike a named one leaves no
 # `_kombu.binding.*` key behind in Redis for every queue that ever was.
 _DIRECT = Exchange("", type="direct")
+
+
+def _pool(arguments: Sequence[str]) -> str:
+    """The pool of a worker whose command line names none: threads.
+
+    Celery cannot tell `--pool prefork` from its own default, and would take this setting in its
+    place; so the setting follows a command line that names prefork.
+    """
+    for place, word in enumerate(arguments):
+        name, _, value = word.partition("=") if word.startswith("--") else (word[:2], "", word[2:])
+        if name in ("-P", "--pool") and (value or "".join(arguments[place + 1 : place + 2])) == "prefork":
+            return "prefork"
+    return "threads"
+
 
 app = Celery(
     "torchord",
@@ -61,7 +78,7 @@ app.conf.update(
     },
     # threads -c 1: one process owns one device and answers pings while it computes; nothing is
     # forked, so CUDA and OpenMP may be initialised. prefork and solo work too (docs/workers.md).
-    worker_pool="threads",
+    worker_pool=_pool(sys.argv[1:]),
     worker_concurrency=1,
     # A task is acknowledged when it is done, so a worker that stops hands it back; running it
     # twice is safe, see each task's docstring.

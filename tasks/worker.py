@@ -15,6 +15,7 @@ from kombu import Exchange, Queue
 
 from cache.connection import WORKER_PATIENCE_SECONDS
 from cache.workers import Heartbeat, new_info
+from coordinator import faults
 from coordinator.services import Services, set_device
 from coordinator.step import Sender
 from coordinator.supervisor import Supervisor
@@ -45,16 +46,20 @@ class Process:
         self.services = Services(
             replace(settings, url=app.conf.broker_url), patience_seconds=WORKER_PATIENCE_SECONDS
         )
-        self.sender = Sender(app)
+        fault = faults.hook(settings.faults)
+        self.fault = fault
+        self.sender = Sender(app, fault=fault if settings.faults else None)
         self.heartbeat = Heartbeat(self.services.registry, new_info(node, queues))
-        self.client = Client(self.services, self.heartbeat, self.sender)
-        self.server = TrainingServer(self.services, self.heartbeat, self.sender)
+        self.client = Client(self.services, self.heartbeat, self.sender, fault=fault)
+        self.server = TrainingServer(self.services, self.heartbeat, self.sender, fault=fault)
         self.supervisor: Supervisor | None = None
         self.heartbeat.start()
 
     def supervise(self) -> None:
         """Stand for election as the supervisor."""
-        self.supervisor = Supervisor(self.services, self.heartbeat.info.id, self.sender)
+        self.supervisor = Supervisor(
+            self.services, self.heartbeat.info.id, self.sender, fault=self.fault
+        )
         self.supervisor.start()
 
     def stop(self) -> None:
@@ -190,6 +195,17 @@ def _stopped(**_: Any) -> None:
     if _parent_heartbeat is not None:
         _parent_heartbeat.stop()
     _stop_process()
+
+
+@signals.worker_shutting_down.connect
+def _stopping(**_: Any) -> None:
+    """At the first sign of a shutdown: what is at work goes to others without waiting for this worker.
+
+    From a thread, since this runs inside a signal handler.
+    """
+    parts = _process
+    if parts is not None and parts.pid == os.getpid():
+        threading.Thread(target=parts.client.hand_back, name="torchord-hand-back", daemon=True).start()
 
 
 def consumed_queues() -> tuple[str, ...]:

@@ -1,4 +1,6 @@
--- A training server takes a run over: it gets the next fencing token.
+-- A training server takes a run over: it gets the next fencing token. Tokens follow the server's clock
+-- (ms), so that none is given twice, not even after Redis came back from an older snapshot or the
+-- name began another life.
 -- KEYS 1 head  hash  state of the run
 -- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue
 -- Returns {'acquired', token}, {'owned', queue of the live owner} when another node serves the run,
@@ -19,6 +21,8 @@ end
 if redis.call('HGET', KEYS[1], 'node') ~= ARGV[2] then
   redis.call('HDEL', KEYS[1], 'shared')
 end
-local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4])
+local now = redis.call('TIME')
+local token = math.max(tonumber(redis.call('HGET', KEYS[1], 'token')) + 1,
+  tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000))
+redis.call('HSET', KEYS[1], 'token', string.format('%.0f', token), 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4])
 return {'acquired', token}

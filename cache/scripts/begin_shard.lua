@@ -1,11 +1,14 @@
 -- A Client asks whether it should compute a shard, and takes the lease on it.
 -- KEYS 1 head   hash  state of the run
 --      2 slots  hash  shard -> finished slot, of this step
---      3 leases hash  shard -> {"worker","attempt","delivery","open"} of this step
+--      3 leases hash  shard -> {"worker","attempt","delivery","open","since"} of this step
 -- ARGV 1 step, 2 shard, 3 worker id, 4 worker key prefix, 5 backup ('1': compute beside a live holder),
---      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice)
+--      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice),
+--      8 environment of the worker ('' if that is not known); the first one to compute sets the run's
 -- Returns {verdict, attempt, incarnation}: 'compute', 'duplicate' (slot written), 'late' (step committed),
--- 'early' (head is behind), 'held' (a live worker is at it), 'stopped' (run not running).
+-- 'early' (head is behind), 'held' (a live worker is at it), 'stopped' (run not running), 'skewed' (the
+-- run refuses this environment). `attempt` counts the starts after a death or an overdue try; a backup
+-- beside a live holder is none.
 local status = redis.call('HGET', KEYS[1], 'status')
 local incarnation = redis.call('HGET', KEYS[1], 'incarnation') or ''
 if status ~= 'running' then
@@ -24,6 +27,12 @@ if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
   redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
   return {'duplicate', 0, incarnation}
 end
+local environment = redis.call('HGET', KEYS[1], 'environment') or ''
+if environment == '' and ARGV[8] ~= '' then
+  redis.call('HSET', KEYS[1], 'environment', ARGV[8])
+elseif ARGV[8] ~= '' and environment ~= ARGV[8] and redis.call('HGET', KEYS[1], 'skew') == 'refuse' then
+  return {'skewed', 0, incarnation}
+end
 local attempt = 1
 local held = redis.call('HGET', KEYS[3], ARGV[2])
 if held then
@@ -32,12 +41,16 @@ if held then
   if lease['open'] and lease['delivery'] == ARGV[7] and lease['worker'] == ARGV[3] then
     return {'compute', lease['attempt'], incarnation}
   end
-  if ARGV[5] ~= '1' and redis.call('EXISTS', ARGV[4] .. lease['worker']) == 1 and lease['open'] then
-    redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
-    return {'held', lease['attempt'], incarnation}
+  if lease['open'] and redis.call('EXISTS', ARGV[4] .. lease['worker']) == 1 then
+    if ARGV[5] ~= '1' then
+      redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
+      return {'held', lease['attempt'], incarnation}
+    end
+    attempt = lease['attempt']
   end
 end
-redis.call('HSET', KEYS[3], ARGV[2],
-  cjson.encode({worker = ARGV[3], attempt = attempt, delivery = ARGV[7], open = true}))
+local now = redis.call('TIME')
+redis.call('HSET', KEYS[3], ARGV[2], cjson.encode({worker = ARGV[3], attempt = attempt, delivery = ARGV[7],
+  open = true, since = tonumber(now[1]) + tonumber(now[2]) / 1e6}))
 redis.call('EXPIRE', KEYS[3], ARGV[6])
 return {'compute', attempt, incarnation}

@@ -5,7 +5,7 @@
 --      4 active set     names of the runs that are not at rest
 --      5... the run's other keys, the slots and leases of the first step included
 -- ARGV 1 name, 2 spec JSON, 3 now (s), 4 TTL of a run (s), 5 incarnation (unique id), 6 version, 7 chain,
---      8 token to count from: drawn at random, so that no server of an earlier life holds a valid one
+--      8 skew: 'refuse' if workers of different environments must not mix, else 'admit'
 -- Returns {'created', spec} or {'exists', spec of the one that is there}.
 local spec = redis.call('GET', KEYS[1])
 if spec and redis.call('EXISTS', KEYS[2]) == 1 then
@@ -16,8 +16,9 @@ for i = 5, #KEYS do
 end
 redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
 redis.call('DEL', KEYS[2])
-redis.call('HSET', KEYS[2], 'status', 'pending', 'version', ARGV[6], 'chain', ARGV[7], 'token', ARGV[8],
-  'incarnation', ARGV[5], 'submitted_at', ARGV[3], 'committed_at', ARGV[3], 'duplicates', 0, 'late', 0)
+redis.call('HSET', KEYS[2], 'status', 'pending', 'version', ARGV[6], 'chain', ARGV[7], 'token', 0,
+  'incarnation', ARGV[5], 'skew', ARGV[8], 'submitted_at', ARGV[3], 'committed_at', ARGV[3],
+  'duplicates', 0, 'late', 0)
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[3], ARGV[4])

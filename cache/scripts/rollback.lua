@@ -18,7 +18,7 @@ for version = target + 1, from do
 end
 redis.call('EXPIRE', KEYS[3], ARGV[4])
 redis.call('HSET', KEYS[1], 'version', ARGV[2], 'chain', ARGV[3])
-redis.call('HDEL', KEYS[1], 'launched')
+redis.call('HDEL', KEYS[1], 'launched', 'called')
 redis.call('HINCRBY', KEYS[1], 'replayed', from - target)
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'type', 'rollback', 'data',
   cjson.encode({version = target, from = from}))

@@ -34,7 +34,7 @@ elseif ARGV[6] ~= '-' then
   redis.call('HSET', KEYS[1], 'error', ARGV[6])
 end
 if ARGV[2] == 'running' or ARGV[2] == 'pending' then
-  redis.call('HDEL', KEYS[1], 'launched')
+  redis.call('HDEL', KEYS[1], 'launched', 'called')
   local leases = redis.call('HGETALL', KEYS[5])
   for i = 1, #leases, 2 do  -- the tries before count no more
     local lease = cjson.decode(leases[i + 1])

@@ -1,6 +1,6 @@
--- The training server records that the chord of the present step was published.
+-- The training server notes how far the chord of the present step has come.
 -- KEYS 1 head hash
--- ARGV 1 token, 2 step
+-- ARGV 1 token, 2 step, 3 what: 'launched' (it was published) or 'called' (it called back)
 -- Returns 'ok', 'fenced', or 'stale' (the head is at another step by now).
 if tonumber(redis.call('HGET', KEYS[1], 'token') or '-1') ~= tonumber(ARGV[1]) then
   return 'fenced'
@@ -8,5 +8,8 @@ end
 if tonumber(redis.call('HGET', KEYS[1], 'version')) ~= tonumber(ARGV[2]) then
   return 'stale'
 end
-redis.call('HSET', KEYS[1], 'launched', ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[3], ARGV[2])
+if ARGV[3] == 'launched' then
+  redis.call('HDEL', KEYS[1], 'called')
+end
 return 'ok'

@@ -1,0 +1,39 @@
+"""Every benchmark, one after the other: `python -m benchmarks [NAME ...]` (`make bench`)."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+BENCHMARKS = {
+    "step": "what a step costs when there is nothing to compute",
+    "flat": "whether anything accumulates over 10,000 steps",
+    "cache": "the chunk store against a bare socket",
+    "codecs": "bytes, accuracy and seconds of each gradient codec",
+}
+
+
+def main() -> int:
+    """Run the named benchmarks, or all; returns 1 if one failed."""
+    listed = "\n".join(f"  {name:<8}{claim}" for name, claim in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", epilog=listed, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; all if none is given")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    failed = []
+    for name in options.names or BENCHMARKS:
+        print(f"== {name}: {BENCHMARKS[name]}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}"], check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,424 @@
+"""The interface of a codec, and error feedback, which all codecs share.
+
+A codec turns the gradients of one shard into a smaller payload and a memory, and the payload
+back into gradients. The memory belongs to a shard slot of a run: it comes out of the slot's
+encoding at one step and goes into its encoding at the next, on whichever worker that runs.
+Nothing else is remembered, so the same gradients and the same memory give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cache.codec import Manifest, dtype_name, dtype_of
+from cache.errors import InvalidInput, ManifestMismatch
+
+SEPARATOR = "#"
+"""Between the name of a parameter and what of it an entry holds, in payloads and memories."""
+
+_NONFINITE = "nonfinite"
+_WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex32: torch.complex64,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+}
+"""The dtype in which a gradient is added to its memory; gradients of other dtypes travel as they are."""
+
+_PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+Shapes: TypeAlias = Mapping[str, Tensor] | Manifest
+"""Says what the parameters are: name -> tensor (its values are not looked at), or a manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of one shard's gradients.
+
+    Attributes:
+        payload: what travels, in the order of the gradients: a parameter's name -> its gradient
+            as it was, or "name#part" -> one part of its compressed form. All dense, any dtype.
+        residual: the slot's memory after this encoding, sorted by key: a parameter's name -> what
+            was held back of its gradient, in the parameter's shape; "name#part" -> other state of
+            the codec. Empty for a codec that remembers nothing. May share tensors with the
+            memory that was given, never with the gradients.
+    """
+
+    payload: dict[str, Tensor]
+    residual: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload's elements, without the padding between them on the wire."""
+        return sum(part.numel() * part.element_size() for part in self.payload.values())
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What a run asks of a gradient compression. See `TensorCodec` for the easy way to write one.
+
+    Attributes:
+        stateful: whether encoding leaves a memory. If not, the residual is always empty and
+            nothing need be stored for a slot.
+    """
+
+    @property
+    def stateful(self) -> bool:
+        """Whether encoding leaves a memory."""
+        ...
+
+    def encode(self, gradients: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None) -> Encoded:
+        """Compress the gradients of one shard.
+
+        Args:
+            gradients: parameter name -> gradient, any dtype, shape, strides and device; a
+                parameter that the loss did not reach is left out. Never written to.
+            residual: the slot's memory from the step before; None or empty at the first. Never
+                written to.
+
+        Returns:
+            Payload and next memory: a pure function of the arguments' values.
+        """
+        ...
+
+    def decode(self, payload: Mapping[str, Tensor], like: Shapes) -> dict[str, Tensor]:
+        """Return the gradients that a payload stands for.
+
+        Args:
+            payload: from `encode`; views into a received buffer will do.
+            like: shapes and dtypes of all parameters (others may be among them).
+
+        Returns:
+            parameter name -> dense gradient in the parameter's shape and dtype, for those that
+            were encoded, in their order. What travelled as it was may share the payload's memory.
+
+        Raises:
+            ManifestMismatch: the payload is not this codec's for these parameters.
+        """
+        ...
+
+
+class Plain:
+    """The codec "none": gradients travel as they are, and nothing is remembered.
+
+    Equation:
+        decode(encode(g)) = g, bit for bit, in every dtype.
+    """
+
+    stateful = False
+
+    def encode(self, gradients: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None) -> Encoded:
+        """See `Codec.encode`; the payload is the gradients themselves, not copies."""
+        return Encoded(dict(gradients), {})
+
+    def decode(self, payload: Mapping[str, Tensor], like: Shapes) -> dict[str, Tensor]:
+        """See `Codec.decode`."""
+        known = shapes_of(like)
+        for name, gradient in payload.items():
+            expect(name, gradient, *_known(known, name))
+        return dict(payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What `TensorCodec.compress` returns.
+
+    Attributes:
+        parts: part name -> tensor; the names have no "#" in them.
+        error: values - expand(parts), in the values' shape and dtype; None: the base class works
+            it out, for which `values` must be as it was.
+        state: part name -> tensor to be given to the next `compress` of this parameter.
+    """
+
+    parts: dict[str, Tensor]
+    error: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TensorCodec(ABC):
+    """A codec that treats one parameter at a time, with error feedback.
+
+    A subclass says which tensors it compresses and how; everything else is done here.
+
+    Equation:
+        v_t = g_t + e_t,   payload_t = C(v_t),   e_{t+1} = v_t - decode(payload_t),   e_0 = 0
+
+    so that nothing of a gradient is lost, only delayed: over any number of steps the decoded
+    gradients add up to the gradients, up to the last e. The subtraction is exact where the
+    decoded value is within a factor of two of v (Sterbenz), and rounds once elsewhere.
+
+    What does not suit (`suits`: by shape and dtype alone) travels as it is, without a memory.
+    Gradients in half precision are added to a float32 memory, and the error is taken after
+    rounding to the parameter's dtype, so that what `decode` returns is what the memory counts.
+    Complex gradients are compressed as pairs of reals.
+
+    A gradient that is NaN or infinite anywhere decodes to NaN (or that infinity) everywhere, so
+    that it is noticed however little of it would have been sent, and the whole shard's memory
+    stays what it was: with nonfinite="skip" the step is left out, and so is its error.
+
+    Paper:
+        Seide et al., "1-bit stochastic gradient descent and its application to data-parallel
+        distributed training of speech DNNs", Interspeech 2014; Karimireddy et al., "Error
+        feedback fixes SignSGD and other gradient compression schemes", arXiv 1901.09847.
+
+    Deviations:
+        The paper's algorithm compresses lr * g + e in each worker; here the step size is applied
+        after averaging, by any optimizer, so the memory is of gradients and a change of the
+        learning rate rescales what is still held back. A memory belongs to a shard slot, not to a
+        worker: "worker k" of the paper is slot k, whoever computes it.
+
+    Attributes:
+        feedback: whether what a step leaves out is added to the next; a field of subclasses.
+    """
+
+    feedback: bool
+
+    @abstractmethod
+    def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether tensors like this are compressed; others travel as they are.
+
+        Args:
+            shape: of the parameter, with a last dimension of 2 for a complex one; not empty.
+            dtype: float16, bfloat16, float32 or float64, of the parameter or its real parts.
+        """
+
+    @abstractmethod
+    def compress(
+        self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
+    ) -> Compressed:
+        """Compress one tensor.
+
+        Args:
+            name: of the parameter, e.g. for a seed.
+            values: float32 or float64, finite, contiguous, in the parameter's shape.
+            state: what the last `compress` of this parameter returned; empty at first.
+            peak: largest magnitude in `values`.
+            error: whether the error is wanted. If so, `values` is the callee's to overwrite
+                (and may become the error), else it must not be written to.
+        """
+
+    @abstractmethod
+    def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the tensor that some parts stand for.
+
+        Args:
+            parts: from `compress`, or made up by somebody else: check them with `expect`.
+            shape: of the result.
+            dtype: float32 or float64, of the result.
+
+        Raises:
+            ManifestMismatch: the parts do not fit the shape.
+        """
+
+    @property
+    def stateful(self) -> bool:
+        """Whether encoding leaves a memory."""
+        return self.feedback
+
+    @torch.no_grad()
+    def encode(self, gradients: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None) -> Encoded:
+        """See `Codec.encode`.
+
+        Raises:
+            InvalidInput: a parameter has "#" in its name.
+            ManifestMismatch: the memory is not this codec's for these parameters.
+        """
+        held = dict(residual or {})
+        memory = _grouped(held)
+        sources = {
+            name: self._source(name, gradient, memory.get(name, {})) for name, gradient in gradients.items()
+        }
+        peaks = _peaks(gradients, sources)
+        payload: dict[str, Tensor] = {}
+        fresh = {key: value for key, value in held.items() if _owner(key) not in gradients}
+        for name, gradient in gradients.items():
+            source, peak = sources.pop(name), peaks[name]
+            if source is None:
+                payload[name] = gradient.detach()
+            elif not math.isfinite(peak):
+                payload[_key(name, _NONFINITE)] = source.new_full((), peak)
+            else:
+                parts, kept = self._one(name, gradient.dtype, source, memory.get(name, {}), peak)
+                payload.update(parts)
+                fresh.update(kept)
+        if not all(map(math.isfinite, peaks.values())):
+            fresh = held
+        return Encoded(payload, dict(sorted(fresh.items())))
+
+    @torch.no_grad()
+    def decode(self, payload: Mapping[str, Tensor], like: Shapes) -> dict[str, Tensor]:
+        """See `Codec.decode`."""
+        known = shapes_of(like)
+        found: dict[str, Tensor] = {}
+        for name, parts in _grouped(payload).items():
+            shape, dtype = _known(known, name)
+            if "" in parts:
+                found[name] = expect(name, parts[""], shape, dtype)
+            elif _NONFINITE in parts:
+                found[name] = _nonfinite(name, parts[_NONFINITE], shape, dtype)
+            else:
+                found[name] = self._expanded(name, parts, shape, dtype)
+        return found
+
+    # --- one tensor -----------------------------------------------------------------------
+
+    def _source(self, name: str, gradient: Tensor, memory: Mapping[str, Tensor]) -> Tensor | None:
+        """Return gradient + memory as reals, contiguous; None for what travels as it is."""
+        if SEPARATOR in name:
+            raise InvalidInput(f"parameter {name!r} has {SEPARATOR!r} in its name, which compression needs.")
+        wide = _WIDE.get(gradient.dtype)
+        if wide is None or gradient.numel() == 0 or not self.suits(*_real(tuple(gradient.shape), gradient.dtype)):
+            if memory:
+                raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, which is not compressed.")
+            return None
+        held = memory.get("")
+        if held is not None:
+            expect(name, held, tuple(gradient.shape), wide)
+        if not self.feedback:
+            if held is not None:
+                raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off.")
+            return _as_real(gradient.detach().to(wide).resolve_conj().contiguous())
+        total = torch.empty(gradient.shape, dtype=wide, device=gradient.device)
+        if held is None:
+            total.copy_(gradient)
+        else:
+            torch.add(gradient, held.to(gradient.device), out=total)
+        return _as_real(total)
+
+    def _one(
+        self, name: str, dtype: torch.dtype, source: Tensor, memory: Mapping[str, Tensor], peak: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return one tensor's entries in the payload and in the memory."""
+        wide = _WIDE[dtype]
+        rounded = wide != dtype
+        state = {part: value for part, value in memory.items() if part}
+        values = source.clone() if rounded and self.feedback else source
+        done = self.compress(name, values, state, peak=peak, error=self.feedback)
+        payload = {_key(name, part): value for part, value in done.parts.items()}
+        kept = {_key(name, part): value for part, value in done.state.items()}
+        if self.feedback:
+            error = done.error
+            if error is None or rounded:
+                decoded = self.expand(done.parts, tuple(source.shape), source.dtype)
+                error = source.sub_(decoded.to(_real((), dtype)[1]) if rounded else decoded)
+            kept[name] = torch.view_as_complex(error) if wide.is_complex else error
+        return payload, kept
+
+    def _expanded(
+        self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        wide = _WIDE.get(dtype)
+        if wide is None:
+            raise ManifestMismatch(f"{name!r} is {dtype_name(dtype)}, which is never compressed.")
+        real_shape, real_dtype = _real(shape, wide)
+        try:
+            real = self.expand(parts, real_shape, real_dtype)
+        except ManifestMismatch as error:
+            raise ManifestMismatch(f"the compressed gradient of {name!r} cannot be read: {error}") from error
+        return (torch.view_as_complex(real) if wide.is_complex else real).to(dtype)
+
+
+# --- helpers, also for codecs -------------------------------------------------------------
+
+
+def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the tensor if it has this shape and dtype.
+
+    Args:
+        shape: -1 stands for any extent.
+
+    Raises:
+        ManifestMismatch: it is missing or different.
+    """
+    if tensor is None:
+        raise ManifestMismatch(f"{name!r} is missing.")
+    fits = len(shape) == tensor.dim() and all(
+        wanted in (-1, extent) for wanted, extent in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype != dtype:
+        raise ManifestMismatch(
+            f"{name!r} is {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, not {dtype_name(dtype)} of "
+            f"shape {shape}; was it written with another compression, or by another version?"
+        )
+    return tensor
+
+
+def shapes_of(like: Shapes) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return name -> (shape, dtype)."""
+    if isinstance(like, Manifest):
+        return {spec.name: (spec.shape, dtype_of(spec.dtype)) for spec in like.tensors}
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in like.items()}
+
+
+def _known(
+    known: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: str
+) -> tuple[tuple[int, ...], torch.dtype]:
+    if name not in known:
+        raise ManifestMismatch(f"the payload has a gradient of {name!r}, which the model does not have.")
+    return known[name]
+
+
+def _nonfinite(name: str, mark: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor that is NaN or infinite everywhere."""
+    wide = _real((), _WIDE.get(dtype, torch.float32))[1]
+    value = float(expect(name, mark, (), wide))
+    return torch.full(shape, math.nan if math.isfinite(value) else value, dtype=dtype, device=mark.device)
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}{SEPARATOR}{part}"
+
+
+def _owner(key: str) -> str:
+    return key.partition(SEPARATOR)[0]
+
+
+def _grouped(entries: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return parameter name -> part -> tensor, "" for the entry of the name itself."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in entries.items():
+        name, _, part = key.partition(SEPARATOR)
+        groups.setdefault(name, {})[part] = tensor
+    return groups
+
+
+def _real(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return shape and dtype of the real view of a complex tensor; the same for a real one."""
+    if not dtype.is_complex:
+        return shape, dtype
+    return (*shape, 2), dtype.to_real()
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _peaks(gradients: Mapping[str, Tensor], sources: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """Return the largest magnitude of each tensor, NaN if it has one; one wait for a GPU in all."""
+    found: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        source = sources[name]
+        if source is None:
+            if gradient.numel() == 0 or not (gradient.is_floating_point() or gradient.is_complex()):
+                continue
+            wide = _WIDE.get(gradient.dtype, torch.float32)
+            source = _as_real(gradient.detach().to(wide).resolve_conj())
+        low, high = torch.aminmax(source)
+        found[name] = torch.maximum(-low, high).double()
+    values = torch.stack(list(found.values())).tolist() if found else []
+    return {**dict.fromkeys(gradients, 0.0), **dict(zip(found, values, strict=True))}
+
+
+def total_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the elements of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
