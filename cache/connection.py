@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
@@ -84,13 +85,13 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
         CacheUnreachable: if the URL cannot be read.
     """
     tries = max(1, round(patience_seconds / _BACKOFF_CAP_SECONDS))
+    tcp: dict[str, Any] = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "socket_keepalive": True}
     try:
         return redis.Redis.from_url(
             url,
             decode_responses=True,
-            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
             socket_timeout=max(5.0, CONNECT_TIMEOUT_SECONDS),
-            socket_keepalive=True,
+            **({} if url.startswith("unix:") else tcp),
             health_check_interval=30,
             retry=Retry(
                 ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),

@@ -65,6 +65,29 @@ class VersionMissing(CacheError):
     """That parameter version is not in the cache; ask for the head version or resume the run from its checkpoint."""
 
 
+# --- stored datasets ------------------------------------------------------------------
+
+
+class DatasetError(TorchordError):
+    """A stored dataset cannot be used; see the message for its name and the way out."""
+
+
+class DatasetMissing(DatasetError):
+    """No dataset of that name is stored; Master.datasets.list() names them, Master.datasets.put() stores one."""
+
+
+class DatasetExists(DatasetError):
+    """A dataset of that name with other content is stored; choose another name, or put it with replace=True."""
+
+
+class DatasetChanged(DatasetError):
+    """A stored dataset was replaced or deleted while it was in use; submit the run anew, under another name."""
+
+
+class DatasetDamaged(DatasetError):
+    """A stored dataset lost a chunk, or a chunk has other bytes; put the same data again with verify=True."""
+
+
 # --- runs -----------------------------------------------------------------------------
 
 
@@ -101,6 +124,10 @@ class NoWorker(RunError):
 
 class WaitTimeout(RunError, TimeoutError):
     """The run did not end within the timeout; it goes on, call run.wait() again."""
+
+
+class Skewed(RunError):
+    """This worker's torch, hardware or code differs from the run's; give it the same, or set skew='admit'."""
 
 
 class Fenced(RunError):

@@ -24,6 +24,10 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:parts:VERSION | hash part -> JSON of partial metrics | evaluate | WORK_TTL; deleted when complete |
 | torchord:{RUN}:predict:ID | hash part -> JSON of an output | predict | PREDICT_TTL; deleted by the caller |
+| torchord:datasets | zset dataset name -> time of its put (s) | put_dataset.lua | the longest TTL of a dataset |
+| torchord:dataset:NAME | hash: digest, JSON of Record | put_dataset.lua | DATASET_TTL or the put's, renewed on use |
+| torchord:dataset:NAME:renewed | string, worker's mark | readers | at most RENEWAL_SECONDS |
+| torchord:chunk:ADDRESS | string, raw bytes of a dataset chunk | content store | as its dataset; GRACE_TTL once let go |
 | torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL or PREDICT_TTL; deleted by retention |
 
 Celery's own keys (queues, `unacked`, `celery-task-meta-*`, `celery-taskset-meta-*`) are not
@@ -43,6 +47,10 @@ RESULT_TTL_SECONDS = 7 * 24 * 3600
 WORK_TTL_SECONDS = 24 * 3600
 BLOB_TTL_SECONDS = 30 * 24 * 3600
 PREDICT_TTL_SECONDS = 3600
+DATASET_TTL_SECONDS = 30 * 24 * 3600
+DATASET_UPLOAD_TTL_SECONDS = 24 * 3600
+DATASET_GRACE_SECONDS = 60
+DATASET_RENEWAL_SECONDS = 3600
 WORKER_LEASE_MS = 2000
 WORKER_INDEX_TTL_SECONDS = 24 * 3600
 SUPERVISOR_LEASE_MS = 2000
@@ -53,19 +61,20 @@ RUNS = f"{PREFIX}:runs"
 ACTIVE = f"{PREFIX}:active"
 WORKERS = f"{PREFIX}:workers"
 SUPERVISOR = f"{PREFIX}:supervisor"
+DATASETS = f"{PREFIX}:datasets"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def check_name(name: object) -> str:
-    """Return `name` if it can name a run (a key, a folder and a URL path at once).
+def check_name(name: object, what: str = "run") -> str:
+    """Return `name` if it can name a run or a dataset (a key, a folder and a URL path at once).
 
     Raises:
         InvalidInput: if it is not 1 to 100 letters, digits, dots, dashes or underscores.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidInput(
-            f"run name {name!r} cannot be used: give 1 to 100 letters, digits, '.', '_' or '-', "
+            f"{what} name {name!r} cannot be used: give 1 to 100 letters, digits, '.', '_' or '-', "
             "starting with a letter or digit, such as 'digits-01'"
         )
     return name
@@ -74,6 +83,21 @@ def check_name(name: object) -> str:
 def worker(worker_id: str) -> str:
     """The heartbeat of one worker process."""
     return f"{PREFIX}:worker:{worker_id}"
+
+
+def dataset(name: str) -> str:
+    """The record of one stored dataset."""
+    return f"{PREFIX}:dataset:{name}"
+
+
+def dataset_renewed(name: str) -> str:
+    """The mark that a dataset's life was renewed a short while ago."""
+    return f"{PREFIX}:dataset:{name}:renewed"
+
+
+def chunk(address: str) -> str:
+    """One content-addressed chunk."""
+    return f"{PREFIX}:chunk:{address}"
 
 
 class RunKeys:

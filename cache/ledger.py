@@ -151,6 +151,26 @@ class Ledger:
             )
         return cast(dict[str, Any], json.loads(cast(str, text)))
 
+    def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
+        """Replace the spec of a run that stands still.
+
+        Args:
+            spec: recipe and config, as `create` takes them.
+            incarnation: from `records.revised`: the same life of the name, another revision.
+            skew: "refuse" or "admit" workers of another environment from now on.
+
+        Returns:
+            False if the run is not paused or failed; nothing changed then.
+        """
+        with self._during("replace the spec"):
+            return bool(
+                self._script(
+                    "respec",
+                    [self.keys.spec, self.keys.head],
+                    [json.dumps(spec), keys.RUN_TTL_SECONDS, incarnation, skew],
+                )
+            )
+
     def head(self) -> Head:
         """The present head.
 
@@ -311,14 +331,22 @@ class Ledger:
 
     # --- the training server's side ---------------------------------------------------------
 
-    def acquire(self, *, worker: str, node: str, queue: str) -> tuple[str, int | str]:
+    def acquire(
+        self, *, worker: str, node: str, queue: str, environment: str = ""
+    ) -> tuple[str, int | str]:
         """Take the run over.
 
+        Args:
+            environment: what of the taker could change bits; "" if that does not matter.
+
         Returns:
-            ("acquired", token), ("owned", queue of the live owner) or ("missing", 0).
+            ("acquired", token), ("owned", queue of the live owner), ("skewed", environment that the
+            run's updates need) or ("missing", 0).
         """
         with self._during("take over"):
-            verdict, value = self._script("acquire", [self.keys.head], [worker, node, keys.worker(""), queue])
+            verdict, value = self._script(
+                "acquire", [self.keys.head], [worker, node, keys.worker(""), queue, environment]
+            )
         return verdict, int(value) if verdict == "acquired" else value
 
     def release(self, token: int) -> bool:

@@ -188,6 +188,15 @@ class MemoryLedger(Ledger):
             raise RunNotFound(f"no run {self.run!r} is known in memory")
         return cast(dict[str, Any], json.loads(text))
 
+    def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
+        """See `Ledger.respec`."""
+        with self.plane.changed:
+            if self._head.get("status") not in ("paused", "failed"):
+                return False
+            self.plane.put(self.keys.spec, json.dumps(spec), keys.RUN_TTL_SECONDS)
+            self.plane.hset(self.keys.head, {"incarnation": incarnation, "skew": skew})
+            return True
+
     def head(self) -> Head:
         """See `Ledger.head`."""
         fields = self._head
@@ -346,7 +355,9 @@ class MemoryLedger(Ledger):
 
     # --- the training server's side ---------------------------------------------------------
 
-    def acquire(self, *, worker: str, node: str, queue: str) -> tuple[str, int | str]:
+    def acquire(
+        self, *, worker: str, node: str, queue: str, environment: str = ""
+    ) -> tuple[str, int | str]:
         """See `Ledger.acquire`."""
         plane, name = self.plane, self.keys.head
         with plane.changed:
@@ -360,6 +371,11 @@ class MemoryLedger(Ledger):
                 plane.hset(name, {"shared": 1})
             if head.get("node") != node:
                 plane.hdel(name, "shared")
+            fixed = head.get("server_environment", "")
+            if not fixed and environment:
+                plane.hset(name, {"server_environment": environment})
+            elif environment and environment != fixed and head.get("skew") == "refuse":
+                return "skewed", fixed
             token = max(int(head["token"]) + 1, int(plane.clock() * 1000))
             plane.hset(name, {"token": token, "owner": worker, "node": node, "queue": queue})
             return "acquired", token

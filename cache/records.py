@@ -15,6 +15,22 @@ from cache.chunks import BlobRef
 GENESIS = "0" * 32
 
 
+def life(incarnation: str) -> str:
+    """The part of an incarnation that all its revisions share: names what outlives a correction."""
+    return incarnation.partition(".")[0]
+
+
+def revised(incarnation: str) -> str:
+    """The incarnation's next revision, after its recipe's code was corrected.
+
+    Example:
+        >>> revised("5e1f"), revised("5e1f.1")
+        ('5e1f.1', '5e1f.2')
+    """
+    name, _, number = incarnation.partition(".")
+    return f"{name}.{int(number or 0) + 1}"
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -232,6 +248,7 @@ class Head:
         queue: private queue of the owner's worker.
         launched: the step whose chord was published, None if that is not recorded.
         environment: what of the first worker that computed could change bits, "" before that.
+        server_environment: the same of the first training server.
         skew: "refuse" if a worker of another environment may not compute.
         shared: several processes of one node take turns as server.
         error: why the run failed: {"message", "kind", ...}.
@@ -258,6 +275,7 @@ class Head:
     replayed: int
     error: dict[str, Any] | None
     environment: str = ""
+    server_environment: str = ""
     skew: str = ""
 
     @classmethod
@@ -290,5 +308,6 @@ class Head:
             replayed=integer("replayed") or 0,
             error=json.loads(fields["error"]) if fields.get("error") else None,
             environment=fields.get("environment", ""),
+            server_environment=fields.get("server_environment", ""),
             skew=fields.get("skew", ""),
         )

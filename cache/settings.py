@@ -26,6 +26,10 @@ class Settings:
         host_cache: whether processes of one host share fetched versions.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
         server_memory_bytes: how much model and optimizer state a training server keeps warm.
+        dataset_memory_bytes: how much of stored datasets a process keeps in memory.
+        dataset_disk: directory in which the processes of this host keep chunks of stored
+            datasets; "" for none.
+        dataset_disk_bytes: how much they keep there.
         faults: plan of injected faults, for tests (see coordinator.faults); "" for none.
     """
 
@@ -36,6 +40,9 @@ class Settings:
     host_cache: bool = True
     device: str = "auto"
     server_memory_bytes: int = 4 << 30
+    dataset_memory_bytes: int = 256 << 20
+    dataset_disk: str = ""
+    dataset_disk_bytes: int = 16 << 30
     faults: str = ""
 
 
@@ -59,5 +66,8 @@ def from_environment() -> Settings:
         host_cache=env.get("TORCHORD_HOST_CACHE", "on").lower() not in ("off", "0", "no", "false"),
         device=env.get("TORCHORD_DEVICE") or "auto",
         server_memory_bytes=int(env.get("TORCHORD_SERVER_MEMORY_BYTES") or 4 << 30),
+        dataset_memory_bytes=int(env.get("TORCHORD_DATASET_MEMORY_BYTES") or 256 << 20),
+        dataset_disk=env.get("TORCHORD_DATASET_DISK", ""),
+        dataset_disk_bytes=int(env.get("TORCHORD_DATASET_DISK_BYTES") or 16 << 30),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

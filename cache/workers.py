@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import cast
 
 import redis
@@ -44,6 +44,7 @@ class WorkerInfo:
             of them, joined by "; ".
         since: Unix time (s) at which that last changed.
         environment: what could change bits (torch version, device, CPU capability).
+        refuses: run -> why this process may not work on it.
     """
 
     id: str
@@ -54,6 +55,7 @@ class WorkerInfo:
     task: str = ""
     since: float = 0.0
     environment: str = ""
+    refuses: dict[str, str] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -227,6 +229,21 @@ class Heartbeat:
                 since=time.time(),
                 environment=environment or self._info.environment,
             )
+
+    def refuse(self, run: str, reason: str | None) -> bool:
+        """Say why this process may not work on a run; None takes it back.
+
+        Returns:
+            Whether that is news.
+        """
+        with self._lock:
+            if self._info.refuses.get(run) == reason:
+                return False
+            refuses = {name: why for name, why in self._info.refuses.items() if name != run}
+            if reason is not None:
+                refuses[run] = reason
+            self._info = replace(self._info, refuses=refuses)
+            return True
 
     def stop(self) -> None:
         """Stop beating and end the lease."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coordinator.config import TrainingConfig
+    from coordinator.datasets import stored_dataset
     from coordinator.local import LocalCluster
     from coordinator.master import Master
     from coordinator.recipe import Recipe
@@ -26,6 +27,7 @@ _HOME = {
     "StepReport": "coordinator.run",
     "TrainedModel": "coordinator.run",
     "TrainingConfig": "coordinator.config",
+    "stored_dataset": "coordinator.datasets",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "StepReport",
     "TrainedModel",
     "TrainingConfig",
+    "stored_dataset",
 ]
 
 

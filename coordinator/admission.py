@@ -46,6 +46,10 @@ TORCH_MODULES = (
 `torch.distributed`, `torch.utils.cpp_extension`, ...) loads files or runs code, or may come
 to; a worker that needs such a part names it in its allow-list."""
 
+OWN_TARGETS = frozenset({"coordinator.datasets:stored_dataset", "coordinator:stored_dataset"})
+"""What torchord itself offers to recipes: admitted by its full name on every worker, wherever
+torchord is installed. The rest of those modules is judged like any other."""
+
 _TORCH_NAMES_REFUSED = frozenset({"from_file", "compile", "save", "load"})
 
 
@@ -105,6 +109,9 @@ class Admission:
             RecipeError: there is no such module or attribute, or it is not callable.
         """
         module, _, path = target.partition(":")
+        if target in OWN_TARGETS:
+            own: Callable[..., Any] = getattr(importlib.import_module(module), path)
+            return own
         found: Any = self.load(module)
         for name in path.split("."):
             if name.startswith("__"):

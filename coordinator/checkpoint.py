@@ -34,6 +34,7 @@ from torch import Tensor
 
 from cache.codec import dtype_name, dtype_of
 from cache.errors import CheckpointError, ManifestMismatch
+from cache.records import life
 from coordinator import tree
 from coordinator.files import open_folder
 
@@ -78,8 +79,8 @@ class CheckpointStore:
         root: directory, or fsspec URL such as "s3://bucket/runs", above all runs' folders.
         run: name of the run, which is the name of its folder.
         incarnation: id of this life of the name, the folder below that: a run submitted anew under a
-            name that was used before must not find the other's checkpoints. None keeps the files
-            in the run's own folder.
+            name that was used before must not find the other's checkpoints. Its revisions share the
+            folder. None keeps the files in the run's own folder.
 
     Raises:
         CheckpointError: no fsspec driver serves the URL.
@@ -88,7 +89,7 @@ class CheckpointStore:
     def __init__(self, root: str, run: str, incarnation: str | None = None) -> None:
         self.run = run
         self._home = open_folder(root, run)
-        self._files = self._home if incarnation is None else open_folder(root, f"{run}/{incarnation}")
+        self._files = self._home if incarnation is None else open_folder(root, f"{run}/{life(incarnation)}")
         self._sequence: int | None = None
 
     def path(self, version: int | None = None) -> str:

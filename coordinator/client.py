@@ -22,16 +22,16 @@ from cache.codec import Manifest, layout, pack, views
 from cache.errors import CacheError, ChunkCorrupt, RunNotFound, ShardFailed, VersionMissing
 from cache.records import SlotRecord
 from cache.workers import Heartbeat
-from coordinator import gradient
+from coordinator import activity, gradient
 from coordinator.faults import Hook, nothing
 from coordinator.services import RunContext, Services, device
+from coordinator.shards import shown
 from coordinator.step import Sender
 from coordinator.task_names import UPDATES
 
 log = logging.getLogger(__name__)
 
 _FRAMES_SHOWN = 4
-_SAMPLES_SHOWN = 8
 
 
 def environment() -> str:
@@ -58,17 +58,6 @@ def noted(error: BaseException) -> str:
     """What was being done when the error was raised, from its notes (PEP 678)."""
     notes = [note.removeprefix("torchord: ") for note in getattr(error, "__notes__", ())]
     return f" ({'; '.join(notes)})" if notes else ""
-
-
-def gradient_task(run: str, step: int, shard: int) -> str:
-    """What a Client's heartbeat says while it computes a shard; the supervisor compares."""
-    return f"{run}: gradient of shard {shard}, step {step}"
-
-
-def shown(samples: Sequence[int]) -> str:
-    """The first few sample indices, for a message."""
-    head = ", ".join(str(int(s)) for s in samples[:_SAMPLES_SHOWN])
-    return f"[{head}, … {len(samples)} in all]" if len(samples) > _SAMPLES_SHOWN else f"[{head}]"
 
 
 class Client:
@@ -124,7 +113,7 @@ class Client:
         if verdict != "compute":
             log.info("step %d shard %d of run %s: %s, nothing to do", step, shard, run, verdict)
             return receipt
-        self.heartbeat.doing(gradient_task(run, step, shard))
+        self.heartbeat.doing(activity.gradient(run, step, shard))
         self._at[threading.get_ident()] = (run, step, shard, delivery)
         written = False
         try:
@@ -284,7 +273,7 @@ class Client:
         if head.status != "running" or version in ledger.evaluations():
             return {**receipt, "status": "nothing to do"}
         context = self.services.context(run, head.incarnation)
-        self.heartbeat.doing(f"{run}: evaluation of version {version}, part {part}")
+        self.heartbeat.doing(activity.evaluation(run, version, part))
         try:
             with context.lock:
                 dataset = context.dataset("evaluation")
@@ -353,7 +342,7 @@ class Client:
             "worker": self.heartbeat.info.id,
         }
         context = self.services.context(run, ledger.head().incarnation)
-        self.heartbeat.doing(f"{run}: prediction at version {version}, part {part}")
+        self.heartbeat.doing(activity.prediction(run, version, part))
         try:
             blob = BlobRef.from_json(inputs["blob"])
             tensors = views(self.services.chunks.get(blob), Manifest.from_json(inputs["manifest"]))

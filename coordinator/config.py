@@ -109,7 +109,7 @@ class TrainingConfig:
 
     def _implemented(self) -> None:
         """Refuse what is specified but not built yet; lift a line when its feature lands."""
-        for name, only in (("local_steps", 1), ("staleness", 0), ("compression", "none")):
+        for name, only in (("compression", "none"),):
             value = getattr(self, name)
             if value != only:
                 raise ConfigError(

@@ -114,23 +114,39 @@ def compute(
     if len(indices) == 0:
         raise InvalidInput(f"shard {shard} of step {step} has no examples.")
     with pinned(config.threads, config.deterministic, replica.device):
-        seed_everything(derive_seed(config.seed, "data", step, shard))
-        batch = load_batch(dataset, indices, resolved.collate)
         replica.reset_buffers()
-        model = replica.train()
-        seed_everything(derive_seed(config.seed, "model", step, shard))
-        with _during("computing forward and loss"), _alone(len(indices)), _autocast(config, replica.device):
-            loss = _loss(resolved, model, to_device(batch, replica.device))
-        _require_loss(loss)
-        with _during("computing the backward"):
-            loss.backward()
-        gradients = _take_gradients(replica)
+        value = forward_backward(replica, resolved, config, dataset, indices, (step, shard))
+        gradients = take_gradients(replica)
         with _during("collecting buffers"):
             buffers = replica.changed_buffers()
-        value = float(loss.detach())
-        norm = _norm(gradients)
+        norm = norm_of(gradients)
     finite = math.isfinite(value) and math.isfinite(norm)
     return ShardGradient(gradients, buffers, value, norm, len(indices), finite)
+
+
+def forward_backward(
+    replica: Replica,
+    resolved: ResolvedRecipe,
+    config: TrainingConfig,
+    dataset: Any,
+    indices: IndexArray,
+    place: tuple[int, ...],
+) -> float:
+    """Load a batch, run forward and backward, and return the loss; the gradients are in the parameters.
+
+    Called with the process pinned. Arguments as in `compute`; `place` seeds the two phases, `(step,
+    shard)` or with local steps `(step, shard, local step)`.
+    """
+    seed_everything(derive_seed(config.seed, "data", *place))
+    batch = load_batch(dataset, indices, resolved.collate)
+    model = replica.train()
+    seed_everything(derive_seed(config.seed, "model", *place))
+    with _during("computing forward and loss"), _alone(len(indices)), _autocast(config, replica.device):
+        loss = _loss(resolved, model, to_device(batch, replica.device))
+    _require_loss(loss)
+    with _during("computing the backward"):
+        loss.backward()
+    return float(loss.detach())
 
 
 def evaluate(
@@ -358,7 +374,8 @@ def _alone(examples: int) -> Iterator[None]:
         raise
 
 
-def _take_gradients(replica: Replica) -> dict[str, Tensor]:
+def take_gradients(replica: Replica) -> dict[str, Tensor]:
+    """Take the gradients out of the parameters, to the CPU; parameters without one are left out."""
     gradients: dict[str, Tensor] = {}
     for name, parameter in replica.parameters.items():
         gradient, parameter.grad = parameter.grad, None
@@ -373,7 +390,8 @@ def _take_gradients(replica: Replica) -> dict[str, Tensor]:
     return gradients
 
 
-def _norm(gradients: Mapping[str, Tensor]) -> float:
+def norm_of(gradients: Mapping[str, Tensor]) -> float:
+    """L2 norm of all gradients together, in float64."""
     if not gradients:
         return 0.0
     norms = torch.stack([torch.linalg.vector_norm(g).double() for g in gradients.values()])

@@ -15,6 +15,7 @@ from cache import keys
 from cache.connection import CLIENT_PATIENCE_SECONDS, connect, ping, translated
 from cache.errors import ConfigMismatch, InvalidInput
 from cache.settings import from_environment
+from coordinator.broker import celery_url
 from coordinator.config import TrainingConfig
 from coordinator.recipe import Recipe, fingerprint
 from coordinator.run import Run, TrainedModel
@@ -56,7 +57,7 @@ class Master:
         self._services = Services(settings)
         self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
         ping(self._client, settings.url)
-        self._sender = Sender(_publisher(settings.url))
+        self._sender = Sender(_publisher(celery_url(settings.url)))
         self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
     def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,22 +80,19 @@ class Trainer:
         """
         replica = Replica.build(resolved, config, device)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
-            seed_everything(derive_seed(config.seed, "optimizer"))
-            groups = (
-                replica.model.parameters()
-                if resolved.parameter_groups is None
-                else resolved.parameter_groups(replica.model)
-            )
-            optimizer = resolved.optimizer(groups)
-            _require_optimizer(optimizer, replica)
-            scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
-            if scheduler is not None and not isinstance(scheduler, LRScheduler):
-                raise InvalidInput(
-                    f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a "
-                    f"scheduler "
-                    "from torch.optim.lr_scheduler, or a subclass of LRScheduler."
-                )
+            optimizer, scheduler = _servers_optimizer(resolved, config, replica)
         return cls(replica, optimizer, scheduler, config)
+
+    def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
+        """Go on under another config, after a switch.
+
+        Between plain steps and local steps the optimizer is another one, and starts afresh.
+        """
+        changed = (config.local_steps > 1) != (self.config.local_steps > 1)
+        self.config = self.replica.config = config
+        if changed:
+            with pinned(config.threads, config.deterministic, self.replica.device, restore=True):
+                self.optimizer, self.scheduler = _servers_optimizer(resolved, config, self.replica)
 
     def apply(
         self,
@@ -133,7 +131,7 @@ class Trainer:
             self._set_gradients(gradients)
             try:
                 norm = self._total_norm()
-                clip = self.config.clip_norm
+                clip = self._clip_norm
                 skipped = not (finite and math.isfinite(loss) and math.isfinite(float(norm)))
                 if skipped and self.config.nonfinite == "stop":
                     raise NonFinite(
@@ -164,18 +162,7 @@ class Trainer:
         Raises:
             CheckpointError: the state belongs to another optimizer or scheduler.
         """
-        saved = _copied(tree["optimizer"])
-        try:
-            self.optimizer.load_state_dict(saved)
-            self._undo_casts(saved)
-            if (self.scheduler is None) != (tree["scheduler"] is None):
-                raise ValueError("one has a scheduler, the other has none")
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(_copied(tree["scheduler"]))
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise CheckpointError(
-                f"the saved optimizer state does not fit the recipe's optimizer and scheduler: {error}."
-            ) from error
+        restore_optimizer(self.optimizer, self.scheduler, tree)
 
     def state_nbytes(self) -> int:
         """Return the bytes of the optimizer's state tensors; 0 for one without, or before its first step."""
@@ -206,13 +193,18 @@ class Trainer:
             gradient = gradients.get(name)
             parameter.grad = None if gradient is None else gradient.to(self.replica.device)
 
+    @property
+    def _clip_norm(self) -> float | None:
+        """The limit on the averaged gradient; with local steps the shards clip their own."""
+        return self.config.clip_norm if self.config.local_steps == 1 else None
+
     def _total_norm(self) -> Tensor:
         gradients = [p.grad for p in self.replica.parameters.values() if p.grad is not None]
         return get_total_norm(gradients)
 
     def _update(self, norm: Tensor, buffers: Mapping[str, Tensor], step: int) -> None:
-        if self.config.clip_norm is not None:
-            clip_grads_with_norm_(list(self.replica.parameters.values()), self.config.clip_norm, norm)
+        if self._clip_norm is not None:
+            clip_grads_with_norm_(list(self.replica.parameters.values()), self._clip_norm, norm)
         try:
             self.optimizer.step()
         except Exception as error:
@@ -235,16 +227,79 @@ class Trainer:
         except Exception as error:
             raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
 
-    def _undo_casts(self, saved: Mapping[str, Any]) -> None:
-        """Give state tensors their saved dtypes back: load_state_dict casts them to the parameter's."""
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        for number, parameter in zip(ids, order, strict=True):
-            current = self.optimizer.state.get(parameter, {})
-            for key, value in saved["state"].get(number, {}).items():
-                loaded = current.get(key)
-                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                    current[key] = value.to(loaded.device)
+
+def build_optimizer(
+    resolved: ResolvedRecipe, config: TrainingConfig, replica: Replica
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Make the recipe's optimizer and scheduler over a replica, as at the start of the run.
+
+    Called with the process pinned.
+
+    Raises:
+        InvalidInput: see `Trainer.build`.
+    """
+    seed_everything(derive_seed(config.seed, "optimizer"))
+    groups = (
+        replica.model.parameters()
+        if resolved.parameter_groups is None
+        else resolved.parameter_groups(replica.model)
+    )
+    optimizer = resolved.optimizer(groups)
+    _require_optimizer(optimizer, replica)
+    scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise InvalidInput(
+            f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
+            "from torch.optim.lr_scheduler, or a subclass of LRScheduler."
+        )
+    return optimizer, scheduler
+
+
+def _servers_optimizer(
+    resolved: ResolvedRecipe, config: TrainingConfig, replica: Replica
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """The recipe's optimizer, or with local steps the outer one (without scheduler)."""
+    if config.local_steps == 1:
+        return build_optimizer(resolved, config, replica)
+    seed_everything(derive_seed(config.seed, "optimizer"))
+    outer = resolved.outer_optimizer or partial(torch.optim.SGD, lr=1.0)
+    optimizer = outer(replica.model.parameters())
+    _require_optimizer(optimizer, replica)
+    return optimizer, None
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, tree: Mapping[str, Any]
+) -> None:
+    """Load the state that `Trainer.state` returned, bit for bit.
+
+    Raises:
+        CheckpointError: the state belongs to another optimizer or scheduler.
+    """
+    saved = _copied(tree["optimizer"])
+    try:
+        optimizer.load_state_dict(saved)
+        _undo_casts(optimizer, saved)
+        if (scheduler is None) != (tree["scheduler"] is None):
+            raise ValueError("one has a scheduler, the other has none")
+        if scheduler is not None:
+            scheduler.load_state_dict(_copied(tree["scheduler"]))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"the saved optimizer state does not fit the recipe's optimizer and scheduler: {error}."
+        ) from error
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give state tensors their saved dtypes back: load_state_dict casts them to the parameter's."""
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    for number, parameter in zip(ids, order, strict=True):
+        current = optimizer.state.get(parameter, {})
+        for key, value in saved["state"].get(number, {}).items():
+            loaded = current.get(key)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                current[key] = value.to(loaded.device)
 
 
 def _require_optimizer(optimizer: Any, replica: Replica) -> None:

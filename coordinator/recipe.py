@@ -68,6 +68,10 @@ class Recipe:
         collate: (list of samples) -> batch; None: torch's default collate.
         parameter_groups: (model) -> parameter groups for the optimizer; None:
             model.parameters().
+        outer_optimizer: (parameters) -> torch.optim.Optimizer that the training server applies to the
+            averaged pseudo-gradients when the config asks for local steps; `optimizer` and
+            `scheduler` are then the shards' own. None: the mean of the shards' weights (Local SGD);
+            `coordinator.local_steps:diloco` is DiLoCo's.
 
     Arguments travel as JSON: a tuple arrives at the workers as a list, and numbers must be
     finite.
@@ -91,6 +95,7 @@ class Recipe:
     metrics: Mapping[str, Entry] | None = None
     collate: Entry | None = None
     parameter_groups: Entry | None = None
+    outer_optimizer: Entry | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):
@@ -163,6 +168,7 @@ class ResolvedRecipe:
     metrics: Mapping[str, Callable[..., Any]]
     collate: Callable[..., Any] | None
     parameter_groups: Callable[..., Any] | None
+    outer_optimizer: Callable[..., Any] | None = None
 
 
 def resolve(

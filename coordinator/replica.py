@@ -92,6 +92,10 @@ class Replica:
         """Return the bytes of one version of this model."""
         return self.manifest.nbytes
 
+    def version_tensors(self) -> Mapping[str, Tensor]:
+        """Return name -> tensor of the loaded version, on the CPU; not to be written to."""
+        return self._version
+
     def pack(self, out: Tensor | None = None) -> Tensor:
         """Copy the state as it is now into one flat buffer (1-D uint8 on the CPU)."""
         return pack(self.state_tensors(), self.manifest, out)

@@ -32,7 +32,7 @@ from cache.errors import (
 from cache.ledger import Ledger
 from cache.records import GENESIS, Head, LedgerEntry, SlotReceipt, SlotRecord, VersionRecord
 from cache.workers import Heartbeat
-from coordinator import tree
+from coordinator import activity, tree
 from coordinator.aggregate import Accumulator
 from coordinator.checkpoint import CheckpointStore
 from coordinator.client import short_traceback
@@ -129,7 +129,7 @@ class TrainingServer:
             if head.status not in ("pending", "running"):
                 self._warm.pop(run, None)
                 return {"run": run, "status": head.status, "version": head.version}
-            self.heartbeat.doing(f"{run}: update of step {head.version}")
+            self.heartbeat.doing(activity.update(run, head.version))
             try:
                 return self._advance(run, ledger, head)
             except Fenced as error:

@@ -16,7 +16,7 @@ from cache.parameters import ParameterCache
 from cache.settings import Settings
 from cache.workers import Registry
 from coordinator.config import TrainingConfig
-from coordinator.recipe import ResolvedRecipe, resolve
+from coordinator.recipe import ResolvedRecipe, fingerprint, resolve, skewed
 from coordinator.shards import Plan
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class RunContext:
         self.lock = threading.RLock()
         self._spec: dict[str, Any] | None = None
         self._resolved: ResolvedRecipe | None = None
+        self._skewed: list[str] | None = None
         self._config: TrainingConfig | None = None
         self._datasets: dict[str, Any] = {}
         self._plan: Plan | None = None
@@ -116,6 +117,18 @@ class RunContext:
                 self._config = TrainingConfig.from_json(self.spec["config"])
             return self._config
 
+    def skewed(self) -> list[str]:
+        """Modules of the recipe whose sources here differ from the submitter's.
+
+        What counts is the source at the time this process first met the module: a file that was
+        edited since does not change what the process has imported.
+        """
+        with self.lock:
+            if self._skewed is None:
+                here = _first_met(fingerprint(self.spec["recipe"]))
+                self._skewed = skewed(str(self.spec.get("fingerprint", "")), here)
+            return self._skewed
+
     @property
     def recipe(self) -> ResolvedRecipe:
         """The recipe's callables.
@@ -126,6 +139,7 @@ class RunContext:
         """
         with self.lock:
             if self._resolved is None:
+                self.skewed()  # before the import: the sources as they are imported
                 self._resolved = resolve(self.spec["recipe"], allowed=self.services.settings.allowed_modules)
             return self._resolved
 
@@ -177,6 +191,18 @@ class RunContext:
         replica.load(flat)
         self._replica_version = version
         return replica
+
+
+_sources: dict[str, str] = {}
+
+
+def _first_met(found: str) -> str:
+    """A fingerprint with each module's digest as it was when this process first met the module."""
+    met = []
+    for item in filter(None, found.split(",")):
+        module, _, digest = item.partition("=")
+        met.append(f"{module}={_sources.setdefault(module, digest)}")
+    return ",".join(met)
 
 
 _device: str | None = None

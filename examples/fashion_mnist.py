@@ -141,18 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = chosen.arguments.data.absolute()
     try:
         found = [find(folder, split, what) for split in PREFIXES for what in ("images", "labels")]
-        examples = len(read_idx(found[1]))
+        examples, held_out = len(read_idx(found[1])), len(read_idx(found[3]))
     except (FileNotFoundError, ValueError) as error:
         print(f"Fashion-MNIST: {error}.\n{WHERE_TO_GET}", file=sys.stderr)
         return 2
-    every = -(-examples // BATCH) // 4
+    every = -(-examples // (4 * BATCH))
     config = TrainingConfig(
         epochs=chosen.epochs, batch_size=BATCH, shards=4, evaluate_every=every, checkpoint_every=every
     )
     with launch.cluster(chosen) as master:
         run = master.submit(recipe(folder), config, name=chosen.name)
         trained = run.wait(progress=True)
-        print(f"Test accuracy: {trained.metrics['accuracy']:.2%} of 10,000 held-out pictures")
+        print(f"Test accuracy: {trained.metrics['accuracy']:.2%} of {held_out:,} held-out pictures")
         clean = launch.report(chosen, run, trained)
 
         from examples.plots import save_curve_and_images

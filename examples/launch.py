@@ -7,6 +7,7 @@ import importlib
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
-from urllib.request import urlopen
 
 from cache.errors import TorchordError
 
@@ -141,21 +141,24 @@ def cluster(chosen: Options) -> Iterator[Master]:
         return
     signal.signal(signal.SIGINT, _interrupt)
     print(f"Run {chosen.name}: starting a server, a training server and {chosen.workers} Clients", flush=True)
-    with LocalCluster(
+    started = LocalCluster(
         chosen.workers,
         checkpoint_dir=chosen.checkpoints,
         log_dir=chosen.folder / "logs",
         # Wherever this program was started, its workers may import what it trains.
         env={"TORCHORD_ALLOWED_MODULES": "examples,torch"},
-    ) as started:
-        try:
-            with _flower(chosen, started.url):
-                yield Master(started.url, checkpoint_dir=str(chosen.checkpoints))
-                if chosen.flower:
-                    _stay(started.url)
-        except Interrupted:
-            print("Interrupted; stopping the cluster.", file=sys.stderr, flush=True)
-            raise
+    )
+    try:
+        started.start()
+        with _flower(chosen, started.url):
+            yield Master(started.url, checkpoint_dir=str(chosen.checkpoints))
+            if chosen.flower:
+                _stay(started.url)
+    except Interrupted:
+        print("Interrupted; stopping the cluster.", file=sys.stderr, flush=True)
+        raise
+    finally:
+        started.stop()
 
 
 def report(chosen: Options, run: Run, trained: TrainedModel) -> bool:
@@ -223,8 +226,6 @@ def _flower(chosen: Options, url: str) -> Iterator[None]:
 
 
 def _is_free(port: int) -> bool:
-    import socket
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -235,6 +236,8 @@ def _is_free(port: int) -> bool:
 
 
 def _answers(url: str) -> bool:
+    from urllib.request import urlopen
+
     with suppress(OSError), urlopen(url, timeout=2) as reply:
         return bool(reply.status == 200)
     return False

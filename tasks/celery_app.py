@@ -9,6 +9,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from cache.settings import from_environment
+from coordinator.broker import celery_url
 from coordinator.step import nameless_exchange
 from coordinator.task_names import (
     ADVANCE,
@@ -21,6 +22,7 @@ from coordinator.task_names import (
 )
 
 settings = from_environment()
+_URL = celery_url(settings.url)
 
 # The nameless exchange delivers by queue name alone, and unlike a named one leaves no
 # `_kombu.binding.*` key behind in Redis for every queue that ever was.
@@ -54,9 +56,9 @@ app = Celery(
 app.amqp.autoexchange = nameless_exchange
 
 app.conf.update(
-    broker_url=settings.url,
+    broker_url=_URL,
     # One server: the chord counts its parts where the messages are.
-    result_backend=settings.url,
+    result_backend=_URL,
     # JSON only, in and out: a worker that accepts pickle runs whatever reaches its queue.
     task_serializer="json",
     result_serializer="json",

@@ -6,8 +6,7 @@ import logging
 import os
 import sys
 import threading
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import bootsteps, signals
 from celery.utils.nodenames import gethostname
@@ -43,9 +42,7 @@ class Process:
         from coordinator.server import TrainingServer
 
         self.pid = os.getpid()
-        self.services = Services(
-            replace(settings, url=app.conf.broker_url), patience_seconds=WORKER_PATIENCE_SECONDS
-        )
+        self.services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
         fault = faults.hook(settings.faults)
         self.fault = fault
         self.sender = Sender(app, fault=fault if settings.faults else None)
@@ -57,9 +54,7 @@ class Process:
 
     def supervise(self) -> None:
         """Stand for election as the supervisor."""
-        self.supervisor = Supervisor(
-            self.services, self.heartbeat.info.id, self.sender, fault=self.fault
-        )
+        self.supervisor = Supervisor(self.services, self.heartbeat.info.id, self.sender, fault=self.fault)
         self.supervisor.start()
 
     def stop(self) -> None:
@@ -108,7 +103,7 @@ class TorchordStep(bootsteps.StartStopStep):
     supervises, and each child makes its own parts.
     """
 
-    requires = {"celery.worker.consumer.tasks:Tasks"}
+    requires: ClassVar[set[str]] = {"celery.worker.consumer.tasks:Tasks"}
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
@@ -148,7 +143,7 @@ def _supervise_from_parent() -> None:
     global _parent_supervisor, _parent_heartbeat
     if _parent_heartbeat is not None:
         return
-    services = Services(replace(settings, url=app.conf.broker_url), patience_seconds=WORKER_PATIENCE_SECONDS)
+    services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
     _parent_heartbeat = Heartbeat(services.registry, new_info(_node, _queues))
     _parent_heartbeat.start()
     if UPDATES in _queues:
@@ -159,11 +154,23 @@ def _supervise_from_parent() -> None:
 app.steps["consumer"].add(TorchordStep)
 
 
+@signals.celeryd_after_setup.connect
+def _named(sender: str, instance: Any, **_: Any) -> None:
+    """Know the node's name and queues before a prefork pool starts: its children inherit them."""
+    global _node, _queues
+    _node = sender
+    _queues = tuple(sorted(instance.app.amqp.queues.consume_from))
+
+
 @signals.worker_init.connect
 def _preload(**_: Any) -> None:
     """Import torch before the pool starts: children share its pages, the first task does not wait."""
-    import torch  # noqa: F401
+    import torch
 
+    import coordinator.client
+    import coordinator.server  # noqa: F401
+
+    torch.use_deterministic_algorithms(False)  # changes nothing, but its first call imports for a second
     set_device(settings.device)
 
 

@@ -2,9 +2,10 @@
 -- (ms), so that none is given twice, not even after Redis came back from an older snapshot or the
 -- name began another life.
 -- KEYS 1 head  hash  state of the run
--- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue
+-- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue,
+--      5 environment of the taker ('' if that is not known); the first server sets the run's
 -- Returns {'acquired', token}, {'owned', queue of the live owner} when another node serves the run,
--- or {'missing', 0}. A second process of the owner's own node may take over (prefork children take
+-- {'skewed', environment that the run's updates need} or {'missing', 0}. A second process of the owner's own node may take over (prefork children take
 -- turns): `shared` then tells the server to publish its optimizer state with each version.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return {'missing', 0}
@@ -20,6 +21,12 @@ if owner and owner ~= '' and owner ~= ARGV[1] then
 end
 if redis.call('HGET', KEYS[1], 'node') ~= ARGV[2] then
   redis.call('HDEL', KEYS[1], 'shared')
+end
+local environment = redis.call('HGET', KEYS[1], 'server_environment') or ''
+if environment == '' and ARGV[5] ~= '' then
+  redis.call('HSET', KEYS[1], 'server_environment', ARGV[5])
+elseif ARGV[5] ~= '' and environment ~= ARGV[5] and redis.call('HGET', KEYS[1], 'skew') == 'refuse' then
+  return {'skewed', environment}
 end
 local now = redis.call('TIME')
 local token = math.max(tonumber(redis.call('HGET', KEYS[1], 'token')) + 1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -277,9 +277,15 @@ class TensorCodec(ABC):
         if SEPARATOR in name:
             raise InvalidInput(f"parameter {name!r} has {SEPARATOR!r} in its name, which compression needs.")
         wide = _WIDE.get(gradient.dtype)
-        if wide is None or gradient.numel() == 0 or not self.suits(*_real(tuple(gradient.shape), gradient.dtype)):
+        if (
+            wide is None
+            or gradient.numel() == 0
+            or not self.suits(*_real(tuple(gradient.shape), gradient.dtype))
+        ):
             if memory:
-                raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, which is not compressed.")
+                raise ManifestMismatch(
+                    f"the slot's memory has an entry for {name!r}, which is not compressed."
+                )
             return None
         held = memory.get("")
         if held is not None:
@@ -332,10 +338,7 @@ class TensorCodec(ABC):
 
 
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the tensor if it has this shape and dtype.
-
-    Args:
-        shape: -1 stands for any extent.
+    """Return the tensor if it has this shape, in which -1 stands for any extent, and this dtype.
 
     Raises:
         ManifestMismatch: it is missing or different.
@@ -347,8 +350,8 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
     )
     if not fits or tensor.dtype != dtype:
         raise ManifestMismatch(
-            f"{name!r} is {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, not {dtype_name(dtype)} of "
-            f"shape {shape}; was it written with another compression, or by another version?"
+            f"{name!r} is {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, not {dtype_name(dtype)} "
+            f"of shape {shape}; was it written with another compression, or by another version?"
         )
     return tensor
 
@@ -417,8 +420,3 @@ def _peaks(gradients: Mapping[str, Tensor], sources: Mapping[str, Tensor | None]
         found[name] = torch.maximum(-low, high).double()
     values = torch.stack(list(found.values())).tolist() if found else []
     return {**dict.fromkeys(gradients, 0.0), **dict(zip(found, values, strict=True))}
-
-
-def total_nbytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the elements of some tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -9,38 +9,42 @@ alignment, and a CPU and a GPU agree.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from cache.errors import ConfigError
+from coordinator.compression.arguments import require_integer
 from coordinator.compression.codec import expect
 
-_SLICE = 1 << 17
+SLICE = 1 << 17
 """Elements that are worked on at a time on a CPU, so that intermediate results stay in its cache."""
 
-_Q = 127
+_LEVELS = 127
 
 
-class NumberFormat(Protocol):
+def slices(count: int, device: torch.device) -> list[slice]:
+    """Return the pieces in which to work through 1-D tensors: all at once on a GPU."""
+    step = max(1, count if device.type == "cuda" else SLICE)
+    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
+
+
+class NumberFormat(ABC):
     """A way to write floats.
 
     Attributes:
         name: as in a config.
     """
 
-    @property
-    def name(self) -> str:
-        """As in a config."""
-        ...
+    name: str
 
+    @abstractmethod
     def nbytes(self, count: int) -> int:
         """Return the bytes of `count` elements, scales included."""
-        ...
 
+    @abstractmethod
     def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
         """Write floats.
 
@@ -49,36 +53,61 @@ class NumberFormat(Protocol):
             peak: largest magnitude in `values`.
 
         Returns:
-            part name -> 1-D (or 0-d) tensor.
+            part name -> tensor that shares no memory with the values.
         """
-        ...
 
-    def unpack(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
-        """Read floats.
-
-        Args:
-            count: how many were written.
-            dtype: float32 or float64, of the result.
-
-        Returns:
-            Tensor of shape (count,) that shares no memory with the parts.
+    @abstractmethod
+    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
+        """Make sure that `count` elements can be read from the parts.
 
         Raises:
             ManifestMismatch: the parts are not of this format, or of another count.
         """
-        ...
+
+    @abstractmethod
+    def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
+        """Return the elements of one of the `slices` as float32 or float64, in memory of their own."""
+
+    def unpack(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
+        """Return all elements as a tensor of shape (count,) that shares no memory with the parts.
+
+        Args:
+            parts: from `pack`.
+            count: how many were written.
+            dtype: float32 or float64, of the result; as in `pack`.
+
+        Raises:
+            ManifestMismatch: the parts are not of this format, or of another count.
+        """
+        self.check(parts, count, dtype)
+        device = next(iter(parts.values())).device
+        found = torch.empty(count, dtype=dtype, device=device)
+        for where in slices(count, device):
+            found[where] = self.read(parts, where, dtype)
+        return found
+
+    def subtract(self, parts: Mapping[str, Tensor], values: Tensor) -> Tensor:
+        """Take what the parts stand for off the contiguous values, in place, and return them."""
+        flat = values.view(-1)
+        for where in slices(flat.numel(), flat.device):
+            flat[where] -= self.read(parts, where, flat.dtype)
+        return values
 
 
-@dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(NumberFormat):
     """float32 or bfloat16: rounded to nearest, ties to even; beyond the range, the largest value.
 
     Rounding can lift a finite float above the largest bfloat16, which would make it infinite;
     the largest finite value is sent instead and error feedback keeps the rest.
+
+    Args:
+        name: as in a config.
+        dtype: of the elements that are sent.
     """
 
-    name: str
-    dtype: torch.dtype
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name = name
+        self.dtype = dtype
 
     def nbytes(self, count: int) -> int:
         """See `NumberFormat.nbytes`."""
@@ -91,13 +120,16 @@ class Cast:
             values = values.clamp(-most, most)
         return {self.name: values.reshape(-1).to(self.dtype, copy=True)}
 
-    def unpack(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
-        """See `NumberFormat.unpack`."""
-        return expect(self.name, parts.get(self.name), (count,), self.dtype).to(dtype, copy=True)
+    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
+        """See `NumberFormat.check`."""
+        expect(self.name, parts.get(self.name), (count,), self.dtype)
+
+    def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
+        """See `NumberFormat.read`."""
+        return parts[self.name][where].to(dtype, copy=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Half:
+class Half(NumberFormat):
     """float16 with a power of two for the whole tensor, so that it neither overflows nor underflows.
 
     Equation:
@@ -107,7 +139,7 @@ class Half:
     down to 2^-28 of the largest keep all 11 bits, those below 2^-39 of it become 0.
     """
 
-    name: ClassVar[str] = "fp16"
+    name = "fp16"
 
     def nbytes(self, count: int) -> int:
         """See `NumberFormat.nbytes`."""
@@ -115,30 +147,33 @@ class Half:
 
     def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
         """See `NumberFormat.pack`."""
-        limit = 126 if values.dtype == torch.float32 else 1000  # 2^limit and 2^-limit exist in the dtype
+        limit = 126 if values.dtype == torch.float32 else 1000  # the dtype has 2^limit and 2^-limit
         shift = 0 if peak == 0.0 else max(-limit, min(limit, 15 - math.frexp(peak)[1]))
-        half = torch.empty(values.numel(), dtype=torch.float16, device=values.device)
-        scale, flat = 2.0**shift, values.view(-1)
-        for part in slices(flat):
-            half[part] = flat[part] * scale
-        return {"fp16": half, "shift": torch.tensor(shift, dtype=torch.int16, device=values.device)}
+        flat = values.reshape(-1)
+        half = torch.empty(flat.shape, dtype=torch.float16, device=flat.device)
+        for where in slices(flat.numel(), flat.device):
+            half[where] = flat[where] * 2.0**shift
+        return {"fp16": half, "shift": torch.tensor(shift, dtype=torch.int16, device=flat.device)}
 
-    def unpack(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
-        """See `NumberFormat.unpack`."""
-        half = expect("fp16", parts.get("fp16"), (count,), torch.float16)
-        shift = int(expect("shift", parts.get("shift"), (), torch.int16))
-        return half.to(dtype, copy=True).mul_(2.0 ** -max(-1000, min(1000, shift)))
+    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
+        """See `NumberFormat.check`."""
+        expect("fp16", parts.get("fp16"), (count,), torch.float16)
+        expect("shift", parts.get("shift"), (), torch.int16)
+
+    def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
+        """See `NumberFormat.read`."""
+        shift = max(-1000, min(1000, int(parts["shift"])))
+        return parts["fp16"][where].to(dtype, copy=True).mul_(2.0**-shift)
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
+class Blocks(NumberFormat):
     """int8 with one scale for each block of consecutive elements.
 
     Equation:
         s_b = max|x_i| / 127 over block b,   q_i = round(x_i / s_b),   x'_i = q_i s_b
 
-    rounded to nearest, ties to even. |x_i - x'_i| <= s_b / 2 but for the rounding of s_b. A block
-    whose scale is below the smallest normal number is sent as zeros.
+    rounded to nearest, ties to even: |x_i - x'_i| <= s_b / 2 but for rounding. A block whose
+    scale would be denormal is sent as zeros.
 
     Paper:
         Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861.
@@ -146,14 +181,21 @@ class Blocks:
     Deviations:
         Levels are evenly spaced, not the paper's dynamic tree: what small values lose, error
         feedback returns, and even levels need no table. x / s_b is x times the rounded
-        reciprocal, which can move a value that is half-way between two levels.
+        reciprocal, which can move a value that lies half-way between two levels.
 
-    Attributes:
-        block: elements in a block.
+    Args:
+        block: elements in a block, a power of two from 16 to 65536.
+
+    Raises:
+        ConfigError: the block is none of these.
     """
 
-    block: int = 1024
-    name: ClassVar[str] = "int8"
+    name = "int8"
+
+    def __init__(self, block: int = 1024) -> None:
+        if require_integer("block", block, minimum=16) not in {1 << power for power in range(4, 17)}:
+            raise ConfigError(f"block must be a power of two from 16 to 65536, not {block!r}.")
+        self.block = block
 
     def nbytes(self, count: int) -> int:
         """See `NumberFormat.nbytes`; scales of float32."""
@@ -161,50 +203,41 @@ class Blocks:
 
     def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
         """See `NumberFormat.pack`."""
-        flat = values.view(-1)
-        count, blocks = flat.numel(), -(-flat.numel() // self.block)
-        levels = torch.empty(count, dtype=torch.int8, device=flat.device)
-        scales = torch.empty(blocks, dtype=flat.dtype, device=flat.device)
-        for part, rows in self._rows(count, flat.is_cuda):
-            block = flat[part].view(rows.stop - rows.start, -1)
-            scale = self._scales(block)
+        flat = values.reshape(-1)
+        levels = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
+        scales = [flat.new_empty(0)]
+        for where in slices(flat.numel(), flat.device):
+            rows = self._rows(flat[where])
+            scale = self._scale(rows)
             inverse = torch.where(scale > 0, 1 / scale, scale)
-            scaled = (block * inverse).round_().clamp_(-_Q, _Q)
-            levels[part] = scaled.view(-1)
-            scales[rows] = scale.view(-1)
-        return {"int8": levels, "scale": scales}
+            rounded = torch.mul(rows, inverse).round_().clamp_(-_LEVELS, _LEVELS)
+            levels[where] = rounded.view(-1)[: where.stop - where.start]
+            scales.append(scale.view(-1))
+        return {"int8": levels, "scale": torch.cat(scales)}
 
-    def unpack(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
-        """See `NumberFormat.unpack`."""
-        levels = expect("int8", parts.get("int8"), (count,), torch.int8)
-        scales = expect("scale", parts.get("scale"), (-(-count // self.block),), dtype)
-        found = torch.empty(count, dtype=dtype, device=levels.device)
-        for part, rows in self._rows(count, levels.is_cuda):
-            torch.mul(
-                levels[part].view(rows.stop - rows.start, -1),
-                scales[rows].view(-1, 1),
-                out=found[part].view(rows.stop - rows.start, -1),
-            )
-        return found
+    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
+        """See `NumberFormat.check`."""
+        expect("int8", parts.get("int8"), (count,), torch.int8)
+        expect("scale", parts.get("scale"), (-(-count // self.block),), dtype)
 
-    def _scales(self, block: Tensor) -> Tensor:
+    def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
+        """See `NumberFormat.read`."""
+        rows = self._rows(parts["int8"][where]).to(dtype)
+        scale = parts["scale"][where.start // self.block : -(-where.stop // self.block)]
+        return rows.mul_(scale.view(-1, 1)).view(-1)[: where.stop - where.start]
+
+    def _rows(self, flat: Tensor) -> Tensor:
+        """Return blocks as rows, the last one padded with zeros."""
+        missing = -flat.numel() % self.block
+        padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
+        return padded.view(-1, self.block)
+
+    def _scale(self, rows: Tensor) -> Tensor:
         """Return the scale of each row as a column, 0 where it would be denormal."""
-        finfo = torch.finfo(block.dtype)
-        peaks = block.abs().amax(1, keepdim=True)
-        scale = peaks.clamp_(max=finfo.max * (1 - 2**-20)) / _Q  # 127 scales must not overflow
+        finfo = torch.finfo(rows.dtype)
+        peaks = rows.abs().amax(1, keepdim=True)
+        scale = peaks.clamp_(max=finfo.max * (1 - 2**-20)) / _LEVELS  # 127 scales must not overflow
         return torch.where(scale >= finfo.smallest_normal, scale, torch.zeros_like(scale))
-
-    def _rows(self, count: int, cuda: bool) -> list[tuple[slice, slice]]:
-        """Return (elements, blocks) of each piece of work; the last block may be shorter, by itself."""
-        whole = count // self.block
-        step = max(1, whole if cuda else _SLICE // self.block)
-        found = []
-        for first in range(0, whole, step):
-            last = min(whole, first + step)
-            found.append((slice(first * self.block, last * self.block), slice(first, last)))
-        if count % self.block:
-            found.append((slice(whole * self.block, count), slice(whole, whole + 1)))
-        return found
 
 
 FORMATS: tuple[NumberFormat, ...] = (
@@ -225,13 +258,6 @@ def number_format(name: str) -> NumberFormat:
         if found.name == name:
             return found
     raise ConfigError(f"values must be one of {', '.join(found.name for found in FORMATS)}, not {name!r}.")
-
-
-def slices(flat: Tensor) -> list[slice]:
-    """Return the pieces in which to work through a 1-D tensor: all at once on a GPU."""
-    count = flat.numel()
-    step = max(1, count if flat.is_cuda else _SLICE)
-    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
 
 
 def peak_of(values: Tensor) -> float:

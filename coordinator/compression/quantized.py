@@ -2,37 +2,96 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cache.errors import ConfigError
+from coordinator.compression.arguments import require_switch
 from coordinator.compression.codec import Compressed, TensorCodec
 from coordinator.compression.numbers import Blocks, Cast, Half, NumberFormat
 
 
-class _Quantized(TensorCodec):
-    """Writes all elements in one number format."""
+class Quantized(TensorCodec):
+    """Writes all elements of a tensor in one number format.
 
-    @property
-    def numbers(self) -> NumberFormat:
-        """The number format."""
-        raise NotImplementedError
+    Tensors that the format would not make smaller travel as they are.
+
+    Args:
+        numbers: the format.
+        feedback: whether what rounding takes is added to the next step.
+    """
+
+    def __init__(self, numbers: NumberFormat, *, feedback: bool) -> None:
+        self.numbers = numbers
+        self.feedback = require_switch("feedback", feedback)
 
     def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether the format is smaller than the elements are."""
-        count = _count(shape)
+        """See `TensorCodec.suits`."""
+        count = math.prod(shape)
         return self.numbers.nbytes(count) < count * dtype.itemsize
 
     def compress(
         self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
     ) -> Compressed:
         """See `TensorCodec.compress`."""
-        return Compressed(self.numbers.pack(values, peak))
+        parts = self.numbers.pack(values, peak)
+        return Compressed(parts, self.numbers.subtract(parts, values) if error else None)
 
     def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See `TensorCodec.expand`."""
-        return self.numbers.unpack(parts, _count(shape), dtype).view(shape)
+        return self.numbers.unpack(parts, math.prod(shape), dtype).view(shape)
+
+
+def fp16(feedback: bool = False) -> Quantized:
+    """The codec "fp16": half the bytes of float32.
+
+    Equation:
+        see `numbers.Half`: float16 after scaling the tensor by a power of two.
+
+    Paper:
+        Micikevicius et al., "Mixed precision training", arXiv 1710.03740.
+
+    Deviations:
+        The paper scales the loss by one number for all tensors, found by trial; here each tensor
+        has its own, from its largest element, so nothing overflows and no state is needed.
+
+    Args:
+        feedback: whether what rounding takes (at most 2^-11 of an element) is kept for the next
+            step. Off by default: it would cost a memory as large as the parameters in every slot.
+    """
+    return Quantized(Half(), feedback=feedback)
+
+
+def bf16(feedback: bool = False) -> Quantized:
+    """The codec "bf16": half the bytes of float32, with its range and 8 bits of precision.
+
+    Equation:
+        x' = bf16(x), to nearest, ties to even.
+
+    Paper:
+        Kalamkar et al., "A study of BFLOAT16 for deep learning training", arXiv 1905.12322.
+
+    Args:
+        feedback: whether what rounding takes (at most 2^-9 of an element) is kept for the next
+            step. Off by default: it would cost a memory as large as the parameters in every slot.
+    """
+    return Quantized(Cast("bf16", torch.bfloat16), feedback=feedback)
+
+
+def int8(block: int = 1024, feedback: bool = True) -> Quantized:
+    """The codec "int8": about a quarter of the bytes of float32.
+
+    Equation, paper and deviations:
+        see `numbers.Blocks`: int8 with one scale for each block.
+
+    Args:
+        block: elements that share a scale, a power of two from 16 to 65536.
+        feedback: whether what rounding takes is kept for the next step. Without it, elements
+            below 1/254 of their block's largest never arrive.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    return Quantized(Blocks(block), feedback=feedback)

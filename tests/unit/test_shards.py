@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import InvalidInput
+from dataclasses import replace
+
 from coordinator.config import TrainingConfig
 from coordinator.shards import Plan, derive_seed, epoch_order
 
@@ -138,3 +140,67 @@ def test_threads_may_share_a_plan() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# --- local steps, staleness and switches ----------------------------------------------------
+
+
+@given(plans, st.integers(1, 5))
+def test_local_steps_visit_every_example_of_an_epoch_once_and_in_order(plan: Plan, stride: int) -> None:
+    local = Plan(plan.size, replace(plan.config, local_steps=stride))
+    batches = -(-plan.size // plan.config.batch_size)
+    assert local.total_steps == plan.config.epochs * -(-batches // stride)
+    for epoch in range(plan.config.epochs):
+        visited: list[int] = []
+        for step in range(local.steps_per_epoch * epoch, local.steps_per_epoch * (epoch + 1)):
+            parts = [local.parts(step, shard) for shard in range(local.shards_in(step))]
+            assert [sum(map(len, part)) for part in parts] == local.shard_sizes(step)
+            assert sum(local.shard_sizes(step)) == local.examples(step)
+            assert all(len(part) for shard in parts for part in shard)
+            for number in range(len(parts[0])):
+                visited += [int(i) for shard in parts if number < len(shard) for i in shard[number]]
+        assert visited == epoch_order(plan.config.seed, epoch, plan.size).tolist()
+
+
+def test_a_shard_of_a_local_step_has_its_part_of_each_batch() -> None:
+    plan = Plan(20, TrainingConfig(batch_size=4, shards=2, local_steps=3))
+    order = epoch_order(0, 0, 20)
+    assert [part.tolist() for part in plan.parts(0, 1)] == [order[i : i + 2].tolist() for i in (2, 6, 10)]
+    assert plan.batch_sizes(1) == [4, 4]
+    assert plan.indices(0, 1).tolist() == [*order[2:4], *order[6:8], *order[10:12]]
+
+
+def test_staleness_takes_earlier_versions_and_the_first_while_there_are_none() -> None:
+    plan = Plan(40, TrainingConfig(batch_size=4, staleness=2))
+    assert [plan.version_for(step) for step in range(5)] == [0, 0, 0, 1, 2]
+    assert [list(plan.window(head)) for head in (0, 1, 8, 9)] == [[0, 1, 2], [1, 2, 3], [8, 9], [9]]
+    assert list(Plan(40, TrainingConfig(batch_size=4)).window(3)) == [3]
+
+
+def test_a_switch_takes_effect_at_its_step_and_changes_nothing_before() -> None:
+    config = TrainingConfig(batch_size=4, shards=2, epochs=2)
+    plan, switched = Plan(20, config), Plan(20, config, {3: {"shards": 4}, 7: {"staleness": 1}})
+    assert switched.total_steps == plan.total_steps == 10
+    assert [switched.shards_in(step) for step in range(5)] == [2, 2, 2, 4, 4]
+    assert [switched.version_for(step) for step in (6, 7, 8, 9)] == [6, 7, 7, 8]
+    for step in range(3):
+        assert [switched.indices(step, k).tolist() for k in (0, 1)] == [plan.indices(step, k).tolist() for k in (0, 1)]
+    for step in range(10):
+        together = [i for k in range(switched.shards_in(step)) for i in switched.indices(step, k).tolist()]
+        assert together == [i for k in (0, 1) for i in plan.indices(step, k).tolist()]
+
+
+@given(plans, st.integers(1, 4), st.integers(1, 4), st.integers(0, 20))
+def test_switching_the_local_steps_still_visits_every_example_once(plan: Plan, first: int, then: int, at: int) -> None:
+    switched = Plan(plan.size, replace(plan.config, local_steps=first), {at: {"local_steps": then}} if at else {})
+    visited: list[int] = []
+    for step in range(switched.total_steps):
+        epoch, batch = switched.locate(step)
+        for number in range(len(switched.batch_sizes(step))):
+            start = (batch + number) * plan.config.batch_size
+            visited += epoch_order(plan.config.seed, epoch, plan.size)[start : start + plan.config.batch_size].tolist()
+    assert visited == [i for e in range(plan.config.epochs) for i in epoch_order(plan.config.seed, e, plan.size).tolist()]
+
+
+def test_a_switch_beyond_the_end_is_without_effect() -> None:
+    assert Plan(8, TrainingConfig(batch_size=4), {5: {"shards": 1}}).total_steps == 2

@@ -1,0 +1,33 @@
+"""What a worker's heartbeat says it is doing, for people and for the supervisor, which compares."""
+
+from __future__ import annotations
+
+
+def gradient(run: str, step: int, shard: int) -> str:
+    """A Client at one shard."""
+    return f"{run}: gradient of shard {shard}, step {step}"
+
+
+def update(run: str, step: int) -> str:
+    """A training server at one run."""
+    return f"{updates(run)}step {step}"
+
+
+def updates(run: str) -> str:
+    """How every `update` of a run begins."""
+    return f"{run}: update of "
+
+
+def evaluation(run: str, version: int, part: int) -> str:
+    """A Client at one part of an evaluation."""
+    return f"{evaluations(run, version)}part {part}"
+
+
+def evaluations(run: str, version: int) -> str:
+    """How every `evaluation` of a version begins."""
+    return f"{run}: evaluation of version {version}, "
+
+
+def prediction(run: str, version: int, part: int) -> str:
+    """A Client at one part of a prediction."""
+    return f"{run}: prediction at version {version}, part {part}"

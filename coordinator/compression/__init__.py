@@ -1,0 +1,29 @@
+"""Gradient compression with error feedback: pure functions from gradients to payloads and back.
+
+See docs/compression.md for what each codec costs and gives.
+"""
+
+from coordinator.compression.codec import Codec, Compressed, Encoded, Plain, Shapes, TensorCodec, expect
+from coordinator.compression.powersgd import PowerSGD
+from coordinator.compression.quantized import Quantized, bf16, fp16, int8
+from coordinator.compression.spec import CODECS, check, parse
+from coordinator.compression.topk import TopK
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Compressed",
+    "Encoded",
+    "Plain",
+    "PowerSGD",
+    "Quantized",
+    "Shapes",
+    "TensorCodec",
+    "TopK",
+    "bf16",
+    "check",
+    "expect",
+    "fp16",
+    "int8",
+    "parse",
+]

@@ -1,0 +1,161 @@
+"""The codec "powersgd": of each matrix, a product of two thin ones."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coordinator.compression.arguments import require_integer, require_switch
+from coordinator.compression.codec import Compressed, TensorCodec, expect
+from coordinator.compression.numbers import NumberFormat, number_format, peak_of
+
+
+class PowerSGD(TensorCodec):
+    """Approximates a matrix by one of low rank, with one step of power iteration.
+
+    A tensor of two or more dimensions is taken as a matrix of its first dimension (n) by the
+    product of the others (m); what has fewer dimensions, or would not get smaller, travels as it
+    is.
+
+    Equation:
+        P = orthonormalised(V Q),   Q' = V^T P,   decode = P Q'^T
+
+    Q' is sent and is also the next step's Q, which so turns towards the leading singular vectors.
+    The first Q is pseudo-random from the parameter's name and shape.
+
+    Paper:
+        Vogels, Karimireddy and Jaggi, "PowerSGD: practical low-rank gradient compression for
+        distributed optimization", arXiv 1905.13727.
+
+    Deviations:
+        The paper averages P and Q over the workers in the midst of the iteration (all-reduce).
+        Here a shard is encoded by itself, so each slot has its own P and Q, the average has up to
+        (shards x rank) ranks, and slots need not wait for each other. The paper's power iteration
+        and momentum act after decompression, as here. P is orthonormalised in float64 by the
+        modified Gram-Schmidt process, columns of Q are scaled to a largest element of 1 to 2 before
+        use (which leaves the span of P as it is, and keeps tiny gradients from underflow), and
+        columns that vanish start anew. P and Q may be sent in 16 bits.
+
+    Bits: matrix products sum in an order that depends on the thread count and the processor, like
+    the gradient itself; encode and decode under `determinism.pinned`.
+
+    Args:
+        rank: columns of P and Q, at least 1.
+        values: number format of P and Q: "fp32", "fp16", "bf16" or "int8".
+        feedback: whether what the approximation leaves out is kept for the next step.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(self, rank: int, values: str = "fp32", feedback: bool = True) -> None:
+        self.rank = require_integer("rank", rank, minimum=1)
+        self.numbers: NumberFormat = number_format(values)
+        self.feedback = require_switch("feedback", feedback)
+
+    @property
+    def stateful(self) -> bool:
+        """Q is remembered even without feedback."""
+        return True
+
+    def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """See `TensorCodec.suits`."""
+        if len(shape) < 2:
+            return False
+        rows, columns = _matrix(shape)
+        rank = min(self.rank, rows, columns)
+        sent = self.numbers.nbytes(rank * rows) + self.numbers.nbytes(rank * columns)
+        return sent < rows * columns * dtype.itemsize
+
+    def compress(
+        self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
+    ) -> Compressed:
+        """See `TensorCodec.compress`."""
+        matrix = values.view(_matrix(tuple(values.shape)))
+        rows, columns = matrix.shape
+        rank = min(self.rank, rows, columns)
+        start = _start(name, columns, rank, matrix)
+        if "q" in state:
+            held = expect("q", state["q"], (columns, rank), matrix.dtype).to(matrix.device)
+            start = torch.where(held.abs().amax(0) > 0, held, start)
+        if not error:
+            matrix = matrix.clone()  # to memory aligned like everybody's
+        left = orthonormalised(matrix @ _scaled(start))
+        right = matrix.T @ left
+        parts = {
+            **_named("p", self.numbers.pack(left, peak_of(left))),
+            **_named("q", self.numbers.pack(right, peak_of(right))),
+        }
+        if error:
+            matrix -= self._product(parts, rows, columns, matrix.dtype)
+        return Compressed(parts, values if error else None, {"q": right})
+
+    def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See `TensorCodec.expand`."""
+        return self._product(parts, *_matrix(shape), dtype).view(shape)
+
+    def _product(self, parts: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        rank = min(self.rank, rows, columns)
+        left = self.numbers.unpack(_unnamed("p", parts), rows * rank, dtype).view(rows, rank)
+        right = self.numbers.unpack(_unnamed("q", parts), columns * rank, dtype).view(columns, rank)
+        return left @ right.T
+
+
+def orthonormalised(matrix: Tensor) -> Tensor:
+    """Return the columns made orthonormal, from left to right; those that depend on others become 0.
+
+    Modified Gram-Schmidt in float64, each column projected twice.
+
+    Args:
+        matrix: shape (n, r), finite.
+
+    Returns:
+        The same shape and dtype.
+    """
+    done: list[Tensor] = []
+    for column in matrix.double().T:
+        peak = float(column.abs().amax())
+        if peak == 0.0 or not math.isfinite(peak):
+            done.append(column * (0.0 if peak == 0.0 else math.nan))
+            continue
+        column = column / peak
+        before = float(torch.linalg.vector_norm(column))
+        for _ in range(2):
+            for other in done:
+                column = column - torch.dot(other, column) * other
+        after = float(torch.linalg.vector_norm(column))
+        done.append(column / after if after > 1e-6 * before else torch.zeros_like(column))
+    return torch.stack(done, 1).to(matrix.dtype)
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """Return the columns, none of them 0, times powers of two that bring their peaks to [1, 2)."""
+    exponents = torch.frexp(matrix.abs().amax(0)).exponent.clamp(-120, 120)
+    return torch.ldexp(matrix, 1 - exponents)
+
+
+def _start(name: str, columns: int, rank: int, like: Tensor) -> Tensor:
+    """Return a pseudo-random Q, uniform in (-1, 1): a function of name and shape on any machine."""
+    text = f"powersgd {columns} {rank} {name}".encode()
+    seed = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+    drawn = np.random.Philox(key=seed).random_raw(columns * rank) >> np.uint64(41)
+    centred = (drawn.astype(np.float64) + 0.5) / 2.0**22 - 1.0
+    return torch.from_numpy(centred).view(columns, rank).to(like)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _named(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in parts.items()}
+
+
+def _unnamed(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in parts.items() if name.startswith(start)}

@@ -1,0 +1,131 @@
+"""Local steps: a shard takes several optimizer steps of its own and sends how far it got.
+
+With H local steps, a shard starts from version θ, runs the recipe's optimizer over its parts of H
+batches, and its *pseudo-gradient* is Δ = θ - θ_local. The training server averages the pseudo-gradients
+like gradients and hands the mean to the *outer* optimizer:
+
+    plain SGD with learning rate 1:      θ ← θ - mean(Δ), the average of the shards' weights
+                                         (Local SGD: Stich, arXiv 1805.09767)
+    SGD with Nesterov momentum 0.9,
+    learning rate 0.7:                   DiLoCo (Douillard et al., arXiv 2311.08105)
+
+Deviations from both papers: a shard's inner optimizer state (and scheduler) belongs to the shard's slot,
+not to a machine, so any worker may compute the next step of the slot with the same bits; shards are
+weighted by their examples, which differs from the papers' plain mean only where an epoch's end makes
+them unequal; with a clip norm, each inner gradient is clipped, not the pseudo-gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coordinator.config import TrainingConfig
+from coordinator.determinism import pinned
+from coordinator.gradient import IndexArray, ShardGradient, forward_backward, norm_of
+from coordinator.optimize import build_optimizer, restore_optimizer
+from coordinator.recipe import ResolvedRecipe
+from coordinator.replica import Replica
+
+averaging = partial(torch.optim.SGD, lr=1.0)
+"""The outer optimizer of Local SGD: the new version is the mean of the shards' weights."""
+
+diloco = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+"""The outer optimizer of DiLoCo, with the paper's values."""
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """What one shard contributes to its step, and what its slot keeps for the next.
+
+    Attributes:
+        gradient: pseudo-gradients as `gradients`; loss is the mean over the local steps.
+        state: tree of the inner optimizer's and scheduler's state.
+    """
+
+    gradient: ShardGradient
+    state: dict[str, Any]
+
+
+def compute(
+    replica: Replica,
+    resolved: ResolvedRecipe,
+    config: TrainingConfig,
+    dataset: Any,
+    parts: Sequence[IndexArray],
+    step: int,
+    shard: int,
+    state: Any = None,
+) -> LocalSteps:
+    """Take one local step for each part and return the pseudo-gradient.
+
+    Args:
+        replica: the model, loaded with the step's version; it is put back to it afterwards.
+        resolved: the run's recipe; its optimizer and scheduler are the inner ones.
+        config: the run's config; `clip_norm` clips each inner gradient.
+        dataset: the training dataset.
+        parts: dataset indices of each local step, from `Plan.parts`.
+        step: the global step.
+        shard: the shard's number.
+        state: what the slot kept from its last step, None at first.
+
+    Raises:
+        InvalidInput: the recipe's code returned what cannot be used.
+        Exception: whatever the recipe's code raises.
+    """
+    examples = sum(len(part) for part in parts)
+    total = 0.0
+    try:
+        with pinned(config.threads, config.deterministic, replica.device):
+            replica.restore()
+            optimizer, scheduler = build_optimizer(resolved, config, replica)
+            if state is not None:
+                restore_optimizer(optimizer, scheduler, state)
+            finite = True
+            for number, part in enumerate(parts):
+                loss = forward_backward(replica, resolved, config, dataset, part, (step, shard, number))
+                total += loss * len(part)
+                norm = _clip(replica, config.clip_norm)
+                finite = finite and math.isfinite(loss) and math.isfinite(norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if scheduler is not None:
+                scheduler.step()
+            moved = _moved(replica)
+            buffers = replica.changed_buffers()
+            kept = {
+                "optimizer": optimizer.state_dict(),
+                "scheduler": None if scheduler is None else scheduler.state_dict(),
+            }
+            norm = norm_of(moved)
+    finally:
+        replica.model.zero_grad(set_to_none=True)
+        replica.restore()
+    finite = finite and math.isfinite(norm)
+    return LocalSteps(ShardGradient(moved, buffers, total / examples, norm, examples, finite), kept)
+
+
+def _clip(replica: Replica, clip_norm: float | None) -> float:
+    """Clip the gradients in the parameters; returns their norm before."""
+    parameters = [p for p in replica.parameters.values() if p.grad is not None]
+    limit = math.inf if clip_norm is None else clip_norm
+    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+
+@torch.no_grad()
+def _moved(replica: Replica) -> dict[str, Tensor]:
+    """θ - θ_local of each parameter that moved, on the CPU."""
+    version = replica.version_tensors()
+    found = {}
+    for name, parameter in replica.parameters.items():
+        if parameter.requires_grad:
+            difference = version[name] - parameter.detach().cpu()
+            if bool(difference.count_nonzero()) or not bool(torch.isfinite(difference).all()):
+                found[name] = difference
+    return found

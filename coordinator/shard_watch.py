@@ -1,0 +1,193 @@
+"""One look at the shards of a run's present step: which are lost, which are late, which are hopeless."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+
+from cache.ledger import Lease, Ledger
+from cache.records import Head
+from cache.workers import Registry, WorkerInfo
+from coordinator import activity
+from coordinator.shards import Plan, shown
+from coordinator.step import Sender
+from coordinator.supervisor_memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
+from coordinator.task_names import GRADIENTS
+
+log = logging.getLogger(__name__)
+
+POISON_SECONDS = 5.0  # a worker that was only silent (stopped, or starved) gets so long to come back
+BACKUP_FACTOR = 3.0
+BACKUP_AT_LEAST_SECONDS = 0.5
+
+
+class ShardWatch:
+    """Compares the step's slots and leases with the living workers, and sends again what is lost.
+
+    Args:
+        ledger: of the run.
+        head: as read in this round; its step was launched.
+        plan: of the run.
+        alive: the living workers by id.
+        memory: of the supervisor's rounds.
+    """
+
+    def __init__(
+        self, ledger: Ledger, head: Head, plan: Plan, alive: dict[str, WorkerInfo], memory: Memory
+    ) -> None:
+        self.ledger = ledger
+        self.head = head
+        self.plan = plan
+        self.alive = alive
+        self.memory = memory
+        self.run = ledger.run
+        self.step = head.version
+
+    def look(self, registry: Registry, sender: Sender) -> None:
+        """Check every shard that lacks a slot once."""
+        present = self.ledger.slots_present(self.step)
+        missing = [shard for shard in range(self.plan.shards_in(self.step)) if shard not in present]
+        if not missing:
+            return
+        leases = self.ledger.leases(self.step)
+        unseen = [shard for shard in missing if shard not in leases]
+        lost: dict[int, str] = {}
+        held: list[tuple[float, Lease]] = []
+        for lease in (leases[shard] for shard in missing if shard in leases):
+            why = self._why_lost(lease)
+            if why:
+                lost[lease.shard] = why
+            elif lease.worker in self.alive:
+                held.append((self._held_seconds(lease), lease))
+        if unseen and self.memory.lasting((self.run, "unseen", self.step, tuple(unseen)), IDLE_SECONDS):
+            lost |= dict.fromkeys(unseen, "its message was lost")
+        self._resend(lost, leases, registry, sender)
+        if not unseen and not lost:
+            self._back_up(held, sender)
+
+    # --- what is lost -----------------------------------------------------------------------
+
+    def _why_lost(self, lease: Lease) -> str:
+        """Why nobody computes this shard; "" if its holder is at it, or may yet be."""
+        key = (self.run, self.step, lease.shard, lease.worker, lease.attempt)
+        if not lease.open:
+            return f"worker {lease.worker} handed it back"
+        holder = self.alive.get(lease.worker)
+        if holder is None:
+            if lease.attempt < self.plan.config.max_attempts:
+                return f"worker {lease.worker} died"
+            if self.memory.lasting(("dead", *key), POISON_SECONDS):
+                self._give_up(
+                    lease,
+                    f"took its worker down {_times(lease.attempt)}, last {lease.worker}",
+                    "look at that worker's log (out of memory? a crash in native code?)",
+                )
+            return ""
+        if activity.gradient(self.run, self.step, lease.shard) not in holder.tasks:
+            # It took the shard and is not at it: it could not hand it back, or Redis lost what it wrote.
+            if self.memory.lasting(("idle", *key), IDLE_SECONDS):
+                self._end(lease, counts=False)
+            return ""
+        limit = self.plan.config.shard_timeout_seconds
+        if limit is not None and self._held_seconds(lease) > limit:
+            if lease.attempt < self.plan.config.max_attempts:
+                log.warning(
+                    "run %s: shard %d of step %d is overdue on %s",
+                    self.run, lease.shard, self.step, lease.worker,
+                )  # fmt: skip
+                self._end(lease, counts=True)
+            else:
+                self._give_up(
+                    lease,
+                    f"exceeded shard_timeout_seconds={limit:g} {_times(lease.attempt)}, last on {lease.worker}",
+                    "restart that worker if it still hangs, or allow more time",
+                )
+        return ""
+
+    def _held_seconds(self, lease: Lease) -> float:
+        return self.memory.lasted((self.run, "held", self.step, lease.shard, lease.worker, lease.attempt))
+
+    def _end(self, lease: Lease, *, counts: bool) -> None:
+        self.ledger.end_lease(
+            self.step, lease.shard, worker=lease.worker, delivery=lease.delivery, counts=counts
+        )
+
+    def _resend(
+        self, lost: dict[int, str], leases: dict[int, Lease], registry: Registry, sender: Sender
+    ) -> None:
+        """Send lost shards again, unless a message for them waits in the queue."""
+        due = []
+        for shard in lost:
+            attempt = leases[shard].attempt if shard in leases else 0
+            if self.memory.due((self.run, "shard", self.step, shard, attempt), REPEAT_SECONDS):
+                due.append(shard)
+        if not due:
+            return
+        waiting = {
+            arguments.get("shard")
+            for arguments in registry.queued(GRADIENTS)
+            if (arguments.get("run"), arguments.get("step")) == (self.run, self.step)
+        }
+        for shard in due:
+            if shard not in waiting:
+                log.warning(
+                    "run %s: shard %d of step %d is sent again: %s", self.run, shard, self.step, lost[shard]
+                )
+                sender.gradient(self.run, self.step, shard)
+
+    # --- what is late -----------------------------------------------------------------------
+
+    def _back_up(self, held: list[tuple[float, Lease]], sender: Sender) -> None:
+        """Have idle workers compute what takes far longer than its peers; the first to finish counts."""
+        idle = sum(
+            GRADIENTS in info.queues and bool(info.environment) and not info.tasks
+            for info in self.alive.values()
+        )
+        late = [(seconds, lease) for seconds, lease in held if seconds > BACKUP_AT_LEAST_SECONDS]
+        if not idle or not late:
+            return
+        usual = self._usual_seconds()
+        for seconds, lease in sorted(late, key=lambda item: item[0], reverse=True)[:idle]:
+            if usual is None or seconds <= BACKUP_FACTOR * usual:
+                return
+            if self.memory.due((self.run, "backup", self.step, lease.shard), float("inf")):
+                log.info(
+                    "run %s: backup of shard %d of step %d, %.1f s on %s",
+                    self.run, lease.shard, self.step, seconds, lease.worker,
+                )  # fmt: skip
+                sender.gradient(self.run, self.step, lease.shard, backup=True)
+
+    def _usual_seconds(self) -> float | None:
+        """What a shard takes: the median of this step's, or of the one before; None if neither is known."""
+        times = [slot.seconds for slot in self.ledger.slots(self.step).values()]
+        if not times:
+            times = [slot.seconds for e in self.ledger.entries(self.step, self.step) for slot in e.slots]
+        return statistics.median(times) if times else None
+
+    # --- what is hopeless -------------------------------------------------------------------
+
+    def _give_up(self, lease: Lease, what: str, advice: str) -> None:
+        """Stop the run: this shard fails wherever it is tried. The step's other slots are kept."""
+        samples = [int(i) for i in self.plan.indices(self.step, lease.shard)]
+        message = f"shard {lease.shard} of step {self.step} (samples {shown(samples)}) {what}; {advice}"
+        self.ledger.transition(
+            "failed",
+            allowed=("running",),
+            event="failed",
+            data={"message": message},
+            error={
+                "kind": "Poison",
+                "message": message,
+                "step": self.step,
+                "shard": lease.shard,
+                "samples": samples,
+                "worker": lease.worker,
+                "attempts": lease.attempt,
+            },
+            incarnation=self.head.incarnation,
+            shard=(self.step, lease.shard),
+        )
+
+
+def _times(attempts: int) -> str:
+    return "once" if attempts == 1 else f"{attempts} times in a row"

@@ -1,0 +1,136 @@
+"""`celery -A tasks flower` shows each task: what it worked on, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from ast import literal_eval
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+
+from coordinator import Master, TrainingConfig
+from coordinator.embedded import free_port
+from coordinator.local import LocalCluster
+from examples import digits
+from tests.support.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., LocalCluster]
+
+
+@pytest.fixture
+def trained(cluster: Start) -> LocalCluster:
+    """A cluster whose workers are ready, started as always: without -E."""
+    started = cluster(1)
+    assert not any("-E" in worker.command.split() for worker in started.processes.values())
+    return started
+
+
+@pytest.fixture
+def flower(trained: LocalCluster, tmp_path: Path) -> Iterator[str]:
+    """Flower beside the cluster, with an API that needs no password; its address."""
+    port = free_port()
+    with (tmp_path / "flower.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}"],
+            cwd=ROOT,
+            env=flower_environment(trained.url),
+            stdout=log,
+            stderr=log,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: process.poll() is not None or answers(f"{address}/healthcheck"), 60, "Flower", 0.1)
+        assert process.poll() is None, (tmp_path / "flower.log").read_text()
+        yield address
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def flower_environment(url: str) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "TORCHORD_URL": url, "FLOWER_UNAUTHENTICATED_API": "true"}
+
+
+def answers(address: str) -> bool:
+    try:
+        with urlopen(address, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except URLError:
+        return False
+
+
+def ask(address: str, **query: Any) -> Any:
+    with urlopen(f"{address}?{urlencode(query)}", timeout=10) as reply:
+        return json.load(reply)
+
+
+def finished(flower: str) -> list[dict[str, Any]]:
+    """The tasks of which Flower has seen the whole life."""
+    tasks = ask(f"{flower}/api/tasks", limit=1000).values()
+    return [task for task in tasks if task["received"] and task["succeeded"]]
+
+
+@pytest.mark.slow
+def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) -> None:
+    # Flower tells the workers to send events; they are on its page when the first has come.
+    wait_until(
+        lambda: sum(state for state in ask(f"{flower}/api/workers", status=True).values()) == 2,
+        60,
+        "both workers",
+        0.2,
+    )
+    config = TrainingConfig(epochs=1, batch_size=256, shards=2)
+    run = Master(trained.url).submit(digits.recipe(epochs=1), config, name="shown")
+    run.wait(timeout=60)
+    steps = len(run.history())
+
+    def seen() -> Counter[str]:
+        return Counter(task["name"] for task in finished(flower))
+
+    wait_until(lambda: seen()["tasks.apply_update"] >= steps, 20, seen, 0.2)
+    tasks = finished(flower)
+
+    gradients = [task for task in tasks if task["name"] == "tasks.compute_gradient"]
+    arguments = [literal_eval(task["kwargs"]) for task in gradients]
+    assert {(given["step"], given["shard"]) for given in arguments} == {
+        (step, shard) for step in range(steps) for shard in range(2)
+    }
+    assert all(given["run"] == "shown" and given["version"] == given["step"] for given in arguments)
+    for task in gradients:
+        receipt = literal_eval(task["result"])
+        assert receipt["loss"] > 0 and receipt["grad_norm"] > 0 and receipt["examples"] > 0
+        assert receipt["nbytes"] > 0 and receipt["worker"].startswith("client1@")
+        assert task["state"] == "SUCCESS" and task["worker"].startswith("client1@")
+
+    updates = [literal_eval(task["result"]) for task in tasks if task["name"] == "tasks.apply_update"]
+    committed = {receipt["version"]: receipt["loss"] for receipt in updates if "loss" in receipt}
+    assert committed == {report.version: report.loss for report in run.history()}
+    assert any(task["name"] == "tasks.evaluate" for task in tasks)
+
+    table = rows_of_the_page(flower)
+    shown = {(row["kwargs"], row["result"].split(",")[0]) for row in table}
+    assert ("step 0, shard 1, version 0, run shown", "written") in shown
+    assert ("step 0, run shown", "committed") in shown
+    assert all("{" not in row["result"] for row in table)
+
+
+def rows_of_the_page(flower: str) -> list[dict[str, Any]]:
+    """What the page /tasks fetches for its table: columns and words are those of flowerconfig.py."""
+    with urlopen(f"{flower}/tasks", timeout=10) as reply:
+        page = reply.read().decode()
+    assert 'data-column="kwargs"' in page and 'data-column="result"' in page
+    query = {"draw": 1, "start": 0, "length": 100, "search[value]": "", "order[0][column]": 0}
+    more = {"order[0][dir]": "asc", "columns[0][data]": "name"}
+    rows: list[dict[str, Any]] = ask(f"{flower}/tasks/datatable", **query, **more)["data"]
+    return rows

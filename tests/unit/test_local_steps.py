@@ -1,0 +1,150 @@
+"""Local steps: the pseudo-gradient, the state that a slot keeps, and the outer optimizer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from coordinator import local_steps, tree
+from coordinator.config import TrainingConfig
+from coordinator.determinism import seed_everything
+from coordinator.gradient import compute, open_dataset
+from coordinator.optimize import Trainer
+from coordinator.recipe import Recipe, ResolvedRecipe
+from coordinator.replica import Replica
+from coordinator.shards import Plan, derive_seed
+from tests.support import models
+from tests.support.inprocess import resolved
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+class Bench:
+    """A replica at version 0 and all that a shard needs."""
+
+    def __init__(self, recipe: Recipe, **fields: Any) -> None:
+        self.config = TrainingConfig(batch_size=8, shards=2, **fields)
+        self.recipe: ResolvedRecipe = resolved(recipe)
+        self.dataset = open_dataset(self.recipe, self.config)
+        self.plan = Plan(len(self.dataset), self.config)
+        self.replica = Replica.build(self.recipe, self.config)
+        self.replica.load(self.replica.pack())
+
+    def shard(self, step: int, shard: int, state: Any = None) -> local_steps.LocalSteps:
+        parts = self.plan.parts(step, shard)
+        return local_steps.compute(
+            self.replica, self.recipe, self.config, self.dataset, parts, step, shard, state
+        )
+
+
+def test_the_pseudo_gradient_is_the_way_a_plain_loop_goes() -> None:
+    bench = Bench(models.mlp(optimizer=SGD), local_steps=3)
+    found = bench.shard(0, 1)
+    model = Replica.build(bench.recipe, bench.config).model.train()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = SGD(model.parameters())
+    losses = []
+    for number, part in enumerate(bench.plan.parts(0, 1)):
+        inputs, targets = (torch.stack(column) for column in zip(*(bench.dataset[i] for i in part), strict=True))
+        seed_everything(derive_seed(0, "model", 0, 1, number))
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found.gradient.gradients[name], start[name] - parameter.detach()), name
+    assert found.gradient.loss == pytest.approx(sum(losses) / 3)
+    assert found.gradient.examples == 12
+
+
+def test_one_local_step_of_plain_sgd_moves_by_the_gradient() -> None:
+    bench = Bench(models.mlp(optimizer=partial(torch.optim.SGD, lr=0.5)), local_steps=2)
+    part = bench.plan.parts(0, 0)[:1]
+    moved = local_steps.compute(bench.replica, bench.recipe, bench.config, bench.dataset, part, 0, 0)
+    for name, difference in moved.gradient.gradients.items():
+        assert difference.shape == bench.replica.parameters[name].shape
+    plain = compute(bench.replica, bench.recipe, bench.config, bench.dataset, part[0], 0, 0)
+    assert moved.gradient.gradients.keys() == plain.gradients.keys()
+
+
+def test_the_replica_is_back_at_its_version_afterwards_and_after_an_error() -> None:
+    bench = Bench(models.cnn(optimizer=SGD), local_steps=2)
+    before = bytes(bench.replica.pack().numpy())
+    bench.shard(0, 0)
+    assert bytes(bench.replica.pack().numpy()) == before
+    broken = Bench(models.mlp(loss=models.vector_loss), local_steps=2)
+    before = bytes(broken.replica.pack().numpy())
+    with pytest.raises(Exception, match="scalar"):
+        broken.shard(0, 0)
+    assert bytes(broken.replica.pack().numpy()) == before
+
+
+@pytest.mark.parametrize("make", [models.mlp, models.cnn, models.gpt, models.odd])
+def test_the_same_shard_and_state_give_the_same_bytes_anywhere(make: Any) -> None:
+    optimizer = partial(torch.optim.AdamW, lr=1e-2)
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    first, second = (Bench(make(optimizer=optimizer, scheduler=scheduler), local_steps=2) for _ in range(2))
+    kept = first.shard(0, 0)
+    second.shard(0, 1)  # another slot before, which must not show
+    skeleton, tensors = tree.flatten(kept.state)
+    for state in (kept.state, tree.unflatten(skeleton, {name: t.clone() for name, t in tensors.items()})):
+        one, other = first.shard(1, 0, state), second.shard(1, 0, state)
+        assert tree.flatten(one.state)[0] == tree.flatten(other.state)[0]
+        for name, value in one.gradient.gradients.items():
+            assert torch.equal(value, other.gradient.gradients[name])
+
+
+def test_the_slots_state_matters_and_its_scheduler_steps_once_a_global_step() -> None:
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    bench = Bench(models.mlp(optimizer=SGD, scheduler=scheduler), local_steps=2)
+    kept = bench.shard(0, 0).state
+    assert kept["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.05)
+    fresh, warm = bench.shard(1, 0), bench.shard(1, 0, kept)
+    assert any(
+        not torch.equal(fresh.gradient.gradients[name], value) for name, value in warm.gradient.gradients.items()
+    )
+
+
+def test_the_default_outer_optimizer_averages_the_shards_weights() -> None:
+    bench = Bench(models.mlp(optimizer=SGD), local_steps=2)
+    trainer = Trainer.build(bench.recipe, bench.config)
+    deltas = [bench.shard(0, shard).gradient.gradients for shard in (0, 1)]
+    start = {name: tensor.clone() for name, tensor in trainer.replica.state_tensors().items()}
+    mean = {name: 0.5 * deltas[0][name] + 0.5 * deltas[1][name] for name in deltas[0]}
+    trainer.apply(mean, {}, step=0, loss=1.0)
+    for name, value in trainer.replica.state_tensors().items():
+        expected = (start[name] - deltas[0][name]) * 0.5 + (start[name] - deltas[1][name]) * 0.5
+        torch.testing.assert_close(value, expected)
+
+
+def test_diloco_is_nesterov_momentum_on_the_mean_with_the_papers_values() -> None:
+    recipe = models.mlp(optimizer=SGD, outer_optimizer="coordinator.local_steps:diloco")
+    trainer = Trainer.build(resolved(recipe), TrainingConfig(local_steps=50))
+    [group] = trainer.optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.7, 0.9, True)
+
+
+def test_clipping_is_the_shards_and_not_the_servers() -> None:
+    loose, tight = Bench(models.mlp(), local_steps=2), Bench(models.mlp(), local_steps=2, clip_norm=1e-6)
+    assert tight.shard(0, 0).gradient.grad_norm != loose.shard(0, 0).gradient.grad_norm
+    trainer = Trainer.build(tight.recipe, tight.config)
+    huge = {name: torch.full_like(p, 10.0) for name, p in trainer.replica.parameters.items()}
+    assert not trainer.apply(huge, {}, step=0, loss=1.0).clipped
+
+
+def test_a_step_that_is_not_finite_is_reported() -> None:
+    bench = Bench(models.mlp(dataset=partial(models.poisoned, at=int(Plan(40, TrainingConfig(batch_size=8, shards=2, local_steps=2)).parts(0, 0)[0][0]))), local_steps=2)  # fmt: skip
+    assert not bench.shard(0, 0).gradient.finite
+
+
+def test_a_switch_to_local_steps_gives_the_server_its_outer_optimizer() -> None:
+    recipe = resolved(models.mlp(optimizer=partial(torch.optim.AdamW, lr=1e-3)))
+    trainer = Trainer.build(recipe, TrainingConfig())
+    trainer.adopt(recipe, TrainingConfig(shards=8))
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    trainer.adopt(recipe, TrainingConfig(local_steps=4))
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
