@@ -221,7 +221,8 @@ class DiskTier:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
-            os.replace(temporary, path)
+            with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
+                os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

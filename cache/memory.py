@@ -376,7 +376,7 @@ class MemoryLedger(Ledger):
                 plane.hset(name, {"server_environment": environment})
             elif environment and environment != fixed and head.get("skew") == "refuse":
                 return "skewed", fixed
-            token = max(int(head["token"]) + 1, int(plane.clock() * 1000))
+            token = max(int(head["token"]) + 1, int(plane.clock() * 1_000_000))
             plane.hset(name, {"token": token, "owner": worker, "node": node, "queue": queue})
             return "acquired", token
 

@@ -46,7 +46,14 @@ TORCH_MODULES = (
 `torch.distributed`, `torch.utils.cpp_extension`, ...) loads files or runs code, or may come
 to; a worker that needs such a part names it in its allow-list."""
 
-OWN_TARGETS = frozenset({"coordinator.datasets:stored_dataset", "coordinator:stored_dataset"})
+OWN_TARGETS = frozenset(
+    {
+        "coordinator.datasets:stored_dataset",
+        "coordinator:stored_dataset",
+        "coordinator.local_steps:averaging",
+        "coordinator.local_steps:diloco",
+    }
+)
 """What torchord itself offers to recipes: admitted by its full name on every worker, wherever
 torchord is installed. The rest of those modules is judged like any other."""
 

@@ -36,6 +36,7 @@ from cache.codec import dtype_name, dtype_of
 from cache.errors import CheckpointError, ManifestMismatch
 from cache.records import life
 from coordinator import tree
+from coordinator.faults import Hook, nothing
 from coordinator.files import open_folder
 
 log = logging.getLogger(__name__)
@@ -81,16 +82,20 @@ class CheckpointStore:
         incarnation: id of this life of the name, the folder below that: a run submitted anew under a
             name that was used before must not find the other's checkpoints. Its revisions share the
             folder. None keeps the files in the run's own folder.
+        fault: called before a marker is written; tests use it to die there.
 
     Raises:
         CheckpointError: no fsspec driver serves the URL.
     """
 
-    def __init__(self, root: str, run: str, incarnation: str | None = None) -> None:
+    def __init__(
+        self, root: str, run: str, incarnation: str | None = None, *, fault: Hook = nothing
+    ) -> None:
         self.run = run
         self._home = open_folder(root, run)
         self._files = self._home if incarnation is None else open_folder(root, f"{run}/{life(incarnation)}")
         self._sequence: int | None = None
+        self._fault = fault
 
     def path(self, version: int | None = None) -> str:
         """Return where the run's files lie, a directory or URL, or where one version's marker does."""
@@ -153,6 +158,7 @@ class CheckpointStore:
             data = json.dumps(marker, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's meta is not JSON-able: {error}.") from error
+        self._fault("server.mid_checkpoint")
         self._files.write(_marker_name(version), data)
         return nbytes + len(data)
 

@@ -19,7 +19,7 @@ import torch
 
 from cache.chunks import BlobRef
 from cache.codec import Manifest, layout, pack, views
-from cache.errors import CacheError, ChunkCorrupt, RunNotFound, ShardFailed, VersionMissing
+from cache.errors import CacheError, ChunkCorrupt, RunNotFound, ShardFailed, Skewed, VersionMissing
 from cache.records import SlotRecord
 from cache.workers import Heartbeat
 from coordinator import activity, gradient
@@ -32,6 +32,7 @@ from coordinator.task_names import UPDATES
 log = logging.getLogger(__name__)
 
 _FRAMES_SHOWN = 4
+_REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
 
 
 def environment() -> str:
@@ -78,6 +79,7 @@ class Client:
         self.sender = sender
         self.fault = fault
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
+        self._refusals = 0
 
     # --- gradients ----------------------------------------------------------------------
 
@@ -101,7 +103,12 @@ class Client:
         ledger = self.services.ledger(run)
         self.fault("client.before_begin")
         verdict, attempt, incarnation = ledger.begin_shard(
-            step, shard, worker=worker, delivery=delivery, backup=backup
+            step,
+            shard,
+            worker=worker,
+            delivery=delivery,
+            backup=backup,
+            environment=self.heartbeat.info.environment,
         )
         receipt: dict[str, Any] = {
             "run": run,
@@ -110,6 +117,13 @@ class Client:
             "status": verdict,
             "worker": worker,
         }
+        if verdict == "skewed":
+            reason = (
+                f"run {run!r} is computed on {ledger.head().environment}; this worker has "
+                f"{self.heartbeat.info.environment}, which may give other bits. Start a worker like the first, "
+                "or run.resume(admit_skew=True)"
+            )
+            return self._refuse(receipt, reason)
         if verdict != "compute":
             log.info("step %d shard %d of run %s: %s, nothing to do", step, shard, run, verdict)
             return receipt
@@ -121,6 +135,9 @@ class Client:
             receipt = self._compute(receipt, step, shard, attempt, incarnation, in_chord)
             written = True
             return receipt
+        except Skewed as error:
+            self._end_lease(run, step, shard, delivery)
+            return self._refuse(receipt, str(error))
         except CacheError as error:
             # Not the recipe's fault: the shard goes back at once and the supervisor sends it again.
             log.warning("step %d shard %d of run %s goes back: %s", step, shard, run, error)
@@ -149,6 +166,18 @@ class Client:
         except (CacheError, RunNotFound) as error:
             log.warning("run %s: loss of version %d not reported: %s", run, step, error)
 
+    def _refuse(self, receipt: dict[str, Any], reason: str) -> dict[str, Any]:
+        """Leave a shard to workers that may compute it: send it again, and step back for a while."""
+        run, step, shard = receipt["run"], receipt["step"], receipt["shard"]
+        if self.heartbeat.refuse(run, reason):
+            log.error("%s", reason)
+            self.services.ledger(run).emit("refused", {"worker": self.heartbeat.info.id, "reason": reason})
+            self._refusals = 0
+        self.sender.gradient(run, step, shard)
+        time.sleep(min(_REFUSAL_SECONDS[1], _REFUSAL_SECONDS[0] * 2**self._refusals))
+        self._refusals += 1
+        return {**receipt, "status": "refused", "reason": reason}
+
     def hand_back(self) -> None:
         """Give the shards at work to others at once, because this process is about to end.
 
@@ -164,6 +193,8 @@ class Client:
         run, worker = receipt["run"], receipt["worker"]
         ledger = self.services.ledger(run)
         context = self.services.context(run, incarnation)
+        context.require_same_code()
+        self.heartbeat.refuse(run, None)
         began = time.perf_counter()
         result, fetched = self._shard_gradient(context, step, shard)
         seconds = time.perf_counter() - began
@@ -191,7 +222,7 @@ class Client:
         if verdict != "written":
             log.info("step %d shard %d of run %s: slot %s", step, shard, run, verdict)
             self.services.gradients.delete([stored.blob])
-        elif not in_chord and present == context.plan().shards_in(step):
+        elif present == context.plan().shards_in(step) and (not in_chord or ledger.called(step)):
             self.sender.advance(run, queue=ledger.head().queue or UPDATES)
         return {
             **receipt,

@@ -69,7 +69,7 @@ def predict(
                 reference = {"blob": blob.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
                 kwargs = {"run": ledger.run, "version": version, "request": request, "part": number}
                 kwargs["inputs"] = reference
-                sender.send(PREDICT, kwargs, queue=GRADIENTS)
+                sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
                 sent[number] = (time.monotonic(), kwargs)
                 number += 1
             for part, answer in ledger.outputs(request).items():
@@ -97,7 +97,7 @@ def predict(
                         f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
                     )
                 for _, kwargs in sent.values():  # a worker may have died with one; each is written once
-                    sender.send(PREDICT, kwargs, queue=GRADIENTS)
+                    sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
                 progressed = now
             if sent:
                 time.sleep(_POLL_SECONDS)

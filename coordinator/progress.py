@@ -26,24 +26,31 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.enabled:
+            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
                 TextColumn,
-                TimeElapsedColumn,
                 TimeRemainingColumn,
             )
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
+            console = Console()
+            wide = console.width >= 100  # below that only the name gives way, the figures do not
             self._bar = Bar(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                transient=False,
+                TextColumn(
+                    "[bold]{task.description}",
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=None if wide else 1),
+                ),
+                BarColumn(bar_width=None if wide else 8, table_column=Column(ratio=1) if wide else None),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(
+                    compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)
+                ),
+                console=console,
+                expand=True,
             )
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=None, note="waiting for a training server")
@@ -80,7 +87,7 @@ class Progress:
             )
         elif event.type in ("rollback", "failed", "paused", "resumed"):
             self._bar.console.print(f"{event.type}: {data}")
-        speed = f"{self._rate:,.0f} samples/s" if self._rate else ""
+        speed = f"{self._rate:,.0f}/s" if self._rate else ""
         self._bar.update(
             self._task, note="  ".join(part for part in (self._loss, self._metric, speed) if part)
         )

@@ -12,7 +12,6 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +26,9 @@ from cache.errors import (
     Fenced,
     NonFinite,
     RunError,
+    Skewed,
     TorchordError,
+    VersionMissing,
 )
 from cache.ledger import Ledger
 from cache.records import GENESIS, Head, LedgerEntry, SlotReceipt, SlotRecord, VersionRecord
@@ -36,6 +37,7 @@ from coordinator import activity, tree
 from coordinator.aggregate import Accumulator
 from coordinator.checkpoint import CheckpointStore
 from coordinator.client import short_traceback
+from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport, Trainer
 from coordinator.services import RunContext, Services, device
 from coordinator.shards import Plan
@@ -50,10 +52,6 @@ _EVALUATION_PIN_SECONDS = 6 * 3600.0
 _KEPT_VERSIONS = 2
 _EVALUATION_PART = 4096
 _NEVER = -1
-
-
-def _nothing(point: str) -> None:
-    """Stand-in for fault injection: see `TrainingServer.fault`."""
 
 
 @dataclass
@@ -97,7 +95,7 @@ class TrainingServer:
         heartbeat: Heartbeat,
         sender: Sender,
         *,
-        fault: Callable[[str], None] = _nothing,
+        fault: Hook = nothing,
     ) -> None:
         self.services = services
         self.heartbeat = heartbeat
@@ -131,7 +129,12 @@ class TrainingServer:
                 return {"run": run, "status": head.status, "version": head.version}
             self.heartbeat.doing(activity.update(run, head.version))
             try:
-                return self._advance(run, ledger, head)
+                return self._advance(run, ledger, head, called=step)
+            except Skewed as error:
+                if self.heartbeat.refuse(run, str(error)):
+                    log.error("%s", error)
+                    ledger.emit("refused", {"worker": self.heartbeat.info.id, "reason": str(error)})
+                return {"run": run, "status": "refused", "reason": str(error)}
             except Fenced as error:
                 self._warm.pop(run, None)
                 log.info("%s", error)
@@ -147,7 +150,7 @@ class TrainingServer:
             finally:
                 self.heartbeat.doing("")
 
-    def _advance(self, run: str, ledger: Ledger, head: Head) -> dict[str, Any]:
+    def _advance(self, run: str, ledger: Ledger, head: Head, *, called: int | None) -> dict[str, Any]:
         warm = self._warm.get(run)
         if warm is None or (warm.token, warm.version, warm.context.incarnation) != (
             head.token,
@@ -166,9 +169,15 @@ class TrainingServer:
         plan = warm.context.plan()
         while warm.version < plan.total_steps:
             applied = self._apply(warm)
+            if applied is None and called == warm.version == head.launched:
+                # A header ended without its slot (its twin is still at it): that one must call again.
+                warm.ledger.mark_called(called, token=warm.token)
+                applied = self._apply(warm)
             if applied is None:
                 if head.launched != warm.version:
                     self._launch(warm)
+                else:
+                    self._keep_stored(warm)
                 return receipt
             receipt = applied
             head = replace(head, launched=None)
@@ -307,14 +316,28 @@ class TrainingServer:
 
     def _publish_state(self, warm: WarmRun) -> None:
         """Store optimizer and scheduler state beside the present version."""
+        self.fault("server.before_state")
         before = warm.state_version
         skeleton, tensors = tree.flatten(warm.trainer.state())
         warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
         if not warm.ledger.put_version(warm.record, token=warm.token):
             raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
         warm.state_version = warm.version
+        self.fault("server.after_state")
         if before != _NEVER and before < warm.version - 1:
             self.services.parameters.drop(warm.ledger, [before], token=warm.token)
+
+    def _keep_stored(self, warm: WarmRun) -> None:
+        """Store the present version again if its bytes were lost (a cache node died, or evicted them)."""
+        try:
+            self.services.parameters.fetch(warm.ledger, warm.version)
+        except (ChunkCorrupt, ChunkMissing, VersionMissing) as error:
+            log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
+            flat = warm.trainer.replica.pack(warm.flat)
+            record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
+            if not warm.ledger.put_version(record, token=warm.token):
+                raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
+            warm.flat, warm.record, warm.state_version = flat, record, _NEVER
 
     def _retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
         """Delete the versions that nobody needs: not recent, not pinned, not the restore point."""
@@ -366,6 +389,7 @@ class TrainingServer:
                 return {**receipt, "status": "evaluating"}
         if warm.spilled != version:
             self._checkpoint(warm)
+        self.fault("server.before_finish")
         done, _ = ledger.transition(
             "done", allowed=("running",), event="done", data={"version": version}, token=warm.token
         )
@@ -374,6 +398,7 @@ class TrainingServer:
             self.services.parameters.drop(ledger, stored, token=warm.token)
             ledger.retire()
             self.services.parameters.keep(warm.record)
+        self.fault("server.after_finish")
         self._warm.pop(warm.run, None)
         return {**receipt, "status": "done", "version": version}
 
@@ -407,17 +432,30 @@ class TrainingServer:
         Returns:
             The warm run, or the queue of a live owner on another node.
         """
+        self.fault("server.before_acquire")
         info = self.heartbeat.info
-        verdict, value = ledger.acquire(worker=info.id, node=info.node, queue=self.queue)
+        context = self.services.context(run, ledger.head().incarnation)
+        context.require_same_code()
+        verdict, value = ledger.acquire(
+            worker=info.id, node=info.node, queue=self.queue, environment=info.environment
+        )
         if verdict == "owned":
             return str(value)
+        if verdict == "skewed":
+            raise Skewed(
+                f"run {run!r} is updated on {value}; this worker has {info.environment}, which may give other "
+                "bits. Start a worker like the first, or run.resume(admit_skew=True)"
+            )
+        self.heartbeat.refuse(run, None)
         self._warm.pop(run, None)
         token = self._tokens[run] = int(value)
         self.fault("server.after_acquire")
         head = ledger.head()
         context = self.services.context(run, head.incarnation)
         trainer = Trainer.build(context.recipe, context.config, device())
-        checkpoints = CheckpointStore(self.services.settings.checkpoint_dir, run, head.incarnation)
+        checkpoints = CheckpointStore(
+            self.services.settings.checkpoint_dir, run, head.incarnation, fault=self.fault
+        )
         if head.status == "pending" or head.total_steps is None:
             warm = self._initialise(context, ledger, trainer, checkpoints, token, head)
         else:
@@ -449,6 +487,7 @@ class TrainingServer:
         skeleton, tensors = tree.flatten(trainer.state())
         record = self.services.parameters.publish_state(ledger, record, skeleton, tensors)
         plan = Plan(size, context.config)
+        self.fault("server.before_initialise")
         verdict = ledger.initialise(
             token=token,
             manifest=trainer.replica.manifest.to_json(),
@@ -459,6 +498,7 @@ class TrainingServer:
         )
         if verdict != "ok":
             raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")
+        self.fault("server.after_initialise")
         return WarmRun(
             context, ledger, trainer, checkpoints, token, head.version, chain, record, time.time(),
             state_version=head.version, spilled=head.version, nbytes=trainer.nbytes(),
@@ -479,13 +519,15 @@ class TrainingServer:
         if record is None or any(version > record.version for version in on_disk):
             record = self._from_disk(context, ledger, trainer, checkpoints, token, on_disk)
         if record.version != head.version:
+            self.fault("server.before_rollback")
             done, above = ledger.rollback(token=token, version=record.version, chain=record.chain)
             if not done:
                 raise Fenced(f"run {context.run!r}: overtaken while restoring")
+            self.fault("server.after_rollback")
             self.services.parameters.drop(ledger, above, token=token)
             log.warning("run %s: replaying from version %d to %d", context.run, record.version, head.version)
         return WarmRun(
-            context, ledger, trainer, checkpoints, token, record.version, record.chain, record, time.time(),
+            context, ledger, trainer, checkpoints, token, record.version, record.chain, record, head.committed_at,
             state_version=record.version, spilled=_spilled(checkpoints, record.version), nbytes=trainer.nbytes(), shared=head.shared,
         )  # fmt: skip
 
@@ -571,7 +613,8 @@ class TrainingServer:
             for warm in self._warm.values():
                 self._let_go(warm)
                 try:
-                    warm.ledger.release(warm.token)
+                    if warm.ledger.release(warm.token):
+                        self.sender.advance(warm.run)
                 except CacheError as error:
                     log.warning("run %s: not released: %s", warm.run, error)
             self._warm.clear()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.chunks import ChunkStore
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
-from cache.errors import RunError
+from cache.errors import RunError, Skewed
 from cache.gradients import GradientStore
 from cache.ledger import Ledger
 from cache.parameters import ParameterCache
@@ -128,6 +128,19 @@ class RunContext:
                 here = _first_met(fingerprint(self.spec["recipe"]))
                 self._skewed = skewed(str(self.spec.get("fingerprint", "")), here)
             return self._skewed
+
+    def require_same_code(self) -> None:
+        """Refuse to work on the run with other sources than it was submitted with.
+
+        Raises:
+            Skewed: the sources differ and the run's policy is "refuse".
+        """
+        modules = self.skewed()
+        if modules and self.spec.get("skew", self.config.skew) == "refuse":
+            raise Skewed(
+                f"run {self.run!r} was submitted with another version of {', '.join(modules)} than this "
+                "worker has loaded; give it the same files and restart it, or run.resume(admit_skew=True)"
+            )
 
     @property
     def recipe(self) -> ResolvedRecipe:

@@ -99,7 +99,8 @@ class ShardWatch:
             else:
                 self._give_up(
                     lease,
-                    f"exceeded shard_timeout_seconds={limit:g} {_times(lease.attempt)}, last on {lease.worker}",
+                    f"exceeded shard_timeout_seconds={limit:g} {_times(lease.attempt)}, "
+                    f"last on {lease.worker}",
                     "restart that worker if it still hangs, or allow more time",
                 )
         return ""

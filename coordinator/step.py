@@ -50,14 +50,20 @@ class Sender:
             *(getattr(app.backend, "connection_errors", ()) if self._one_server else ()),
         )
 
-    def send(self, task: str, kwargs: dict[str, Any], *, queue: str) -> None:
+    def send(self, task: str, kwargs: dict[str, Any], *, queue: str, hidden: str = "") -> None:
         """Publish one task whose result nobody waits for.
+
+        Args:
+            hidden: a keyword argument that people need not see in Flower.
 
         Raises:
             CacheUnreachable: if the broker does not take it.
         """
         try:
-            self.app.send_task(task, kwargs=kwargs, queue=queue, ignore_result=True, **_PUBLISH)
+            seen = repr({name: value for name, value in kwargs.items() if name != hidden})
+            self.app.send_task(
+                task, kwargs=kwargs, queue=queue, ignore_result=True, kwargsrepr=seen, **_PUBLISH
+            )
         except OperationalError as error:
             raise self._unreachable(f"send {task}", error) from error
 
@@ -124,6 +130,7 @@ class Sender:
             kwargs={"run": run, "step": step},
             queue=callback_queue,
             ignore_result=True,
+            argsrepr="(receipts,)",
         )
         try:
             chord(header, app=self.app)(body)

@@ -235,7 +235,8 @@ class Supervisor:
         if self.memory.count(key) > EVALUATION_TRIES:
             message = (
                 f"parts {lost} of {parts} of the evaluation of version {version} were begun "
-                f"{EVALUATION_TRIES} times and never finished; look at the workers' logs (out of memory? a crash in native code?)"
+                f"{EVALUATION_TRIES} times and never finished; look at the workers' logs (out of memory? "
+                "a crash in native code?)"
             )
             ledger.transition(
                 "failed",

@@ -48,7 +48,7 @@ class StepTemplate:
         # Numbers that stand for the step (and version) and the shard; drawn, so that nothing else equals them.
         self._step, self._shard = (str(10**17 + secrets.randbelow(10**17)) for _ in range(2))
         self._ids = {name: str(uuid4()) for name in ("task", "group", "body")}
-        callback = app.signature(body, kwargs={**body_kwargs, "step": int(self._step)}, queue=body_queue, ignore_result=True)
+        callback = app.signature(body, kwargs={**body_kwargs, "step": int(self._step)}, queue=body_queue, ignore_result=True, argsrepr="(receipts,)")
         callback.freeze(self._ids["body"])
         step, shard = int(self._step), int(self._shard)
         arguments = {**kwargs, "step": step, "shard": shard, "version": step}

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import bootsteps, signals
 from celery.utils.nodenames import gethostname
@@ -15,11 +15,13 @@ from kombu import Exchange, Queue
 from cache.connection import WORKER_PATIENCE_SECONDS
 from cache.workers import Heartbeat, new_info
 from coordinator import faults
-from coordinator.services import Services, set_device
 from coordinator.step import Sender
-from coordinator.supervisor import Supervisor
 from coordinator.task_names import GRADIENTS, UPDATES, private_queue
 from tasks.celery_app import app, settings
+
+# What needs torch is imported where it is used: Flower and the `celery` commands load this module too.
+if TYPE_CHECKING:
+    from coordinator.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Process:
     def __init__(self, node: str, queues: tuple[str, ...]) -> None:
         from coordinator.client import Client
         from coordinator.server import TrainingServer
+        from coordinator.services import Services
 
         self.pid = os.getpid()
         self.services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
@@ -54,6 +57,8 @@ class Process:
 
     def supervise(self) -> None:
         """Stand for election as the supervisor."""
+        from coordinator.supervisor import Supervisor
+
         self.supervisor = Supervisor(self.services, self.heartbeat.info.id, self.sender, fault=self.fault)
         self.supervisor.start()
 
@@ -140,6 +145,9 @@ _parent_heartbeat: Heartbeat | None = None
 
 def _supervise_from_parent() -> None:
     """The parent of a prefork pool speaks for the node: heartbeat with its queues, supervisor."""
+    from coordinator.services import Services
+    from coordinator.supervisor import Supervisor
+
     global _parent_supervisor, _parent_heartbeat
     if _parent_heartbeat is not None:
         return
@@ -169,6 +177,7 @@ def _preload(**_: Any) -> None:
 
     import coordinator.client
     import coordinator.server  # noqa: F401
+    from coordinator.services import set_device
 
     torch.use_deterministic_algorithms(False)  # changes nothing, but its first call imports for a second
     set_device(settings.device)
@@ -185,6 +194,8 @@ def _child_started(**_: Any) -> None:
         index = 0
     if settings.device in ("auto", "cuda"):
         import torch
+
+        from coordinator.services import set_device
 
         if torch.cuda.is_available():
             set_device(f"cuda:{index % torch.cuda.device_count()}")

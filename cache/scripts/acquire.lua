@@ -1,5 +1,5 @@
 -- A training server takes a run over: it gets the next fencing token. Tokens follow the server's clock
--- (ms), so that none is given twice, not even after Redis came back from an older snapshot or the
+-- (microseconds), so that none is given twice, not even after Redis came back from an older snapshot or the
 -- name began another life.
 -- KEYS 1 head  hash  state of the run
 -- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue,
@@ -30,6 +30,6 @@ elseif ARGV[5] ~= '' and environment ~= ARGV[5] and redis.call('HGET', KEYS[1], 
 end
 local now = redis.call('TIME')
 local token = math.max(tonumber(redis.call('HGET', KEYS[1], 'token')) + 1,
-  tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000))
+  tonumber(now[1]) * 1000000 + tonumber(now[2]))
 redis.call('HSET', KEYS[1], 'token', string.format('%.0f', token), 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4])
 return {'acquired', token}

@@ -1,0 +1,1124 @@
+"""Each operation of the control plane against a real server, and against its in-memory twin.
+
+The first half states the contracts of the scripts' headers. The second half goes through every
+operation by a table: each one sent twice, each one against a server that answers with errors or
+not at all, each one's keys with a TTL.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from cache import keys
+from cache.connection import connect
+from cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
+from cache.ledger import Ledger
+from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
+from cache.records import GENESIS, Head, LedgerEntry
+from cache.workers import Registry
+from tests.support.control import (
+    SPEC,
+    comparable,
+    digest,
+    entry,
+    memory_state,
+    record,
+    redis_state,
+    slot,
+    worker,
+)
+
+SCRIPTS = Path(keys.__file__).parent / "scripts"
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclass
+class Plane:
+    """A control plane of one kind: how to talk to it and how to look at all its keys."""
+
+    ledger_of: Callable[[str], Ledger]
+    registry: Registry
+    state: Callable[[], dict[str, Any]]
+
+    def ledger(self, run: str = "run-1") -> Ledger:
+        return self.ledger_of(run)
+
+
+@pytest.fixture(params=["redis", "memory"])
+def plane(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Plane]:
+    """The real control plane in one run of each test, the twin in the other."""
+    if request.param == "memory":
+        memory = MemoryPlane()
+        yield Plane(lambda run: MemoryLedger(memory, run), MemoryRegistry(memory), lambda: memory_state(memory))
+        return
+    client = connect(redis_url)
+    yield Plane(
+        lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), lambda: redis_state(client)
+    )
+    client.close()
+
+
+@pytest.fixture
+def created(plane: Plane) -> Ledger:
+    ledger = plane.ledger()
+    assert ledger.create(SPEC, incarnation="life") is None
+    return ledger
+
+
+@pytest.fixture
+def running(plane: Plane, created: Ledger) -> Ledger:
+    """A run of 3 steps at version 0, with `alive` workers w0, w1, s0, s1 and a launched first step."""
+    start(created)
+    for id in ("w0", "w1", "s0", "s1"):
+        plane.registry.beat(worker(id))
+    return created
+
+
+def start(ledger: Ledger, **changes: Any) -> int:
+    """Acquire, initialise and launch; returns the token."""
+    token = acquire(ledger)
+    fields = {"manifest": {"nbytes": 8}, "record": record(0), "dataset_size": 24, "evaluation_size": 8}
+    assert ledger.initialise(token=token, total_steps=3, **{**fields, **changes}) == "ok"
+    assert ledger.mark_launched(ledger.head().version, token=token) == "ok"
+    return token
+
+
+def acquire(ledger: Ledger, id: str = "s0", node: str | None = None) -> int:
+    verdict, token = ledger.acquire(worker=id, node=node or f"celery@{id}", queue=f"updates.{id}")
+    assert verdict == "acquired"
+    assert isinstance(token, int)
+    return token
+
+
+def begin(ledger: Ledger, step: int = 0, shard: int = 0, worker: str = "w0", **more: Any) -> tuple[str, int, str]:
+    return ledger.begin_shard(step, shard, worker=worker, **{"delivery": f"{worker}:{shard}", **more})
+
+
+def fill(ledger: Ledger, step: int, shards: int = 2) -> None:
+    for shard in range(shards):
+        ledger.write_slot(step, slot(step, shard))
+
+
+def commit(ledger: Ledger, step: int, token: int, shards: int = 2, **changes: Any) -> Any:
+    """Commit a step whose slots are `slot(step, shard)`, on top of the present chain."""
+    made = entry(step + 1, [slot(step, s) for s in range(shards)], ledger.head().chain, token=token)
+    fields: dict[str, Any] = {"entry": made, "record": record(step + 1, made.chain), "event": {"step": step}}
+    return ledger.commit(step=step, token=token, shards=shards, **{**fields, **changes})
+
+
+def advance(ledger: Ledger, token: int, steps: int) -> None:
+    """Commit the next `steps` steps of two shards each."""
+    for step in range(ledger.head().version, ledger.head().version + steps):
+        fill(ledger, step)
+        assert commit(ledger, step, token).verdict == "ok"
+
+
+def only_counters_change(plane: Plane, act: Callable[[], Any], *, also: tuple[str, ...] = ()) -> Any:
+    """The answer of `act`, which may change the head's counters and nothing else."""
+    before = comparable(plane.state(), counters=False)
+    answer = act()
+    assert comparable(plane.state(), counters=False) == before
+    return answer
+
+
+# --- create --------------------------------------------------------------------------------
+
+
+def test_create_makes_a_pending_run_at_version_0(plane: Plane) -> None:
+    ledger = plane.ledger()
+    assert ledger.create(SPEC, incarnation="life") is None
+    head = ledger.head()
+    assert (head.status, head.version, head.chain, head.token) == ("pending", 0, GENESIS, 0)
+    assert (head.incarnation, head.owner, head.launched, head.total_steps) == ("life", "", None, None)
+    assert ledger.spec() == SPEC
+    assert plane.registry.active_runs() == ["run-1"]
+
+
+def test_create_again_returns_the_spec_that_is_there_and_changes_nothing(plane: Plane, running: Ledger) -> None:
+    other = {"recipe": {"model": "another"}, "config": {}}
+    answer = only_counters_change(plane, lambda: running.create(other, incarnation="other"))
+    assert answer == SPEC
+    assert running.head().incarnation == "life"
+
+
+def test_create_from_a_checkpoint_starts_at_its_version(plane: Plane) -> None:
+    ledger = plane.ledger()
+    ledger.create(SPEC, incarnation="life", version=7, chain=digest("seven"))
+    assert (ledger.head().version, ledger.head().chain) == (7, digest("seven"))
+
+
+def test_a_new_life_of_a_name_inherits_nothing(plane: Plane, running: Ledger) -> None:
+    advance(running, running.head().token, 1)
+    running.rollback(token=running.head().token, version=0, chain=GENESIS)
+    begin(running)
+    running.write_slot(0, slot(0, 0))
+    running.launch_evaluation(0, 2, pin_seconds=60)
+    if isinstance(running, MemoryLedger):
+        running.plane.delete(running.keys.spec)
+    else:
+        running.client.delete(running.keys.spec)  # evicted, say
+
+    assert running.create(SPEC, incarnation="second") is None
+    kept = {name.rpartition("}:")[2] for name in plane.state() if "{run-1}" in name}
+    assert kept == {"spec", "head"}
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "{x}", "-x", "x" * 101, "a:b"])
+def test_a_run_needs_a_name_that_fits_a_key(plane: Plane, name: str) -> None:
+    with pytest.raises(InvalidInput):
+        plane.ledger(name)
+
+
+def test_reading_an_unknown_run_names_it(plane: Plane) -> None:
+    for read in (plane.ledger("nobody").head, plane.ledger("nobody").spec):
+        with pytest.raises(RunNotFound, match="nobody"):
+            read()
+    with pytest.raises(CacheError, match="no parameters yet"):
+        plane.ledger("nobody").manifest()
+
+
+# --- acquire, release -------------------------------------------------------------------------
+
+
+def test_acquire_takes_a_run_that_nobody_serves(plane: Plane, created: Ledger) -> None:
+    token = acquire(created)
+    head = created.head()
+    assert (head.owner, head.node, head.queue, head.token) == ("s0", "celery@s0", "updates.s0", token)
+
+
+def test_each_acquire_gives_a_larger_token(plane: Plane, created: Ledger) -> None:
+    tokens = [acquire(created, id) for id in ("s0", "s1", "s1", "s0") * 5]
+    assert tokens == sorted(set(tokens))
+
+
+def test_tokens_of_a_second_life_are_larger_than_those_of_the_first(plane: Plane, created: Ledger) -> None:
+    first = acquire(created)
+    if isinstance(created, MemoryLedger):
+        created.plane.delete(created.keys.head)
+    else:
+        created.client.delete(created.keys.head)
+    created.create(SPEC, incarnation="second")
+    assert acquire(created) > first
+
+
+def test_acquire_leaves_a_run_to_its_living_owner(plane: Plane, running: Ledger) -> None:
+    answer = only_counters_change(
+        plane, lambda: running.acquire(worker="s1", node="celery@s1", queue="updates.s1")
+    )
+    assert answer == ("owned", "updates.s0")
+
+
+def test_acquire_takes_a_run_whose_owner_is_dead(plane: Plane, running: Ledger) -> None:
+    before = running.head().token
+    plane.registry.leave(worker("s0"))
+    assert acquire(running, "s1") > before
+    assert running.head().owner == "s1"
+
+
+def test_two_processes_of_one_node_take_turns_and_share(plane: Plane, created: Ledger) -> None:
+    for id in ("child-1", "child-2"):
+        plane.registry.beat(worker(id, node="celery@pool"))
+    acquire(created, "child-1", "celery@pool")
+    assert not created.head().shared
+    acquire(created, "child-2", "celery@pool")
+    assert created.head().shared
+    plane.registry.leave(worker("child-2"))
+    acquire(created, "elsewhere")
+    assert not created.head().shared
+
+
+def test_acquire_of_an_unknown_run_makes_no_key(plane: Plane) -> None:
+    assert plane.ledger().acquire(worker="s0", node="n", queue="q") == ("missing", 0)
+    assert plane.state() == {}
+
+
+def test_release_lets_a_standby_in_while_the_owner_lives(plane: Plane, running: Ledger) -> None:
+    assert running.release(running.head().token)
+    assert running.head().owner == ""
+    acquire(running, "s1")
+
+
+def test_release_by_a_fenced_server_changes_nothing(plane: Plane, running: Ledger) -> None:
+    old = running.head().token
+    plane.registry.leave(worker("s0"))
+    acquire(running, "s1")
+    assert not only_counters_change(plane, lambda: running.release(old))
+    assert running.head().owner == "s1"
+
+
+# --- initialise ---------------------------------------------------------------------------------
+
+
+def test_initialise_starts_the_run(plane: Plane, created: Ledger) -> None:
+    token = acquire(created)
+    verdict = created.initialise(
+        token=token, manifest={"n": 1}, record=record(0), dataset_size=24, evaluation_size=8, total_steps=3
+    )
+    head = created.head()
+    assert verdict == "ok"
+    assert (head.status, head.version, head.total_steps) == ("running", 0, 3)
+    assert (head.dataset_size, head.evaluation_size) == (24, 8)
+    assert created.manifest() == {"n": 1}
+    assert created.version(0) == record(0)
+    assert [(e.type, e.data) for e in created.read_events()] == [("started", {"version": 0, "total_steps": 3})]
+
+
+def test_initialise_needs_the_token_and_a_run_that_waits(plane: Plane, created: Ledger) -> None:
+    token = acquire(created)
+    fields: dict[str, Any] = {"manifest": {}, "record": record(0), "dataset_size": 1, "evaluation_size": 0}
+    assert created.initialise(token=token - 1, total_steps=1, **fields) == "fenced"
+    created.transition("cancelled", allowed=("pending",), event="cancelled")
+    assert created.initialise(token=token, total_steps=1, **fields) == "stopped"
+    assert created.versions() == {}
+
+
+# --- begin_shard, end_lease ----------------------------------------------------------------------
+
+
+def test_begin_gives_a_lease(plane: Plane, running: Ledger) -> None:
+    assert begin(running) == ("compute", 1, "life")
+    (lease,) = running.leases(0).values()
+    assert (lease.shard, lease.worker, lease.attempt, lease.delivery, lease.open) == (0, "w0", 1, "w0:0", True)
+    assert lease.since > 0
+
+
+def test_the_same_delivery_gets_the_same_lease(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    assert only_counters_change(plane, lambda: begin(running)) == ("compute", 1, "life")
+
+
+@pytest.mark.parametrize(("id", "delivery"), [("w1", "d"), ("w0", "d"), ("w1", "w0:0")])
+def test_a_shard_at_a_live_worker_is_held(plane: Plane, running: Ledger, id: str, delivery: str) -> None:
+    begin(running)
+    answer = only_counters_change(plane, lambda: begin(running, worker=id, delivery=delivery))
+    assert answer == ("held", 1, "life")
+    assert running.head().duplicates == 1
+
+
+def test_a_backup_computes_beside_a_live_worker_and_is_no_further_try(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    assert begin(running, worker="w1", backup=True) == ("compute", 1, "life")
+    assert running.leases(0)[0].worker == "w1"
+
+
+def test_the_shard_of_a_dead_worker_is_a_further_try(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    plane.registry.leave(worker("w0"))
+    assert begin(running, worker="w1") == ("compute", 2, "life")
+
+
+def test_a_shard_handed_back_goes_elsewhere_and_counts_no_try(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    assert running.end_lease(0, 0, worker="w0", delivery="w0:0")
+    assert not running.leases(0)[0].open
+    assert begin(running, worker="w1") == ("compute", 1, "life")
+
+
+def test_a_try_taken_from_an_overdue_worker_counts(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    assert running.end_lease(0, 0, worker="w0", delivery="w0:0", counts=True)
+    assert begin(running, worker="w1") == ("compute", 2, "life")
+
+
+def test_a_shard_handed_back_is_open_again_for_the_same_delivery(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    running.end_lease(0, 0, worker="w0", delivery="w0:0")
+    assert begin(running) == ("compute", 1, "life")
+    assert running.leases(0)[0].open
+
+
+@pytest.mark.parametrize(("id", "delivery"), [("w1", "w0:0"), ("w0", "another")])
+def test_only_the_holder_hands_back(plane: Plane, running: Ledger, id: str, delivery: str) -> None:
+    begin(running)
+    assert not only_counters_change(plane, lambda: running.end_lease(0, 0, worker=id, delivery=delivery))
+    assert not only_counters_change(plane, lambda: running.end_lease(0, 1, worker=id, delivery=delivery))
+
+
+def test_begin_before_and_after_the_step(plane: Plane, running: Ledger) -> None:
+    advance(running, running.head().token, 1)
+    assert only_counters_change(plane, lambda: begin(running, step=0)) == ("late", 0, "life")
+    assert only_counters_change(plane, lambda: begin(running, step=2)) == ("early", 0, "life")
+    assert running.head().late == 1
+
+
+def test_begin_of_a_written_shard_is_a_duplicate(plane: Plane, running: Ledger) -> None:
+    running.write_slot(0, slot(0, 0))
+    assert only_counters_change(plane, lambda: begin(running)) == ("duplicate", 0, "life")
+    assert running.head().duplicates == 1
+
+
+@pytest.mark.parametrize("status", ["paused", "failed", "cancelled", "done"])
+def test_begin_in_a_run_that_does_not_run(plane: Plane, running: Ledger, status: str) -> None:
+    running.transition(status, allowed=("running",), event=status)
+    assert only_counters_change(plane, lambda: begin(running)) == ("stopped", 0, "life")
+
+
+def test_begin_in_an_unknown_run_makes_no_key(plane: Plane) -> None:
+    assert begin(plane.ledger()) == ("stopped", 0, "")
+    assert plane.state() == {}
+
+
+def test_the_first_worker_sets_the_environment_and_others_are_refused(plane: Plane) -> None:
+    ledger = plane.ledger()
+    ledger.create({"recipe": {}, "config": {"skew": "refuse"}}, incarnation="life")
+    start(ledger)
+    assert begin(ledger, environment="torch 2.13")[0] == "compute"
+    assert ledger.head().environment == "torch 2.13"
+    answer = only_counters_change(plane, lambda: begin(ledger, shard=1, worker="w1", environment="torch 2.4"))
+    assert answer == ("skewed", 0, "life")
+    assert begin(ledger, shard=1, worker="w1", environment="torch 2.13")[0] == "compute"
+    assert begin(ledger, shard=1, worker="w2")[0] == "compute"
+
+
+def test_a_run_may_admit_other_environments(plane: Plane) -> None:
+    ledger = plane.ledger()
+    ledger.create({"recipe": {}, "config": {"skew": "admit"}}, incarnation="life")
+    start(ledger)
+    begin(ledger, environment="torch 2.13")
+    assert begin(ledger, shard=1, worker="w1", environment="torch 2.4")[0] == "compute"
+
+
+# --- write_slot ------------------------------------------------------------------------------------
+
+
+def test_the_first_writer_wins(plane: Plane, running: Ledger) -> None:
+    assert running.write_slot(0, slot(0, 1, "first")) == ("written", 1)
+    answer = only_counters_change(plane, lambda: running.write_slot(0, slot(0, 1, "second")))
+    assert answer == ("duplicate", 1)
+    assert running.slots(0)[1].nonce == "first"
+    assert running.head().duplicates == 1
+    assert running.write_slot(0, slot(0, 0)) == ("written", 2)
+    assert running.slots_present(0) == {0, 1}
+
+
+def test_the_same_attempt_may_write_again(plane: Plane, running: Ledger) -> None:
+    running.write_slot(0, slot(0, 1))
+    assert only_counters_change(plane, lambda: running.write_slot(0, slot(0, 1))) == ("written", 1)
+    assert running.head().duplicates == 0
+
+
+def test_other_bytes_for_the_same_shard_are_told_and_counted(plane: Plane, running: Ledger) -> None:
+    running.write_slot(0, slot(0, 1))
+    impure = slot(0, 1, "second", digest=digest("other"))
+    assert only_counters_change(plane, lambda: running.write_slot(0, impure)) == ("divergent", 1)
+    assert running.head().divergent == 1
+
+
+def test_write_before_and_after_the_step(plane: Plane, running: Ledger) -> None:
+    advance(running, running.head().token, 1)
+    assert only_counters_change(plane, lambda: running.write_slot(0, slot(0, 0, "late"))) == ("late", 0)
+    assert only_counters_change(plane, lambda: running.write_slot(2, slot(2, 0))) == ("early", 0)
+    assert running.head().late == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [("paused", "written"), ("failed", "written"), ("cancelled", "stopped"), ("done", "stopped")],
+)
+def test_work_that_ends_after_a_pause_is_kept(plane: Plane, running: Ledger, status: str, verdict: str) -> None:
+    running.transition(status, allowed=("running",), event=status)
+    assert running.write_slot(0, slot(0, 0))[0] == verdict
+
+
+def test_a_slot_of_an_earlier_life_of_the_name_is_refused(plane: Plane, running: Ledger) -> None:
+    answer = only_counters_change(plane, lambda: running.write_slot(0, slot(0, 0), incarnation="before"))
+    assert answer == ("stopped", 0)
+    assert running.write_slot(0, slot(0, 0), incarnation="life") == ("written", 1)
+
+
+def test_write_in_an_unknown_run_makes_no_key(plane: Plane) -> None:
+    assert plane.ledger().write_slot(0, slot(0, 0)) == ("stopped", 0)
+    assert plane.state() == {}
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e308, 5e-324, -0.0])
+def test_numbers_that_json_has_no_word_for_survive_the_scripts(
+    plane: Plane, running: Ledger, value: float
+) -> None:
+    """NaN and infinity pass through the scripts' own JSON reader on the second write and at a rollback."""
+
+    def same(one: float, other: float) -> bool:
+        return one == other or (math.isnan(one) and math.isnan(other))
+
+    odd = slot(0, 0, loss=value, grad_norm=value, seconds=value)
+    assert running.write_slot(0, odd) == ("written", 1)
+    assert running.write_slot(0, odd) == ("written", 1)
+    assert running.write_slot(0, replace(odd, nonce="second")) == ("duplicate", 1)
+    assert same(running.slots(0)[0].loss, value)
+    assert same(running.slots(0)[0].grad_norm, value)
+
+    token = running.head().token
+    made = entry(1, [odd], loss=value, grad_norm=value, lr=(value,))
+    assert running.commit(
+        step=0, token=token, shards=1, entry=made, record=record(1, made.chain), event={"loss": value}
+    ).verdict == "ok"  # fmt: skip
+    (found,) = running.entries()
+    assert same(found.loss, value)
+    assert same(found.lr[0], value)
+    assert found.computed_seal() == found.seal
+    assert same(running.read_events()[-1].data["loss"], value)
+    assert running.rollback(token=token, version=0, chain=GENESIS)[0]
+    running.write_slot(0, odd)
+    assert running.commit(
+        step=0, token=token, shards=1, entry=made, record=record(1, made.chain), event={}
+    ).verdict == "ok"  # fmt: skip
+
+
+def test_text_of_any_kind_survives_the_scripts(plane: Plane, running: Ledger) -> None:
+    id = "wörker \"1\" \\ \n {0} \u2028 🙂"
+    plane.registry.beat(worker(id))
+    assert begin(running, worker=id)[0] == "compute"
+    assert running.leases(0)[0].worker == id
+    assert begin(running, worker="w1") == ("held", 1, "life")
+    running.end_lease(0, 0, worker=id, delivery=f"{id}:0")
+    assert running.leases(0)[0].worker == id
+
+
+# --- commit -------------------------------------------------------------------------------------------
+
+
+def test_commit_moves_the_head_by_one(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    begin(running)
+    fill(running, 0)
+    committed = commit(running, 0, token)
+    head = running.head()
+    assert (committed.verdict, sorted(committed.stored), committed.pinned) == ("ok", [0, 1], frozenset())
+    (made,) = running.entries()
+    assert (head.version, head.chain) == (1, made.chain)
+    assert running.version(1) == record(1, made.chain)
+    assert running.slots_present(0) == set()
+    assert running.leases(0) == {}
+    assert (running.read_events()[-1].type, running.read_events()[-1].data) == ("step", {"step": 0})
+
+
+def test_a_commit_sent_twice_is_known_by_its_chain(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    fill(running, 0)
+    made = entry(1, [slot(0, 0), slot(0, 1)])
+    arguments: dict[str, Any] = {
+        "step": 0, "token": token, "shards": 2, "entry": made, "record": record(1, made.chain), "event": {},
+    }  # fmt: skip
+    first = running.commit(**arguments)
+    assert only_counters_change(plane, lambda: running.commit(**arguments)) == first
+
+
+def test_a_commit_without_the_token_is_fenced(plane: Plane, running: Ledger) -> None:
+    old = running.head().token
+    fill(running, 0)
+    plane.registry.leave(worker("s0"))
+    acquire(running, "s1")
+    assert only_counters_change(plane, lambda: commit(running, 0, old)).verdict == "fenced"
+
+
+def test_a_commit_that_was_taken_is_fenced_for_the_server_before(plane: Plane, running: Ledger) -> None:
+    old = running.head().token
+    fill(running, 0)
+    plane.registry.leave(worker("s0"))
+    commit(running, 0, acquire(running, "s1"))
+    assert only_counters_change(plane, lambda: commit(running, 0, old)).verdict == "fenced"
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_commit_from_another_version_is_stale(plane: Plane, running: Ledger, step: int) -> None:
+    token = running.head().token
+    advance(running, token, 1)
+    fill(running, 1)
+    assert only_counters_change(plane, lambda: commit(running, step, token)).verdict == "stale"
+
+
+@pytest.mark.parametrize("present", [0, 1, 3])
+def test_a_commit_needs_every_slot_and_no_other(plane: Plane, running: Ledger, present: int) -> None:
+    fill(running, 0, present)
+    token = running.head().token
+    assert only_counters_change(plane, lambda: commit(running, 0, token)).verdict == "incomplete"
+
+
+@pytest.mark.parametrize("status", ["paused", "failed", "cancelled"])
+def test_a_commit_needs_a_run_that_runs(plane: Plane, running: Ledger, status: str) -> None:
+    fill(running, 0)
+    running.transition(status, allowed=("running",), event=status)
+    token = running.head().token
+    assert only_counters_change(plane, lambda: commit(running, 0, token)).verdict == "stopped"
+
+
+def test_commit_says_which_versions_are_stored_and_pinned(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    running.pin(0, seconds=60)
+    running.pin(7, seconds=-60)
+    advance(running, token, 1)
+    fill(running, 1)
+    committed = commit(running, 1, token)
+    assert (sorted(committed.stored), committed.pinned) == ([0, 1, 2], {0})
+
+
+# --- rollback ---------------------------------------------------------------------------------------------
+
+
+def test_rollback_takes_the_head_back_and_keeps_what_the_replay_must_meet(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    advance(running, token, 3)
+    chains = [e.chain for e in running.entries()]
+    running.mark_launched(3, token=token)
+    done, above = running.rollback(token=token, version=1, chain=chains[0])
+    head = running.head()
+    assert (done, sorted(above)) == (True, [2, 3])
+    assert (head.version, head.chain, head.launched, head.replayed) == (1, chains[0], None, 2)
+    assert [e.version for e in running.entries()] == [1]
+    advance(running, token, 2)
+    assert [e.chain for e in running.entries()] == chains
+
+
+def test_a_replay_that_gives_other_bytes_is_told(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    advance(running, token, 1)
+    running.rollback(token=token, version=0, chain=GENESIS)
+    fill(running, 0)
+    other = entry(1, [slot(0, 0), slot(0, 1, digest=digest("other"))])
+    answer = only_counters_change(
+        plane, lambda: commit(running, 0, token, entry=other, record=record(1, other.chain))
+    )
+    assert answer.verdict == "diverged"
+    assert commit(running, 0, token).verdict == "ok"
+
+
+def test_rollback_needs_the_token(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    advance(running, token, 1)
+    plane.registry.leave(worker("s0"))
+    acquire(running, "s1")
+    answer = only_counters_change(plane, lambda: running.rollback(token=token, version=0, chain=GENESIS))
+    assert answer == (False, ())
+
+
+def test_slots_of_the_interrupted_step_survive_a_rollback(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    advance(running, token, 1)
+    running.write_slot(1, slot(1, 0))
+    running.rollback(token=token, version=0, chain=GENESIS)
+    assert running.write_slot(1, slot(1, 1)) == ("early", 0)
+    advance(running, token, 1)
+    assert running.slots_present(1) == {0}
+
+
+# --- marks, slots that lost their bytes ------------------------------------------------------------------
+
+
+def test_marks_hold_for_the_present_step_and_its_server(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    assert running.mark_called(0, token=token) == "ok"
+    assert running.called(0)
+    assert not running.called(1)
+    assert running.mark_launched(0, token=token) == "ok"
+    assert not running.called(0)
+    for mark in (running.mark_launched, running.mark_called):
+        assert only_counters_change(plane, lambda mark=mark: mark(1, token=token)) == "stale"
+        assert only_counters_change(plane, lambda mark=mark: mark(0, token=token - 1)) == "fenced"
+    for mark in (plane.ledger("nobody").mark_launched, plane.ledger("nobody").mark_called):
+        assert only_counters_change(plane, lambda mark=mark: mark(0, token=1)) == "fenced"
+
+
+def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    begin(running)
+    running.write_slot(0, slot(0, 0, "lost"))
+    assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="lost", token=token - 1)) == "fenced"
+    assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="newer", token=token)) == "stale"
+    assert only_counters_change(plane, lambda: running.drop_slot(1, 0, nonce="lost", token=token)) == "stale"
+    assert running.drop_slot(0, 0, nonce="lost", token=token) == "ok"
+    assert running.head().launched is None
+    assert begin(running, worker="w1") == ("compute", 1, "life")
+    assert running.write_slot(0, slot(0, 0, "again")) == ("written", 1)
+
+
+# --- transition ----------------------------------------------------------------------------------------------
+
+
+def test_transition_from_an_allowed_state(plane: Plane, running: Ledger) -> None:
+    reason = {"kind": "Poison", "message": "no"}
+    done = running.transition("failed", allowed=("pending", "running"), event="failed", data={"a": 1}, error=reason)
+    assert done == (True, "running")
+    head = running.head()
+    assert (head.status, head.error) == ("failed", reason)
+    assert plane.registry.active_runs() == []
+    assert (running.read_events()[-1].type, running.read_events()[-1].data) == ("failed", {"a": 1})
+    assert running.transition("running", allowed=("failed",), event="resumed", error=None) == (True, "failed")
+    head = running.head()
+    assert (head.status, head.error, head.launched) == ("running", None, None)
+    assert plane.registry.active_runs() == ["run-1"]
+
+
+def test_transition_from_another_state_is_refused(plane: Plane, running: Ledger) -> None:
+    answer = only_counters_change(
+        plane, lambda: running.transition("running", allowed=("paused", "failed"), event="resumed")
+    )
+    assert answer == (False, "running")
+    assert plane.ledger("nobody").transition("paused", allowed=("running",), event="x") == (False, "missing")
+
+
+def test_a_state_is_no_prefix_of_another(plane: Plane, running: Ledger) -> None:
+    assert running.transition("x", allowed=("run", "unning", "runningx"), event="x") == (False, "running")
+
+
+def test_transition_by_a_fenced_server_is_refused(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    answer = only_counters_change(
+        plane, lambda: running.transition("done", allowed=("running",), event="done", token=token - 1)
+    )
+    assert answer == (False, "running")
+    assert running.transition("done", allowed=("running",), event="done", token=token) == (True, "running")
+
+
+def test_a_straggler_cannot_fail_a_run_that_went_on_without_it(plane: Plane, running: Ledger) -> None:
+    def fail(step: int, shard: int, incarnation: str = "life") -> tuple[bool, str]:
+        return running.transition(
+            "failed", allowed=("running",), event="failed", shard=(step, shard), incarnation=incarnation
+        )
+
+    running.write_slot(0, slot(0, 0))
+    assert only_counters_change(plane, lambda: fail(0, 0)) == (False, "running")
+    assert only_counters_change(plane, lambda: fail(1, 0)) == (False, "running")
+    assert only_counters_change(plane, lambda: fail(0, 1, "before")) == (False, "running")
+    assert fail(0, 1) == (True, "running")
+
+
+def test_resuming_forgets_the_tries_before(plane: Plane, running: Ledger) -> None:
+    begin(running)
+    plane.registry.leave(worker("w0"))
+    begin(running, worker="w1")
+    running.transition("failed", allowed=("running",), event="failed")
+    running.transition("running", allowed=("failed",), event="resumed")
+    lease = running.leases(0)[0]
+    assert (lease.worker, lease.attempt, lease.open) == ("w1", 0, True)
+
+
+def test_a_corrected_spec_is_taken_while_the_run_stands_still(plane: Plane, running: Ledger) -> None:
+    corrected = {**SPEC, "config": {"epochs": 2}}
+    assert not only_counters_change(
+        plane, lambda: running.respec(corrected, incarnation="life.1", skew="admit")
+    )
+    running.transition("paused", allowed=("running",), event="paused")
+    assert running.respec(corrected, incarnation="life.1", skew="refuse")
+    assert running.spec() == corrected
+    assert (running.head().incarnation, running.head().skew) == ("life.1", "refuse")
+
+
+# --- versions ---------------------------------------------------------------------------------------------------
+
+
+def test_versions_are_written_and_dropped_by_the_server_in_force(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    assert running.put_version(record(0, state=True), token=token)
+    assert running.version(0) == record(0, state=True)
+    plane.registry.leave(worker("s0"))
+    successor = acquire(running, "s1")
+    assert not only_counters_change(plane, lambda: running.put_version(record(5), token=token))
+    assert not only_counters_change(plane, lambda: running.drop_versions([0], token=token))
+    assert running.drop_versions([], token=successor)
+    assert running.drop_versions([0, 17], token=successor)
+    assert (running.version(0), running.versions()) == (None, {})
+
+
+# --- the ledger's entries -----------------------------------------------------------------------------------------
+
+
+def test_entries_are_read_in_order_and_in_part(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    start(running, record=record(0))
+    token = running.head().token
+    advance(running, token, 12)
+    assert [e.version for e in running.entries()] == list(range(1, 13))
+    assert [e.version for e in running.entries(10)] == [10, 11, 12]
+    assert [e.version for e in running.entries(3, 5)] == [3, 4, 5]
+    assert running.entries(5, 3) == []
+    running.trim_entries(range(1, 4))
+    running.trim_entries([])
+    assert running.ledger_size() == 9
+    assert [e.version for e in running.entries(1, 4)] == [4]
+
+
+def test_an_entry_survives_its_trip(plane: Plane, running: Ledger) -> None:
+    made = entry(1, [slot(0, 0, loss=1e-17), slot(0, 1)], lr=(0.1, 1e-300), notes={"a": [1, None]})
+    fill(running, 0)
+    commit(running, 0, running.head().token, entry=made, record=record(1, made.chain))
+    assert running.entries() == [made]
+    assert LedgerEntry.from_json(made.to_json()).computed_seal() == made.seal
+
+
+# --- evaluations -------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_from_launch_to_record(plane: Plane, running: Ledger) -> None:
+    assert running.launch_evaluation(0, 2, pin_seconds=60)
+    assert running.pending_evaluations() == {0: 2}
+    advance(running, running.head().token, 1)
+    fill(running, 1)
+    assert commit(running, 1, running.head().token).pinned == {0}
+    assert running.write_part(0, 1, {"loss": NAN}, parts=2) == ("written", [])
+    assert running.parts_present(0) == {1}
+    verdict, values = running.write_part(0, 0, {"loss": 1.0}, parts=2)
+    assert verdict == "complete"
+    assert values[0] == {"loss": 1.0}
+    assert math.isnan(values[1]["loss"])
+    assert running.record_evaluation(0, {"loss": 1.5})
+    assert running.evaluations() == {0: {"loss": 1.5}}
+    assert running.pending_evaluations() == {}
+    assert running.parts_present(0) == set()
+    assert running.read_events()[-1].data == {"version": 0, "metrics": {"loss": 1.5}}
+
+
+def test_the_first_part_and_the_first_record_win(plane: Plane, running: Ledger) -> None:
+    running.write_part(0, 0, {"loss": 1.0}, parts=2)
+    running.write_part(0, 0, {"loss": 2.0}, parts=2)
+    assert running.write_part(0, 1, {"loss": 3.0}, parts=2)[1] == [{"loss": 1.0}, {"loss": 3.0}]
+    assert running.record_evaluation(0, {"loss": 2.0})
+    assert not only_counters_change(plane, lambda: running.record_evaluation(0, {"loss": 9.0}))
+    assert running.evaluations() == {0: {"loss": 2.0}}
+
+
+def test_an_evaluation_that_is_done_does_not_begin_again(plane: Plane, running: Ledger) -> None:
+    running.launch_evaluation(0, 1, pin_seconds=60)
+    running.write_part(0, 0, {"loss": 1.0}, parts=1)
+    running.record_evaluation(0, {"loss": 1.0})
+    assert not only_counters_change(plane, lambda: running.launch_evaluation(0, 1, pin_seconds=60))
+    assert only_counters_change(plane, lambda: running.write_part(0, 0, {"loss": 1.0}, parts=1)) == ("done", [])
+    assert running.pending_evaluations() == {}
+
+
+def test_an_evaluation_is_launched_once(plane: Plane, running: Ledger) -> None:
+    assert running.launch_evaluation(0, 4, pin_seconds=60)
+    assert not running.launch_evaluation(0, 2, pin_seconds=60)
+    assert running.pending_evaluations() == {0: 4}
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_output_of_a_part_wins(plane: Plane) -> None:
+    ledger = plane.ledger()
+    assert ledger.write_output("q", 0, {"a": 1})
+    assert not ledger.write_output("q", 0, {"a": 2})
+    assert ledger.write_output("q", 1, {"a": NAN})
+    assert ledger.outputs("q")[0] == {"a": 1}
+    ledger.drop_outputs("q")
+    assert ledger.outputs("q") == {}
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_read_from_a_resume_point(plane: Plane) -> None:
+    ledger = plane.ledger()
+    assert (ledger.last_event_id(), ledger.read_events()) == ("0-0", [])
+    for number in range(5):
+        ledger.emit("tick", {"n": number})
+    events = ledger.read_events()
+    assert [event.data["n"] for event in events] == [0, 1, 2, 3, 4]
+    assert ledger.last_event_id() == events[-1].id
+    assert [event.data["n"] for event in ledger.read_events(events[2].id)] == [3, 4]
+    assert [event.data["n"] for event in ledger.read_events(count=2)] == [0, 1]
+
+
+def test_reading_events_waits_for_the_first(plane: Plane) -> None:
+    ledger = plane.ledger()
+    assert ledger.read_events(block_seconds=0.01) == []
+    timer = threading.Timer(0.05, ledger.emit, ("tick", {}))
+    timer.start()
+    assert [event.type for event in ledger.read_events(block_seconds=10)] == ["tick"]
+    timer.join()
+
+
+def test_following_events_goes_on_for_ever(plane: Plane) -> None:
+    ledger = plane.ledger()
+    follower = ledger.follow(poll_seconds=0.01)
+    assert next(follower) is None
+    ledger.emit("tick", {"n": 1})
+    first = next(follower)
+    assert first is not None
+    assert first.data == {"n": 1}
+
+
+# --- every operation, by a table ---------------------------------------------------------------------------------------
+
+# What is called in each test below, on a run that has committed step 0 and has one slot of step 1.
+CALLS: dict[str, Callable[[Ledger, int], Any]] = {
+    "create": lambda ledger, token: ledger.create(SPEC, incarnation="again"),
+    "spec": lambda ledger, token: ledger.spec(),
+    "respec": lambda ledger, token: ledger.respec(SPEC, incarnation="life.1", skew="admit"),
+    "head": lambda ledger, token: ledger.head(),
+    "transition": lambda ledger, token: ledger.transition("paused", allowed=("running",), event="paused"),
+    "retire": lambda ledger, token: ledger.retire([0]),
+    "begin_shard": lambda ledger, token: begin(ledger, step=1, shard=1),
+    "end_lease": lambda ledger, token: ledger.end_lease(1, 0, worker="w0", delivery="w0:0"),
+    "write_slot": lambda ledger, token: ledger.write_slot(1, slot(1, 1)),
+    "acquire": lambda ledger, token: ledger.acquire(worker="s0", node="celery@s0", queue="updates.s0"),
+    "release": lambda ledger, token: ledger.release(token),
+    "initialise": lambda ledger, token: ledger.initialise(
+        token=token, manifest={}, record=record(1), dataset_size=9, evaluation_size=0, total_steps=3
+    ),
+    "slots": lambda ledger, token: ledger.slots(1),
+    "slots_present": lambda ledger, token: ledger.slots_present(1),
+    "leases": lambda ledger, token: ledger.leases(1),
+    "drop_slot": lambda ledger, token: ledger.drop_slot(1, 0, nonce="n", token=token),
+    "commit": lambda ledger, token: commit(
+        ledger, 1, token, shards=1, entry=NEXT, record=record(2, NEXT.chain)
+    ),
+    "mark_launched": lambda ledger, token: ledger.mark_launched(1, token=token),
+    "mark_called": lambda ledger, token: ledger.mark_called(1, token=token),
+    "called": lambda ledger, token: ledger.called(1),
+    "rollback": lambda ledger, token: ledger.rollback(token=token, version=0, chain=GENESIS),
+    "manifest": lambda ledger, token: ledger.manifest(),
+    "version": lambda ledger, token: ledger.version(1),
+    "versions": lambda ledger, token: ledger.versions(),
+    "put_version": lambda ledger, token: ledger.put_version(record(1, state=True), token=token),
+    "drop_versions": lambda ledger, token: ledger.drop_versions([0], token=token),
+    "pin": lambda ledger, token: ledger.pin(0, seconds=60),
+    "entries": lambda ledger, token: ledger.entries(),
+    "ledger_size": lambda ledger, token: ledger.ledger_size(),
+    "trim_entries": lambda ledger, token: ledger.trim_entries([1]),
+    "write_part": lambda ledger, token: ledger.write_part(1, 0, {"loss": 1.0}, parts=2),
+    "parts_present": lambda ledger, token: ledger.parts_present(1),
+    "record_evaluation": lambda ledger, token: ledger.record_evaluation(1, {"loss": 1.0}),
+    "launch_evaluation": lambda ledger, token: ledger.launch_evaluation(1, 2, pin_seconds=60),
+    "pending_evaluations": lambda ledger, token: ledger.pending_evaluations(),
+    "evaluations": lambda ledger, token: ledger.evaluations(),
+    "write_output": lambda ledger, token: ledger.write_output("q", 0, {}),
+    "outputs": lambda ledger, token: ledger.outputs("q"),
+    "drop_outputs": lambda ledger, token: ledger.drop_outputs("q"),
+    "emit": lambda ledger, token: ledger.emit("tick", {}),
+    "read_events": lambda ledger, token: ledger.read_events(),
+    "last_event_id": lambda ledger, token: ledger.last_event_id(),
+    "follow": lambda ledger, token: next(ledger.follow(poll_seconds=0.001)),
+}
+FIRST = entry(1, [slot(0, 0)])
+NEXT = entry(2, [slot(1, 0)], FIRST.chain)
+
+# Sent twice, these answer the second time that it has been done; callers count on no more than that.
+ANSWERS_ONCE = {"drop_slot": "stale", "launch_evaluation": False, "record_evaluation": False, "write_output": False}
+
+
+def under_way(plane: Plane, run: str = "run-1", kind: type[Ledger] | None = None) -> tuple[Ledger, int]:
+    """A run of one shard a step that has committed step 0 and has a slot and a lease of step 1."""
+    ledger = plane.ledger(run)
+    ledger.create(SPEC, incarnation="life")
+    for id in ("w0", "w1", "s0"):
+        plane.registry.beat(worker(id))
+    token = start(ledger)
+    ledger.write_slot(0, slot(0, 0))
+    commit(ledger, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
+    begin(ledger, step=1)
+    ledger.write_slot(1, slot(1, 0))
+    return ledger, token
+
+
+def test_the_table_has_every_operation_and_so_has_the_twin() -> None:
+    public = {name for name, _ in inspect.getmembers(Ledger, inspect.isfunction) if not name.startswith("_")}
+    assert set(CALLS) == public
+    assert public - set(vars(MemoryLedger)) == {"follow"}, "built on read_events, so the twin needs none"
+    registry = {name for name, _ in inspect.getmembers(Registry, inspect.isfunction) if name[0] != "_"}
+    assert registry - set(vars(MemoryRegistry)) <= {"consumers"}, "built on alive"
+
+
+class Stammering(Ledger):
+    """Sends each script and each transaction twice, as a client does whose connection broke in between."""
+
+    def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
+        super()._script(name, names, args)
+        return super()._script(name, names, args)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
+    client = connect(redis_url)
+    answers, states = [], []
+    for kind in (Ledger, Stammering):
+        real = Plane(
+            lambda run, kind=kind: kind(client, redis_url, run),
+            Registry(client, redis_url),
+            lambda: redis_state(client),
+        )
+        _, token = under_way(Plane(lambda run: Ledger(client, redis_url, run), real.registry, real.state))
+        answers.append(CALLS[name](real.ledger("run-1"), token))
+        states.append(comparable(real.state(), counters=False))
+        client.flushdb()  # the test's own database
+    client.close()
+    once, twice = answers
+    if name in ANSWERS_ONCE:
+        assert twice == ANSWERS_ONCE[name]
+    elif name not in ("head", "acquire", "leases", "read_events", "last_event_id", "follow"):  # tell the time
+        assert twice == once
+    assert states[1] == states[0]
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_every_operation_leaves_only_keys_with_a_ttl(redis_url: str, name: str) -> None:
+    """On a run under way, on one at rest, and where there is no run at all: `redis_url` checks the TTLs."""
+    client = connect(redis_url)
+    real = Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), lambda: {})
+    CALLS[name](*under_way(real))
+    resting, token = under_way(real, "run-2")
+    resting.retire()
+    CALLS[name](resting, token)
+    try:
+        CALLS[name](real.ledger("run-3"), 0)
+    except (CacheError, RunNotFound):
+        assert name in ("spec", "head", "manifest", "commit")
+    client.close()
+
+
+def test_no_operation_leaves_half_a_head(redis_url: str) -> None:
+    """What is sent to a run that has expired may not leave a head that cannot be read."""
+    client = connect(redis_url)
+    for name, call in CALLS.items():
+        ledger = Ledger(client, redis_url, "gone")
+        if name not in ("create", "commit", "spec", "head", "manifest"):
+            call(ledger, 0)
+            with pytest.raises(RunNotFound):
+                ledger.head()
+    client.close()
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_every_operation_says_that_nobody_answers(name: str) -> None:
+    url = "redis://:secret@127.0.0.1:1/0"
+    client = connect(url, patience_seconds=0.001)
+    with pytest.raises(CacheUnreachable) as caught:
+        CALLS[name](Ledger(client, url, "run-1"), 1)
+    assert isinstance(caught.value.__cause__, redis.RedisError)
+    assert "'run-1'" in str(caught.value)
+    assert "TORCHORD_URL" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_every_error_of_the_server_is_translated(redis_url: str, name: str) -> None:
+    """Each key of the run holds another type than the operation expects."""
+    client = connect(redis_url)
+    ledger = Ledger(client, redis_url, "run-1")
+    names = ledger.keys
+    work = [f(n) for f in (names.slots, names.leases, names.parts) for n in (0, 1)]
+    for key in [*names.lasting(), *work, names.predict("q")]:
+        client.zadd(key, {"another type": 1}, nx=True)
+        client.expire(key, 60)
+    if name in ("retire", "drop_outputs"):  # work on a key of any type
+        CALLS[name](ledger, 1)
+    else:
+        with pytest.raises(CacheError) as caught:
+            CALLS[name](ledger, 1)
+        assert isinstance(caught.value.__cause__, redis.RedisError)
+        assert "'run-1'" in str(caught.value)
+    client.close()
+
+
+# --- the registry ------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_alive_until_it_leaves(plane: Plane) -> None:
+    registry = plane.registry
+    assert registry.alive() == {}
+    one = worker("w0", environment="torch 2.13", task="idle?")
+    registry.beat(one)
+    registry.beat(worker("w1", queues=("updates",)))
+    assert registry.alive() == {"w0": one, "w1": worker("w1", queues=("updates",))}
+    assert [info.id for info in registry.consumers("gradients")] == ["w0"]
+    registry.leave(one)
+    assert list(registry.alive()) == ["w1"]
+
+
+def test_a_worker_whose_lease_ran_out_is_dead() -> None:
+    now = 1000.0
+    plane = MemoryPlane(clock=lambda: now)
+    registry = MemoryRegistry(plane)
+    registry.beat(worker("w0"))
+    now += keys.WORKER_LEASE_MS / 1000 - 0.001
+    assert list(registry.alive()) == ["w0"]
+    now += 0.002
+    assert registry.alive() == {}
+
+
+def test_heartbeats_have_the_lease_as_their_ttl(redis_url: str) -> None:
+    client = connect(redis_url)
+    Registry(client, redis_url).beat(worker("w0"))
+    assert 0 < client.pttl(keys.worker("w0")) <= keys.WORKER_LEASE_MS
+    client.close()
+
+
+def test_one_supervisor_at_a_time(plane: Plane) -> None:
+    registry = plane.registry
+    assert registry.elect("a")
+    assert not registry.elect("b")
+    assert registry.elect("a")
+    registry.step_down("b")
+    assert not registry.elect("b")
+    registry.step_down("a")
+    assert registry.elect("b")
+
+
+def test_an_active_run_is_not_forgotten(plane: Plane, running: Ledger) -> None:
+    plane.registry.forget_run("run-1")
+    assert plane.registry.active_runs() == ["run-1"]
+    running.transition("paused", allowed=("running",), event="paused")
+    assert plane.registry.active_runs() == []
+    running.transition("running", allowed=("paused",), event="resumed")
+    plane.registry.forget_run("run-1")
+    assert plane.registry.active_runs() == ["run-1"]
+
+
+def test_a_run_that_is_gone_is_forgotten(plane: Plane, running: Ledger) -> None:
+    if isinstance(running, MemoryLedger):
+        running.plane.delete(running.keys.head)
+    else:
+        running.client.delete(running.keys.head)
+    plane.registry.forget_run("run-1")
+    assert plane.registry.active_runs() == []
+
+
+# --- the scripts and their headers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.lua")), ids=lambda path: path.stem)
+def test_a_script_says_what_it_takes_and_gives(path: Path) -> None:
+    """Its header numbers every key and argument that it uses, and names every word that it answers."""
+    text = path.read_text()
+    header = "".join(re.match(r"(--[^\n]*\n)+", text).group())  # type: ignore[union-attr]
+    body = text.removeprefix(header)
+    assert re.search(r"^-- Returns ", header, re.M)
+    for what in ("KEYS", "ARGV"):
+        section = re.search(rf"-- {what} ((?:.|\n)*?)(?=-- (?:ARGV|Returns|[A-Z]\w+ )|\Z)", header)
+        documented = {int(n) for n in re.findall(r"(?:(?<=[ ,])|^)(\d+)(?=\.\.\.| )", section[1])} if section else set()
+        used = {int(n) for n in re.findall(rf"{what}\[(\d+)\]", body)}
+        assert used <= documented, f"{what} {sorted(used - documented)} are not in the header"
+    answers = set(re.findall(r"return \{?'(\w+)'", body))
+    answers -= {word for word in answers if f"'{word}'" in header}
+    assert not answers, f"the header does not name {answers}"
+
+
+def test_the_head_reads_what_the_scripts_write() -> None:
+    """Every field that a script sets in the head is one that `Head` knows, or a private one named here."""
+    private = {"called", "changed", "changed_from"}
+    known = set(Head.__slots__) | private
+    for path in SCRIPTS.glob("*.lua"):
+        body = "".join(line for line in path.read_text().splitlines(True) if not line.startswith("--"))
+        for call in re.findall(r"'(?:HSET|HINCRBY|HDEL)', KEYS\[(?:1|2)\],([^)]*)\)", body):
+            words = re.findall(r"'(\w+)'(?=,|$)", call)
+            if "create_run" in path.stem or "KEYS[1]" in body:
+                fields = [w for w in words if not w.isdigit()]
+                unknown = set(fields) - known - {"pending", "running"}
+                assert not unknown, f"{path.name}: {unknown}"
+
+
+def test_json_in_a_script_is_the_json_of_records() -> None:
+    """Lua and Python read each other's text: no key of a record is one that cjson would change."""
+    text = slot(0, 0).to_json()
+    assert json.loads(text)["nonce"] == "n"
