@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 import torch
 import xxhash
@@ -23,7 +23,7 @@ from torch import Tensor
 from cache.blob import BlobRef as BlobRef
 from cache.blob import as_bytes, checksums, chunk_count, split
 from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
-from cache.node import Found, Node, reset_after_fork
+from cache.node import Node, Problem, reset_after_fork
 from cache.ring import Ring
 from cache.wire import Address
 
@@ -34,6 +34,7 @@ _CHECKED_BESIDE_NBYTES = 4 << 20  # from here on a second thread computes checks
 _AVOIDED_SECONDS = 5.0  # how long a node that did not answer is asked last; doubled each time
 _MOST_AVOIDED_SECONDS = 60.0
 _log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 
 class Chunks(Protocol):
@@ -125,6 +126,7 @@ class ChunkStore:
             )
             for address in addresses
         }
+        self._only = self._nodes[names[0]] if len(names) == 1 else None
         self._copies = min(1 + replicas, len(names))
         self._connections = connections
         self._patience_seconds = patience_seconds
@@ -152,13 +154,18 @@ class ChunkStore:
         view = as_bytes(buffer)
         started = time.perf_counter()
         parts = split(view, self.chunk_nbytes)
-        items = [(f"{key}:{i}".encode(), part) for i, part in enumerate(parts)]
-        if len(view) < _CHECKED_BESIDE_NBYTES and len(self._nodes) == 1:
-            sums = self._store_on_one(items, ttl_seconds)
+        prefix = key.encode()
+        items = [(b"%s:%d" % (prefix, i), part) for i, part in enumerate(parts)]
+        if not items:
+            sums: tuple[str, ...] = ()
+        elif self._only is not None and len(view) < _CHECKED_BESIDE_NBYTES:
+            found: list[tuple[str, ...]] = []  # computed between sending and the server's answer
+            self._patiently(self._only.store, items, ttl_seconds, lambda: found.append(checksums(parts)))
+            sums = found[-1]
         else:
             summing = self._pool().submit(checksums, parts)
             try:
-                self._patiently(lambda: self._store(items, ttl_seconds))
+                self._patiently(self._store, items, ttl_seconds)
             finally:
                 sums = summing.result()
         with self._lock:
@@ -192,7 +199,8 @@ class ChunkStore:
         """As `get`, into any writable memory of `ref.nbytes` bytes."""
         ref.require_length(view)
         started = time.perf_counter()
-        self._patiently(lambda: self._load(ref, split(view, ref.chunk_nbytes)))
+        if ref.nbytes:
+            self._patiently(self._load, ref, split(view, ref.chunk_nbytes))
         with self._lock:
             self.counters.bytes_in += len(view)
             self.counters.seconds_in += time.perf_counter() - started
@@ -225,7 +233,7 @@ class ChunkStore:
             CacheUnreachable: no node answers.
             CacheError: a node refused.
         """
-        self._patiently(lambda: self._touch(ref, ttl_seconds))
+        self._patiently(self._touch, ref, ttl_seconds)
 
     def close(self) -> None:
         """Close connections and threads; the store may be used again."""
@@ -240,18 +248,6 @@ class ChunkStore:
         """Start afresh in a forked child, which has none of the parent's threads."""
         self._lock = threading.Lock()
         self._threads = None
-
-    def _store_on_one(self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> tuple[str, ...]:
-        """Store a small blob; its checksums are computed between sending and the server's answer."""
-        sums: list[tuple[str, ...]] = []
-        (node,) = self._nodes.values()
-
-        def check() -> None:
-            sums.append(checksums(part for _, part in items))
-
-        if items:
-            self._patiently(lambda: node.store(items, ttl_seconds, check))
-        return sums[0] if sums else ()
 
     # --- one attempt of each operation: rounds over the nodes, in the order of the ring -------
 
@@ -277,20 +273,26 @@ class ChunkStore:
             raise _nowhere(failed)
 
     def _load(self, ref: BlobRef, parts: Sequence[memoryview]) -> None:
-        keys = list(ref.chunk_keys())
-        orders = self._orders(keys)
+        prefix = ref.key.encode()
+        keys = [b"%s:%d" % (prefix, i) for i in range(len(parts))]
+        if self._only is not None:
+            problems = self._only.load(keys, parts, ref.checksums)
+            if problems:
+                raise self._no_chunk(ref, min(problems), problems, {})
+            return
+        orders = self._orders(list(ref.chunk_keys()))
         good = [False] * len(keys)
-        corrupt: dict[int, str] = {}
+        problems = {}
         failed: dict[str, CacheUnreachable] = {}
 
         def receive(name: str, indices: Sequence[int]) -> None:
-            def check(position: int, found: Found) -> None:
-                i = indices[position]
-                good[i] = found is Found.YES and xxhash.xxh3_64_hexdigest(parts[i]) == ref.checksums[i]
-                if not good[i] and found is not Found.NO:
-                    corrupt[i] = name
-
-            self._nodes[name].load([(keys[i].encode(), parts[i]) for i in indices], check)
+            wrong = self._nodes[name].load(
+                [keys[i] for i in indices], [parts[i] for i in indices], [ref.checksums[i] for i in indices]
+            )
+            for position, i in enumerate(indices):
+                good[i] = position not in wrong
+                if wrong.get(position) is Problem.CORRUPT:
+                    problems[i] = Problem.CORRUPT
 
         for turn in range(len(self._nodes)):
             groups: dict[str, list[int]] = {}
@@ -299,8 +301,7 @@ class ChunkStore:
                     groups.setdefault(order[turn], []).append(i)
             failed |= self._each(self._lanes(groups, receive))
         if not all(good):
-            i = good.index(False)
-            raise self._no_chunk(keys[i], corrupt.get(i), failed)
+            raise self._no_chunk(ref, good.index(False), problems, failed)
 
     def _touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         keys = list(ref.chunk_keys())
@@ -320,7 +321,7 @@ class ChunkStore:
                     groups.setdefault(order[turn], []).append(i)
             failed |= self._each(self._lanes(groups, expire))
         if not all(found):
-            raise self._no_chunk(keys[found.index(False)], None, failed)
+            raise self._no_chunk(ref, found.index(False), {}, failed)
 
     # --- nodes and threads -------------------------------------------------------------------
 
@@ -376,10 +377,11 @@ class ChunkStore:
         _log.warning("%s; asking the other nodes first for %g s", error, seconds)
 
     def _no_chunk(
-        self, key: str, corrupt_on: str | None, failed: Mapping[str, CacheUnreachable]
+        self, ref: BlobRef, i: int, problems: Mapping[int, Problem], failed: Mapping[str, CacheUnreachable]
     ) -> CacheError:
-        if corrupt_on is not None:
-            return ChunkCorrupt(f"chunk {key} on cache node {corrupt_on} is not what was written")
+        key = f"{ref.key}:{i}"
+        if problems.get(i) is Problem.CORRUPT:
+            return ChunkCorrupt(f"chunk {key} on cache node {', '.join(self._nodes)} is not what was written")
         if len(failed) == len(self._nodes):
             return _nowhere(failed)
         silent = f"; silent: {', '.join(failed)}" if failed else ""
@@ -387,12 +389,12 @@ class ChunkStore:
         error.__cause__ = next(iter(failed.values()), None)
         return error
 
-    def _patiently(self, attempt: Callable[[], None]) -> None:
+    def _patiently(self, attempt: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         deadline = time.monotonic() + self._patience_seconds
         pause = 0.05
         while True:
             try:
-                return attempt()
+                return attempt(*args, **kwargs)
             except CacheUnreachable:
                 if time.monotonic() + pause > deadline:
                     raise

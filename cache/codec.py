@@ -209,13 +209,17 @@ def memory(tensor: Tensor) -> memoryview:
     Raises:
         InvalidInput: the tensor is not on the CPU or not contiguous.
     """
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
+    try:  # few calls into torch: right after a large transfer each of them is a cache miss
+        usable = tensor.is_cpu and tensor.is_contiguous()
+    except RuntimeError:  # sparse
+        usable = False
+    if not usable:
         raise InvalidInput("only a contiguous CPU tensor has bytes to send; pack it first")
-    nbytes = tensor.numel() * tensor.dtype.itemsize
+    nbytes = tensor.nbytes
     if nbytes == 0:
         return memoryview(bytearray())
     array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
-    array._owner = tensor.detach()  # type: ignore[attr-defined]  # the ctypes array owns no memory
+    array._owner = tensor  # type: ignore[attr-defined]  # the ctypes array owns no memory
     return memoryview(array).cast("B")
 
 

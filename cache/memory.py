@@ -44,6 +44,7 @@ class MemoryPlane:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
+        self.id = secrets.token_hex(20)
         self.changed = threading.Condition(threading.RLock())
         self._values: dict[str, Any] = {}
         self._deadlines: dict[str, float] = {}
@@ -537,8 +538,9 @@ class MemoryLedger(Ledger):
             plane.expire(names.expected, keys.RUN_TTL_SECONDS)
             plane.hset(names.head, {"version": version, "chain": chain})
             plane.hdel(names.head, "launched", "called")
-            plane.hincr(names.head, "replayed", present - version)
-            self._event("rollback", {"version": version, "from": present})
+            if present > version:
+                plane.hincr(names.head, "replayed", present - version)
+                self._event("rollback", {"version": version, "from": present})
             return True, tuple(int(v) for v in plane.hash(names.versions) if int(v) > version)
 
     # --- versions -----------------------------------------------------------------------------
@@ -772,8 +774,11 @@ class MemoryRegistry(Registry):
         """See `Registry.expire_queue`."""
         self.plane.expire(queue, keys.WORK_TTL_SECONDS)
 
-    def queued_shards(self, queue: str, run: str, step: int) -> set[int]:
-        """See `Registry.queued_shards`."""
+    def queued(self, queue: str) -> list[dict[str, object]]:
+        """See `Registry.queued`."""
         waiting = [json.loads(text)["headers"]["kwargsrepr"] for text in self.plane.get(queue) or []]
-        arguments = [ast.literal_eval(text) for text in waiting]
-        return {a["shard"] for a in arguments if (a.get("run"), a.get("step")) == (run, step)}
+        return [ast.literal_eval(text) for text in waiting]
+
+    def server_id(self) -> str:
+        """See `Registry.server_id`."""
+        return self.plane.id

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Protocol, TypeVar
 
+import xxhash
+
 from cache.errors import CacheError, CacheUnreachable
 from cache.wire import Address, Connection, ServerRefused, command, set_command
 
-LEAST_IN_FLIGHT_NBYTES = 2 << 20
-MOST_IN_FLIGHT_NBYTES = 32 << 20
-"""Bounds of what is asked for and not yet received, or sent and not yet acknowledged. In between it is
-what a 10 Gbit/s link holds: enough to hide the round trip, and no more for the server to buffer."""
-_LINK_NBYTES_PER_SECOND = 1.25e9
 _SENT_AT_ONCE_NBYTES = 2 << 20
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
@@ -27,18 +23,18 @@ _CLUSTER = (
     "it is part of a Redis Cluster: list plain nodes in TORCHORD_CACHE_URLS, torchord spreads the chunks"
 )
 _HINTS = {
-    "OOM": "it is full: raise its maxmemory, or let finished runs expire",
-    "READONLY": "it is a replica: name the primary in the URL",
+    "OOM": "; it is full: raise its maxmemory, or let finished runs expire",
+    "READONLY": "; it is a replica: name the primary in the URL",
     "MOVED": _CLUSTER,
     "ASK": _CLUSTER,
     "CROSSSLOT": _CLUSTER,
     "CLUSTERDOWN": _CLUSTER,
-    "NOAUTH": "it wants a password: redis://USER:PASSWORD@HOST",
-    "WRONGPASS": "it does not accept the user name and password of the URL",
-    "NOPERM": "the user of the URL lacks a right: torchord needs SET, GET, UNLINK and EXPIRE on its keys",
-    "LOADING": "it is still reading its data after a start: try again",
-    "MASTERDOWN": "it is a replica that lost its primary: name the primary in the URL",
-    "MISCONF": "it cannot persist and refuses writes: look at its log and its disk",
+    "NOAUTH": "; it wants a password: redis://USER:PASSWORD@HOST",
+    "WRONGPASS": "; it does not accept the user name and password of the URL",
+    "NOPERM": "; the user of the URL lacks a right: torchord needs SET, GET, UNLINK and EXPIRE on its keys",
+    "LOADING": "; it is still reading its data after a start: try again",
+    "MASTERDOWN": "; it is a replica that lost its primary: name the primary in the URL",
+    "MISCONF": "; it cannot persist and refuses writes: look at its log and its disk",
 }
 _PASSING = ("LOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
@@ -69,12 +65,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_all)
 
 
-class Found(Enum):
-    """What became of one key: its value, none, or a value of another length."""
+class Problem(Enum):
+    """Why a key's memory was not filled: no value, or another value than was written."""
 
-    YES = "yes"
-    NO = "no"
-    OTHER = "other"
+    MISSING = "missing"
+    CORRUPT = "corrupt"
 
 
 class Node:
@@ -94,8 +89,7 @@ class Node:
         self.address = address
         self._connect_timeout_seconds = connect_timeout_seconds
         self._timeout_seconds = timeout_seconds
-        self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        self._idle: list[Connection] = []  # popped and appended atomically, hence no lock
         reset_after_fork(self)
 
     @property
@@ -125,20 +119,24 @@ class Node:
             "write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds, meanwhile=meanwhile)
         )
 
-    def load(self, items: Sequence[tuple[bytes, memoryview]], received: Callable[[int, Found], None]) -> None:
-        """Read each key into its memory.
+    def load(
+        self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
+    ) -> dict[int, Problem]:
+        """Read each key into its memory and check it.
 
         Args:
-            items: key and memory of exactly the value's length.
-            received: called after each item, in order, with its index and what was found; the
-                memory is filled for `Found.YES` only. Called again from the first item if a
-                broken connection made the operation start anew.
+            keys: of equally long values; only the last one may be shorter.
+            parts: for each key memory of exactly the value's length.
+            sums: for each key the expected xxh3_64, 16 hexadecimal digits.
+
+        Returns:
+            Index -> what is wrong, for the keys whose memory was not filled as expected.
 
         Raises:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses.
         """
-        self._run("read", items[0][0], partial(_load, items=items, received=received))
+        return self._run("read", keys[0], partial(_load, keys=keys, parts=parts, sums=sums))
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Delete keys; absent ones are no error.
@@ -166,74 +164,62 @@ class Node:
 
     def close(self) -> None:
         """Close the idle connections; the node may be used again."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-    def _run(self, verb: str, key: bytes, operation: Callable[[Connection], T]) -> T:
-        what = f"cannot {verb} {key.decode(errors='replace')} on cache node {self.label}"
-        try:
-            connection, used = self._take()
-            try:
-                return self._keep(connection, operation)
-            except OSError as error:
-                stalled = isinstance(error, TimeoutError) and error.errno is None
-                if stalled or not used:
-                    raise
-            self.close()  # what else is idle is as old, and as broken
-            return self._keep(self._open(), operation)
-        except ServerRefused as refusal:
-            code = str(refusal).partition(" ")[0]
-            hint = f"; {_HINTS[code]}" if code in _HINTS else ""
-            kind = CacheUnreachable if code in _PASSING else CacheError
-            raise kind(f"{what}: it answered '{refusal}'{hint}") from refusal
-        except OSError as error:
-            reason = str(error) or type(error).__name__
-            raise CacheUnreachable(f"{what}: {reason}; is it running, and reachable from here?") from error
-
-    def _keep(self, connection: Connection, operation: Callable[[Connection], T]) -> T:
-        """Run the operation, and keep the connection if it is still in step."""
-        try:
-            result = operation(connection)
-        except ServerRefused:
-            self._give(connection)
-            raise
-        except BaseException:
-            connection.close()
-            raise
-        self._give(connection)
-        return result
-
-    def _take(self) -> tuple[Connection, bool]:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop(), True
-        return self._open(), False
-
-    def _open(self) -> Connection:
-        return Connection(self.address, self._connect_timeout_seconds, self._timeout_seconds)
-
-    def _give(self, connection: Connection) -> None:
-        with self._lock:
-            if connection.pid == os.getpid() and len(self._idle) < _MOST_IDLE_CONNECTIONS:
-                self._idle.append(connection)
-                return
-        connection.close()
-
-    def reset(self) -> None:
-        """Start afresh in a forked child: the lock may be held by a thread that is not here, and
-        the sockets belong to the parent.
-        """
-        self._lock = threading.Lock()
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
 
+    def reset(self) -> None:
+        """Start afresh in a forked child: the sockets belong to the parent."""
+        self.close()
 
-def _in_flight_nbytes(connection: Connection) -> int:
-    held = int(connection.round_trip_seconds * _LINK_NBYTES_PER_SECOND)
-    return max(LEAST_IN_FLIGHT_NBYTES, min(held, MOST_IN_FLIGHT_NBYTES))
+    def _run(self, verb: str, key: bytes, operation: Callable[[Connection], T]) -> T:
+        kind: type[CacheError] = CacheUnreachable
+        cause: Exception
+        try:
+            return self._repeat_if_stale(operation)
+        except ServerRefused as refusal:
+            code = str(refusal).partition(" ")[0]
+            kind = CacheUnreachable if code in _PASSING else CacheError
+            what = f"it answered '{refusal}'{_HINTS.get(code, '')}"
+            cause = refusal
+        except OSError as error:
+            what = f"{str(error) or type(error).__name__}; is it running, and reachable from here?"
+            cause = error
+        name = key.decode(errors="replace")
+        raise kind(f"cannot {verb} {name} on cache node {self.label}: {what}") from cause
+
+    def _repeat_if_stale(self, operation: Callable[[Connection], T]) -> T:
+        """Operate on an idle connection, or a new one; on a new one, too, if the idle one was broken."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            return self._operate(self._open(), operation)
+        try:
+            return self._operate(connection, operation)
+        except OSError as error:
+            if isinstance(error, TimeoutError) and error.errno is None:
+                raise  # connected, but silent for too long
+        self.close()  # what else is idle is as old, and as broken
+        return self._operate(self._open(), operation)
+
+    def _operate(self, connection: Connection, operation: Callable[[Connection], T]) -> T:
+        """Operate, and keep the connection if it is still in step."""
+        in_step = False
+        try:
+            result = operation(connection)
+            in_step = True
+            return result
+        except ServerRefused:
+            in_step = True
+            raise
+        finally:
+            if in_step and len(self._idle) < _MOST_IDLE_CONNECTIONS:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def _open(self) -> Connection:
+        return Connection(self.address, self._connect_timeout_seconds, self._timeout_seconds)
 
 
 def _store(
@@ -242,68 +228,61 @@ def _store(
     ttl_seconds: int,
     meanwhile: Callable[[], None] | None,
 ) -> None:
-    most_nbytes = _in_flight_nbytes(connection)
-    unanswered: list[int] = []
+    group = max(1, _SENT_AT_ONCE_NBYTES // max(1, len(items[0][1])))
+    window_nbytes = connection.window_nbytes
     waiting_nbytes = 0
-    buffers: list[bytes | memoryview] = []
-    buffered_nbytes = 0
-
-    def flush() -> None:
-        nonlocal buffers, buffered_nbytes
+    answered = 0
+    for first in range(0, len(items), group):
+        buffers: list[bytes | memoryview] = []
+        for key, value in items[first : first + group]:
+            buffers += set_command(key, value, ttl_seconds)
+            waiting_nbytes += len(value)
         connection.send(buffers)
-        buffers, buffered_nbytes = [], 0
-
-    def acknowledge(at_most_nbytes: int) -> None:
-        """Read replies until at most so many bytes wait for theirs; all of them after a refusal."""
-        nonlocal waiting_nbytes
-        refusal: ServerRefused | None = None
-        while unanswered and (refusal is not None or waiting_nbytes > at_most_nbytes):
-            waiting_nbytes -= unanswered.pop(0)
-            try:
-                connection.reply()
-            except ServerRefused as error:
-                refusal = refusal or error
-        if refusal is not None:
-            raise refusal
-
-    for key, value in items:
-        buffers += set_command(key, value, ttl_seconds)
-        unanswered.append(len(value))
-        buffered_nbytes += len(value)
-        waiting_nbytes += len(value)
-        if buffered_nbytes >= _SENT_AT_ONCE_NBYTES:
-            flush()
-            acknowledge(most_nbytes)
-    if buffers:
-        flush()
+        sent = min(first + group, len(items))
+        while waiting_nbytes > window_nbytes:
+            waiting_nbytes -= len(items[answered][1])
+            answered += 1
+            _acknowledge(connection, sent - answered)
     if meanwhile is not None:
         meanwhile()
-    acknowledge(-1)
+    while answered < len(items):
+        answered += 1
+        _acknowledge(connection, len(items) - answered)
+
+
+def _acknowledge(connection: Connection, behind: int) -> None:
+    """Read one reply; if it is a refusal, also those behind it, so that the connection stays in step."""
+    try:
+        connection.reply()
+    except ServerRefused:
+        for _ in range(behind):
+            with contextlib.suppress(ServerRefused):
+                connection.reply()
+        raise
 
 
 def _load(
-    connection: Connection, items: Sequence[tuple[bytes, memoryview]], received: Callable[[int, Found], None]
-) -> None:
-    most_nbytes = _in_flight_nbytes(connection)
-    asked = 0
-    in_flight_nbytes = 0
-    for i, (_, part) in enumerate(items):
-        requests = []
-        while asked < len(items) and (asked <= i or in_flight_nbytes < most_nbytes):
-            requests.append(command("GET", items[asked][0]))
-            in_flight_nbytes += len(items[asked][1])
-            asked += 1
-        if requests:
-            connection.send([b"".join(requests)])
+    connection: Connection, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
+) -> dict[int, Problem]:
+    asked = max(1, connection.window_nbytes // max(1, len(parts[0])))
+    connection.send([b"".join([command(b"GET", key) for key in keys[:asked]])])
+    problems: dict[int, Problem] = {}
+    for i, part in enumerate(parts):
         try:
             nbytes = connection.reply_into(part)
         except ServerRefused:
-            for _, later in items[i + 1 : asked]:
+            for later in parts[i + 1 : asked]:
                 with contextlib.suppress(ServerRefused):
                     connection.reply_into(later)
             raise
-        in_flight_nbytes -= len(part)
-        received(i, Found.NO if nbytes is None else Found.YES if nbytes == len(part) else Found.OTHER)
+        if asked < len(keys):
+            connection.send([command(b"GET", keys[asked])])
+            asked += 1
+        if nbytes is None:
+            problems[i] = Problem.MISSING
+        elif nbytes != len(part) or xxhash.xxh3_64_hexdigest(part) != sums[i]:
+            problems[i] = Problem.CORRUPT
+    return problems
 
 
 def _unlink(connection: Connection, keys: Sequence[bytes]) -> None:

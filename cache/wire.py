@@ -9,7 +9,6 @@ protocol behind a value land in a scratch buffer).
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import ssl
 import struct
@@ -22,6 +21,9 @@ from cache.errors import InvalidInput
 
 SCRATCH_NBYTES = 4096
 _MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
+
+_LEAST_WINDOW_NBYTES, _MOST_WINDOW_NBYTES = 2 << 20, 32 << 20
+_LINK_NBYTES_PER_SECOND = 1.25e9  # of a 10 Gbit/s link
 
 Reply = str | int | bytes | None
 
@@ -101,8 +103,9 @@ class Connection:
         timeout_seconds: longest wait without a byte moving.
 
     Attributes:
-        pid: the process that opened it.
-        round_trip_seconds: how long the peer took to accept; an upper bound of the round trip.
+        window_nbytes: what may be asked for and not yet received, or sent and not yet acknowledged:
+            as much as a 10 Gbit/s link holds during one round trip (the time to connect), but at
+            least 2 MiB, and at most 32 MiB, which the server buffers for each reader.
 
     Raises:
         OSError: no connection (ConnectionError, TimeoutError, ssl.SSLError and so on).
@@ -113,11 +116,11 @@ class Connection:
         self._bytes = bytearray(SCRATCH_NBYTES)
         self._scratch = memoryview(self._bytes)
         self._start = self._end = 0
-        self.pid = os.getpid()
         self._tls = address.tls is not None
         started = time.perf_counter()
         self._socket = _connect(address, connect_timeout_seconds)
-        self.round_trip_seconds = time.perf_counter() - started
+        held = int((time.perf_counter() - started) * _LINK_NBYTES_PER_SECOND)
+        self.window_nbytes = max(_LEAST_WINDOW_NBYTES, min(held, _MOST_WINDOW_NBYTES))
         try:
             self._set_timeout(connect_timeout_seconds)
             self._log_in(address)
@@ -144,6 +147,8 @@ class Connection:
             ServerRefused: the server answered with an error.
         """
         line = self._line()
+        if line == b"+OK":
+            return "OK"
         kind, text = line[:1], line[1:]
         if kind == b"+":
             return text.decode(errors="replace")
@@ -173,7 +178,15 @@ class Connection:
         Raises:
             ServerRefused: the server answered with an error.
         """
-        line = self._line(len(str(len(part))) + 3)
+        head = b"$%d\r\n" % len(part)
+        if self._start == self._end:
+            self._start = self._end = 0
+            self._fill(len(head))
+        if self._end - self._start >= len(head) and self._bytes.startswith(head, self._start):
+            self._start += len(head)  # as expected; what follows is for all other replies
+            self._value_into(part)
+            return len(part)
+        line = self._line()
         if line[:1] == b"-":
             raise ServerRefused(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
@@ -235,36 +248,37 @@ class Connection:
         return count
 
     def _value_into(self, part: memoryview) -> None:
-        # What follows is most likely the header of a value of the same length. Reading just that
-        # far lets the next value start where the kernel copies fastest, at the head of its memory.
-        overflow = self._scratch[: len(str(len(part))) + 5]
         filled = min(self._end - self._start, len(part))
-        part[:filled] = self._scratch[self._start : self._start + filled]
-        self._start += filled
-        while filled < len(part):
-            self._start = self._end = 0
-            filled += self._receive(part[filled:] if filled else part, overflow)
-        if filled > len(part):
-            self._end = filled - len(part)
-        self._skip(2)
+        if filled:
+            part[:filled] = self._scratch[self._start : self._start + filled]
+            self._start += filled
+        if filled < len(part):
+            # What follows is most likely the header of a value of the same length. Reading just that
+            # far lets the next value start where the kernel copies fastest, at the head of its memory.
+            overflow = self._scratch[: len(str(len(part))) + 5]
+            while filled < len(part):
+                filled += self._receive(part[filled:] if filled else part, overflow)
+            self._start, self._end = 0, filled - len(part)
+        if self._end - self._start >= 2:
+            self._start += 2
+        else:
+            self._skip(2)
 
     def _skip(self, nbytes: int) -> None:
         while nbytes > self._end - self._start:
             nbytes -= self._end - self._start
             self._start = self._end = 0
-            self._fill()
+            self._fill(SCRATCH_NBYTES)
         self._start += nbytes
 
-    def _line(self, likely_nbytes: int = SCRATCH_NBYTES) -> bytes:
-        """Read up to the end of a line, in the first place `likely_nbytes` of it."""
+    def _line(self) -> bytes:
         while (stop := self._bytes.find(b"\r\n", self._start, self._end)) < 0:
-            self._fill(likely_nbytes)
-            likely_nbytes = SCRATCH_NBYTES
-        line = bytes(self._scratch[self._start : stop])
+            self._fill(SCRATCH_NBYTES)
+        line = self._bytes[self._start : stop]
         self._start = stop + 2
-        return line
+        return bytes(line)
 
-    def _fill(self, at_most_nbytes: int = SCRATCH_NBYTES) -> None:
+    def _fill(self, at_most_nbytes: int) -> None:
         if self._start:
             rest = bytes(self._scratch[self._start : self._end])
             self._scratch[: len(rest)] = rest

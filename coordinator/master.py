@@ -151,6 +151,8 @@ def _publisher(url: str) -> Celery:
         broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3},
         task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
         task_default_queue=UPDATES,
+        task_default_exchange="",  # else the nameless ones above take the name of the default queue
+        task_default_routing_key=UPDATES,
     )
     app.amqp.autoexchange = nameless_exchange
     return app

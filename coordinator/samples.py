@@ -24,6 +24,7 @@ from cache.errors import DatasetDamaged, InvalidInput, TorchordError
 
 _PLAIN = {"int": ("<q", "int64"), "float": ("<d", "float64"), "bool": ("<?", "bool")}
 _TEXT = ("str", "bytes")
+_NESTS: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict}
 _KINDS = ("tensor", "array", "scalar", *_PLAIN, *_TEXT)
 _NUMPY_KINDS = "biufcmMSU"  # numbers, dates and fixed-length strings; no objects, no records
 
@@ -208,6 +209,10 @@ def leaf_of(value: Any, path: str) -> Leaf:
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise InvalidInput(f"sample{path} is a sparse, quantized or meta tensor; only dense ones are stored")
         return Leaf(path, "tensor", dtype_name(value.dtype))
+    if isinstance(value, str):  # numpy's str_ and bytes_ included
+        return Leaf(path, "str", "")
+    if isinstance(value, bytes):
+        return Leaf(path, "bytes", "")
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind not in _NUMPY_KINDS or value.dtype.itemsize == 0:
             raise InvalidInput(
@@ -217,10 +222,6 @@ def leaf_of(value: Any, path: str) -> Leaf:
     for kind, types in (("bool", bool), ("int", int), ("float", float)):
         if isinstance(value, types):
             return Leaf(path, kind, _PLAIN[kind][1])
-    if isinstance(value, str):
-        return Leaf(path, "str", "")
-    if isinstance(value, bytes):
-        return Leaf(path, "bytes", "")
     raise InvalidInput(
         f"sample{path} is a {type(value).__module__}.{type(value).__qualname__}; a dataset may hold tensors, "
         "arrays, numbers, bytes, str and None in dicts, tuples and lists: convert it first"
@@ -244,7 +245,7 @@ def follow(skeleton: Any, sample: Any) -> list[Any]:
         if tag == "leaf":
             values.append(value)
             return
-        if type(value).__name__ != tag or len(value) != len(body):
+        if type(value) is not _NESTS[tag] or len(value) != len(body):
             size = f" of {len(value)}" if hasattr(value, "__len__") else ""
             raise InvalidInput(
                 f"sample{path} is a {type(value).__name__}{size}, but a {tag} of {len(body)} in the first sample"
@@ -351,7 +352,7 @@ def assemble(skeleton: Any, columns: Sequence[Sequence[Any]], count: int) -> lis
     if tag == "leaf":
         return list(columns[body])
     if not body:
-        return [{"tuple": tuple, "list": list, "dict": dict}[tag]() for _ in range(count)]
+        return [_NESTS[tag]() for _ in range(count)]
     if tag == "dict":
         names = [key for key, _ in body]
         parts = [assemble(node, columns, count) for _, node in body]

@@ -19,9 +19,11 @@ end
 redis.call('EXPIRE', KEYS[3], ARGV[4])
 redis.call('HSET', KEYS[1], 'version', ARGV[2], 'chain', ARGV[3])
 redis.call('HDEL', KEYS[1], 'launched', 'called')
-redis.call('HINCRBY', KEYS[1], 'replayed', from - target)
-redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'type', 'rollback', 'data',
-  cjson.encode({version = target, from = from}))
+if from > target then  -- not sent twice
+  redis.call('HINCRBY', KEYS[1], 'replayed', from - target)
+  redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'type', 'rollback', 'data',
+    cjson.encode({version = target, from = from}))
+end
 redis.call('EXPIRE', KEYS[5], ARGV[4])
 local reply = {'ok'}
 for _, kept in ipairs(redis.call('HKEYS', KEYS[4])) do

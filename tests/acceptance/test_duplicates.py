@@ -1,10 +1,9 @@
 """Exactly once: whatever is delivered twice, late, early or out of order changes a counter and nothing else.
 
-| test | who computes | what is delivered |
-| --- | --- | --- |
-| relay | real workers behind a relay that sits between their queues and the broker's | every message, the callbacks too, two or three times, out of order, old ones again |
-| re-sent | real workers | each step's shards again by name while it runs, and after its commit |
-| shuffled | Clients and a server in this process, one message at a time | every order that a seed gives, callbacks at any moment |
+- relay: real workers, and between the broker's queues and theirs a relay that delivers every message,
+  the callbacks too, two or three times, out of order, and old ones again;
+- re-sent: real workers, and each step's shards sent again by name while it runs and after its commit;
+- shuffled: Clients and a server in this process, one message at a time, in every order that a seed gives.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from coordinator.services import Services
 from coordinator.shards import Plan
 from coordinator.step import Sender
 from coordinator.supervisor import Supervisor
-from coordinator.task_names import APPLY_UPDATE, COMPUTE_GRADIENT, GRADIENTS, UPDATES
+from coordinator.task_names import APPLY_UPDATE, COMPUTE_GRADIENT, GRADIENTS, UPDATES, private_queue
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.waiting import wait_until
@@ -136,8 +135,8 @@ def test_every_message_is_delivered_two_or_three_times(sender: Any, tmp_path: Pa
     gate = tmp_path / "gate"
     with fleet(tmp_path, workers=2, queues=queues) as one:
         client = redis.Redis.from_url(one.cluster.url, decode_responses=True)
-        node = next(iter(client.zrange("torchord:workers", 0, -1, desc=True))).partition("@")[2].partition("/")[0]
-        relay = Relay(one.cluster.url, f"{UPDATES}.server@{node}", seed=1)
+        host = str(client.zrange("torchord:workers", 0, 0)[0]).partition("@")[2].partition("/")[0]
+        relay = Relay(one.cluster.url, private_queue(f"server@{host}"), seed=1)
         # The relayed server does not consume `updates`, so no supervisor runs beside it; here is one.
         supervisor = Supervisor(Services(Settings(one.cluster.url)), "test", sender(one.cluster.url))
         relay.start()
@@ -207,7 +206,8 @@ def test_a_callback_twice_and_one_that_comes_early(pair: Fleet, sender: Any, tmp
     queue = run._ledger.head().queue
 
     def call(step: int) -> str:
-        result = post.app.send_task(APPLY_UPDATE, args=[[]], kwargs={"run": "callbacks", "step": step}, queue=queue)
+        kwargs = {"run": "callbacks", "step": step}
+        result = post.app.send_task(APPLY_UPDATE, args=[[]], kwargs=kwargs, queue=queue)
         return str(result.id)
 
     def receipt(task: str) -> str:

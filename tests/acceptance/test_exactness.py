@@ -187,14 +187,13 @@ def test_two_runs_at_once_keep_their_bits(grown: Fleet) -> None:
     plain = models.mlp(evaluation=None, metrics=None)
     pictures = models.cnn(32)
     one, other = _config(epochs=4), _config(epochs=5)
-    runs = [grown.master.submit(plain, one, name="at-once-mlp"), grown.master.submit(pictures, other, name="at-once-cnn")]
+    submit = grown.master.submit
+    runs = [submit(plain, one, name="at-once-mlp"), submit(pictures, other, name="at-once-cnn")]
     wait_until(lambda: all(run.status().version > 0 for run in runs), message="both to make progress")
     trained = [finished(run) for run in runs]
     assert reference.bits(trained[0].module) == reference.accumulate(plain, one).bits
     assert reference.bits(trained[1].module) == reference.accumulate(pictures, other).bits
-    spans = [
-        [entry.committed_at for entry in run._ledger.entries()] for run in runs
-    ]
+    spans = [[entry.committed_at for entry in run._ledger.entries()] for run in runs]
     assert spans[0][0] < spans[1][-1] and spans[1][0] < spans[0][-1], "one ran after the other"
 
 

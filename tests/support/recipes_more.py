@@ -139,4 +139,3 @@ class CumulativeCnn(models.Cnn):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(4, momentum=None)
-

@@ -60,12 +60,14 @@ class Reference:
 
 
 def bits(state: nn.Module | dict[str, Tensor]) -> Bits:
-    """Name -> (dtype, shape, bytes) of a state dict: equal means equal in every bit, NaN and -0.0 included."""
+    """Name -> (dtype, shape, bytes) of a state dict: equal in every bit, NaN and -0.0 included."""
     tensors = state.state_dict() if isinstance(state, nn.Module) else state
-    return {
-        name: (str(t.dtype), tuple(t.shape), t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, t in tensors.items()
-    }  # fmt: skip
+    return {name: (str(t.dtype), tuple(t.shape), _bytes(t)) for name, t in tensors.items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return bytes(flat.numpy().tobytes())
 
 
 def all_bits(module: nn.Module) -> Bits:

@@ -160,5 +160,6 @@ def test_memory_is_the_tensors_own():
     view[2] = 7
     assert tensor.tolist() == [0, 7, 0] and len(view) == 6
     assert len(codec.memory(torch.empty(0))) == 0
-    with pytest.raises(InvalidInput):
-        codec.memory(torch.zeros(2, 3).t())
+    for unusable in (torch.zeros(2, 3).t(), torch.eye(2).to_sparse(), torch.empty(2, device="meta")):
+        with pytest.raises(InvalidInput):
+            codec.memory(unusable)

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cache import keys
 from cache.connection import connect
@@ -908,7 +910,7 @@ NEXT = entry(2, [slot(1, 0)], FIRST.chain)
 ANSWERS_ONCE = {"drop_slot": "stale", "launch_evaluation": False, "record_evaluation": False, "write_output": False}
 
 
-def under_way(plane: Plane, run: str = "run-1", kind: type[Ledger] | None = None) -> tuple[Ledger, int]:
+def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
     """A run of one shard a step that has committed step 0 and has a slot and a lease of step 1."""
     ledger = plane.ledger(run)
     ledger.create(SPEC, incarnation="life")
@@ -938,21 +940,40 @@ class Stammering(Ledger):
         return super()._script(name, names, args)
 
 
+def stammering(client: redis.Redis) -> redis.Redis:
+    """The client, whose pipelines from now on run twice."""
+    pipeline = client.pipeline
+
+    def twice(*args: Any, **options: Any) -> Any:
+        pipe = pipeline(*args, **options)
+        execute = pipe.execute
+
+        def both(*args: Any, **options: Any) -> Any:
+            commands = list(pipe.command_stack)
+            execute(*args, **options)
+            pipe.command_stack = commands
+            return execute(*args, **options)
+
+        pipe.execute = both
+        return pipe
+
+    client.pipeline = twice
+    return client
+
+
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
-    client = connect(redis_url)
+    client, again = connect(redis_url), stammering(connect(redis_url))
     answers, states = [], []
-    for kind in (Ledger, Stammering):
-        real = Plane(
-            lambda run, kind=kind: kind(client, redis_url, run),
-            Registry(client, redis_url),
-            lambda: redis_state(client),
+    for ledger in (Ledger(client, redis_url, "run-1"), Stammering(again, redis_url, "run-1")):
+        _, token = under_way(
+            Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), dict)
         )
-        _, token = under_way(Plane(lambda run: Ledger(client, redis_url, run), real.registry, real.state))
-        answers.append(CALLS[name](real.ledger("run-1"), token))
-        states.append(comparable(real.state(), counters=False))
+        answers.append(CALLS[name](ledger, token))
+        states.append(comparable(redis_state(client), counters=False))
         client.flushdb()  # the test's own database
     client.close()
+    again.close()
     once, twice = answers
     if name in ANSWERS_ONCE:
         assert twice == ANSWERS_ONCE[name]
@@ -965,7 +986,7 @@ def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
 def test_every_operation_leaves_only_keys_with_a_ttl(redis_url: str, name: str) -> None:
     """On a run under way, on one at rest, and where there is no run at all: `redis_url` checks the TTLs."""
     client = connect(redis_url)
-    real = Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), lambda: {})
+    real = Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), dict)
     CALLS[name](*under_way(real))
     resting, token = under_way(real, "run-2")
     resting.retire()
@@ -992,7 +1013,8 @@ def test_no_operation_leaves_half_a_head(redis_url: str) -> None:
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_every_operation_says_that_nobody_answers(name: str) -> None:
     url = "redis://:secret@127.0.0.1:1/0"
-    client = connect(url, patience_seconds=0.001)
+    client = connect(url)
+    client.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
     with pytest.raises(CacheUnreachable) as caught:
         CALLS[name](Ledger(client, url, "run-1"), 1)
     assert isinstance(caught.value.__cause__, redis.RedisError)
@@ -1019,6 +1041,25 @@ def test_every_error_of_the_server_is_translated(redis_url: str, name: str) -> N
         assert isinstance(caught.value.__cause__, redis.RedisError)
         assert "'run-1'" in str(caught.value)
     client.close()
+
+
+def test_a_queue_is_read_without_taking_from_it(plane: Plane) -> None:
+    registry, waiting = plane.registry, [{"run": "run-1", "step": 0, "shard": n} for n in range(3)]
+    for arguments in waiting:
+        if isinstance(registry, MemoryRegistry):
+            registry.plane.push("gradients", arguments)
+        else:
+            registry.client.lpush("gradients", json.dumps({"headers": {"kwargsrepr": repr(arguments)}}))
+    assert registry.queue_length("gradients") == 3
+    assert sorted(map(str, registry.queued("gradients"))) == sorted(map(str, waiting))
+    assert registry.queued("updates") == []
+    registry.expire_queue("gradients")
+    registry.expire_queue("nobody's")
+    assert registry.queue_length("gradients") == 3
+
+
+def test_the_server_has_a_name_for_its_life(plane: Plane) -> None:
+    assert plane.registry.server_id() == plane.registry.server_id() != ""
 
 
 # --- the registry ------------------------------------------------------------------------------------------------------
@@ -1105,20 +1146,17 @@ def test_a_script_says_what_it_takes_and_gives(path: Path) -> None:
 
 
 def test_the_head_reads_what_the_scripts_write() -> None:
-    """Every field that a script sets in the head is one that `Head` knows, or a private one named here."""
-    private = {"called", "changed", "changed_from"}
-    known = set(Head.__slots__) | private
+    """Every field that a script writes to the head is one that `Head` knows, or a private one named here."""
+    private = {"called", "changed", "changed_from", "server_environment"}
+    seen = set()
     for path in SCRIPTS.glob("*.lua"):
-        body = "".join(line for line in path.read_text().splitlines(True) if not line.startswith("--"))
-        for call in re.findall(r"'(?:HSET|HINCRBY|HDEL)', KEYS\[(?:1|2)\],([^)]*)\)", body):
-            words = re.findall(r"'(\w+)'(?=,|$)", call)
-            if "create_run" in path.stem or "KEYS[1]" in body:
-                fields = [w for w in words if not w.isdigit()]
-                unknown = set(fields) - known - {"pending", "running"}
-                assert not unknown, f"{path.name}: {unknown}"
-
-
-def test_json_in_a_script_is_the_json_of_records() -> None:
-    """Lua and Python read each other's text: no key of a record is one that cjson would change."""
-    text = slot(0, 0).to_json()
-    assert json.loads(text)["nonce"] == "n"
+        text = path.read_text()
+        head = re.search(r"(\d+) head\b", text)
+        if head is None:
+            continue
+        for verb, rest in re.findall(rf"'(HSET|HINCRBY|HDEL)', KEYS\[{head[1]}\],\s*((?:.|\n)*?)\)\n", text):
+            arguments = [argument.strip() for argument in rest.split(",")]
+            fields = arguments if verb == "HDEL" else arguments[:: 2 if verb == "HSET" else 99]
+            seen |= {field.strip("'") for field in fields if field.startswith("'")}
+    assert {"version", "chain", "token", "launched", "late", "incarnation"} <= seen
+    assert seen - set(Head.__slots__) <= private

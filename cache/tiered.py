@@ -1,0 +1,149 @@
+"""The chunk store with the same-host tier before it: one interface, `Chunks`, for both.
+
+A read looks on this host first; what is not there is downloaded once for all processes of the host. A
+write goes to the chunk store and is shown to the host, or to the host alone where the only reader is
+known to be here. Whatever goes wrong with the host's tier, the chunk store serves.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from cache.blob import BlobRef, as_bytes, checksums, split
+from cache.chunks import CHUNK_NBYTES, Chunks
+from cache.host import HostTier
+
+
+@dataclass(frozen=True, slots=True)
+class TierCounters:
+    """How this process's reads and writes were served.
+
+    Attributes:
+        host_hits: reads that another process of this host, or this one, had done before.
+        host_nbytes: bytes of those.
+        store_reads: reads from the chunk store.
+        store_nbytes: bytes of those.
+        store_seconds: time spent on those.
+        written_nbytes: bytes written to the chunk store.
+        local_nbytes: bytes shown to this host alone.
+    """
+
+    host_hits: int = 0
+    host_nbytes: int = 0
+    store_reads: int = 0
+    store_nbytes: int = 0
+    store_seconds: float = 0.0
+    written_nbytes: int = 0
+    local_nbytes: int = 0
+
+
+class TieredStore:
+    """Blobs on this host and in the chunk store.
+
+    Args:
+        chunks: the chunk store.
+        host: the same-host tier; None where it is turned off.
+    """
+
+    def __init__(self, chunks: Chunks, host: HostTier | None) -> None:
+        self.chunks = chunks
+        self.host = host
+        self._counters = TierCounters()
+        self._lock = threading.Lock()
+
+    @property
+    def counters(self) -> TierCounters:
+        """A snapshot of the counters."""
+        return self._counters
+
+    @property
+    def memory_id(self) -> str:
+        """Equal in two processes exactly if they share this tier's memory; "" without one."""
+        return "" if self.host is None else self.host.identity()
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            now = self._counters
+            self._counters = replace(now, **{name: getattr(now, name) + value for name, value in more.items()})
+
+    def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
+        """Store a blob for everybody, and show it to this host."""
+        ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
+        self._count(written_nbytes=ref.nbytes)
+        if self.host is not None:
+            self.host.publish(ref, buffer)
+        return ref
+
+    def put_local(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
+        """Show a blob to this host alone; stored for everybody if the host's tier cannot take it.
+
+        For what can be computed again, such as a gradient whose reader is on this host.
+        """
+        if self.host is not None:
+            view = as_bytes(buffer)
+            parts = split(view, CHUNK_NBYTES)
+            ref = BlobRef(key, len(view), CHUNK_NBYTES, checksums(parts))
+            if self.host.publish(ref, buffer):
+                self._count(local_nbytes=ref.nbytes)
+                return ref
+        return self.put(key, buffer, ttl_seconds=ttl_seconds)
+
+    def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
+        """Read a blob.
+
+        Args:
+            out: uint8, 1-D, `ref.nbytes` long, used if the blob has to come from the chunk store
+                without the host's tier.
+
+        Returns:
+            uint8, 1-D: the host's mapping (not to be written to), `out`, or new memory.
+
+        Raises:
+            ChunkMissing, ChunkCorrupt, CacheUnreachable: as the chunk store says.
+        """
+        began = time.perf_counter()
+        downloaded = False
+
+        def download(view: memoryview) -> None:
+            nonlocal downloaded
+            downloaded = True
+            self.chunks.read_into(ref, view)
+
+        found = None if self.host is None else self.host.fetch(ref, download)
+        if found is not None and not downloaded:
+            self._count(host_hits=1, host_nbytes=ref.nbytes)
+            return found
+        if found is None:
+            found = self.chunks.get(ref, out)
+        self._count(store_reads=1, store_nbytes=ref.nbytes, store_seconds=time.perf_counter() - began)
+        return found
+
+    def read_into(self, ref: BlobRef, view: memoryview) -> None:
+        """Read a blob into memory of the caller's."""
+        found = None if self.host is None else self.host.get(ref)
+        if found is None:
+            self.chunks.read_into(ref, view)
+        else:
+            view[:] = as_bytes(found)
+
+    def delete(self, refs: Iterable[BlobRef]) -> None:
+        """Delete blobs here and in the chunk store."""
+        listed = list(refs)
+        if self.host is not None:
+            self.host.discard(listed)
+        self.chunks.delete(listed)
+
+    def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
+        """Set the remaining lifetime of a blob in the chunk store."""
+        self.chunks.touch(ref, ttl_seconds)
+
+    def close(self) -> None:
+        """Let go of connections."""
+        if self.host is not None:
+            self.host.close()
+        self.chunks.close()

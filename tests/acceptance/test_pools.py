@@ -1,0 +1,233 @@
+"""`celery -A tasks worker` simply works: one worker for everything, in any pool, and split by queue.
+
+Also what such a worker refuses (pickle), and what it leaves behind: nothing without an end.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from coordinator import TrainingConfig
+from coordinator.embedded import free_port
+from tests.support import models, recipes_more, reference
+from tests.support.fleet import Fleet, finished, fleet
+from tests.support.processes import describe, marked
+from tests.support.waiting import wait_until
+
+CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=2, evaluate_every=5)
+SINGLE = {"layout": "single", "workers": 1}
+LAYOUTS: dict[str, dict[str, object]] = {
+    "single, as typed": SINGLE,
+    "single, solo": {**SINGLE, "pool": "solo"},
+    "single, threads -c 4": {**SINGLE, "pool": "threads", "concurrency": 4},
+    "single, prefork -c 2": {**SINGLE, "pool": "prefork", "concurrency": 2},
+    "split": {"workers": 1},
+    "split, prefork -c 2": {"workers": 1, "pool": "prefork", "concurrency": 2},
+}
+
+
+def processes_of(one: Fleet) -> list[psutil.Process]:
+    """The workers and all their children."""
+    parents = [psutil.Process(worker.pid) for worker in one.cluster.processes.values()]
+    return [process for parent in parents for process in (parent, *parent.children(recursive=True))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trains_to_the_end(tmp_path: Path, layout: str) -> None:
+    recipe, pictures = models.mlp(), models.cnn(32)
+    with fleet(tmp_path, **LAYOUTS[layout]) as one:  # type: ignore[arg-type]
+        run, trained = one.train(recipe, CONFIG, "all")
+        assert reference.bits(trained.module) == reference.accumulate(recipe, CONFIG).bits
+        assert set(trained.evaluations) == {5, 10} and trained.metrics == trained.evaluations[10]
+        assert run.predict(models.points(9).tensors[0], batch_size=4).shape == (9, models.CLASSES)
+        again, second = one.train(pictures, CONFIG, "pictures")
+        assert reference.bits(second.module) == reference.accumulate(pictures, CONFIG).bits
+        taken = {**run.verify().workers, **again.verify().workers}
+        living = processes_of(one)
+        if "prefork" in layout:
+            # Children computed, not their parent.
+            assert len(living) == len(one.cluster.processes) + (4 if layout.startswith("split") else 2) - (
+                1 if layout.startswith("split") else 0
+            )
+        pids = {int(re.search(r"/(\d+)-", worker).group(1)) for worker in taken}  # type: ignore[union-attr]
+            assert pids and not pids & {worker.pid for worker in one.cluster.processes.values()}
+        else:
+            assert len(living) == len(one.cluster.processes), "threads and solo start no process"
+        check_leftovers(one.cluster.url, ("all", "pictures"))
+        for worker in one.cluster.processes.values():
+            worker.terminate()
+        for worker in one.cluster.processes.values():
+            assert worker.wait(30) == 0, worker.tail()
+        assert not [process for process in living if process.is_running()], describe(living)
+        if layout.startswith("single"):
+            assert "-Q" not in one.cluster.processes["worker"].command
+        else:
+            assert "-Q updates" in one.cluster.processes["server"].command
+            assert "-Q gradients" in one.cluster.processes["client1"].command
+
+
+def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
+    """Everything that is in Redis after runs: what each key is for, and that all of ours has a TTL.
+
+    Without a TTL stay kombu's bindings of its own control exchange, a fixed number of keys.
+    """
+    client = redis.Redis.from_url(url, decode_responses=True)
+    try:
+        ttls = {key: client.ttl(key) for key in client.scan_iter(count=1000)}
+    finally:
+        client.close()
+    names = "|".join(runs)
+    lasting = [
+        rf"torchord:\{{({names})\}}:(spec|head|manifest|versions|ledger|events|evaluations|pins)",
+        rf"torchord:blob:({names}):(parameters|state):\d+:\w+:\d+",
+        r"torchord:(runs|workers|supervisor|active)",
+        r"torchord:worker:.+",
+        r"celery-taskset-meta-[\w-]+\.c",  # the mark of a chord that has called back: 300 s
+    ]
+    known = re.compile("|".join(lasting))
+    fixed = re.compile(r"_kombu\.binding(\.celery\.pidbox|_deadlines|_permanent\.celery\.pidbox)")
+    unknown = sorted(key for key in ttls if not known.fullmatch(key) and not fixed.fullmatch(key))
+    assert not unknown, f"left in Redis: {unknown}"
+    assert not sorted(key for key, ttl in ttls.items() if known.fullmatch(key) and ttl == -1)
+    # Of each run one version is kept, and no gradient, slot or lease.
+    kept = [key for key in ttls if ":parameters:" in key]
+    assert len(kept) == len(runs), kept
+
+
+# --- JSON only ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """`celery -A tasks worker`, nothing else."""
+    with fleet(tmp_path_factory.mktemp("single"), workers=1, layout="single") as one:
+        yield one
+
+
+def refusals(one: Fleet) -> int:
+    """How often the worker has said that it does not read a message's content type."""
+    said = r"ContentDisallowed: Refusing to deserialize \w+ content of type "
+    return len(re.findall(said, one.log("worker")))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "encoding"),
+    [
+        ("application/x-python-serialize", "binary"),
+        ("application/x-yaml", "utf-8"),
+        ("application/x-msgpack", "binary"),
+    ],
+)
+@pytest.mark.parametrize("queue", ["gradients", "updates"])
+def test_only_json_is_read(
+    single: Fleet, tmp_path: Path, queue: str, content_type: str, encoding: str
+) -> None:
+    """A message that would run a command if it were unpickled is refused; the worker goes on."""
+    proof = tmp_path / "executed"
+    # Protocol 0, by hand: call os.system with one argument.
+    bytecode = f"cos\nsystem\n(S'touch {proof}'\ntR.".encode()
+    before = refusals(single)
+    name = f"refused-{queue}-{uuid.uuid4().hex[:6]}"
+    message = {
+        "body": base64.b64encode(bytecode).decode(),
+        "content-type": content_type,
+        "content-encoding": encoding,
+        "headers": {"lang": "py", "task": "tasks.advance", "id": name, "argsrepr": "", "kwargsrepr": ""},
+        "properties": {
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "delivery_tag": name,
+            "delivery_mode": 2,
+            "body_encoding": "base64",
+            "priority": 0,
+        },
+    }
+    client = redis.Redis.from_url(single.cluster.url)
+    client.lpush(queue, json.dumps(message))
+    wait_until(lambda: refusals(single) > before, message="the refusal in the log")
+    wait_until(lambda: not client.llen(queue) and not client.hlen("unacked"), message="its end")
+    client.close()
+    recipe = models.mlp(16, evaluation=None, metrics=None)
+    _, trained = single.train(recipe, CONFIG, name)
+    assert reference.bits(trained.module) == reference.accumulate(recipe, CONFIG).bits
+    assert not proof.exists()
+    assert psutil.Process(single.cluster.processes["worker"].pid).is_running()
+
+
+def test_a_message_that_is_no_task_of_ours(single: Fleet) -> None:
+    """Unknown task, wrong arguments, unknown run: each is reported, none ends the worker."""
+    from celery import Celery
+
+    with Celery("stranger", broker=single.cluster.url, set_as_current=False) as app:
+        unknown = app.send_task("os.system", args=["true"], queue="gradients").id
+        wrong = app.send_task("tasks.compute_gradient", kwargs={"command": "true"}, queue="gradients").id
+        missing = app.send_task("tasks.advance", kwargs={"run": "nobody-submitted"}, queue="updates").id
+    for task in (wrong, missing):
+        wait_until(lambda task=task: f"[{task}] raised" in single.log("worker"), message=f"task {task}")  # type: ignore[misc]
+    wait_until(lambda: unknown in single.log("worker"), message="the unknown task")
+    log = single.log("worker")
+    assert "Received unregistered task of type 'os.system'" in log
+    assert "no run 'nobody-submitted' is known" in log
+    single.train(models.mlp(16), CONFIG, "after-strangers")
+
+
+# --- other ways in --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not (shutil.which("redis-server") and shutil.which("openssl")), reason="needs redis-server and openssl"
+)
+def test_over_tls(tmp_path: Path) -> None:
+    """One outbound TLS connection is all that a worker needs; the certificate is checked."""
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = subprocess.Popen(
+        ["redis-server", "--port", "0", "--tls-port", str(port), "--tls-cert-file", certificate,
+         "--tls-key-file", key, "--tls-ca-cert-file", certificate, "--tls-auth-clients", "no",
+         "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path, "--unixsocket", tmp_path / "socket"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until((tmp_path / "socket").exists, message="the TLS server")
+        recipe = models.mlp(16, evaluation=None, metrics=None)
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        for name, place in (("tls", url), ("socket", f"unix://{tmp_path}/socket?db=1")):
+            with fleet(tmp_path / name, workers=1, layout="single", url=place) as one:
+                _, trained = one.train(recipe, CONFIG, name)
+                assert reference.bits(trained.module) == reference.accumulate(recipe, CONFIG).bits
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(10)
+
+
+def test_a_worker_that_joins_and_one_that_leaves(tmp_path: Path) -> None:
+    """Warm shutdown in the middle of a run hands over what is left; a new worker takes it."""
+    gate = tmp_path / "gate"
+    recipe = recipes_more.gated(str(gate), at=0, size=32)
+    config = TrainingConfig(epochs=3, batch_size=8, shards=4, seed=2)
+    with fleet(tmp_path, workers=2) as one:
+        run = one.master.submit(recipe, config, name="moving")
+        wait_until(Path(f"{gate}.waiting").exists, message="the held shard")
+        one.cluster.add_worker("client3")
+        wait_until(one.cluster.processes["client3"].ready, message="the third Client")
+        one.cluster.processes["client1"].terminate()
+        gate.touch()
+        assert one.cluster.processes["client1"].wait(30) == 0
+        trained = finished(run)
+        assert reference.bits(trained.module) == reference.accumulate(recipe, config).bits
+    wait_until(lambda: not marked(str(tmp_path)), message=lambda: describe(marked(str(tmp_path))))
