@@ -6,12 +6,17 @@
 Each round runs every method once, in random order, against the same server; the figures are
 medians over the rounds. "Bare socket" is the faster of two: one value per blob, and the same
 chunks pipelined; both without checksums, straight between a preallocated buffer and the socket.
+
+Client and server share the machine with whatever else runs on it. A sample during which other
+processes used more than a tenth of one processor is taken again, for up to --patience seconds a
+row; what had to be kept nevertheless is counted under "disturbed" (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import shutil
@@ -115,8 +120,8 @@ class Bare:
 
 
 @contextmanager
-def server(binary: str) -> Iterator[int]:
-    """A private server on a free port, without persistence."""
+def server(binary: str) -> Iterator[tuple[int, int]]:
+    """A private server on a free port, without persistence: (port, process id)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -137,7 +142,7 @@ def server(binary: str) -> Iterator[int]:
                         break
                     except redis.ConnectionError:
                         assert time.monotonic() < deadline
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
 
@@ -194,21 +199,52 @@ def methods(port: int, nbytes: int) -> dict[str, Callable[[], None]]:
     return found
 
 
-def measure(port: int, nbytes: int, rounds: int) -> dict[str, list[float]]:
-    """Method -> GB/s of each round."""
-    found = methods(port, nbytes)
+class Neighbours:
+    """How much processor time processes other than this one and the server use (Linux)."""
+
+    def __init__(self, server_pid: int) -> None:
+        self.stat = Path(f"/proc/{server_pid}/stat")
+        self.tick = os.sysconf("SC_CLK_TCK")
+        self.known = Path("/proc/stat").exists()
+
+    def seconds(self) -> float:
+        if not self.known:
+            return 0.0
+        busy = sum(map(int, Path("/proc/stat").read_text().split()[1:4])) / self.tick
+        server = sum(map(int, self.stat.read_text().rpartition(") ")[2].split()[11:13])) / self.tick
+        return busy - server - time.process_time()
+
+
+def sample(transfer: Callable[[], object], repeat: int, others: Neighbours) -> tuple[float, float]:
+    """(seconds per transfer, processors that others used meanwhile)."""
+    before = others.seconds()
+    started = time.perf_counter()
+    for _ in range(repeat):
+        transfer()
+    elapsed = time.perf_counter() - started
+    return elapsed / repeat, (others.seconds() - before) / elapsed
+
+
+def measure(
+    found: dict[str, Callable[[], object]], nbytes: int, rounds: int, others: Neighbours, patience: float
+) -> tuple[dict[str, list[float]], int]:
+    """(method -> GB/s of each round, number of samples that others disturbed)."""
     rates: dict[str, list[float]] = defaultdict(list)
-    repeat = max(1, 20 * MB // nbytes)
+    disturbed = 0
+    deadline = time.monotonic() + patience
+    repeat = max(1, 200 * MB // nbytes)  # long enough for the clock ticks that processor time is counted in
     for _ in range(rounds):
         for name in random.sample(list(found), len(found)):
             slow = "redis-py" in name
             if slow and len(rates[name]) >= 3:
                 continue
-            started = time.perf_counter()
-            for _ in range(repeat):
-                found[name]()
-            rates[name].append(repeat * nbytes / (time.perf_counter() - started) / 1e9)
-    return rates
+            while True:
+                seconds, used = sample(found[name], 1 if slow else repeat, others)
+                if used < 0.1 or time.monotonic() > deadline:
+                    break
+            disturbed += used >= 0.1
+            rates[name].append(nbytes / seconds / 1e9)
+    return rates, disturbed
 
 
 def high_water_kb() -> int:
@@ -243,15 +279,17 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 45, 400, 1600], metavar="MB")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows = []
-    print(f"{'server':16} {'MB':>5} {'way':4} {'bare':>6} {'ours':>6} {'ratio':>6}  others (GB/s)")
+    print(f"{'server':14} {'MB':>5} {'way':4} {'bare':>6} {'ours':>6} {'ratio':>6}  other methods, GB/s")
     for name, binary in servers().items():
         for size in arguments.sizes:
             rounds = arguments.rounds if size < 200 else max(3, arguments.rounds // 2)
-            with server(binary) as port:
-                rates = measure(port, size * MB, rounds)
+            with server(binary) as (port, pid):
+                found = methods(port, size * MB)
+                rates, disturbed = measure(found, size * MB, rounds, Neighbours(pid), arguments.patience)
                 extra = extra_memory(port, size * MB)
             for way in ("out", "in"):
                 median = {
@@ -266,14 +304,16 @@ def main() -> None:
                     "megabytes": size,
                     "way": way,
                     "rounds": rounds,
+                    "samples_disturbed": disturbed,
                     "ratio_to_bare_socket": round(ours / bare, 3),
                     "extra_memory_megabytes": round(extra.get(way, float("nan")), 1),
                     "gigabytes_per_second": {method: round(rate, 3) for method, rate in median.items()},
                 }
                 rows.append(row)
-                others = ", ".join(f"{m} {r:.2f}" for m, r in median.items() if m != "chunk store")
+                words = ", ".join(f"{m} {r:.2f}" for m, r in median.items() if m != "chunk store")
+                words += f"; {disturbed} of {sum(map(len, rates.values()))} samples disturbed"
                 print(
-                    f"{name:16} {size:5} {way:4} {bare:6.2f} {ours:6.2f} {ours / bare:6.2f}  {others}; extra {row['extra_memory_megabytes']} MB",
+                    f"{name:14} {size:5} {way:4} {bare:6.2f} {ours:6.2f} {ours / bare:6.2f}  {words}",
                     flush=True,
                 )
     arguments.output.parent.mkdir(exist_ok=True)

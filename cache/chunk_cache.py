@@ -189,7 +189,7 @@ class DiskTier:
             path = self._path(chunk.address)
             try:
                 data = np.fromfile(path, dtype=np.uint8)
-                if data.size == chunk.nbytes and xxhash.xxh3_64_hexdigest(data) == chunk.checksum:
+                if data.size == chunk.nbytes and xxhash.xxh3_64_hexdigest(data.data) == chunk.checksum:
                     found[chunk.address] = data
                     os.utime(path)
             except OSError:
@@ -220,7 +220,7 @@ class DiskTier:
         descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                file.write(data.data)
             with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
                 os.replace(temporary, path)
         except BaseException:

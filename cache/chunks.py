@@ -200,10 +200,47 @@ class ChunkStore:
         ref.require_length(view)
         started = time.perf_counter()
         if ref.nbytes:
-            self._patiently(self._load, ref, split(view, ref.chunk_nbytes))
+            self._patiently(self._load, *_wanted(ref, view))
         with self._lock:
             self.counters.bytes_in += len(view)
             self.counters.seconds_in += time.perf_counter() - started
+
+    def put_many(self, blobs: Sequence[tuple[str, memoryview]], *, ttl_seconds: int) -> None:
+        """Store many small blobs together; each becomes one chunk, whatever `chunk_nbytes` is.
+
+        Args:
+            blobs: prefix and bytes of each.
+            ttl_seconds: lifetime of the chunks, at least 1.
+
+        Raises:
+            CacheUnreachable: no node answers.
+            CacheError: a node refused.
+        """
+        if not blobs:
+            return
+        started = time.perf_counter()
+        self._patiently(self._store, [(f"{key}:0".encode(), view) for key, view in blobs], ttl_seconds)
+        with self._lock:
+            self.counters.bytes_out += sum(len(view) for _, view in blobs)
+            self.counters.seconds_out += time.perf_counter() - started
+
+    def get_many(self, refs: Sequence[BlobRef]) -> list[Tensor]:
+        """Fetch many small blobs together; as `get` for each, but not a round trip for each."""
+        started = time.perf_counter()
+        outs = [torch.empty(ref.nbytes, dtype=torch.uint8) for ref in refs]
+        alike: dict[int, tuple[list[bytes], list[memoryview], list[str]]] = {}
+        for ref, out in zip(refs, outs, strict=True):
+            for key, part, checksum in zip(*_wanted(ref, as_bytes(out)), strict=True):
+                keys, parts, sums = alike.setdefault(len(part), ([], [], []))
+                keys.append(key)
+                parts.append(part)
+                sums.append(checksum)
+        for keys, parts, sums in alike.values():
+            self._patiently(self._load, keys, parts, sums)
+        with self._lock:
+            self.counters.bytes_in += sum(ref.nbytes for ref in refs)
+            self.counters.seconds_in += time.perf_counter() - started
+        return outs
 
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """Delete the chunks of blobs; absent ones are no error.
@@ -234,6 +271,19 @@ class ChunkStore:
             CacheError: a node refused.
         """
         self._patiently(self._touch, ref, ttl_seconds)
+
+    def extend(self, refs: Sequence[BlobRef], ttl_seconds: int) -> list[bool]:
+        """Tell which blobs are stored whole, and let the chunks that there are live at least so long.
+
+        A life that is longer already stays. The nodes must be Valkey, or Redis 7 or newer.
+
+        Raises:
+            CacheUnreachable: no node answers.
+            CacheError: a node refused.
+        """
+        found: dict[str, bool] = {key: False for ref in refs for key in ref.chunk_keys()}
+        self._patiently(self._extend, found, ttl_seconds)
+        return [all(found[key] for key in ref.chunk_keys()) for ref in refs]
 
     def close(self) -> None:
         """Close connections and threads; the store may be used again."""
@@ -272,22 +322,20 @@ class ChunkStore:
         if not all(placed):
             raise _nowhere(failed)
 
-    def _load(self, ref: BlobRef, parts: Sequence[memoryview]) -> None:
-        prefix = ref.key.encode()
-        keys = [b"%s:%d" % (prefix, i) for i in range(len(parts))]
+    def _load(self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]) -> None:
         if self._only is not None:
-            problems = self._only.load(keys, parts, ref.checksums)
+            problems = self._only.load(keys, parts, sums)
             if problems:
-                raise self._no_chunk(ref, min(problems), problems, {})
+                raise self._no_chunk(keys[min(problems)].decode(), problems[min(problems)], {})
             return
-        orders = self._orders(list(ref.chunk_keys()))
+        orders = self._orders([key.decode() for key in keys])
         good = [False] * len(keys)
         problems = {}
         failed: dict[str, CacheUnreachable] = {}
 
         def receive(name: str, indices: Sequence[int]) -> None:
             wrong = self._nodes[name].load(
-                [keys[i] for i in indices], [parts[i] for i in indices], [ref.checksums[i] for i in indices]
+                [keys[i] for i in indices], [parts[i] for i in indices], [sums[i] for i in indices]
             )
             for position, i in enumerate(indices):
                 good[i] = position not in wrong
@@ -301,16 +349,31 @@ class ChunkStore:
                     groups.setdefault(order[turn], []).append(i)
             failed |= self._each(self._lanes(groups, receive))
         if not all(good):
-            raise self._no_chunk(ref, good.index(False), problems, failed)
+            bad = good.index(False)
+            raise self._no_chunk(keys[bad].decode(), problems.get(bad), failed)
 
     def _touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         keys = list(ref.chunk_keys())
+        found, failed = self._expire(keys, ttl_seconds, extend=False)
+        if not all(found):
+            raise self._no_chunk(keys[found.index(False)], None, failed)
+
+    def _extend(self, found: dict[str, bool], ttl_seconds: int) -> None:
+        hits, failed = self._expire(list(found), ttl_seconds, extend=True)
+        if found and len(failed) == len(self._nodes):
+            raise _nowhere(failed)
+        found.update(zip(found, hits, strict=True))
+
+    def _expire(
+        self, keys: Sequence[str], ttl_seconds: int, *, extend: bool
+    ) -> tuple[list[bool], dict[str, CacheUnreachable]]:
+        """Set lives on all nodes that have a key; returns which keys there are, and silent nodes."""
         orders = self._orders(keys)
         found = [False] * len(keys)
         failed: dict[str, CacheUnreachable] = {}
 
         def expire(name: str, indices: Sequence[int]) -> None:
-            hits = self._nodes[name].expire([keys[i].encode() for i in indices], ttl_seconds)
+            hits = self._nodes[name].expire([keys[i].encode() for i in indices], ttl_seconds, extend=extend)
             for i, hit in zip(indices, hits, strict=True):
                 found[i] |= hit
 
@@ -320,8 +383,7 @@ class ChunkStore:
                 if turn < self._copies or not found[i]:
                     groups.setdefault(order[turn], []).append(i)
             failed |= self._each(self._lanes(groups, expire))
-        if not all(found):
-            raise self._no_chunk(ref, found.index(False), {}, failed)
+        return found, failed
 
     # --- nodes and threads -------------------------------------------------------------------
 
@@ -377,10 +439,9 @@ class ChunkStore:
         _log.warning("%s; asking the other nodes first for %g s", error, seconds)
 
     def _no_chunk(
-        self, ref: BlobRef, i: int, problems: Mapping[int, Problem], failed: Mapping[str, CacheUnreachable]
+        self, key: str, problem: Problem | None, failed: Mapping[str, CacheUnreachable]
     ) -> CacheError:
-        key = f"{ref.key}:{i}"
-        if problems.get(i) is Problem.CORRUPT:
+        if problem is Problem.CORRUPT:
             return ChunkCorrupt(f"chunk {key} on cache node {', '.join(self._nodes)} is not what was written")
         if len(failed) == len(self._nodes):
             return _nowhere(failed)
@@ -462,6 +523,13 @@ class MemoryChunkStore:
     def _require(self, key: str) -> None:
         if key not in self.chunks or self.chunks[key][1] < time.monotonic():
             raise ChunkMissing(f"chunk {key} is not in memory")
+
+
+def _wanted(ref: BlobRef, view: memoryview) -> tuple[list[bytes], list[memoryview], tuple[str, ...]]:
+    """Key, memory and checksum of each chunk of a blob."""
+    prefix = ref.key.encode()
+    parts = split(view, ref.chunk_nbytes)
+    return [b"%s:%d" % (prefix, i) for i in range(len(parts))], parts, ref.checksums
 
 
 def _nowhere(failed: Mapping[str, CacheUnreachable]) -> CacheUnreachable:

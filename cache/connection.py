@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
+    AuthenticationError,
     BusyLoadingError,
     ConnectionError,
     ReadOnlyError,
@@ -55,6 +56,11 @@ def translated(url: str, what: str) -> Iterator[None]:
     where = masked(url)
     try:
         yield
+    except AuthenticationError as error:
+        raise CacheUnreachable(
+            f"cannot {what}: {where} refuses the user or password; give them in the URL, as in "
+            "redis://USER:PASSWORD@HOST:PORT/DB"
+        ) from error
     except (ConnectionError, TimeoutError, BusyLoadingError) as error:
         raise CacheUnreachable(
             f"cannot {what}: no Redis answers at {where} ({error}); start one there, or set TORCHORD_URL"

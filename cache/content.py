@@ -6,10 +6,10 @@ pass for them by accident or design. A reader compares the faster checksum besid
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,16 @@ import xxhash
 from cache import keys
 from cache.blob import BlobRef, chunk_count
 from cache.chunks import ChunkStore
-from cache.errors import CacheError, CacheUnreachable, ChunkMissing, InvalidInput
-from cache.node import Node
-from cache.wire import Connection, ServerRefused, command
+from cache.errors import ChunkMissing, InvalidInput
 
 Bytes = npt.NDArray[np.uint8]
+MOST_CHUNK_NBYTES = 64 << 20
 
 _ADDRESS_DIGITS = 40
 _CHECKSUM_DIGITS = 16
-_KEYS_AT_ONCE = 512
 
 
-def address_of(data: memoryview | Bytes | bytes) -> str:
+def address_of(data: memoryview | bytes) -> str:
     """BLAKE2b of the bytes, 160 bits as 40 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=_ADDRESS_DIGITS // 2).hexdigest()
 
@@ -50,7 +48,7 @@ class Chunk:
     nbytes: int
 
     @classmethod
-    def of(cls, data: memoryview | Bytes | bytes) -> Chunk:
+    def of(cls, data: memoryview) -> Chunk:
         """The chunk that these bytes make."""
         return cls(address_of(data), xxhash.xxh3_64_hexdigest(data), len(data))
 
@@ -124,22 +122,18 @@ class Stream:
         return stream
 
 
-@dataclass(frozen=True, slots=True)
-class _Named(BlobRef):
-    """A reference whose chunks have keys of their own."""
+class ContentStore:
+    """Chunks by address, over the nodes of a `ChunkStore`.
 
-    names: tuple[str, ...] = ()
+    Threads may share a store; a forked child opens its own connections. Needs servers that know
+    `EXPIRE ... GT`: Valkey, or Redis 7 or newer.
 
-    def chunk_keys(self) -> Iterator[str]:
-        """The key of each chunk, in order."""
-        return iter(self.names)
-
-
-class ContentStore(ChunkStore):
-    """A chunk store whose keys are addresses; arguments as there.
-
-    Needs a server that knows `EXPIRE ... GT`: Valkey, or Redis 7 or newer.
+    Args:
+        urls: of the cache nodes, see `ChunkStore`.
     """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._chunks = ChunkStore(urls)
 
     def extend(self, chunks: Sequence[Chunk], ttl_seconds: int) -> list[bool]:
         """Tell which chunks are stored, and make these live at least so long.
@@ -151,13 +145,7 @@ class ContentStore(ChunkStore):
             CacheUnreachable: no node answers.
             CacheError: a node refused.
         """
-        found: list[bool] = []
-        for first in range(0, len(chunks), _KEYS_AT_ONCE * len(self._nodes)):
-            some = chunks[first : first + _KEYS_AT_ONCE * len(self._nodes)]
-            answer: list[bool] = [False] * len(some)
-            self._patiently(partial(self._extend, some, ttl_seconds, answer))
-            found += answer
-        return found
+        return self._chunks.extend([_ref(chunk) for chunk in chunks], ttl_seconds)
 
     def write(self, items: Sequence[tuple[Chunk, memoryview]], ttl_seconds: int) -> None:
         """Store chunks; the bytes must be those of the chunk and not change until this returns.
@@ -166,16 +154,14 @@ class ContentStore(ChunkStore):
             CacheUnreachable: no node answers.
             CacheError: a node refused.
         """
-        if items:
-            named = [(keys.chunk(chunk.address).encode(), view) for chunk, view in items]
-            self._patiently(lambda: self._store(named, ttl_seconds))
+        named = [(keys.chunk(chunk.address), view) for chunk, view in items]
+        self._chunks.put_many(named, ttl_seconds=ttl_seconds)
 
-    def read(self, chunks: Sequence[Chunk], out: memoryview) -> None:
-        """Fetch chunks one behind the other and verify them.
+    def read(self, chunks: Sequence[Chunk]) -> list[Bytes]:
+        """Fetch chunks and verify them.
 
-        Args:
-            chunks: all of one length, but the last may be shorter.
-            out: writable memory of their lengths' sum.
+        Returns:
+            the bytes of each, in memory of its own.
 
         Raises:
             ChunkMissing: a chunk expired, was evicted or was lost with its node.
@@ -183,8 +169,7 @@ class ContentStore(ChunkStore):
             CacheUnreachable: no node answers.
             CacheError: a node refused.
         """
-        if chunks:
-            self.read_into(_named(chunks), out)
+        return [found.numpy() for found in self._chunks.get_many([_ref(chunk) for chunk in chunks])]
 
     def let_go(self, chunks: Sequence[Chunk]) -> None:
         """Have chunks expire after keys.DATASET_GRACE_SECONDS, unless `extend` is called meanwhile.
@@ -193,71 +178,11 @@ class ContentStore(ChunkStore):
             CacheUnreachable: no node answers.
             CacheError: a node refused.
         """
-        for first in range(0, len(chunks), _KEYS_AT_ONCE):
-            try:
-                some = tuple(keys.chunk(chunk.address) for chunk in chunks[first : first + _KEYS_AT_ONCE])
-                self.touch(_Named("", 0, 1, (), some), keys.DATASET_GRACE_SECONDS)
-            except ChunkMissing:
-                continue  # the others were touched; this one has gone already
-
-    def _extend(self, chunks: Sequence[Chunk], ttl_seconds: int, found: list[bool]) -> None:
-        orders = [self._order(keys.chunk(chunk.address)) for chunk in chunks]
-        failed: dict[str, CacheUnreachable] = {}
-
-        def ask(name: str, indices: Sequence[int]) -> None:
-            for i, hit in zip(
-                indices, _ask(self._nodes[name], [chunks[i] for i in indices], ttl_seconds), strict=True
-            ):
-                found[i] |= hit
-
-        for turn in range(len(self._nodes)):
-            groups: dict[str, list[int]] = {}
-            for i, order in enumerate(orders):
-                if turn < self._copies or not found[i]:
-                    groups.setdefault(order[turn], []).append(i)
-            failed |= self._each(self._lanes(groups, ask))
-        if len(failed) == len(self._nodes):
-            raise next(iter(failed.values()))
+        for chunk in chunks:
+            with contextlib.suppress(ChunkMissing):
+                self._chunks.touch(_ref(chunk), keys.DATASET_GRACE_SECONDS)
 
 
-def _named(chunks: Sequence[Chunk]) -> _Named:
-    if any(chunk.nbytes != chunks[0].nbytes for chunk in chunks[:-1]):
-        raise InvalidInput("chunks that are read together must be of one length, but for the last")
-    return _Named(
-        key=keys.chunk(chunks[0].address),
-        nbytes=sum(chunk.nbytes for chunk in chunks),
-        chunk_nbytes=max(1, chunks[0].nbytes),
-        checksums=tuple(chunk.checksum for chunk in chunks),
-        names=tuple(keys.chunk(chunk.address) for chunk in chunks),
-    )
-
-
-def _ask(node: Node, chunks: Sequence[Chunk], ttl_seconds: int) -> list[bool]:
-    """Which chunks a node has, after extending their lives."""
-    names = [keys.chunk(chunk.address).encode() for chunk in chunks]
-    try:
-        lengths = node._run("extend", names[0], partial(_extend_keys, names=names, ttl_seconds=ttl_seconds))
-    except CacheError as error:
-        if "wrong number of arguments" in str(error):
-            raise CacheError(
-                f"cache node {node.label} is too old to keep datasets: it must be Valkey, or Redis 7 or newer"
-            ) from error
-        raise
-    return [nbytes == chunk.nbytes for nbytes, chunk in zip(lengths, chunks, strict=True)]
-
-
-def _extend_keys(connection: Connection, names: Sequence[bytes], ttl_seconds: int) -> list[int]:
-    """EXPIRE ... GT, then STRLEN, of each key; the lengths, 0 for a key that does not exist."""
-    ttl = str(ttl_seconds)
-    connection.send([b"".join(command("EXPIRE", n, ttl, "GT") + command("STRLEN", n) for n in names)])
-    replies: list[int] = []
-    refusal: ServerRefused | None = None
-    for _ in range(2 * len(names)):
-        try:
-            reply = connection.reply()
-            replies.append(reply if isinstance(reply, int) else 0)
-        except ServerRefused as error:
-            refusal = refusal or error
-    if refusal is not None:
-        raise refusal
-    return replies[1::2]
+def _ref(chunk: Chunk) -> BlobRef:
+    """A chunk as a blob of one chunk."""
+    return BlobRef(keys.chunk(chunk.address), chunk.nbytes, max(1, chunk.nbytes), (chunk.checksum,))

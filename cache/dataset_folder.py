@@ -20,9 +20,10 @@ from pathlib import PurePath
 from typing import Any
 
 import fsspec
+import numpy as np
 import xxhash
 
-from cache.content import Chunk
+from cache.content import Bytes, Chunk
 from cache.datasets import Record, Verdict
 from cache.errors import CacheUnreachable, ChunkCorrupt, ChunkMissing, DatasetDamaged, InvalidInput
 
@@ -65,7 +66,7 @@ class FolderPlace:
         for chunk, view in items:
             self._put(self._path(chunk), bytes(view))
 
-    def read(self, chunks: Sequence[Chunk], out: memoryview) -> None:
+    def read(self, chunks: Sequence[Chunk]) -> list[Bytes]:
         """Fetch and verify chunks, several at a time where the driver can.
 
         Raises:
@@ -73,18 +74,8 @@ class FolderPlace:
             ChunkCorrupt: a file is not what was written.
             CacheUnreachable: the folder cannot be read.
         """
-        start = 0
         paths = [self._path(chunk) for chunk in chunks]
-        for chunk, path, data in zip(chunks, paths, self._contents(paths), strict=True):
-            where = f"chunk {chunk.address} in {self.label} ({path})"
-            if isinstance(data, FileNotFoundError):
-                raise ChunkMissing(f"{where} does not exist") from data
-            if isinstance(data, Exception):
-                raise _cannot("read", path, data)
-            if len(data) != chunk.nbytes or xxhash.xxh3_64_hexdigest(data) != chunk.checksum:
-                raise ChunkCorrupt(f"{where} is not what was written")
-            out[start : start + chunk.nbytes] = data
-            start += chunk.nbytes
+        return [self._verified(*found) for found in zip(chunks, paths, self._contents(paths), strict=True)]
 
     def mark(self, chunks: Sequence[Chunk]) -> None:
         """Nothing to do: `sweep` removes them."""
@@ -112,7 +103,7 @@ class FolderPlace:
             return None
         except DatasetDamaged:
             raise
-        except Exception as error:  # noqa: BLE001  every driver has exceptions of its own
+        except Exception as error:  # every driver has exceptions of its own
             raise _cannot("read", path, error) from error
 
     def records(self) -> list[Record]:
@@ -127,7 +118,7 @@ class FolderPlace:
             entries = self._files.ls(self._base, detail=False)
         except FileNotFoundError:
             return []
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _cannot("list", self._base, error) from error
         names = [PurePath(entry).name.removesuffix(_SUFFIX) for entry in entries if entry.endswith(_SUFFIX)]
         found = [record for name in names if (record := self.record(name)) is not None]
@@ -156,12 +147,22 @@ class FolderPlace:
     def _path(self, chunk: Chunk) -> str:
         return f"{self._base}/chunks/{chunk.address[:2]}/{chunk.address}"
 
+    def _verified(self, chunk: Chunk, path: str, data: Any) -> Bytes:
+        where = f"chunk {chunk.address} in {self.label} ({path})"
+        if isinstance(data, FileNotFoundError):
+            raise ChunkMissing(f"{where} does not exist") from data
+        if isinstance(data, Exception):
+            raise _cannot("read", path, data) from data
+        if len(data) != chunk.nbytes or xxhash.xxh3_64_hexdigest(data) != chunk.checksum:
+            raise ChunkCorrupt(f"{where} is not what was written")
+        return np.frombuffer(data, dtype=np.uint8)
+
     def _length(self, path: str) -> int | None:
         try:
             length: int = self._files.info(path, refresh=True)["size"]
         except FileNotFoundError:
             return None
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _cannot("read", path, error) from error
         return length
 
@@ -171,7 +172,7 @@ class FolderPlace:
             return []
         try:
             found = self._files.cat(list(dict.fromkeys(paths)), on_error="return")
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _cannot("read", paths[0], error) from error
         found = {self._files._strip_protocol(path): data for path, data in found.items()}
         return [found.get(self._files._strip_protocol(path), FileNotFoundError(path)) for path in paths]
@@ -193,7 +194,7 @@ class FolderPlace:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _cannot("write", path, error) from error
 
     def _remove(self, path: str) -> None:
@@ -201,7 +202,7 @@ class FolderPlace:
             self._files.rm_file(path)
         except FileNotFoundError:
             return
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _cannot("remove", path, error) from error
 
 

@@ -21,7 +21,7 @@ import redis
 from cache import keys
 from cache.chunk_cache import ChunkCache, DiskTier
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients, translated
-from cache.content import Chunk, ContentStore, Stream
+from cache.content import Bytes, Chunk, ContentStore, Stream
 from cache.errors import DatasetDamaged, InvalidInput
 from cache.node import reset_after_fork
 from cache.scripts import source
@@ -106,8 +106,8 @@ class Place(Protocol):
     def write(self, items: Sequence[tuple[Chunk, memoryview]], ttl_seconds: int) -> None:
         """Store chunks."""
 
-    def read(self, chunks: Sequence[Chunk], out: memoryview) -> None:
-        """Fetch and verify chunks of one length (the last may be shorter)."""
+    def read(self, chunks: Sequence[Chunk]) -> list[Bytes]:
+        """Fetch and verify chunks."""
 
     def mark(self, chunks: Sequence[Chunk]) -> None:
         """Announce that chunks are to go; `extend` takes that back."""
@@ -166,9 +166,9 @@ class CachePlace:
         """See `ContentStore.write`."""
         self._store.write(items, ttl_seconds)
 
-    def read(self, chunks: Sequence[Chunk], out: memoryview) -> None:
+    def read(self, chunks: Sequence[Chunk]) -> list[Bytes]:
         """See `ContentStore.read`."""
-        self._store.read(chunks, out)
+        return self._store.read(chunks)
 
     def mark(self, chunks: Sequence[Chunk]) -> None:
         """See `ContentStore.let_go`."""

@@ -20,7 +20,7 @@ _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
 
 _CLUSTER = (
-    "it is part of a Redis Cluster: list plain nodes in TORCHORD_CACHE_URLS, torchord spreads the chunks"
+    "; it is part of a Redis Cluster: list plain nodes in TORCHORD_CACHE_URLS, torchord spreads the chunks"
 )
 _HINTS = {
     "OOM": "; it is full: raise its maxmemory, or let finished runs expire",
@@ -149,8 +149,11 @@ class Node:
             group = keys[first : first + _KEYS_AT_ONCE]
             self._run("delete", group[0], partial(_unlink, keys=group))
 
-    def expire(self, keys: Sequence[bytes], ttl_seconds: int) -> list[bool]:
+    def expire(self, keys: Sequence[bytes], ttl_seconds: int, *, extend: bool = False) -> list[bool]:
         """Set the remaining life of keys; tells of each whether it exists.
+
+        With `extend`, a life that is longer already stays; the server must then be Valkey, or Redis
+        7 or newer.
 
         Raises:
             CacheUnreachable: the node does not answer.
@@ -159,7 +162,8 @@ class Node:
         found: list[bool] = []
         for first in range(0, len(keys), _KEYS_AT_ONCE):
             group = keys[first : first + _KEYS_AT_ONCE]
-            found += self._run("touch", group[0], partial(_expire, keys=group, ttl_seconds=ttl_seconds))
+            operation = partial(_expire, keys=group, ttl_seconds=ttl_seconds, extend=extend)
+            found += self._run("touch", group[0], operation)
         return found
 
     def close(self) -> None:
@@ -290,15 +294,20 @@ def _unlink(connection: Connection, keys: Sequence[bytes]) -> None:
     connection.reply()
 
 
-def _expire(connection: Connection, keys: Sequence[bytes], ttl_seconds: int) -> list[bool]:
-    connection.send([b"".join(command("EXPIRE", key, str(ttl_seconds)) for key in keys)])
+def _expire(connection: Connection, keys: Sequence[bytes], ttl_seconds: int, extend: bool) -> list[bool]:
+    seconds = str(ttl_seconds)
+    if extend:  # EXPIRE ... GT answers 0 for a longer life, too, so it does not tell whether the key exists
+        requests = [command("EXPIRE", key, seconds, "GT") + command("EXISTS", key) for key in keys]
+    else:
+        requests = [command("EXPIRE", key, seconds) for key in keys]
+    connection.send([b"".join(requests)])
     replies: list[bool] = []
     refusal: ServerRefused | None = None
-    for _ in keys:
+    for _ in range((1 + extend) * len(keys)):
         try:
             replies.append(connection.reply() == 1)
         except ServerRefused as error:
             refusal = refusal or error
     if refusal is not None:
         raise refusal
-    return replies
+    return replies[extend :: 1 + extend]

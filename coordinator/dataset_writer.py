@@ -127,7 +127,7 @@ class Uploader:
 
     def _whole(self, chunk: Chunk) -> bool:
         try:
-            self._place.read([chunk], memoryview(bytearray(chunk.nbytes)))
+            self._place.read([chunk])
         except (ChunkCorrupt, ChunkMissing):
             return False
         return True
@@ -160,6 +160,7 @@ class StreamWriter:
         """Append bytes.
 
         Args:
+            data: what to append.
             stable: they do not change until the uploader has finished, so they need no copy.
         """
         view = memoryview(data)
@@ -294,13 +295,15 @@ def _write_arrays(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Adv
     for leaf, column in zip(leaves, arrays, strict=True):
         if leaf.kind not in ("tensor", "array") or not column.shape:
             raise InvalidInput(
-                f"data{leaf.path} is a {type(column).__name__} without rows; a dict or tuple stands for columns, "
-                "each a tensor or array with one row for each sample (give samples as a list or a dataset)"
+                f"data{leaf.path} is a {type(column).__name__} without rows; a dict or tuple stands for "
+                "columns, each a tensor or array with one row a sample (give samples as a list or a dataset)"
             )
     counts = {f"data{leaf.path}": len(column) for leaf, column in zip(leaves, arrays, strict=True)}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         shown = ", ".join(f"{path} has {count}" for path, count in counts.items())
-        raise InvalidInput(f"every column must have the same number of rows, at least one; {shown or 'no columns'}")
+        raise InvalidInput(
+            f"every column must have the same number of rows, at least one; {shown or 'no columns'}"
+        )
     count = next(iter(counts.values()))
     columns = []
     for leaf, column in zip(leaves, arrays, strict=True):

@@ -17,6 +17,7 @@ from cache.errors import ConfigMismatch, InvalidInput
 from cache.settings import from_environment
 from coordinator.broker import celery_url
 from coordinator.config import TrainingConfig
+from coordinator.datasets import Datasets
 from coordinator.recipe import Recipe, fingerprint
 from coordinator.run import Run, TrainedModel
 from coordinator.services import Services, with_url
@@ -54,10 +55,11 @@ class Master:
         if checkpoint_dir is not None:
             settings = replace(settings, checkpoint_dir=str(checkpoint_dir))
         self.url = settings.url
+        broker = celery_url(settings.url)
         self._services = Services(settings)
         self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
         ping(self._client, settings.url)
-        self._sender = Sender(_publisher(celery_url(settings.url)))
+        self._sender = Sender(_publisher(broker))
         self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
     def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:
@@ -123,6 +125,11 @@ class Master:
     def run(self, name: str) -> Run:
         """A handle on the run of that name, whether or not it exists yet."""
         return Run(self._services, self._sender, keys.check_name(name), trusted=name in self._submitted)
+
+    @property
+    def datasets(self) -> Datasets:
+        """The stored datasets: put, list, delete and open what `stored_dataset` in a recipe names."""
+        return Datasets(self._services.settings)
 
     def runs(self) -> list[str]:
         """Names of the runs that the server knows, oldest first."""

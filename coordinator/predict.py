@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache import keys
 from cache.chunks import BlobRef
-from cache.errors import InvalidInput, NoWorker, RunError, RunFailed, WaitTimeout
+from cache.errors import InvalidInput, NoWorker, RunFailed, VersionMissing, WaitTimeout
 from cache.ledger import Ledger
 from coordinator.task_names import GRADIENTS, PREDICT, worker_command
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _WINDOW = 16  # parts in flight: bounds the cache's memory whatever the input's length
 _POLL_SECONDS = 0.01
 _RESEND_SECONDS = 10.0
+_ALONE_SECONDS = 3.0  # longer than the lease of a worker that died
 _PIN_SECONDS = 600.0
 
 
@@ -42,8 +43,9 @@ def predict(
     if type(batch_size) is not int or batch_size < 1:
         raise InvalidInput(f"batch_size must be a whole number of examples, at least 1, got {batch_size!r}")
     if ledger.version(version) is None:
-        raise RunError(
-            f"version {version} of run {ledger.run!r} is not in the cache; predict from the newest (version=None)"
+        raise VersionMissing(
+            f"version {version} of run {ledger.run!r} is not in the cache; stored: "
+            f"{sorted(ledger.versions())}. Predict from one of these, or from the newest (version=None)"
         )
     request = uuid.uuid4().hex[:12]
     waiting = _batches(inputs, batch_size)
@@ -52,7 +54,7 @@ def predict(
     number = 0
     exhausted = False
     began = time.monotonic()
-    progressed = began
+    progressed = looked = began
     ledger.pin(version, seconds=_PIN_SECONDS)
     pinned = began
     try:
@@ -91,11 +93,13 @@ def predict(
                 raise WaitTimeout(
                     f"prediction from run {ledger.run!r}: {len(done)} parts in {timeout_seconds:g} s"
                 )
-            if sent and now - progressed > _RESEND_SECONDS:
+            if sent and now - max(progressed, looked) > _ALONE_SECONDS:
+                looked = now
                 if not services.registry.consumers(GRADIENTS):
                     raise NoWorker(
                         f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
                     )
+            if sent and now - progressed > _RESEND_SECONDS:
                 for _, kwargs in sent.values():  # a worker may have died with one; each is written once
                     sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
                 progressed = now

@@ -309,6 +309,7 @@ class Run:
         """
         done, before = self._ledger.transition("paused", allowed=("pending", "running"), event="paused")
         if not done and before != "paused":
+            self._ledger.head()  # raises if there is no such run
             raise RunError(f"run {self.name!r} is {before}; only a running run can be paused")
 
     def cancel(self) -> None:
@@ -321,6 +322,7 @@ class Run:
             "cancelled", allowed=("pending", "running", "paused", "failed"), event="cancelled"
         )
         if not done and before != "cancelled":
+            self._ledger.head()  # raises if there is no such run
             raise RunError(f"run {self.name!r} is {before}; there is nothing to cancel")
         self._ledger.retire()
 
@@ -377,8 +379,10 @@ class Run:
         """
         from coordinator.replica import Replica
 
+        head = self._ledger.head()
+        wanted = self._wanted(head, version)
         replica = Replica.build(self._recipe(), self._config(), "cpu")
-        self._load(replica, version)
+        self._load(replica, head, wanted)
         return replica.model.eval()
 
     def state_dict(self, version: int | None = None) -> dict[str, torch.Tensor]:
@@ -402,18 +406,19 @@ class Run:
 
         Raises:
             InvalidInput: the inputs are of another kind, or empty.
+            VersionMissing: that version is not in the cache (any more).
             RunFailed: the model raised on these inputs.
+            NoWorker: nobody consumes the queue.
         """
         from coordinator.predict import predict
 
-        head = self._ledger.head()
         return predict(
             self._services,
             self._sender,
             self._ledger,
             inputs,
             batch_size=batch_size,
-            version=head.version if version is None else version,
+            version=self._wanted(self._ledger.head(), version),
             timeout_seconds=timeout,
         )
 
@@ -447,11 +452,19 @@ class Run:
                 found.setdefault(entry.version, entry)
         return [found[version] for version in sorted(found) if version <= head.version]
 
-    def _load(self, replica: Any, version: int | None) -> None:
-        head = self._ledger.head()
+    def _wanted(self, head: Head, version: int | None) -> int:
+        """The version that is asked for, None being the newest."""
         wanted = head.version if version is None else version
         if type(wanted) is not int or wanted < 0:
             raise InvalidInput(f"version must be a whole number from 0 to {head.version}, got {version!r}")
+        if head.total_steps is None:
+            raise RunError(
+                f"run {self.name!r} has no parameters yet; a training server must start it first, "
+                "see run.status()"
+            )
+        return wanted
+
+    def _load(self, replica: Any, head: Head, wanted: int) -> None:
         try:
             _, flat = self._services.parameters.fetch(self._ledger, wanted)
             replica.load(flat)

@@ -207,7 +207,9 @@ def leaf_of(value: Any, path: str) -> Leaf:
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise InvalidInput(f"sample{path} is a sparse, quantized or meta tensor; only dense ones are stored")
+            raise InvalidInput(
+                f"sample{path} is a sparse, quantized or meta tensor; only dense ones are stored"
+            )
         return Leaf(path, "tensor", dtype_name(value.dtype))
     if isinstance(value, str):  # numpy's str_ and bytes_ included
         return Leaf(path, "str", "")
@@ -237,6 +239,7 @@ def follow(skeleton: Any, sample: Any) -> list[Any]:
     values: list[Any] = []
 
     def visit(node: Any, value: Any, path: str) -> None:
+        body: Any
         if node is None:
             if value is not None:
                 raise InvalidInput(f"sample{path} is a {type(value).__name__}, but None in the first sample")
@@ -245,18 +248,20 @@ def follow(skeleton: Any, sample: Any) -> list[Any]:
         if tag == "leaf":
             values.append(value)
             return
-        if type(value) is not _NESTS[tag] or len(value) != len(body):
+        items: Any = value
+        if type(value) is not _NESTS[tag] or len(items) != len(body):
             size = f" of {len(value)}" if hasattr(value, "__len__") else ""
             raise InvalidInput(
-                f"sample{path} is a {type(value).__name__}{size}, but a {tag} of {len(body)} in the first sample"
+                f"sample{path} is a {type(value).__name__}{size}, but a {tag} of {len(body)} in the first "
+                "sample"
             )
         if tag == "dict":
             for key, inner in body:
-                if key not in value:
+                if key not in items:
                     raise InvalidInput(f"sample{path} lacks the key {key!r} of the first sample")
-                visit(inner, value[key], f"{path}[{key!r}]")
+                visit(inner, items[key], f"{path}[{key!r}]")
         else:
-            for i, (inner, item) in enumerate(zip(body, value, strict=True)):
+            for i, (inner, item) in enumerate(zip(body, items, strict=True)):
                 visit(inner, item, f"{path}[{i}]")
 
     visit(skeleton, sample, "")
@@ -298,7 +303,7 @@ def rows_of(array: Tensor | np.ndarray[Any, Any]) -> memoryview:
     if isinstance(array, Tensor):
         return memory(plain(array))
     flat = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
+    return flat.view(np.uint8).data if flat.size else memoryview(b"")
 
 
 # --- values to samples ------------------------------------------------------------------
@@ -308,6 +313,7 @@ def decode_rows(column: Column, rows: Bytes) -> list[Any]:
     """Turn values of one shape back.
 
     Args:
+        column: where they belong.
         rows: uint8, shape (values, column.value_nbytes), owned by the caller's samples.
     """
     leaf, shape = column.leaf, column.shape
@@ -327,6 +333,7 @@ def decode_one(leaf: Leaf, data: Bytes, shape: Sequence[int] | None) -> Any:
     """Turn one value of a column of different shapes back.
 
     Args:
+        leaf: where it belongs.
         data: uint8, 1-D, owned by the caller's sample.
         shape: its shape; None for str and bytes.
     """
@@ -344,7 +351,9 @@ def assemble(skeleton: Any, columns: Sequence[Sequence[Any]], count: int) -> lis
     """Build samples from the values of each column.
 
     Args:
+        skeleton: of a sample.
         columns: for each number of the skeleton, `count` values.
+        count: how many samples.
     """
     if skeleton is None:
         return [None] * count

@@ -52,6 +52,7 @@ _EVALUATION_PIN_SECONDS = 6 * 3600.0
 _KEPT_VERSIONS = 2
 _EVALUATION_PART = 4096
 _NEVER = -1
+_CALL_AGAIN_SECONDS = 5.0
 
 
 @dataclass
@@ -103,6 +104,7 @@ class TrainingServer:
         self.fault = fault
         self._warm: OrderedDict[str, WarmRun] = OrderedDict()
         self._tokens: dict[str, int] = {}
+        self._called_again: dict[str, float] = {}
         self._lock = threading.RLock()
 
     @property
@@ -141,7 +143,8 @@ class TrainingServer:
                 return {"run": run, "status": "fenced", "version": head.version}
             except CacheError as error:
                 self._warm.pop(run, None)  # what was applied and not committed is computed again
-                log.warning("run %s: %s; the supervisor calls again", run, error)
+                log.warning("run %s: %s", run, error)
+                self._call_again(run)
                 return {"run": run, "status": "cache error", "error": str(error)}
             except Exception as error:
                 self._warm.pop(run, None)
@@ -149,6 +152,16 @@ class TrainingServer:
                 raise
             finally:
                 self.heartbeat.doing("")
+
+    def _call_again(self, run: str) -> None:
+        """After a failure of the store: try again at once, but not time after time (the supervisor does)."""
+        now = time.monotonic()
+        if now - self._called_again.get(run, -math.inf) > _CALL_AGAIN_SECONDS:
+            self._called_again[run] = now
+            try:
+                self.sender.advance(run, queue=self.queue)
+            except CacheError as error:
+                log.debug("run %s: %s", run, error)
 
     def _advance(self, run: str, ledger: Ledger, head: Head, *, called: int | None) -> dict[str, Any]:
         warm = self._warm.get(run)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 OUTAGE_SECONDS = 1.5  # a round that took longer waited for Redis, or the process was stopped
-SETTLE_SECONDS = 2.5  # after an outage, living workers need up to this long to say so
+SETTLE_SECONDS = 1.5  # after an outage, living workers need up to this long to say so
 EVALUATION_TRIES = 3
 
 

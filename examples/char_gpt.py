@@ -61,7 +61,8 @@ class Block(nn.Module):
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -93,7 +94,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the byte after each byte."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+        return logits
 
 
 @cache
@@ -105,8 +107,8 @@ def standard_library(nbytes: int) -> bytes:
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
+    for file in root.rglob("*.py"):
+        parts = file.relative_to(root).parts
         ours = parts[0].removesuffix(".py") in sys.stdlib_module_names
         if ours and not {"test", "tests", "site-packages", "__pycache__"} & set(parts):
             paths.append("/".join(parts))

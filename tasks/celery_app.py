@@ -103,6 +103,8 @@ app.conf.update(
     # Wait for Redis at the start and after a loss, for as long as it takes.
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # ... and notice within 2 s that it is back.
+    worker_consumer="tasks.consumer:Consumer",
     # Also shortens the lease under which a chord's callback is claimed, from 21 s to 6 s.
     broker_connection_timeout=1,
     worker_cancel_long_running_tasks_on_connection_loss=False,
@@ -114,9 +116,8 @@ app.conf.update(
         "socket_connect_timeout": 2,
         "health_check_interval": 30,
     },
-    result_backend_transport_options={"socket_keepalive": True},
-    # Redis loses idle connections behind NAT; keep them.
-    redis_socket_keepalive=True,
+    # NAT loses idle connections; keep them. (Celery cannot do without it on a unix socket.)
+    redis_socket_keepalive=not _URL.startswith("redis+socket:"),
     # No remote rate limits are used; the bucket machinery costs a thread hand-over a task.
     worker_disable_rate_limits=True,
     # Workers need nothing from each other: the ledger and the heartbeats say it all.

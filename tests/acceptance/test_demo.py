@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
+from cache import errors
 from coordinator.local import LocalCluster
 from examples import char_gpt, fashion_mnist
 from tests.support.processes import MARK, describe, marked
@@ -166,10 +168,67 @@ def test_the_other_examples_train_on_a_cluster_that_is_up(
     assert "of 128 held-out pictures" in said and "ledger audit clean: 4 steps, 16 gradient slots" in said
     assert (tmp_path / "out" / "fashion" / "loss.png").read_bytes().startswith(PNG)
 
-    monkeypatch.setenv("TORCHORD_URL", url)
+    monkeypatch.setenv("TORCHORD_URL", url)  # from here on by the environment
+    readme = tmp_path / "readme.py"
+    readme.write_text(python_of("README.md")[0])
+    example = runpy.run_path(str(readme))
+    assert example["trained"].metrics["accuracy"] > 0.8 and example["run"].verify().ok
+    capsys.readouterr()
+
     small = ["--corpus", "20000", "--layers", "1", "--width", "16"]
     assert char_gpt.main([*small, "--out", str(tmp_path / "out"), "--name", "gpt"]) == 0
     said = capsys.readouterr().out
     assert "bits a byte" in said and "ledger audit clean: 5 steps, 20 gradient slots" in said
     assert "The model goes on from 'def '" in said
     assert (tmp_path / "out" / "gpt" / "model.safetensors").exists()
+
+
+# --- the pages ------------------------------------------------------------------------
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def python_of(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
+    module, program, *_ = python_of("docs/quickstart.md")
+    (tmp_path / "my_models.py").write_text(module)
+    (tmp_path / "train.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ledger audit clean: 80 steps" in done.stdout and done.stderr == ""
+    assert (tmp_path / "points.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_error_has_its_way_out() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    names = [
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.TorchordError)
+    ]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_every_setting_of_a_worker_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "workers.md").read_text()
+    read = set(re.findall(r"TORCHORD_[A-Z_]+", (ROOT / "cache" / "settings.py").read_text()))
+    assert sorted(name for name in read - {"TORCHORD_FAULTS"} if name not in page) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from ast import literal_eval
@@ -57,8 +58,6 @@ def flower(trained: LocalCluster, tmp_path: Path) -> Iterator[str]:
 
 
 def flower_environment(url: str) -> dict[str, str]:
-    import os
-
     return {**os.environ, "TORCHORD_URL": url, "FLOWER_UNAUTHENTICATED_API": "true"}
 
 
@@ -83,13 +82,9 @@ def finished(flower: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) -> None:
-    # Flower tells the workers to send events; they are on its page when the first has come.
-    wait_until(
-        lambda: sum(state for state in ask(f"{flower}/api/workers", status=True).values()) == 2,
-        60,
-        "both workers",
-        0.2,
-    )
+    # Flower tells the workers to send events; what they do before that, it cannot show.
+    for worker in trained.processes.values():
+        wait_until(lambda log=worker.log: b"enabled by remote" in log.read_bytes(), 60, "events", 0.1)
     config = TrainingConfig(epochs=1, batch_size=256, shards=2)
     run = Master(trained.url).submit(digits.recipe(epochs=1), config, name="shown")
     run.wait(timeout=60)

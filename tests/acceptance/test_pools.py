@@ -19,7 +19,8 @@ import psutil
 import pytest
 import redis
 
-from coordinator import TrainingConfig
+from cache.errors import CacheUnreachable
+from coordinator import Master, TrainingConfig
 from coordinator.embedded import free_port
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
@@ -58,10 +59,9 @@ def test_trains_to_the_end(tmp_path: Path, layout: str) -> None:
         living = processes_of(one)
         if "prefork" in layout:
             # Children computed, not their parent.
-            assert len(living) == len(one.cluster.processes) + (4 if layout.startswith("split") else 2) - (
-                1 if layout.startswith("split") else 0
-            )
-        pids = {int(re.search(r"/(\d+)-", worker).group(1)) for worker in taken}  # type: ignore[union-attr]
+            children = 2 if layout.startswith("single") else 1 + 2  # a server has one
+            assert len(living) == len(one.cluster.processes) + children
+            pids = {int(worker.rpartition("/")[2].partition("-")[0]) for worker in taken}
             assert pids and not pids & {worker.pid for worker in one.cluster.processes.values()}
         else:
             assert len(living) == len(one.cluster.processes), "threads and solo start no process"
@@ -199,15 +199,17 @@ def test_over_tls(tmp_path: Path) -> None:
     server = subprocess.Popen(
         ["redis-server", "--port", "0", "--tls-port", str(port), "--tls-cert-file", certificate,
          "--tls-key-file", key, "--tls-ca-cert-file", certificate, "--tls-auth-clients", "no",
-         "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path, "--unixsocket", tmp_path / "socket"],
+         "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path, "--unixsocket", tmp_path / "redis.sock"],
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_until((tmp_path / "socket").exists, message="the TLS server")
+        wait_until((tmp_path / "redis.sock").exists, message="the TLS server")
         recipe = models.mlp(16, evaluation=None, metrics=None)
         url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
-        for name, place in (("tls", url), ("socket", f"unix://{tmp_path}/socket?db=1")):
-            with fleet(tmp_path / name, workers=1, layout="single", url=place) as one:
+        with pytest.raises(CacheUnreachable, match="certificate verify failed"):
+            Master(f"rediss://127.0.0.1:{port}/0")
+        for name, place in (("tls", url), ("socket", f"unix://{tmp_path}/redis.sock?db=1")):
+            with fleet(tmp_path / f"by-{name}", workers=1, layout="single", url=place) as one:
                 _, trained = one.train(recipe, CONFIG, name)
                 assert reference.bits(trained.module) == reference.accumulate(recipe, CONFIG).bits
     finally:

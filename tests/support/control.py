@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import redis
@@ -92,9 +93,9 @@ def worker(id: str, *, node: str | None = None, queues: tuple[str, ...] = ("grad
 # --- every key, as plain values --------------------------------------------------------------
 
 
-def redis_state(client: redis.Redis, pattern: str = f"{keys.PREFIX}:*") -> dict[str, Any]:
-    """Every key with its value."""
-    names = sorted(client.scan_iter(match=pattern, count=1000))
+def redis_state(client: redis.Redis, only: Iterable[str] | None = None) -> dict[str, Any]:
+    """Every key with its value, or those of `only` that are there."""
+    names = sorted(client.scan_iter(match=f"{keys.PREFIX}:*", count=1000) if only is None else set(only))
     with client.pipeline(transaction=True) as pipe:
         for name in names:
             pipe.type(name)
@@ -108,11 +109,15 @@ def redis_state(client: redis.Redis, pattern: str = f"{keys.PREFIX}:*") -> dict[
                 pipe.zrange(name, 0, -1, withscores=True)
             elif kind == "stream":
                 pipe.xrange(name)
+            elif kind == "none":
+                pipe.exists(name)
             else:
                 pipe.get(name)
         values = pipe.execute()
     found = {}
     for name, kind, value in zip(names, kinds, values, strict=True):
+        if kind == "none":
+            continue
         if kind == "stream":
             value = [(fields["type"], json.loads(fields["data"])) for _, fields in value]
         found[name] = dict(value) if kind == "zset" else value

@@ -17,11 +17,19 @@ from tests.support import models
 GATE_SECONDS = 120.0
 
 
-class Gated(Dataset[tuple[Tensor, Tensor]]):
-    """`models.points`, but reading the sample `at` waits until the file `gate` exists.
+def wait_for(gate: str) -> None:
+    """Wait until the file exists; meanwhile the file `gate + ".waiting"` exists."""
+    deadline = time.monotonic() + GATE_SECONDS
+    if not os.path.exists(gate):
+        open(gate + ".waiting", "w").close()
+    while not os.path.exists(gate):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody opened {gate}")
+        time.sleep(0.005)
 
-    While it waits the file `gate + ".waiting"` exists.
-    """
+
+class Gated(Dataset[tuple[Tensor, Tensor]]):
+    """`models.points`, but reading the sample `at` waits until the file `gate` exists: see `wait_for`."""
 
     def __init__(self, gate: str, at: int, size: int = 40) -> None:
         self.inner = models.points(size)
@@ -33,29 +41,30 @@ class Gated(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if index == self.at:
-            deadline = time.monotonic() + GATE_SECONDS
-            if not os.path.exists(self.gate):
-                open(self.gate + ".waiting", "w").close()
-            while not os.path.exists(self.gate):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"nobody opened {self.gate}")
-                time.sleep(0.005)
+            wait_for(self.gate)
         sample: tuple[Tensor, Tensor] = self.inner[index]
         return sample
 
 
 class Fixable(Dataset[tuple[Tensor, Tensor]]):
-    """`models.points`, but reading the sample `at` raises until the file `fix` exists."""
+    """`models.points`, but reading the sample `at` raises until the file `fix` exists.
 
-    def __init__(self, fix: str, at: int, size: int = 40) -> None:
+    Reading the sample `gate_at` waits for the file `gate`.
+    """
+
+    def __init__(self, fix: str, at: int, size: int = 40, gate: str = "", gate_at: int = -1) -> None:
         self.inner = models.points(size)
         self.fix = fix
         self.at = at
+        self.gate = gate
+        self.gate_at = gate_at
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.gate_at:
+            wait_for(self.gate)
         if index == self.at and not os.path.exists(self.fix):
             raise OSError(f"cannot read sample {index}: the disk is not mounted")
         sample: tuple[Tensor, Tensor] = self.inner[index]
@@ -92,6 +101,11 @@ def wrong_targets() -> Dataset[Any]:
 def wide_points() -> Dataset[Any]:
     """Points with one feature more than the models take."""
     return models.points(16, features=models.FEATURES + 1)
+
+
+def steep_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A finite loss with an infinite derivative: the square root of zero."""
+    return (outputs * 0.0).sum().abs().sqrt()
 
 
 class OnlyInputs(Dataset[Tensor]):

@@ -301,18 +301,9 @@ def certificates(tmp_path_factory):
 
 def test_tls_with_verification(tmp_path, certificates):
     binary = shutil.which("redis-server") or pytest.skip("needs a redis-server that was built with TLS")
-    without = [
-        binary,
-        "--port",
-        "0",
-        "--tls-port",
-        str(free_port()),
-        "--tls-cert-file",
-        "/none",
-        "--tls-key-file",
-        "/none",
-    ]
-    if b"certificate" not in subprocess.run(without, capture_output=True, timeout=10, check=False).stdout:
+    files = [word for kind in ("cert", "key", "ca-cert") for word in (f"--tls-{kind}-file", "/none")]
+    probe = [binary, "--port", "0", "--tls-port", str(free_port()), *files]
+    if b"load certificate" not in subprocess.run(probe, capture_output=True, timeout=10, check=False).stdout:
         pytest.skip("this redis-server was built without TLS")
     port = free_port()
     ca = certificates / "ca.crt"

@@ -259,6 +259,16 @@ def test_release_by_a_fenced_server_changes_nothing(plane: Plane, running: Ledge
     assert running.head().owner == "s1"
 
 
+def test_a_server_of_another_environment_is_refused(plane: Plane) -> None:
+    ledger = plane.ledger()
+    ledger.create({"recipe": {}, "config": {"skew": "refuse"}}, incarnation="life")
+    place = {"node": "n", "queue": "q"}
+    assert ledger.acquire(worker="s0", environment="torch 2.13", **place)[0] == "acquired"
+    answer = only_counters_change(plane, lambda: ledger.acquire(worker="s1", environment="torch 2.4", **place))
+    assert answer == ("skewed", "torch 2.13")
+    assert ledger.acquire(worker="s1", environment="torch 2.13", **place)[0] == "acquired"
+
+
 # --- initialise ---------------------------------------------------------------------------------
 
 

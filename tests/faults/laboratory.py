@@ -1,0 +1,197 @@
+"""One cluster for many experiments: arm a fault, train, compare with the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator import Audit, LocalCluster, Master, Recipe, Run, TrainingConfig
+from coordinator.faults import fired, parse
+from tests.support import models
+from tests.support.waiting import wait_until
+
+CONFIG = TrainingConfig(epochs=3, batch_size=8, shards=3, checkpoint_every=4, evaluate_every=6, seed=3)
+WAIT_SECONDS = 90.0
+"""Far below the visibility timeout of the broker (an hour): what waits for that fails here."""
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Dropout, AdamW and an evaluation: 15 steps with `CONFIG`."""
+    return models.mlp(size=40, **changes)
+
+
+def digest(run: Run) -> str:
+    """SHA-256 over every tensor of the run's newest version."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(run.state_dict().items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: the same for every run of one recipe and config, whatever happened to it."""
+
+    bits: str
+    losses: tuple[float, ...]
+    evaluations: dict[int, dict[str, float]] = field(hash=False)
+
+
+def outcome(run: Run) -> Outcome:
+    """The outcome of a run that is done."""
+    return Outcome(digest(run), tuple(report.loss for report in run.history()), run.evaluations())
+
+
+class Laboratory:
+    """A cluster whose processes read their faults from a file.
+
+    Args:
+        folder: for logs, checkpoints and the plan.
+        arguments: further arguments of `LocalCluster`.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, folder: Path, **arguments: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.plan = folder / "faults.txt"
+        self.checkpoints = str(folder / "checkpoints")
+        self.cluster = LocalCluster(
+            arguments.pop("workers", 2),
+            **{
+                "standby": 1,
+                "log_dir": folder / "logs",
+                "checkpoint_dir": self.checkpoints,
+                "env": {"TORCHORD_FAULTS": f"@{self.plan}"},
+                "wait_ready": True,
+                **arguments,
+            },
+        )
+        self.cluster.start()
+        self.master = Master(self.cluster.url, checkpoint_dir=self.checkpoints)
+        self._reference: Outcome | None = None
+
+    def close(self) -> None:
+        """End the cluster."""
+        for worker in self.cluster.processes.values():
+            worker.kill()
+        self.cluster.stop()
+
+    # --- faults ---------------------------------------------------------------------------
+
+    @contextmanager
+    def faults(self, plan: str) -> Iterator[None]:
+        """Arm a plan for the block; afterwards each of its faults must have fired, once."""
+        count = len(parse(plan))
+        for number in range(count):
+            fired(self.plan, number).unlink(missing_ok=True)
+        self._arm(plan)
+        try:
+            yield
+            missing = [n for n in range(count) if not fired(self.plan, n).exists()]
+            assert not missing, f"faults {missing} of {plan!r} did not fire"
+        finally:
+            self._arm("")
+            self.mend(count)
+
+    def _arm(self, plan: str) -> None:
+        draft = self.plan.with_suffix(".draft")
+        draft.write_text(plan)
+        os.replace(draft, self.plan)
+
+    def wait_fired(self, number: int = 0) -> int:
+        """Wait until a fault has fired; the id of the process that it struck."""
+        marker = fired(self.plan, number)
+        wait_until(lambda: marker.exists() and marker.read_text(), WAIT_SECONDS, f"fault {number} to fire")
+        return int(marker.read_text().split()[0])
+
+    def mend(self, count: int) -> None:
+        """Wake what was stopped and start what was killed, for the next experiment."""
+        for number in range(count):
+            marker = fired(self.plan, number)
+            if marker.exists():
+                pid = int(marker.read_text().split()[0])
+                if any(pid == worker.pid for worker in self.cluster.processes.values()):
+                    self.wake(pid)
+                marker.unlink()
+        self.revive()
+
+    def wake(self, pid: int) -> None:
+        """SIGCONT to a worker that a fault has stopped."""
+        self.worker(pid).cont()
+
+    def worker(self, pid: int) -> Any:
+        """The cluster's worker with this process id."""
+        return next(worker for worker in self.cluster.processes.values() if worker.pid == pid)
+
+    def revive(self) -> list[str]:
+        """Start every worker again that has ended; their names."""
+        dead = [name for name, worker in self.cluster.processes.items() if worker.poll() is not None]
+        for name in dead:
+            self.cluster.restart(name)
+        return dead
+
+    # --- runs -----------------------------------------------------------------------------
+
+    def submit(self, config: TrainingConfig = CONFIG, **changes: Any) -> Run:
+        """Submit the laboratory's recipe under a fresh name."""
+        return self.master.submit(recipe(**changes), config, name=f"experiment-{next(self._numbers)}")
+
+    @property
+    def reference(self) -> Outcome:
+        """What the undisturbed run comes to; it is made when first asked for."""
+        if self._reference is None:
+            self._arm("")
+            run = self.submit()
+            self._reference = self.check(run, reference=None)
+        return self._reference
+
+    def check(self, run: Run, *, reference: Outcome | None) -> Outcome:
+        """Wait for a run; its audit must be clean and its outcome the reference's."""
+        while_reviving(self, run)
+        audit = run.verify()
+        assert_clean(audit)
+        found = outcome(run)
+        if reference is not None:
+            assert found == reference
+        return found
+
+    def stop(self, name: str) -> None:
+        """SIGSTOP to a worker."""
+        os.kill(self.cluster.processes[name].pid, signal.SIGSTOP)
+
+
+def while_reviving(lab: Laboratory, run: Run) -> None:
+    """Wait until the run is done, starting again whatever dies in the meantime, as an init system would."""
+
+    def done() -> bool:
+        lab.revive()
+        status = run.status()
+        assert status.state in ("pending", "running", "done"), f"{status.state}: {status.error}"
+        return status.state == "done"
+
+    wait_until(done, WAIT_SECONDS, lambda: f"the end of {run.name}: {run.status()}", interval=0.1)
+
+
+def assert_clean(audit: Audit) -> None:
+    """Every slot applied once, no problem found."""
+    assert audit.ok, audit.problems
+    assert not audit.divergent
+
+
+def wait_version(run: Run, version: int, *, also: Callable[[], object] | None = None) -> None:
+    """Wait until the run has committed `version`."""
+
+    def there() -> bool:
+        if also is not None:
+            also()
+        return run.status().version >= version
+
+    wait_until(there, WAIT_SECONDS, lambda: f"version {version}: {run.status()}")

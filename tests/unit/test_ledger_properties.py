@@ -1,0 +1,697 @@
+"""Random interleavings of Clients, training servers and people, on the real scripts and on the twin.
+
+The machine below plays every actor of the protocol. Each of its rules sends one operation, with
+whatever that actor believed when it last looked: messages are lost, doubled and delayed for ever,
+servers are paused and overtaken at any point, heartbeats end while their worker goes on. After
+each rule it compares the real keys with the twin's, and both with what the protocol promises.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test
+
+from cache import keys
+from cache.connection import connect
+from cache.ledger import Ledger
+from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
+from cache.records import GENESIS, LedgerEntry, VersionRecord
+from cache.workers import Registry
+from tests.support.control import comparable, digest, entry, memory_state, record, redis_state, slot, worker
+
+CLIENTS = ("w0", "w1", "w2")
+SERVERS = ("s0", "s1")
+SPEC = {"recipe": {}, "config": {"skew": "refuse"}}
+
+_names = itertools.count()
+_happened: Counter[str] = Counter()
+
+
+@dataclass
+class Work:
+    """What a Client is at: it began this shard and has not written it."""
+
+    step: int
+    shard: int
+    delivery: str
+    nonce: str
+
+
+@dataclass
+class Draft:
+    """An update that a server has computed and not committed."""
+
+    step: int
+    entry: LedgerEntry
+    record: VersionRecord
+
+
+@dataclass
+class Server:
+    """What one server process believes: its turn (which acquire gave its token), its model, its draft."""
+
+    turn: int | None = None
+    version: int = -1
+    chain: str = GENESIS
+    draft: Draft | None = None
+    old: list[VersionRecord] = field(default_factory=list)
+
+
+class Stammering(Ledger):
+    """Sends each script twice: the answers and keys must be those of once."""
+
+    def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
+        super()._script(name, names, args)
+        return super()._script(name, names, args)
+
+
+class Protocol(RuleBasedStateMachine):
+    """Every actor, the real control plane, and the twin."""
+
+    url = ""
+    client: redis.Redis
+    kind: type[Ledger] = Ledger
+    counters = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        run = f"run-{next(_names)}"
+        self.real = self.kind(self.client, self.url, run)
+        self.real_registry = Registry(self.client, self.url)
+        self.plane = MemoryPlane()
+        self.twin = MemoryLedger(self.plane, run)
+        self.twin_registry = MemoryRegistry(self.plane)
+        self.tokens: list[tuple[int, int]] = [(0, 0)]
+        self.servers = {id: Server() for id in SERVERS}
+        self.work: dict[str, Work] = {}
+        self.messages: list[tuple[int, int, str]] = []
+        self.beating: set[str] = set()
+        self.status = "pending"
+        self.shards, self.steps = 1, 1
+        self.deliveries = itertools.count()
+        self.last: tuple[int, str] = (0, GENESIS)
+        self.chains: dict[int, str] = {0: GENESIS}
+        self.may_move: str | None = None
+
+    # --- asking both ------------------------------------------------------------------------
+
+    def both(self, act: Callable[[Ledger, int], Any]) -> Any:
+        """The answer of the real ledger and the twin, which must be one. `act` gets 0 or 1: its place
+        in each pair of tokens."""
+        real, twin = act(self.real, 0), act(self.twin, 1)
+        assert real == twin
+        return real
+
+    def token(self, server: Server, place: int) -> int:
+        return self.tokens[server.turn or 0][place]
+
+    def in_force(self, server: Server) -> bool:
+        """Whether no acquire came after this server's."""
+        return server.turn is not None and server.turn == len(self.tokens) - 1
+
+    def view(self, *, counters: bool = True) -> dict[str, Any]:
+        return comparable(memory_state(self.plane), counters=counters)
+
+    def unchanged(self, act: Callable[[], Any]) -> Any:
+        """`act` may change counters only."""
+        before = self.view(counters=False)
+        answer = act()
+        assert self.view(counters=False) == before
+        return answer
+
+    @property
+    def version(self) -> int:
+        return self.twin.head().version
+
+    # --- the start ----------------------------------------------------------------------------
+
+    @initialize(shards=st.integers(1, 3), steps=st.sampled_from([2, 9]))
+    def submit(self, shards: int, steps: int) -> None:
+        self.shards, self.steps = shards, steps
+        for ledger in (self.real, self.twin):
+            assert ledger.create(SPEC, incarnation="life") is None or self.kind is Stammering
+        for id in (*CLIENTS, *SERVERS):
+            self.beat(id)
+        self.acquire("s0")
+        self.initialise("s0")
+        self.launch("s0")
+
+    def beat(self, id: str) -> None:
+        for registry in (self.real_registry, self.twin_registry):
+            registry.beat(worker(id))
+        self.beating.add(id)
+
+    # --- heartbeats: they say little about whether a process acts --------------------------------
+
+    @rule(id=st.sampled_from(CLIENTS + SERVERS))
+    def heartbeat_ends_or_returns(self, id: str) -> None:
+        if id not in self.beating:
+            self.beat(id)
+            return
+        for registry in (self.real_registry, self.twin_registry):
+            registry.leave(worker(id))
+        self.beating.discard(id)
+
+    # --- Clients ------------------------------------------------------------------------------------
+
+    @rule(away=st.integers(-2, 1), shard=st.integers(0, 2))
+    def a_message_comes_from_anywhere(self, away: int, shard: int) -> None:
+        step = self.version + away
+        if shard < self.shards and 0 <= step < self.steps:
+            self.messages.append((step, shard, f"d{next(self.deliveries)}"))
+
+    @precondition(lambda self: self.messages)
+    @rule(data=st.data(), id=st.sampled_from(CLIENTS), kept=st.booleans(), backup=st.booleans())
+    def a_client_begins(self, data: st.DataObject, id: str, kept: bool, backup: bool) -> None:
+        if self.work.get(id):
+            return
+        newest = range(max(0, len(self.messages) - 6), len(self.messages))
+        index = data.draw(st.sampled_from(newest))
+        step, shard, delivery = self.messages[index] if kept else self.messages.pop(index)
+
+        def begin() -> Any:
+            return self.both(
+                lambda ledger, _: ledger.begin_shard(
+                    step, shard, worker=id, delivery=delivery, backup=backup, environment="torch"
+                )
+            )
+
+        written = str(shard) in self.plane.hash(self.twin.keys.slots(step))
+        lease = self.twin.leases(step).get(shard)
+        held = lease is not None and lease.open and lease.worker in self.beating and not backup
+        ours = lease is not None and lease.open and (lease.worker, lease.delivery) == (id, delivery)
+        if self.status != "running":
+            assert self.unchanged(begin)[0] == "stopped"
+        elif step != self.version:
+            assert self.unchanged(begin)[0] == ("late" if step < self.version else "early")
+        elif written:
+            assert self.unchanged(begin)[0] == "duplicate"
+        elif held and not ours:
+            assert self.unchanged(begin)[0] == "held"
+        else:
+            assert begin()[0] == "compute"
+            self.work[id] = Work(step, shard, delivery, f"n{next(self.deliveries)}")
+
+    @precondition(lambda self: self.work)
+    @rule(data=st.data(), pure=st.sampled_from([True] * 9 + [False]))
+    def a_client_writes(self, data: st.DataObject, pure: bool) -> None:
+        id = data.draw(st.sampled_from(sorted(self.work)))
+        work = self.work.pop(id)
+        present = self.twin.slots_present(work.step)
+        pure = pure or work.shard not in present  # the first bytes are right: see the unit tests for others
+        changes = {} if pure else {"digest": digest("other")}
+        made = slot(work.step, work.shard, work.nonce, worker=id, **changes)
+
+        _happened[f"write {work.step - self.version:+d} {'second' if work.shard in present else 'first'}"] += 1
+
+        def write() -> Any:
+            return self.both(lambda ledger, _: ledger.write_slot(work.step, made, incarnation="life"))
+
+        if self.status in ("done", "cancelled"):
+            assert self.unchanged(write)[0] == "stopped"
+        elif work.step != self.version:
+            assert self.unchanged(write)[0] == ("late" if work.step < self.version else "early")
+        elif work.shard in present:
+            assert self.unchanged(write)[0] == ("duplicate" if pure else "divergent")
+        else:
+            assert write() == ("written", len(present) + 1)
+            assert self.unchanged(write) == ("written", len(present) + 1), "its answer was lost, it asks again"
+
+    @precondition(lambda self: self.work)
+    @rule(data=st.data(), told=st.booleans(), counts=st.booleans())
+    def a_client_gives_up(self, data: st.DataObject, told: bool, counts: bool) -> None:
+        """It dies, or hands its shard back, or the supervisor takes it."""
+        id = data.draw(st.sampled_from(sorted(self.work)))
+        work = self.work.pop(id)
+        if told:
+            self.both(
+                lambda ledger, _: ledger.end_lease(
+                    work.step, work.shard, worker=id, delivery=work.delivery, counts=counts
+                )
+            )
+
+    @precondition(lambda self: self.work)
+    @rule(data=st.data())
+    def a_client_fails(self, data: st.DataObject) -> None:
+        """The recipe raises: the run fails unless it went on without this shard."""
+        id = data.draw(st.sampled_from(sorted(self.work)))
+        work = self.work.pop(id)
+        needed = work.step == self.version and work.shard not in self.twin.slots_present(work.step)
+
+        def fail() -> Any:
+            return self.both(
+                lambda ledger, _: ledger.transition(
+                    "failed",
+                    allowed=("running",),
+                    event="failed",
+                    error={"message": "raised"},
+                    incarnation="life",
+                    shard=(work.step, work.shard),
+                )
+            )
+
+        if needed and self.status == "running":
+            assert fail() == (True, "running")
+            self.status = "failed"
+        else:
+            assert self.unchanged(fail) == (False, self.status)
+
+    # --- training servers -----------------------------------------------------------------------------
+
+    @rule(id=st.sampled_from(SERVERS), node=st.sampled_from(["own", "own", "shared"]), data=st.data())
+    def a_server_takes_over(self, id: str, node: str, data: st.DataObject) -> None:
+        """The owner may be dead, or only paused; the taker goes on, unless it is paused at once."""
+        owner = self.twin.head().owner
+        if owner in self.beating and data.draw(st.integers(0, 3)):
+            self.heartbeat_ends_or_returns(owner)
+        self.acquire(id, node)
+        if data.draw(st.integers(0, 3)):
+            self.initialise(id)
+            self.restore(id, None)
+            self.launch(id)
+
+    def acquire(self, id: str, node: str = "own") -> None:
+        name = f"celery@{id}" if node == "own" else "celery@pool"
+        head = self.twin.head()
+        answers = [
+            ledger.acquire(worker=id, node=name, queue=f"updates.{name}") for ledger in (self.real, self.twin)
+        ]
+        if head.owner not in ("", id) and head.owner in self.beating and head.node != name:
+            assert answers == [("owned", head.queue)] * 2
+            return
+        (real, first), (twin, second) = answers
+        assert real == twin == "acquired"
+        assert isinstance(first, int)
+        assert isinstance(second, int)
+        assert first > self.tokens[-1][0]
+        assert second > self.tokens[-1][1]
+        self.tokens.append((first, second))
+        self.servers[id] = Server(turn=len(self.tokens) - 1, old=self.servers[id].old)
+
+    @precondition(lambda self: self.status == "pending")
+    @rule(id=st.sampled_from(SERVERS))
+    def initialise(self, id: str) -> None:
+        server = self.servers[id]
+        if self.version or server.turn is None or self.status == "running":
+            return
+        verdict = self.both(
+            lambda ledger, place: ledger.initialise(
+                token=self.token(server, place),
+                manifest={"nbytes": 8},
+                record=record(0, state=True),
+                dataset_size=24,
+                evaluation_size=8,
+                total_steps=self.steps,
+            )
+        )
+        if not self.in_force(server):
+            assert verdict == "fenced"
+        elif self.status != "pending":
+            assert verdict == "stopped"
+        else:
+            assert verdict == "ok"
+            self.status = "running"
+            server.version, server.chain = 0, GENESIS
+
+    @precondition(lambda self: any(s.turn and s.version < 0 for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS), data=st.data())
+    def restore(self, id: str, data: st.DataObject | None) -> None:
+        """Load a version whose optimizer state is stored, and take the head back to it."""
+        server = self.servers[id]
+        stored = [v for v, r in self.twin.versions().items() if r.state is not None and v <= self.version]
+        if server.turn is None or server.version >= 0 or not stored or self.status == "pending":
+            return
+        target = max(stored) if data is None else data.draw(st.sampled_from(sorted(stored)))
+        chain = self.chains[target]
+        if target != self.version:
+            self.may_move = "back" if self.in_force(server) else None
+
+            def rollback() -> Any:
+                answers = [
+                    ledger.rollback(token=self.token(server, place), version=target, chain=chain)
+                    for place, ledger in enumerate((self.real, self.twin))
+                ]
+                assert answers[0][0] == answers[1][0]
+                assert sorted(answers[0][1]) == sorted(answers[1][1])
+                return answers[0]
+
+            done, above = rollback() if self.in_force(server) else self.unchanged(rollback)
+            assert done == self.in_force(server)
+            _happened[f"rollback {done}"] += 1
+            if not done:
+                self.servers[id] = Server(old=server.old)
+                return
+            assert all(version > target for version in above)
+            self.both(lambda ledger, place: ledger.drop_versions(sorted(above), token=self.token(server, place)))
+        server.version, server.chain = target, chain
+
+    @precondition(lambda self: any(0 <= s.version < self.steps for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS))
+    def launch(self, id: str) -> None:
+        server = self.servers[id]
+        if server.version < 0 or server.version >= self.steps:
+            return
+        for shard in set(range(self.shards)) - self.twin.slots_present(server.version):
+            self.messages.append((server.version, shard, f"d{next(self.deliveries)}"))
+
+        def mark() -> Any:
+            return self.both(
+                lambda ledger, place: ledger.mark_launched(server.version, token=self.token(server, place))
+            )
+
+        if self.in_force(server):
+            assert mark() == "ok"
+        else:
+            assert self.unchanged(mark) == "fenced"
+
+    @precondition(lambda self: any(s.version >= 0 for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS))
+    def called_back(self, id: str) -> None:
+        server = self.servers[id]
+        if server.version >= 0:
+            self.both(lambda ledger, place: ledger.mark_called(server.version, token=self.token(server, place)))
+            self.both(lambda ledger, _: ledger.called(server.version))
+
+    @precondition(lambda self: len(self.twin.slots_present(self.version)) == self.shards)
+    @rule(id=st.sampled_from(SERVERS))
+    def apply(self, id: str) -> None:
+        """Compute the update of the step that this server believes to be next, if its slots are there."""
+        server = self.servers[id]
+        step = server.version
+        slots = self.both(lambda ledger, _: ledger.slots(step)) if 0 <= step < self.steps else {}
+        if len(slots) != self.shards or server.draft is not None:
+            return
+        made = entry(
+            step + 1, [slots[shard] for shard in range(self.shards)], server.chain, server=id, token=server.turn or 0
+        )
+        server.draft = Draft(step, made, record(step + 1, made.chain, nonce=f"p{next(self.deliveries)}"))
+
+    @precondition(lambda self: any(s.draft for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS), thrown_away=st.booleans())
+    def commit(self, id: str, thrown_away: bool) -> None:
+        server = self.servers[id]
+        draft = server.draft
+        if draft is None:
+            return
+
+        def commit() -> Any:
+            answers = [
+                ledger.commit(
+                    step=draft.step,
+                    token=self.token(server, place),
+                    shards=self.shards,
+                    entry=draft.entry,
+                    record=draft.record,
+                    event={"step": draft.step},
+                )
+                for place, ledger in enumerate((self.real, self.twin))
+            ]
+            assert answers[0].verdict == answers[1].verdict
+            assert set(answers[0].stored) == set(answers[1].stored)
+            assert answers[0].pinned == answers[1].pinned
+            return answers[0]
+
+        ready = (
+            self.in_force(server)
+            and self.version == draft.step
+            and self.status == "running"
+            and len(self.twin.slots_present(draft.step)) == self.shards
+        )
+        again = (
+            self.in_force(server)
+            and self.version == draft.step + 1
+            and self.chains[self.version] == draft.record.chain
+        )
+        if not ready:
+            verdict = self.unchanged(commit).verdict
+            _happened[f"commit {verdict}"] += 1
+            assert verdict == "ok" if again else verdict in ("fenced", "stale", "stopped", "incomplete")
+            assert self.in_force(server) or verdict == "fenced"
+            if not again:
+                self.servers[id] = Server(old=server.old)
+            return
+        self.may_move = "on"
+        committed = commit()
+        assert committed.verdict == "ok"
+        _happened[f"version {draft.step + 1}"] += 1
+        assert {draft.step, draft.step + 1} & set(committed.stored)
+        server.version, server.chain = draft.step + 1, draft.record.chain
+        server.old.append(draft.record)
+        if thrown_away:
+            server.draft = None
+        # else the answer was lost and it sends the same commit again later
+
+    @precondition(lambda self: any(server.old for server in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS), data=st.data())
+    def publish_state(self, id: str, data: st.DataObject) -> None:
+        """Store optimizer state beside the version last committed, perhaps long after being overtaken."""
+        server = self.servers[id]
+        if not server.old:
+            return
+        made = server.old[-1]
+        with_state = record(made.version, made.chain, state=True, nonce=made.blob.key.rpartition(":")[2])
+
+        def put() -> Any:
+            return self.both(lambda ledger, place: ledger.put_version(with_state, token=self.token(server, place)))
+
+        if self.in_force(server) and made.version == server.version:
+            assert put() is True
+        elif not self.in_force(server):
+            _happened["state fenced"] += 1
+            assert self.unchanged(put) is False
+
+    @rule(id=st.sampled_from(SERVERS), data=st.data())
+    def retain(self, id: str, data: st.DataObject) -> None:
+        server = self.servers[id]
+        stored = sorted(self.twin.versions())
+        kept = {server.version, server.version - 1, *[v for v in stored if self.twin.version(v).state][-1:]}
+        doomed = [v for v in stored if v not in kept]
+
+        def drop() -> Any:
+            return self.both(lambda ledger, place: ledger.drop_versions(doomed, token=self.token(server, place)))
+
+        if self.in_force(server):
+            assert drop() is True
+        else:
+            assert self.unchanged(drop) is False
+
+    @precondition(lambda self: self.twin.slots_present(self.version))
+    @rule(id=st.sampled_from(SERVERS), shard=st.integers(0, 2))
+    def slot_bytes_are_lost(self, id: str, shard: int) -> None:
+        server, step = self.servers[id], self.servers[id].version
+        there = self.twin.slots(step).get(shard) if step >= 0 else None
+        if there is None or server.draft is not None:
+            return
+
+        def drop() -> Any:
+            return [
+                ledger.drop_slot(step, shard, nonce=there.nonce, token=self.token(server, place))
+                for place, ledger in enumerate((self.real, self.twin))
+            ]
+
+        if self.in_force(server):
+            assert drop()[1] == "ok"
+        else:
+            assert self.unchanged(drop) == ["fenced"] * 2
+
+    @precondition(lambda self: any(s.turn for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS))
+    def leave(self, id: str) -> None:
+        server = self.servers[id]
+        assert self.both(lambda ledger, place: ledger.release(self.token(server, place))) == self.in_force(server)
+        self.servers[id] = Server(old=server.old)
+
+    @precondition(lambda self: any(s.turn for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS))
+    def crash(self, id: str) -> None:
+        self.servers[id] = Server()
+
+    @precondition(lambda self: any(s.version == self.steps for s in self.servers.values()))
+    @rule(id=st.sampled_from(SERVERS))
+    def finish(self, id: str) -> None:
+        server = self.servers[id]
+        if server.version != self.steps:
+            return
+        done, _ = self.both(
+            lambda ledger, place: ledger.transition(
+                "done", allowed=("running",), event="done", token=self.token(server, place)
+            )
+        )
+        assert done == (self.in_force(server) and self.status == "running")
+        if done:
+            self.status = "done"
+            _happened["done"] += 1
+
+    @precondition(lambda self: self.version < self.steps)
+    @rule(
+        id=st.sampled_from(SERVERS),
+        client=st.sampled_from(CLIENTS),
+        until=st.sampled_from(["written", "applied", "committed", "stored", "stored"]),
+    )
+    def a_step_goes_well(self, id: str, client: str, until: str) -> None:
+        """What usually happens between the mishaps, at once, up to the next one."""
+        if self.status in ("paused", "failed"):
+            self.a_person_acts("running")
+        id = next((id for id, server in self.servers.items() if self.in_force(server)), id)
+        server = self.servers[id]
+        if not self.in_force(server):
+            owner = self.twin.head().owner
+            if owner in self.beating:
+                self.heartbeat_ends_or_returns(owner)
+            self.acquire(id)
+            server = self.servers[id]
+        self.initialise(id)
+        self.restore(id, None)
+        if self.status != "running" or not 0 <= server.version < self.steps:
+            return
+        self.launch(id)
+        server.draft = None
+        for shard in set(range(self.shards)) - self.twin.slots_present(server.version):
+            made = slot(server.version, shard, f"n{next(self.deliveries)}", worker=client)
+            self.both(lambda ledger, _, made=made: ledger.write_slot(server.version, made))
+        if until != "written":
+            self.apply(id)
+        if until in ("committed", "stored"):
+            self.commit(id, thrown_away=True)
+        if until == "stored":
+            self.both(
+                lambda ledger, place: ledger.put_version(
+                    record(server.version, server.chain, state=True), token=self.token(server, place)
+                )
+            )
+
+    # --- people, evaluations ------------------------------------------------------------------------------
+
+    @rule(status=st.sampled_from(["paused", "running"]))
+    def a_person_acts(self, status: str) -> None:
+        allowed = ("pending", "running") if status == "paused" else ("paused", "failed")
+        if status == "running" and self.twin.head().total_steps is None:
+            status = "pending"
+        done, before = self.both(
+            lambda ledger, _: ledger.transition(status, allowed=allowed, event=status, error=None)
+        )
+        assert (done, before) == (self.status in allowed, self.status)
+        if done:
+            self.status = status
+
+    @rule(version=st.integers(0, 3), parts=st.integers(1, 2))
+    def an_evaluation_begins(self, version: int, parts: int) -> None:
+        answers = [ledger.launch_evaluation(version, parts, pin_seconds=60) for ledger in (self.real, self.twin)]
+        assert answers[0] == answers[1] or self.kind is Stammering
+
+    @precondition(lambda self: self.twin.pending_evaluations())
+    @rule(data=st.data(), part=st.integers(0, 1))
+    def a_part_is_evaluated(self, data: st.DataObject, part: int) -> None:
+        version, parts = data.draw(st.sampled_from(sorted(self.twin.pending_evaluations().items())))
+        verdict, values = self.both(
+            lambda ledger, _: ledger.write_part(version, min(part, parts - 1), {"part": part}, parts=parts)
+        )
+        if verdict == "complete" and data.draw(st.booleans()):
+            for ledger in (self.real, self.twin):
+                ledger.record_evaluation(version, {"loss": float(len(values))})
+
+    @rule(status=st.just("again"))
+    def the_same_name_is_submitted_again(self, status: str) -> None:
+        answer = self.unchanged(lambda: self.both(lambda ledger, _: ledger.create(SPEC, incarnation=status)))
+        assert answer == SPEC
+
+    # --- what must hold after each of them -------------------------------------------------------------------
+
+    @invariant()
+    def promises(self) -> None:
+        _happened["steps"] += 1
+        if self.plane.get(self.twin.keys.head) is not None:
+            self.the_head_moves_by_one_or_back()
+            self.the_twin_equals_the_real_one()
+            self.each_shard_is_applied_exactly_once()
+            self.the_steps_behind_the_head_hold_no_work()
+
+    def the_twin_equals_the_real_one(self) -> None:
+        names = [name for name in memory_state(self.plane) if "{" in name]
+        state = redis_state(self.client, [*names, keys.ACTIVE])
+        active = {run for run in state.pop(keys.ACTIVE, set()) if run == self.real.run}
+        assert bool(active) == (self.real.run in self.twin_registry.active_runs())
+        assert bool(active) == (self.status in ("pending", "running"))
+        twin = {name: value for name, value in memory_state(self.plane).items() if name in names}
+        assert comparable(twin, counters=self.counters) == comparable(state, counters=self.counters)
+        assert int(state[self.real.keys.head]["token"]) == self.tokens[-1][0]
+
+    def the_head_moves_by_one_or_back(self) -> None:
+        head = self.twin.head()
+        before, self.last = self.last, (head.version, head.chain)
+        allowed, self.may_move = self.may_move, None
+        assert head.status == self.status
+        if self.last == before:
+            return
+        if head.version == before[0] + 1:
+            assert allowed == "on"
+            assert self.chains.setdefault(head.version, head.chain) == head.chain, "a replay gave another result"
+        else:
+            assert head.version < before[0]
+            assert allowed == "back"
+            assert head.chain == self.chains[head.version]
+
+    def each_shard_is_applied_exactly_once(self) -> None:
+        entries = self.twin.entries()
+        assert [e.version for e in entries] == list(range(1, self.version + 1))
+        chain = GENESIS
+        for made in entries:
+            assert [s.shard for s in made.slots] == list(range(self.shards))
+            assert [s.digest for s in made.slots] == [
+                slot(made.version - 1, shard).digest for shard in range(self.shards)
+            ]
+            assert made.previous == chain
+            assert made.computed_chain() == made.chain == self.chains[made.version]
+            assert made.computed_seal() == made.seal
+            chain = made.chain
+        assert entries == [] or self.twin.head().chain == chain
+
+    def the_steps_behind_the_head_hold_no_work(self) -> None:
+        for step in range(self.version):
+            assert not self.twin.slots_present(step)
+            assert not self.twin.leases(step)
+
+    def teardown(self) -> None:
+        _happened["examples"] += 1
+        names = list(self.client.scan_iter(match=f"{self.real.keys.root}:*", count=1000))
+        forever = [name for name in names if self.client.ttl(name) == -1]
+        assert set(names) <= set(self.plane.names()), "keys that the twin does not have"
+        if names:
+            self.client.delete(*names)
+        self.client.srem(keys.ACTIVE, self.real.run)
+        assert not forever, f"keys without a TTL: {forever}"
+
+
+class Stuttering(Protocol):
+    """The same, with each script sent twice to the real server: only counters may tell."""
+
+    kind = Stammering
+    counters = False
+
+
+@pytest.mark.parametrize("machine", [Protocol, Stuttering], ids=["once", "sent-twice"])
+def test_any_interleaving_keeps_the_promises(redis_url: str, machine: type[Protocol]) -> None:
+    client = connect(redis_url)
+    machine.url, machine.client = redis_url, client
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=50,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    client.close()
+    print(_happened)
