@@ -18,7 +18,7 @@ from cache.chunks import BlobRef, Chunks
 from cache.codec import Manifest, layout, pack, views
 from cache.errors import CacheError
 from cache.ledger import Ledger
-from cache.records import SlotRecord
+from cache.records import SlotRecord, StateRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,25 @@ class GradientStore:
         )
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
 
+    def put_state(
+        self, ledger: Ledger, step: int, shard: int, skeleton: Any, tensors: Mapping[str, torch.Tensor]
+    ) -> StateRecord:
+        """Store what a slot keeps for its next step."""
+        manifest = layout(tensors)
+        blob = None
+        if manifest.nbytes:
+            key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
+            blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+        return StateRecord(skeleton, manifest.to_json(), blob)
+
+    def get_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Skeleton and tensors of a stored tree."""
+        if state.blob is None:
+            return state.skeleton, {}
+        return state.skeleton, views(self.chunks.get(state.blob), Manifest.from_json(state.manifest))
+
     def get(self, slot: SlotRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(gradients, buffers) of a slot, as views of one received buffer."""
+        """(gradients as they travelled, buffers) of a slot, as views of one received buffer."""
         tensors = views(self.chunks.get(slot.blob), Manifest.from_json(slot.manifest))
         buffers = {name: tensors.pop(name) for name in slot.buffers}
         return tensors, buffers

@@ -165,6 +165,10 @@ class RunKeys:
         """Chunk prefix of one attempt at one gradient slot."""
         return f"{PREFIX}:blob:{self.run}:gradient:{step}:{shard}:{nonce}"
 
+    def slot_state_blob(self, step: int, shard: int, nonce: str) -> str:
+        """Chunk prefix of what one slot keeps after a step."""
+        return f"{PREFIX}:blob:{self.run}:slot:{step}:{shard}:{nonce}"
+
     def predict_blob(self, request: str, part: int, side: str) -> str:
         """Chunk prefix of the inputs or outputs of one part of a prediction."""
         return f"{PREFIX}:blob:{self.run}:predict:{request}:{part}:{side}"

@@ -20,7 +20,7 @@ import redis
 from cache import keys
 from cache.connection import translated
 from cache.errors import CacheError, RunNotFound
-from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord
+from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision
 from cache.scripts import source
 
 BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped", "skewed"]
@@ -171,6 +171,48 @@ class Ledger:
                 )
             )
 
+    def switch(
+        self,
+        spec: dict[str, Any],
+        *,
+        step: int,
+        incarnation: str,
+        following: str,
+        total_steps: int | None,
+        data: dict[str, Any],
+    ) -> str:
+        """Change the config from a step on: see scripts/switch.lua.
+
+        Args:
+            spec: with the switch among its "switches".
+            incarnation: what the caller read; `following` replaces it.
+            total_steps: of the whole run after the switch, None before the run is initialised.
+            data: for the event.
+        """
+        with self._during(f"switch the config from step {step} on"):
+            return cast(
+                str,
+                self._script(
+                    "switch",
+                    [self.keys.spec, self.keys.head, self.keys.events],
+                    [
+                        json.dumps(spec),
+                        step,
+                        incarnation,
+                        following,
+                        "" if total_steps is None else total_steps,
+                        keys.RUN_TTL_SECONDS,
+                        json.dumps(data),
+                        keys.EVENTS_KEPT,
+                    ],
+                ),
+            )
+
+    def incarnation(self) -> str:
+        """The incarnation in force; "" if the run is unknown."""
+        with self._during("read the incarnation"):
+            return cast(str | None, self.client.hget(self.keys.head, "incarnation")) or ""
+
     def head(self) -> Head:
         """The present head.
 
@@ -258,6 +300,7 @@ class Ledger:
         delivery: str,
         backup: bool = False,
         environment: str = "",
+        version: int | None = None,
     ) -> tuple[BeginVerdict, int, str]:
         """Ask whether to compute a shard, and take its lease.
 
@@ -266,6 +309,7 @@ class Ledger:
             delivery: id of the Celery task, so that a request sent twice is known again.
             backup: compute beside a live holder (a backup task).
             environment: what of the worker could change bits; "" if that does not matter.
+            version: what the step is computed at; None: the version of its own number.
 
         Returns:
             (verdict, attempt, incarnation of the run): see scripts/begin_shard.lua.
@@ -283,6 +327,7 @@ class Ledger:
                     keys.WORK_TTL_SECONDS,
                     delivery,
                     environment,
+                    step if version is None else version,
                 ],
             )
         return verdict, int(attempt), incarnation
@@ -302,11 +347,12 @@ class Ledger:
             )
 
     def write_slot(
-        self, step: int, slot: SlotRecord, *, incarnation: str | None = None
+        self, step: int, slot: SlotRecord, *, incarnation: str | None = None, version: int | None = None
     ) -> tuple[SlotVerdict, int]:
         """Write a gradient slot once; its bytes are already stored.
 
         Args:
+            version: what it was computed at; None: the version of the step's own number.
             incarnation: what `begin_shard` answered: another run of the same name takes no slot of
                 this one. None if that is not known.
 
@@ -324,7 +370,8 @@ class Ledger:
                     slot.nonce,
                     slot.digest,
                     keys.WORK_TTL_SECONDS,
-                    incarnation or "",
+                    revision(incarnation or ""),
+                    step if version is None else version,
                 ],
             )
         return verdict, int(present)

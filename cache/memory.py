@@ -20,7 +20,7 @@ import redis
 from cache import keys
 from cache.errors import CacheError, RunNotFound
 from cache.ledger import BeginVerdict, Committed, Event, Lease, Ledger, SlotVerdict
-from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord
+from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision
 from cache.workers import Registry, WorkerInfo
 
 URL = "memory://"
@@ -198,6 +198,40 @@ class MemoryLedger(Ledger):
             self.plane.hset(self.keys.head, {"incarnation": incarnation, "skew": skew})
             return True
 
+    def switch(
+        self,
+        spec: dict[str, Any],
+        *,
+        step: int,
+        incarnation: str,
+        following: str,
+        total_steps: int | None,
+        data: dict[str, Any],
+    ) -> str:
+        """See `Ledger.switch`."""
+        plane = self.plane
+        with plane.changed:
+            head = self._head
+            status = head.get("status", "missing")
+            if status not in ("pending", "running", "paused"):
+                return status
+            if head["incarnation"] == following:
+                return "ok"
+            if head["incarnation"] != incarnation:
+                return "changed"
+            if step > 0 and (step < int(head["version"]) + 2 or step < int(head.get("launched", -1)) + 2):
+                return "late"
+            plane.put(self.keys.spec, json.dumps(spec), keys.RUN_TTL_SECONDS)
+            plane.hset(self.keys.head, {"incarnation": following})
+            if total_steps is not None:
+                plane.hset(self.keys.head, {"total_steps": total_steps})
+            self.emit("switched", data)
+            return "ok"
+
+    def incarnation(self) -> str:
+        """See `Ledger.incarnation`."""
+        return str(self._head.get("incarnation", ""))
+
     def head(self) -> Head:
         """See `Ledger.head`."""
         fields = self._head
@@ -227,10 +261,10 @@ class MemoryLedger(Ledger):
             version = int(head["version"])
             if token is not None and not self._holds(token):
                 return False, before
-            if incarnation is not None and head["incarnation"] != incarnation:
+            if incarnation is not None and revision(head["incarnation"]) != revision(incarnation):
                 return False, before
             if shard is not None and (
-                version != shard[0] or str(shard[1]) in plane.hash(names.slots(shard[0]))
+                version > shard[0] or str(shard[1]) in plane.hash(names.slots(shard[0]))
             ):
                 return False, before
             if before not in tuple(allowed):
@@ -272,6 +306,7 @@ class MemoryLedger(Ledger):
         delivery: str,
         backup: bool = False,
         environment: str = "",
+        version: int | None = None,
     ) -> tuple[BeginVerdict, int, str]:
         """See `Ledger.begin_shard`."""
         plane, names, field = self.plane, self.keys, str(shard)
@@ -280,11 +315,11 @@ class MemoryLedger(Ledger):
             incarnation = head.get("incarnation", "")
             if head.get("status") != "running":
                 return "stopped", 0, incarnation
-            version = int(head["version"])
-            if step < version:
+            present = int(head["version"])
+            if step < present:
                 plane.hincr(names.head, "late")
                 return "late", 0, incarnation
-            if step > version:
+            if (step if version is None else version) > present:
                 return "early", 0, incarnation
             if field in plane.hash(names.slots(step)):
                 plane.hincr(names.head, "duplicates")
@@ -324,21 +359,21 @@ class MemoryLedger(Ledger):
             return True
 
     def write_slot(
-        self, step: int, slot: SlotRecord, *, incarnation: str | None = None
+        self, step: int, slot: SlotRecord, *, incarnation: str | None = None, version: int | None = None
     ) -> tuple[SlotVerdict, int]:
         """See `Ledger.write_slot`."""
         plane, names = self.plane, self.keys
         with plane.changed:
             head = self._head
-            version = int(head.get("version", -1))
-            if version < 0 or head["status"] in ("cancelled", "done"):
+            present = int(head.get("version", -1))
+            if present < 0 or head["status"] in ("cancelled", "done"):
                 return "stopped", 0
-            if incarnation and head["incarnation"] != incarnation:
+            if incarnation and revision(head["incarnation"]) != revision(incarnation):
                 return "stopped", 0
-            if step < version:
+            if step < present:
                 plane.hincr(names.head, "late")
                 return "late", 0
-            if step > version:
+            if (step if version is None else version) > present:
                 return "early", 0
             slots = plane.hash(names.slots(step))
             there = slots.get(str(slot.shard))
@@ -504,7 +539,7 @@ class MemoryLedger(Ledger):
         with self.plane.changed:
             if not self._holds(token):
                 return "fenced"
-            if int(self._head["version"]) != step:
+            if int(self._head["version"]) > step:
                 return "stale"
             self.plane.hset(self.keys.head, {what: step})
             if what == "launched":

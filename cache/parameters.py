@@ -127,9 +127,8 @@ class ParameterCache:
 
     def keep(self, record: VersionRecord) -> None:
         """Give the bytes of a run's last version the life of its results."""
-        self.chunks.touch(record.blob, keys.RESULT_TTL_SECONDS)
-        if record.state is not None and record.state.blob is not None:
-            self.chunks.touch(record.state.blob, keys.RESULT_TTL_SECONDS)
+        for blob in record.blobs():
+            self.chunks.touch(blob, keys.RESULT_TTL_SECONDS)
 
     def drop(self, ledger: Ledger, versions: Iterable[int], *, token: int) -> None:
         """Forget versions and delete their bytes, unless another server has taken the run over."""
@@ -139,13 +138,11 @@ class ParameterCache:
         stored = ledger.versions()
         if not ledger.drop_versions(doomed, token=token):
             return
-        refs = []
-        for version in doomed:
-            record = stored.get(version)
-            if record is not None:
-                refs.append(record.blob)
-                if record.state is not None and record.state.blob is not None:
-                    refs.append(record.state.blob)
+        gone = [stored.pop(version) for version in doomed if version in stored]
+        refs = [blob for record in gone for blob in record.blobs()]
+        if any(record.slots for record in gone):  # a slot that sat a step out has one state in two versions
+            kept = {blob.key for record in stored.values() for blob in record.blobs()}
+            refs = [blob for blob in refs if blob.key not in kept]
         try:
             self.chunks.delete(refs)
         except CacheError:

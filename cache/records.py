@@ -17,18 +17,35 @@ GENESIS = "0" * 32
 
 def life(incarnation: str) -> str:
     """The part of an incarnation that all its revisions share: names what outlives a correction."""
-    return incarnation.partition(".")[0]
+    return revision(incarnation).partition(".")[0]
+
+
+def revision(incarnation: str) -> str:
+    """The part of an incarnation that a switch of the config leaves alone: slots are computed for it."""
+    return incarnation.partition("+")[0]
 
 
 def revised(incarnation: str) -> str:
     """The incarnation's next revision, after its recipe's code was corrected.
 
     Example:
-        >>> revised("5e1f"), revised("5e1f.1")
-        ('5e1f.1', '5e1f.2')
+        >>> revised("5e1f"), revised("5e1f.1+3")
+        ('5e1f.1', '5e1f.2+3')
     """
-    name, _, number = incarnation.partition(".")
-    return f"{name}.{int(number or 0) + 1}"
+    before, plus, switches = incarnation.partition("+")
+    name, _, number = before.partition(".")
+    return f"{name}.{int(number or 0) + 1}{plus}{switches}"
+
+
+def switched(incarnation: str) -> str:
+    """The incarnation after one more live switch of the config.
+
+    Example:
+        >>> switched("5e1f"), switched("5e1f.1+3")
+        ('5e1f+1', '5e1f.1+4')
+    """
+    before, _, switches = incarnation.partition("+")
+    return f"{before}+{int(switches or 0) + 1}"
 
 
 def canonical(value: Any) -> str:
@@ -54,6 +71,8 @@ class SlotRecord:
         attempt: 1 for the first try of this shard.
         seconds: compute time of the shard.
         environment: what could change bits: torch version, device, threads, CPU capability.
+        compression: how the gradients are encoded (`TrainingConfig.compression`).
+        state: what the slot keeps for its next step, None if nothing.
     """
 
     shard: int
@@ -69,12 +88,15 @@ class SlotRecord:
     attempt: int
     seconds: float
     environment: str = ""
+    compression: str = "none"
+    state: StateRecord | None = None
 
     def to_json(self) -> str:
         """Text for the slots hash."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         fields["blob"] = self.blob.to_json()
         fields["buffers"] = list(self.buffers)
+        fields["state"] = None if self.state is None else self.state.as_dict()
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
@@ -83,12 +105,17 @@ class SlotRecord:
         fields = json.loads(text)
         fields["blob"] = BlobRef.from_json(fields["blob"])
         fields["buffers"] = tuple(fields["buffers"])
+        fields["state"] = None if fields["state"] is None else StateRecord.from_dict(fields["state"])
         return cls(**fields)
+
+    def blobs(self) -> list[BlobRef]:
+        """All bytes that the slot points to."""
+        return [self.blob] if self.state is None else [self.blob, *self.state.blobs()]
 
 
 @dataclass(frozen=True, slots=True)
 class StateRecord:
-    """Optimizer and scheduler state of one version: a tree's skeleton and its tensors."""
+    """A stored tree (of the optimizer's state, or of a slot's): its skeleton and its tensors."""
 
     skeleton: Any
     manifest: dict[str, Any]
@@ -105,16 +132,35 @@ class StateRecord:
         blob = fields["blob"]
         return cls(fields["skeleton"], fields["manifest"], None if blob is None else BlobRef.from_json(blob))
 
+    def blobs(self) -> list[BlobRef]:
+        """The bytes that the tree's tensors are in."""
+        return [] if self.blob is None else [self.blob]
+
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """Where the parameters of one version are, and their optimizer state if it was published."""
+    """Where the parameters of one version are, and what else belongs to it.
+
+    Attributes:
+        version: its number.
+        digest: of the parameters' bytes.
+        blob: where they are.
+        chain: ledger chain of the version.
+        state: optimizer state, if it was published.
+        slots: shard -> slot state after the step that made this version.
+    """
 
     version: int
     digest: str
     blob: BlobRef
     chain: str
     state: StateRecord | None = None
+    slots: dict[int, StateRecord] = field(default_factory=dict)
+
+    def blobs(self) -> list[BlobRef]:
+        """All bytes that the record points to; slot states may be other versions' too."""
+        states = [*([] if self.state is None else [self.state]), *self.slots.values()]
+        return [self.blob, *(blob for state in states for blob in state.blobs())]
 
     def to_json(self) -> str:
         """Text for the versions hash."""
@@ -125,6 +171,7 @@ class VersionRecord:
                 "blob": self.blob.to_json(),
                 "chain": self.chain,
                 "state": None if self.state is None else self.state.as_dict(),
+                "slots": {str(shard): state.as_dict() for shard, state in self.slots.items()},
             },
             separators=(",", ":"),
         )
@@ -140,6 +187,7 @@ class VersionRecord:
             blob=BlobRef.from_json(fields["blob"]),
             chain=fields["chain"],
             state=None if state is None else StateRecord.from_dict(state),
+            slots={int(shard): StateRecord.from_dict(value) for shard, value in fields["slots"].items()},
         )
 
 

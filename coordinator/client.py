@@ -6,6 +6,7 @@ only, and what it writes is written once.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -19,12 +20,21 @@ import torch
 
 from cache.chunks import BlobRef
 from cache.codec import Manifest, layout, pack, views
-from cache.errors import CacheError, ChunkCorrupt, RunNotFound, ShardFailed, Skewed, VersionMissing
-from cache.records import SlotRecord
+from cache.errors import (
+    CacheError,
+    ChunkCorrupt,
+    ChunkMissing,
+    RunNotFound,
+    ShardFailed,
+    Skewed,
+    VersionMissing,
+)
+from cache.records import SlotRecord, StateRecord, canonical
 from cache.workers import Heartbeat
-from coordinator import activity, gradient
+from coordinator import activity, gradient, tree
 from coordinator.faults import Hook, nothing
 from coordinator.services import RunContext, Services, device
+from coordinator.shard_work import ShardWork, work
 from coordinator.shards import shown
 from coordinator.step import Sender
 from coordinator.task_names import UPDATES
@@ -61,6 +71,12 @@ def noted(error: BaseException) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
+def combined_digest(digest: str, state: StateRecord) -> str:
+    """One digest over a slot's payload and the state that it keeps."""
+    kept = "" if state.blob is None else state.blob.digest
+    return hashlib.blake2b(f"{digest} {kept} {canonical(state.skeleton)}".encode(), digest_size=16).hexdigest()
+
+
 class Client:
     """Executes tasks for one worker process.
 
@@ -80,15 +96,25 @@ class Client:
         self.fault = fault
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
         self._refusals = 0
+        self._fetched = threading.local()  # bytes of parameters that this thread's shard had to read
 
     # --- gradients ----------------------------------------------------------------------
 
     def compute_gradient(
-        self, run: str, step: int, shard: int, *, delivery: str, in_chord: bool, backup: bool = False
+        self,
+        run: str,
+        step: int,
+        shard: int,
+        *,
+        delivery: str,
+        in_chord: bool,
+        backup: bool = False,
+        version: int | None = None,
     ) -> dict[str, Any]:
         """Compute one shard and write its slot.
 
         Args:
+            version: what it is computed at; None: the version of the step's own number.
             delivery: id of the Celery task.
             in_chord: whether Celery itself will call the update when all shards are in.
             backup: compute even if a live worker is at the shard.
@@ -109,11 +135,13 @@ class Client:
             delivery=delivery,
             backup=backup,
             environment=self.heartbeat.info.environment,
+            version=version,
         )
         receipt: dict[str, Any] = {
             "run": run,
             "step": step,
             "shard": shard,
+            "version": step if version is None else version,
             "status": verdict,
             "worker": worker,
         }
@@ -141,7 +169,7 @@ class Client:
         except CacheError as error:
             # Not the recipe's fault: the shard goes back at once and the supervisor sends it again.
             log.warning("step %d shard %d of run %s goes back: %s", step, shard, run, error)
-            if isinstance(error, (VersionMissing, ChunkCorrupt)):
+            if isinstance(error, (VersionMissing, ChunkMissing, ChunkCorrupt)):
                 self._report_loss(run, step)
             return {**receipt, "status": "handed back", "error": str(error)}
         finally:
@@ -161,7 +189,7 @@ class Client:
         """The version to compute from is gone: its training server still holds it and stores it again."""
         try:
             head = self.services.ledger(run).head()
-            if head.version == step:
+            if head.version <= step:
                 self.sender.advance(run, queue=head.queue or UPDATES)
         except (CacheError, RunNotFound) as error:
             log.warning("run %s: loss of version %d not reported: %s", run, step, error)
@@ -173,7 +201,7 @@ class Client:
             log.error("%s", reason)
             self.services.ledger(run).emit("refused", {"worker": self.heartbeat.info.id, "reason": reason})
             self._refusals = 0
-        self.sender.gradient(run, step, shard)
+        self.sender.gradient(run, step, shard, version=receipt["version"])
         time.sleep(min(_REFUSAL_SECONDS[1], _REFUSAL_SECONDS[0] * 2**self._refusals))
         self._refusals += 1
         return {**receipt, "status": "refused", "reason": reason}
@@ -196,66 +224,82 @@ class Client:
         context.require_same_code()
         self.heartbeat.refuse(run, None)
         began = time.perf_counter()
-        result, fetched = self._shard_gradient(context, step, shard)
+        done = self._work(context, step, shard)
         seconds = time.perf_counter() - began
-        tensors = {**result.gradients, **result.buffers}
         self.fault("client.before_put")
-        stored = self.services.gradients.put(ledger, step, shard, tensors)
+        stored = self.services.gradients.put(ledger, step, shard, {**done.payload, **done.buffers})
+        state = None
+        if done.state is not None:
+            state = self.services.gradients.put_state(ledger, step, shard, *tree.flatten(done.state))
         self.fault("client.after_put")
         slot = SlotRecord(
             shard=shard,
-            digest=stored.digest,
+            digest=stored.digest if state is None else combined_digest(stored.digest, state),
             nonce=stored.nonce,
             blob=stored.blob,
             manifest=stored.manifest,
-            buffers=tuple(result.buffers),
-            examples=result.examples,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
+            buffers=tuple(done.buffers),
+            examples=done.examples,
+            loss=done.loss,
+            grad_norm=done.grad_norm,
             worker=worker,
             attempt=attempt,
             seconds=seconds,
             environment=self.heartbeat.info.environment,
+            compression=context.plan().config_at(step).compression,
+            state=state,
         )
-        verdict, present = ledger.write_slot(step, slot, incarnation=incarnation)
+        verdict, present = ledger.write_slot(
+            step, slot, incarnation=incarnation, version=context.plan().version_for(step)
+        )
         self.fault("client.after_slot")
         if verdict != "written":
             log.info("step %d shard %d of run %s: slot %s", step, shard, run, verdict)
-            self.services.gradients.delete([stored.blob])
+            self.services.gradients.delete(slot.blobs())
         elif present == context.plan().shards_in(step) and (not in_chord or ledger.called(step)):
             self.sender.advance(run, queue=ledger.head().queue or UPDATES)
         return {
             **receipt,
             "status": verdict,
-            "version": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "examples": result.examples,
+            "loss": done.loss,
+            "grad_norm": done.grad_norm,
+            "examples": done.examples,
             "nbytes": stored.blob.nbytes,
-            "fetched_nbytes": fetched,
+            "fetched_nbytes": self._fetched_nbytes(),
             "seconds": round(seconds, 6),
             "attempt": attempt,
         }
 
-    def _shard_gradient(
-        self, context: RunContext, step: int, shard: int
-    ) -> tuple[gradient.ShardGradient, int]:
+    def _work(self, context: RunContext, step: int, shard: int) -> ShardWork:
+        """Load what the shard is computed from, and compute it."""
         samples: Sequence[int] = ()
         try:
             with context.lock:
                 dataset = context.dataset()
-                samples = context.plan().indices(step, shard)
+                plan = context.plan()
+                samples = plan.indices(step, shard)
+                version = plan.version_for(step)
                 before = self.services.parameters.counters.nbytes
-                replica = context.replica_at(step)
-                fetched = self.services.parameters.counters.nbytes - before
-                result = gradient.compute(
-                    replica, context.recipe, context.config, dataset, samples, step, shard
-                )
+                replica = context.replica_at(version)
+                self._fetched.nbytes = self.services.parameters.counters.nbytes - before
+                state = self._slot_state(context, version, shard) if context.keeps_state(step) else None
+                allowed = self.services.settings.allowed_modules
+                return work(replica, context.recipe, plan, dataset, step, shard, state, allowed=allowed)
         except CacheError:
             raise
         except Exception as error:
             raise self._failed(context, error, step=step, shard=shard, samples=samples) from error
-        return result, fetched
+
+    def _slot_state(self, context: RunContext, version: int, shard: int) -> Any:
+        """What the shard's slot kept at a version, None if nothing."""
+        record = self.services.ledger(context.run).version(version)
+        if record is None:
+            raise VersionMissing(f"version {version} of run {context.run!r} is not in the cache any more")
+        kept = record.slots.get(shard)
+        return None if kept is None else tree.unflatten(*self.services.gradients.get_state(kept))
+
+    def _fetched_nbytes(self) -> int:
+        return int(getattr(self._fetched, "nbytes", 0))
 
     def _failed(
         self, context: RunContext, error: Exception, *, step: int, shard: int, samples: Sequence[int]
@@ -363,8 +407,6 @@ class Client:
         Args:
             inputs: {"blob", "manifest", "skeleton"} of the part's inputs.
         """
-        from coordinator import tree
-
         ledger = self.services.ledger(run)
         receipt: dict[str, Any] = {
             "run": run,

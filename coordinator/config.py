@@ -31,12 +31,13 @@ class TrainingConfig:
             (the ragged end of an epoch, or a small batch) has one shard per example instead.
             The bits of a run depend on it, on the number of workers they do not.
         seed: root of all randomness of the run, 0 to 2**63 - 1.
-        local_steps: optimizer steps that a worker takes between two aggregations; 1 is exact
-            synchronous SGD. Only 1 is implemented in this version.
-        staleness: versions by which a gradient may lag the head. Only 0 is implemented in
-            this version.
-        compression: how gradients travel, "none" is as they are. Only "none" is implemented
-            in this version.
+        local_steps: optimizer steps that a shard takes by itself between two aggregations, each
+            on its part of a batch; 1 is exact synchronous SGD. See `coordinator.local_steps`.
+        staleness: versions by which a gradient may lag the head: so many further steps are under
+            way beside the present one. The lag is exact, not an upper bound, so that the bits
+            do not depend on who is fast.
+        compression: how gradients travel: "none", or a codec with error feedback such as "fp16",
+            "int8", "topk:0.01" or "powersgd:2". See docs/compression.md.
         precision: "fp32", or "bf16" for torch.autocast to bfloat16 around forward and loss
             (parameters, gradients and optimizer state keep their own dtype).
         clip_norm: largest global L2 norm of the averaged gradient, greater than 0; None: no
@@ -105,16 +106,10 @@ class TrainingConfig:
                 "the steps before it; use 'bf16', which needs none, or 'fp32'."
             )
         self._choice("precision", _PRECISIONS)
-        self._implemented()
+        if self.compression != "none":
+            from coordinator.compression import check  # loads torch
 
-    def _implemented(self) -> None:
-        """Refuse what is specified but not built yet; lift a line when its feature lands."""
-        for name, only in (("compression", "none"),):
-            value = getattr(self, name)
-            if value != only:
-                raise ConfigError(
-                    f"{name}={value!r} is not implemented in this version; use {name}={only!r}."
-                )
+            check(self.compression)
 
     def _integer(
         self, name: str, *, minimum: int, maximum: int | None = None, optional: bool = False

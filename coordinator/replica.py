@@ -42,6 +42,7 @@ class Replica:
         manifest: layout of a version: parameters, then buffers.
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
+        loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
@@ -52,6 +53,7 @@ class Replica:
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
+        self.loaded: int | None = None
         self._homes = _homes(model, self.buffers)
         self._version: dict[str, Tensor] = {}
         self._counters: list[int] = []

@@ -21,11 +21,11 @@ from cache.errors import (
     WaitTimeout,
 )
 from cache.ledger import Event, Ledger
-from cache.records import GENESIS, Head, LedgerEntry
+from cache.records import GENESIS, Head, LedgerEntry, switched
 from coordinator.audit import Audit, audit
 from coordinator.config import TrainingConfig
 from coordinator.recipe import resolve
-from coordinator.services import Services
+from coordinator.services import Services, switches_of
 from coordinator.shards import Plan
 from coordinator.step import Sender
 from coordinator.task_names import GRADIENTS, UPDATES, worker_command
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _RESTING = ("done", "failed", "cancelled")
 _POLL_SECONDS = 0.5
+SWITCHABLE = ("shards", "local_steps", "staleness", "compression")
+_SWITCH_TRIES = 20
 
 
 class Detached(KeyboardInterrupt):
@@ -361,6 +363,59 @@ class Run:
         if self._ledger.create(spec, incarnation=incarnation, version=version, chain=chain) is None:
             self._sender.advance(self.name)
 
+    def switch(self, **fields: Any) -> int:
+        """Change the config of a live run from a step boundary on; the history records it.
+
+        A replay from any checkpoint takes the same switches at the same steps, so the run keeps its
+        bits: they are those of a run that was switched so, wherever it computes.
+
+        Args:
+            fields: any of `shards`, `local_steps`, `staleness`, `compression`. Between plain and
+                local steps the server's optimizer starts afresh; a slot's state from another
+                compression is set aside.
+
+        Returns:
+            The first step to which it applies: a few steps ahead of what is under way.
+
+        Raises:
+            ConfigError: a value is out of range.
+            InvalidInput: another field, or none.
+            RunError: the run is at rest, or so near its end that nothing is left to switch.
+        """
+        unknown = sorted(set(fields) - set(SWITCHABLE))
+        if unknown or not fields:
+            raise InvalidInput(
+                f"switch() changes {', '.join(SWITCHABLE)}, not {', '.join(unknown) or 'nothing at all'}; "
+                "submit a new run for another value of anything else"
+            )
+        for _ in range(_SWITCH_TRIES):
+            head, spec = self._ledger.head(), self._spec()
+            plan = self._plan(head)
+            started = head.total_steps is not None
+            step = max(head.version, -1 if head.launched is None else head.launched) + 3 if started else 0
+            if plan is not None and started and step >= plan.total_steps:
+                raise RunError(
+                    f"run {self.name!r} has {plan.total_steps - head.version} steps left, too few to switch"
+                )
+            switches = {int(at): dict(values) for at, values in spec.get("switches", {}).items()}
+            switches[step] = {**switches.get(step, {}), **fields}
+            config = TrainingConfig.from_json(spec["config"])
+            after = Plan(head.dataset_size or 10**12, config, switches)
+            after.config_at(min(step, after.total_steps - 1))  # raises ConfigError for a bad value
+            verdict = self._ledger.switch(
+                {**spec, "switches": {str(at): values for at, values in sorted(switches.items())}},
+                step=step,
+                incarnation=head.incarnation,
+                following=switched(head.incarnation),
+                total_steps=after.total_steps if started else None,
+                data={"step": step, **fields},
+            )
+            if verdict == "ok":
+                return step
+            if verdict not in ("late", "changed"):
+                raise RunError(f"run {self.name!r} is {verdict}; only a live run can be switched")
+        raise RunError(f"run {self.name!r} advances too fast to be switched; pause() it first, then switch")
+
     # --- using ---------------------------------------------------------------------------
 
     def verify(self) -> Audit:
@@ -436,7 +491,10 @@ class Run:
         return resolve(self._spec()["recipe"], allowed=allowed)
 
     def _plan(self, head: Head) -> Plan | None:
-        return None if not head.dataset_size else Plan(head.dataset_size, self._config())
+        if not head.dataset_size:
+            return None
+        spec = self._spec()
+        return Plan(head.dataset_size, TrainingConfig.from_json(spec["config"]), switches_of(spec))
 
     def _checkpoints(self, incarnation: str | None) -> Any:
         from coordinator.checkpoint import CheckpointStore

@@ -319,8 +319,7 @@ def decode_rows(column: Column, rows: Bytes) -> list[Any]:
     leaf, shape = column.leaf, column.shape
     assert shape is not None
     if leaf.kind == "tensor":
-        found = torch.from_numpy(rows).view(dtype_of(leaf.dtype)).reshape(len(rows), *shape)
-        return list(found.unbind(0)) if len(rows) else []
+        return list(_tensor(rows.reshape(-1), leaf.dtype, (len(rows), *shape)).unbind(0))
     array = rows.reshape(-1).view(np.dtype(leaf.dtype)).reshape(len(rows), *shape)
     if leaf.kind in _PLAIN:
         return array.tolist()  # type: ignore[no-any-return]
@@ -343,8 +342,14 @@ def decode_one(leaf: Leaf, data: Bytes, shape: Sequence[int] | None) -> Any:
         return data.tobytes().decode("utf-8", "surrogatepass")
     assert shape is not None
     if leaf.kind == "tensor":
-        return torch.from_numpy(data).view(dtype_of(leaf.dtype)).reshape(tuple(shape))
+        return _tensor(data, leaf.dtype, tuple(shape))
     return data.view(np.dtype(leaf.dtype)).reshape(tuple(shape))
+
+
+def _tensor(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    if not data.size:  # numpy gives it strides that torch does not take
+        return torch.empty(shape, dtype=dtype_of(dtype))
+    return torch.from_numpy(data).view(dtype_of(dtype)).reshape(shape)
 
 
 def assemble(skeleton: Any, columns: Sequence[Sequence[Any]], count: int) -> list[Any]:

@@ -12,15 +12,11 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from cache import keys
 from cache.errors import (
     CacheError,
-    CheckpointError,
     ChunkCorrupt,
     ChunkMissing,
     Fenced,
@@ -28,56 +24,28 @@ from cache.errors import (
     RunError,
     Skewed,
     TorchordError,
-    VersionMissing,
 )
 from cache.ledger import Ledger
-from cache.records import GENESIS, Head, LedgerEntry, SlotReceipt, SlotRecord, VersionRecord
+from cache.records import Head, LedgerEntry, SlotReceipt, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
-from coordinator import activity, tree
+from coordinator import activity
 from coordinator.aggregate import Accumulator
-from coordinator.checkpoint import CheckpointStore
 from coordinator.client import short_traceback
 from coordinator.faults import Hook, nothing
-from coordinator.optimize import ApplyReport, Trainer
-from coordinator.services import RunContext, Services, device
-from coordinator.shards import Plan
+from coordinator.optimize import ApplyReport
+from coordinator.services import Services
+from coordinator.shard_work import decoded
 from coordinator.step import Sender
+from coordinator.takeover import TakeOver
 from coordinator.task_names import private_queue
+from coordinator.upkeep import Upkeep
+from coordinator.warm import WarmRun
 
 log = logging.getLogger(__name__)
 
-_STATE_SHARE = 4  # published optimizer state may cost 1/4 of the parameters' bytes a step
-_STATE_ALWAYS_NBYTES = 256 << 10
 _EVALUATION_PIN_SECONDS = 6 * 3600.0
-_KEPT_VERSIONS = 2
 _EVALUATION_PART = 4096
-_NEVER = -1
 _CALL_AGAIN_SECONDS = 5.0
-
-
-@dataclass
-class WarmRun:
-    """A run that this process serves: its model and optimizer hold exactly `version`."""
-
-    context: RunContext
-    ledger: Ledger
-    trainer: Trainer
-    checkpoints: CheckpointStore
-    token: int
-    version: int
-    chain: str
-    record: VersionRecord
-    committed_at: float
-    state_version: int = _NEVER
-    spilled: int = 0
-    nbytes: int = 0
-    shared: bool = False
-    flat: torch.Tensor | None = field(default=None, repr=False)
-
-    @property
-    def run(self) -> str:
-        """The run's name."""
-        return self.context.run
 
 
 class TrainingServer:
@@ -106,6 +74,7 @@ class TrainingServer:
         self._tokens: dict[str, int] = {}
         self._called_again: dict[str, float] = {}
         self._lock = threading.RLock()
+        self.upkeep = Upkeep(services, fault)
 
     @property
     def queue(self) -> str:
@@ -164,12 +133,8 @@ class TrainingServer:
                 log.debug("run %s: %s", run, error)
 
     def _advance(self, run: str, ledger: Ledger, head: Head, *, called: int | None) -> dict[str, Any]:
-        warm = self._warm.get(run)
-        if warm is None or (warm.token, warm.version, warm.context.incarnation) != (
-            head.token,
-            head.version,
-            head.incarnation,
-        ):
+        warm = self._held(run, head)
+        if warm is None:
             taken = self._take_over(run, ledger)
             if isinstance(taken, str):
                 self.sender.advance(run, queue=taken)
@@ -179,26 +144,44 @@ class TrainingServer:
         warm.shared = head.shared
         self._warm.move_to_end(run)
         receipt: dict[str, Any] = {"run": run, "status": "waiting", "version": warm.version}
-        plan = warm.context.plan()
-        while warm.version < plan.total_steps:
+        launched = -1 if head.launched is None else head.launched
+        while warm.version < warm.context.plan().total_steps:
             applied = self._apply(warm)
-            if applied is None and called == warm.version == head.launched:
+            if applied is None and called == warm.version <= launched:
                 # A header ended without its slot (its twin is still at it): that one must call again.
                 warm.ledger.mark_called(called, token=warm.token)
                 applied = self._apply(warm)
             if applied is None:
-                if head.launched != warm.version:
-                    self._launch(warm)
-                else:
-                    self._keep_stored(warm)
+                if self._launch(warm, after=launched, fresh=False) == launched:
+                    self.upkeep.keep_stored(warm)
                 return receipt
             receipt = applied
-            head = replace(head, launched=None)
-            if warm.version < plan.total_steps:
-                self._launch(warm)
-                head = replace(head, launched=warm.version)
+            self._follow_switch(warm)
+            launched = self._launch(warm, after=launched, fresh=True)
             self._after_commit(warm)
         return self._finish(warm, receipt)
+
+    def _held(self, run: str, head: Head) -> WarmRun | None:
+        """The run as this process holds it, if that is what the head says."""
+        warm = self._warm.get(run)
+        if warm is None or (warm.token, warm.version) != (head.token, head.version):
+            return None
+        if revision(warm.context.incarnation) != revision(head.incarnation):
+            return None
+        self._follow_switch(warm, head.incarnation)
+        return warm
+
+    def _follow_switch(self, warm: WarmRun, incarnation: str | None = None) -> None:
+        """Take a live switch of the config over; it holds from a step on that is not launched yet."""
+        if incarnation is None:
+            incarnation = warm.ledger.incarnation()
+        if incarnation in ("", warm.context.incarnation):
+            return
+        if revision(incarnation) != revision(warm.context.incarnation):
+            raise Fenced(f"run {warm.run!r}: its recipe was corrected meanwhile")
+        warm.context = self.services.context(warm.run, incarnation)
+        warm.checkpoints.save_spec({**warm.context.spec, "incarnation": incarnation})
+        log.info("run %s: config switched: %s", warm.run, warm.context.switches)
 
     # --- one step -------------------------------------------------------------------------
 
@@ -212,6 +195,9 @@ class TrainingServer:
             return None
         slots = [present[shard] for shard in range(shards)]
         self.fault("server.before_apply")
+        config = plan.config_at(step)
+        if config != warm.trainer.config:
+            warm.trainer.adopt(warm.context.recipe, config)
         report, loss = self._update(warm, slots)
         self.fault("server.after_apply")
         flat = warm.trainer.replica.pack(warm.flat)
@@ -233,8 +219,9 @@ class TrainingServer:
             skipped=report.skipped,
             lr=tuple(report.lr),
             previous=warm.chain,
+            notes={"switch": plan.switches[step]} if step in plan.switches else {},
         ).sealed()
-        record = replace(draft, chain=entry.chain)
+        record = replace(draft, chain=entry.chain, slots=self._slot_states(warm, slots))
         committed = warm.ledger.commit(
             step=step, token=warm.token, shards=shards, entry=entry, record=record, event=_step_event(entry)
         )
@@ -243,8 +230,8 @@ class TrainingServer:
             self.services.chunks.delete([record.blob])
             self._refused(warm, committed.verdict, step)
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
-        self._retain(warm, committed.stored, committed.pinned)
-        self.services.gradients.delete([slot.blob for slot in slots])
+        warm.spent = [slot.blob for slot in slots]
+        warm.stored, warm.pinned = committed.stored, committed.pinned
         return {
             "run": warm.run,
             "status": "committed",
@@ -268,10 +255,12 @@ class TrainingServer:
         accumulator = Accumulator(held, examples)
         for slot in slots:
             try:
-                gradients, buffers = self.services.gradients.get(slot)
+                payload, buffers = self.services.gradients.get(slot)
             except (ChunkMissing, ChunkCorrupt):
                 warm.ledger.drop_slot(warm.version, slot.shard, nonce=slot.nonce, token=warm.token)
                 raise
+            allowed = self.services.settings.allowed_modules
+            gradients = decoded(payload, trainer.replica, slot.compression, allowed)
             accumulator.add(gradients, buffers, slot.examples)
         mean = accumulator.result()
         try:
@@ -293,95 +282,57 @@ class TrainingServer:
             f"run {warm.run!r}: commit of version {step + 1} was {verdict}; another server or a person acted"
         )
 
-    def _launch(self, warm: WarmRun) -> None:
-        """Publish the present step's chord, for the shards that have no slot yet."""
-        step = warm.version
-        shards = warm.context.plan().shards_in(step)
-        missing = sorted(set(range(shards)) - warm.ledger.slots_present(step))
-        self.fault("server.before_launch")
-        if missing:
-            self.sender.step(warm.run, step, missing, callback_queue=self.queue)
-        else:
-            self.sender.advance(warm.run, queue=self.queue)
-        self.fault("server.after_launch")
-        warm.ledger.mark_launched(step, token=warm.token)
+    def _slot_states(self, warm: WarmRun, slots: list[SlotRecord]) -> dict[int, StateRecord]:
+        """What each slot keeps at the new version: as written, or as before where it sat the step out."""
+        if not warm.context.keeps_state(warm.version):
+            return {}
+        return {**warm.record.slots, **{slot.shard: slot.state for slot in slots if slot.state is not None}}
+
+    def _launch(self, warm: WarmRun, *, after: int, fresh: bool) -> int:
+        """Publish the chords of the steps that may be computed by now and were not launched.
+
+        Args:
+            after: the last step that was launched.
+            fresh: this process has just committed the step before, so no slot can be there yet.
+
+        Returns:
+            The last step that is launched now.
+        """
+        plan = warm.context.plan()
+        if warm.version >= plan.total_steps:
+            return after
+        for step in plan.window(warm.version):
+            if step <= after:
+                continue
+            missing = set(range(plan.shards_in(step)))
+            if not fresh:
+                missing -= warm.ledger.slots_present(step)
+            self.fault("server.before_launch")
+            if missing:
+                version = plan.version_for(step)
+                self.sender.step(warm.run, step, sorted(missing), version=version, callback_queue=self.queue)
+            else:
+                self.sender.advance(warm.run, queue=self.queue)
+            self.fault("server.after_launch")
+            warm.ledger.mark_launched(step, token=warm.token)
+            after = step
+        return after
 
     # --- beside the steps -------------------------------------------------------------------
 
     def _after_commit(self, warm: WarmRun) -> None:
         """What follows a commit and may overlap the next step's compute."""
+        self.services.gradients.delete(warm.spent)
+        self.upkeep.retain(warm, warm.stored, warm.pinned)
         version, config = warm.version, warm.context.config
         total = warm.context.plan().total_steps
         due = config.evaluate_every is not None and version % config.evaluate_every == 0
         if due and version < total and warm.context.recipe.evaluation is not None:
             self._launch_evaluation(warm)
         if version % config.checkpoint_every == 0 and version < total:
-            self._checkpoint(warm)
-        if warm.shared or version - warm.state_version >= self._state_cadence(warm):
-            self._publish_state(warm)
-
-    def _state_cadence(self, warm: WarmRun) -> int:
-        """Every how many steps the optimizer state goes to the cache: cheap states each step."""
-        nbytes = warm.trainer.state_nbytes()
-        if nbytes <= _STATE_ALWAYS_NBYTES:
-            return 1
-        return max(1, -(-_STATE_SHARE * nbytes // max(1, warm.record.blob.nbytes)))
-
-    def _publish_state(self, warm: WarmRun) -> None:
-        """Store optimizer and scheduler state beside the present version."""
-        self.fault("server.before_state")
-        before = warm.state_version
-        skeleton, tensors = tree.flatten(warm.trainer.state())
-        warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
-        if not warm.ledger.put_version(warm.record, token=warm.token):
-            raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
-        warm.state_version = warm.version
-        self.fault("server.after_state")
-        if before != _NEVER and before < warm.version - 1:
-            self.services.parameters.drop(warm.ledger, [before], token=warm.token)
-
-    def _keep_stored(self, warm: WarmRun) -> None:
-        """Store the present version again if its bytes were lost (a cache node died, or evicted them)."""
-        try:
-            self.services.parameters.fetch(warm.ledger, warm.version)
-        except (ChunkCorrupt, ChunkMissing, VersionMissing) as error:
-            log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
-            flat = warm.trainer.replica.pack(warm.flat)
-            record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
-            if not warm.ledger.put_version(record, token=warm.token):
-                raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
-            warm.flat, warm.record, warm.state_version = flat, record, _NEVER
-
-    def _retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
-        """Delete the versions that nobody needs: not recent, not pinned, not the restore point."""
-        kept = set(range(warm.version - _KEPT_VERSIONS + 1, warm.version + 1)) | pinned | {warm.state_version}
-        doomed = [version for version in stored if version not in kept]
-        self.services.parameters.drop(warm.ledger, doomed, token=warm.token)
-
-    def _checkpoint(self, warm: WarmRun) -> None:
-        """Write the present version to disk and spill the ledger's older entries beside it."""
-        self.fault("server.before_checkpoint")
-        config = warm.context.config
-        entries = warm.ledger.entries(warm.spilled + 1, warm.version)
-        warm.checkpoints.append_ledger([entry.to_json() for entry in entries])
-        meta = {
-            "run": warm.run,
-            "incarnation": warm.context.incarnation,
-            "chain": warm.chain,
-            "parameters": warm.record.digest,
-            "dataset_size": warm.context.plan().size,
-            "evaluations": {str(v): m for v, m in warm.ledger.evaluations().items()},
-        }
-        warm.checkpoints.save(warm.version, warm.trainer.replica.state_tensors(), warm.trainer.state(), meta)
-        self.fault("server.after_checkpoint")
-        warm.checkpoints.prune(config.keep_checkpoints)
-        warm.spilled = warm.version
-        kept_from = warm.version - keys.LEDGER_KEPT + 1
-        if kept_from > 1 and warm.ledger.ledger_size() > keys.LEDGER_KEPT:
-            warm.ledger.trim_entries(
-                range(max(1, kept_from - 2 * config.checkpoint_every - keys.LEDGER_KEPT), kept_from)
-            )
-        warm.ledger.emit("checkpoint", {"version": warm.version, "path": warm.checkpoints.path(warm.version)})
+            self.upkeep.checkpoint(warm)
+        if self.upkeep.state_due(warm):
+            self.upkeep.publish_state(warm)
 
     def _launch_evaluation(self, warm: WarmRun) -> None:
         """Publish the evaluation of the present version; it stays stored until that is done."""
@@ -401,7 +352,12 @@ class TrainingServer:
             if ledger.pending_evaluations():
                 return {**receipt, "status": "evaluating"}
         if warm.spilled != version:
-            self._checkpoint(warm)
+            self.upkeep.checkpoint(warm)
+        if warm.record.slots:  # no slot has a next step
+            kept, warm.record = warm.record, replace(warm.record, slots={})
+            if not ledger.put_version(warm.record, token=warm.token):
+                raise Fenced(f"run {warm.run!r}: overtaken at its end")
+            self.services.gradients.delete(blob for state in kept.slots.values() for blob in state.blobs())
         self.fault("server.before_finish")
         done, _ = ledger.transition(
             "done", allowed=("running",), event="done", data={"version": version}, token=warm.token
@@ -465,143 +421,11 @@ class TrainingServer:
         self.fault("server.after_acquire")
         head = ledger.head()
         context = self.services.context(run, head.incarnation)
-        trainer = Trainer.build(context.recipe, context.config, device())
-        checkpoints = CheckpointStore(
-            self.services.settings.checkpoint_dir, run, head.incarnation, fault=self.fault
-        )
-        if head.status == "pending" or head.total_steps is None:
-            warm = self._initialise(context, ledger, trainer, checkpoints, token, head)
-        else:
-            warm = self._restore(context, ledger, trainer, checkpoints, token, head)
+        warm = TakeOver(self.services, self.fault, context, token).warm(head)
         self._warm[run] = warm
         self._evict(run)
         log.info("run %s: serving from version %d under token %d", run, warm.version, token)
         return warm
-
-    def _initialise(
-        self,
-        context: RunContext,
-        ledger: Ledger,
-        trainer: Trainer,
-        checkpoints: CheckpointStore,
-        token: int,
-        head: Head,
-    ) -> WarmRun:
-        """Make the first version: the recipe's own initial weights, or a checkpoint's."""
-        size = len(context.dataset())
-        evaluation_size = 0 if context.recipe.evaluation is None else len(context.dataset("evaluation"))
-        chain = GENESIS
-        if head.version:
-            chain = self._load_checkpoint(context, trainer, checkpoints, head.version)
-        checkpoints.save_spec({**context.spec, "incarnation": context.incarnation})
-        record = self.services.parameters.publish(
-            ledger, head.version, trainer.replica.pack(None), chain=chain
-        )
-        skeleton, tensors = tree.flatten(trainer.state())
-        record = self.services.parameters.publish_state(ledger, record, skeleton, tensors)
-        plan = Plan(size, context.config)
-        self.fault("server.before_initialise")
-        verdict = ledger.initialise(
-            token=token,
-            manifest=trainer.replica.manifest.to_json(),
-            record=record,
-            dataset_size=size,
-            evaluation_size=evaluation_size,
-            total_steps=plan.total_steps,
-        )
-        if verdict != "ok":
-            raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")
-        self.fault("server.after_initialise")
-        return WarmRun(
-            context, ledger, trainer, checkpoints, token, head.version, chain, record, time.time(),
-            state_version=head.version, spilled=head.version, nbytes=trainer.nbytes(),
-        )  # fmt: skip
-
-    def _restore(
-        self,
-        context: RunContext,
-        ledger: Ledger,
-        trainer: Trainer,
-        checkpoints: CheckpointStore,
-        token: int,
-        head: Head,
-    ) -> WarmRun:
-        """Load the newest version whose optimizer state is at hand, and replay from there."""
-        record = self._from_cache(ledger, trainer, head)
-        on_disk = [v for v in checkpoints.versions() if v <= head.version]
-        if record is None or any(version > record.version for version in on_disk):
-            record = self._from_disk(context, ledger, trainer, checkpoints, token, on_disk)
-        if record.version != head.version:
-            self.fault("server.before_rollback")
-            done, above = ledger.rollback(token=token, version=record.version, chain=record.chain)
-            if not done:
-                raise Fenced(f"run {context.run!r}: overtaken while restoring")
-            self.fault("server.after_rollback")
-            self.services.parameters.drop(ledger, above, token=token)
-            log.warning("run %s: replaying from version %d to %d", context.run, record.version, head.version)
-        return WarmRun(
-            context, ledger, trainer, checkpoints, token, record.version, record.chain, record, head.committed_at,
-            state_version=record.version, spilled=_spilled(checkpoints, record.version), nbytes=trainer.nbytes(), shared=head.shared,
-        )  # fmt: skip
-
-    def _from_cache(self, ledger: Ledger, trainer: Trainer, head: Head) -> VersionRecord | None:
-        """Load the newest stored version that has its optimizer state; None if there is none."""
-        stored = ledger.versions()
-        for version in sorted((v for v in stored if v <= head.version), reverse=True):
-            record = stored[version]
-            if record.state is None:
-                continue
-            try:
-                _, flat = self.services.parameters.fetch(ledger, version)
-                skeleton, tensors = self.services.parameters.fetch_state(record.state)
-            except CacheError as error:
-                log.warning("run %s: version %d cannot be restored: %s", ledger.run, version, error)
-                continue
-            trainer.replica.load(flat)
-            trainer.load_state(tree.unflatten(skeleton, tensors))
-            return record
-        return None
-
-    def _from_disk(
-        self,
-        context: RunContext,
-        ledger: Ledger,
-        trainer: Trainer,
-        checkpoints: CheckpointStore,
-        token: int,
-        versions: list[int],
-    ) -> VersionRecord:
-        """Load the newest whole checkpoint of `versions`, or the initial weights, and publish it."""
-        chain, version = GENESIS, 0
-        for candidate in sorted(versions, reverse=True):
-            try:
-                chain, version = self._load_checkpoint(context, trainer, checkpoints, candidate), candidate
-                break
-            except CheckpointError as error:
-                log.warning("run %s: checkpoint %d passed over: %s", context.run, candidate, error)
-        else:
-            fresh = Trainer.build(context.recipe, context.config, device())
-            trainer.replica.load_tensors(fresh.replica.state_tensors())
-            trainer.load_state(fresh.state())
-        record = self.services.parameters.publish(ledger, version, trainer.replica.pack(None), chain=chain)
-        skeleton, tensors = tree.flatten(trainer.state())
-        record = self.services.parameters.publish_state(ledger, record, skeleton, tensors)
-        if not ledger.put_version(record, token=token):
-            raise Fenced(f"run {context.run!r}: overtaken while restoring")
-        return record
-
-    def _load_checkpoint(
-        self, context: RunContext, trainer: Trainer, checkpoints: CheckpointStore, version: int
-    ) -> str:
-        """Load a checkpoint into the trainer and return its chain."""
-        found = checkpoints.load(version)
-        if found.meta.get("run") != context.run:
-            raise CheckpointError(
-                f"checkpoint {checkpoints.path(version)} belongs to run {found.meta.get('run')!r}, not {context.run!r}"
-            )
-        trainer.replica.load_tensors(found.tensors)
-        trainer.load_state(found.state)
-        return str(found.meta["chain"])
 
     # --- memory and departure -------------------------------------------------------------------
 
@@ -610,21 +434,13 @@ class TrainingServer:
         bound = self.services.settings.server_memory_bytes
         while len(self._warm) > 1 and sum(warm.nbytes for warm in self._warm.values()) > bound:
             run = next(name for name in self._warm if name != newest)
-            self._let_go(self._warm.pop(run))
-
-    def _let_go(self, warm: WarmRun) -> None:
-        """Publish the optimizer state, so that whoever serves the run next need not replay."""
-        try:
-            if warm.state_version != warm.version:
-                self._publish_state(warm)
-        except (CacheError, Fenced) as error:
-            log.warning("run %s: state of version %d not published: %s", warm.run, warm.version, error)
+            self.upkeep.let_go(self._warm.pop(run))
 
     def leave(self) -> None:
         """Hand every run over before the process ends: a standby goes on at once, without replay."""
         with self._lock:
             for warm in self._warm.values():
-                self._let_go(warm)
+                self.upkeep.let_go(warm)
                 try:
                     if warm.ledger.release(warm.token):
                         self.sender.advance(warm.run)
@@ -636,11 +452,6 @@ class TrainingServer:
 def evaluation_parts(size: int, shards: int) -> int:
     """Into how many tasks an evaluation of `size` samples is split: fixed by the run alone."""
     return max(1, min(size, max(shards, -(-size // _EVALUATION_PART))))
-
-
-def _spilled(checkpoints: CheckpointStore, version: int) -> int:
-    """Up to which version the ledger is on disk, at most `version`."""
-    return checkpoints.latest_version(at_most=version) or 0
 
 
 def _receipt(slot: SlotRecord) -> SlotReceipt:

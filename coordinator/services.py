@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from cache.errors import RunError, Skewed
 from cache.gradients import GradientStore
 from cache.ledger import Ledger
 from cache.parameters import ParameterCache
+from cache.records import revision
 from cache.settings import Settings
 from cache.workers import Registry
 from coordinator.config import TrainingConfig
@@ -61,6 +63,8 @@ class Services:
             found = self._contexts.get(key)
             if found is None:
                 found = RunContext(self, run, incarnation)
+                for other in [k for k in self._contexts if k[0] == run and revision(k[1]) == revision(incarnation)]:
+                    found.adopt(self._contexts.pop(other))
                 self._contexts[key] = found
                 while len(self._contexts) > _CONTEXTS_KEPT:
                     self._contexts.popitem(last=False)
@@ -99,7 +103,15 @@ class RunContext:
         self._datasets: dict[str, Any] = {}
         self._plan: Plan | None = None
         self._replica: Replica | None = None
-        self._replica_version: int | None = None
+
+    def adopt(self, other: RunContext) -> None:
+        """Take over what a switch of the config leaves as it was: recipe, data and replica.
+
+        A thread may still be at work on the other; both then share the lock, and the replica knows
+        itself which version it holds.
+        """
+        self.lock, self._resolved, self._skewed = other.lock, other._resolved, other._skewed
+        self._datasets, self._replica = other._datasets, other._replica
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -116,6 +128,11 @@ class RunContext:
             if self._config is None:
                 self._config = TrainingConfig.from_json(self.spec["config"])
             return self._config
+
+    @property
+    def switches(self) -> dict[int, dict[str, Any]]:
+        """The live switches of the run: step -> config fields that change from it on."""
+        return switches_of(self.spec)
 
     def skewed(self) -> list[str]:
         """Modules of the recipe whose sources here differ from the submitter's.
@@ -175,7 +192,9 @@ class RunContext:
         with self.lock:
             if self._plan is None:
                 size = self.services.ledger(self.run).head().dataset_size
-                self._plan = Plan(len(self.dataset()) if size is None else size, self.config)
+                self._plan = Plan(
+                    len(self.dataset()) if size is None else size, self.config, self.switches
+                )
             loaded = self._datasets.get("dataset")
             if loaded is not None and len(loaded) != self._plan.size:
                 raise RunError(
@@ -183,6 +202,12 @@ class RunContext:
                     "give every worker the same data"
                 )
             return self._plan
+
+    def keeps_state(self, step: int) -> bool:
+        """Whether the slots of a step hand a state on to the next."""
+        from coordinator.shard_work import keeps_state
+
+        return keeps_state(self.plan().config_at(step), self.services.settings.allowed_modules)
 
     def replica(self) -> Replica:
         """This process's copy of the model, on its device, holding any version or none."""
@@ -196,14 +221,19 @@ class RunContext:
     def replica_at(self, version: int) -> Replica:
         """The replica, holding `version`: fetched unless it is loaded already."""
         replica = self.replica()
-        if self._replica_version == version:
+        if replica.loaded == version:
             self.services.parameters.hit()
             return replica
-        self._replica_version = None
+        replica.loaded = None
         _, flat = self.services.parameters.fetch(self.services.ledger(self.run), version, out=replica.flat)
         replica.load(flat)
-        self._replica_version = version
+        replica.loaded = version
         return replica
+
+
+def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The live switches of a run: step -> config fields that change from it on."""
+    return {int(step): dict(fields) for step, fields in spec.get("switches", {}).items()}
 
 
 _sources: dict[str, str] = {}

@@ -30,10 +30,17 @@ class ShardWatch:
         plan: of the run.
         alive: the living workers by id.
         memory: of the supervisor's rounds.
+        step: which step; with staleness several are under way.
     """
 
     def __init__(
-        self, ledger: Ledger, head: Head, plan: Plan, alive: dict[str, WorkerInfo], memory: Memory
+        self,
+        ledger: Ledger,
+        head: Head,
+        plan: Plan,
+        alive: dict[str, WorkerInfo],
+        memory: Memory,
+        step: int,
     ) -> None:
         self.ledger = ledger
         self.head = head
@@ -41,7 +48,7 @@ class ShardWatch:
         self.alive = alive
         self.memory = memory
         self.run = ledger.run
-        self.step = head.version
+        self.step = step
 
     def look(self, registry: Registry, sender: Sender) -> None:
         """Check every shard that lacks a slot once."""
@@ -134,7 +141,7 @@ class ShardWatch:
                 log.warning(
                     "run %s: shard %d of step %d is sent again: %s", self.run, shard, self.step, lost[shard]
                 )
-                sender.gradient(self.run, self.step, shard)
+                sender.gradient(self.run, self.step, shard, version=self.plan.version_for(self.step))
 
     # --- what is late -----------------------------------------------------------------------
 
@@ -156,7 +163,8 @@ class ShardWatch:
                     "run %s: backup of shard %d of step %d, %.1f s on %s",
                     self.run, lease.shard, self.step, seconds, lease.worker,
                 )  # fmt: skip
-                sender.gradient(self.run, self.step, lease.shard, backup=True)
+                version = self.plan.version_for(self.step)
+                sender.gradient(self.run, self.step, lease.shard, version=version, backup=True)
 
     def _usual_seconds(self) -> float | None:
         """What a shard takes: the median of this step's, or of the one before; None if neither is known."""

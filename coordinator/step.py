@@ -71,26 +71,42 @@ class Sender:
         """Ask a training server to do whatever comes next in a run."""
         self.send(task_names.ADVANCE, {"run": run}, queue=queue)
 
-    def gradient(self, run: str, step: int, shard: int, *, backup: bool = False) -> None:
-        """Publish one gradient task outside a chord: a lost one again, or a backup."""
+    def gradient(
+        self, run: str, step: int, shard: int, *, version: int | None = None, backup: bool = False
+    ) -> None:
+        """Publish one gradient task outside a chord: a lost one again, or a backup.
+
+        Args:
+            version: what it is computed at; None: the version of the step's own number.
+        """
         self.send(
             task_names.COMPUTE_GRADIENT,
-            {"run": run, "step": step, "shard": shard, "version": step, "backup": backup},
+            {
+                "run": run,
+                "step": step,
+                "shard": shard,
+                "version": step if version is None else version,
+                "backup": backup,
+            },
             queue=task_names.GRADIENTS,
         )
 
-    def step(self, run: str, step: int, shards: Sequence[int], *, callback_queue: str) -> None:
+    def step(
+        self, run: str, step: int, shards: Sequence[int], *, callback_queue: str, version: int | None = None
+    ) -> None:
         """Publish a global step: a chord of gradient tasks with the update as its callback.
 
         Args:
+            version: what it is computed at; None: the version of the step's own number.
             shards: the shards that still lack a slot.
             callback_queue: private queue of the training server that holds the run.
 
         Raises:
             CacheUnreachable: if the broker does not take it.
         """
+        version = step if version is None else version
         if not self._one_server:
-            self._canvas_step(run, step, shards, callback_queue)
+            self._canvas_step(run, step, version, shards, callback_queue)
             return
         key = (run, callback_queue)
         if key not in self._templates:
@@ -105,11 +121,13 @@ class Sender:
                 body_queue=callback_queue,
             )
         try:
-            push(self.app, self._templates[key], step, shards, fault=self.fault)
+            push(self.app, self._templates[key], step, version, shards, fault=self.fault)
         except self._connection_errors as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
-    def _canvas_step(self, run: str, step: int, shards: Sequence[int], callback_queue: str) -> None:
+    def _canvas_step(
+        self, run: str, step: int, version: int, shards: Sequence[int], callback_queue: str
+    ) -> None:
         """The same chord by Celery's canvas, for brokers and backends that are not one plain Redis.
 
         The header is a generator: given a list, Celery subscribes the launching process to every
@@ -119,7 +137,7 @@ class Sender:
         header = (
             signature(
                 task_names.COMPUTE_GRADIENT,
-                kwargs={"run": run, "step": step, "shard": shard, "version": step},
+                kwargs={"run": run, "step": step, "shard": shard, "version": version},
                 queue=task_names.GRADIENTS,
                 ignore_result=True,
             )

@@ -22,7 +22,7 @@ from coordinator import activity
 from coordinator.config import TrainingConfig
 from coordinator.faults import Hook, nothing
 from coordinator.restore import recreate
-from coordinator.services import Services
+from coordinator.services import Services, switches_of
 from coordinator.shard_watch import ShardWatch
 from coordinator.shards import Plan
 from coordinator.step import Sender
@@ -139,7 +139,10 @@ class Supervisor:
 
     def _restore_lost(self, registry: Registry, active: list[str]) -> None:
         """Create the runs again that a Redis without its data has forgotten, from their checkpoints."""
-        for run in [run for run in self._known if run not in active]:
+        gone = [run for run in self._known if run not in active]
+        if gone:
+            self._server = registry.server_id()
+        for run in gone:
             server = self._known.pop(run)
             if server == self._server:
                 continue  # it ended, or a person deleted it
@@ -177,17 +180,21 @@ class Supervisor:
             self._advance(run, head.queue or UPDATES, ("idle", head.version))
         if head.total_steps is None:
             return
-        if head.version < head.total_steps and head.launched == head.version:
-            watch = ShardWatch(ledger, head, self._plan(ledger, head), alive, self.memory)
-            watch.look(registry, self.sender)
+        if head.version < head.total_steps:
+            plan = self._plan(ledger, head)
+            for step in plan.window(head.version):
+                if head.launched is not None and step <= head.launched:
+                    ShardWatch(ledger, head, plan, alive, self.memory, step).look(registry, self.sender)
         self._check_evaluations(ledger, head, alive, registry)
 
     def _waits_for_owner(self, ledger: Ledger, head: Head) -> bool:
         """Whether the next move is the training server's."""
-        if head.total_steps is None or head.launched != head.version < head.total_steps:
+        if head.total_steps is None:
             return True
-        if head.version == head.total_steps:
+        if head.version >= head.total_steps:
             return not ledger.pending_evaluations()
+        if head.launched is None or head.launched < self._plan(ledger, head).window(head.version)[-1]:
+            return True
         shards = self._plan(ledger, head).shards_in(head.version)
         return len(ledger.slots_present(head.version)) >= shards
 
@@ -255,8 +262,9 @@ class Supervisor:
     def _plan(self, ledger: Ledger, head: Head) -> Plan:
         key = (ledger.run, head.incarnation)
         if key not in self._plans:
-            config = TrainingConfig.from_json(ledger.spec()["config"])
-            self._plans[key] = Plan(head.dataset_size or 0, config)
+            spec = ledger.spec()
+            config = TrainingConfig.from_json(spec["config"])
+            self._plans[key] = Plan(head.dataset_size or 0, config, switches_of(spec))
         return self._plans[key]
 
 

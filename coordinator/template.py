@@ -45,13 +45,13 @@ class StepTemplate:
         body_queue: str,
     ) -> None:
         self.queue = queue
-        # Numbers that stand for the step (and version) and the shard; drawn, so that nothing else equals them.
-        self._step, self._shard = (str(10**17 + secrets.randbelow(10**17)) for _ in range(2))
+        # Numbers that stand for step, shard and version; drawn, so that nothing else equals them.
+        self._step, self._shard, self._version = (str(10**17 + secrets.randbelow(10**17)) for _ in range(3))
         self._ids = {name: str(uuid4()) for name in ("task", "group", "body")}
         callback = app.signature(body, kwargs={**body_kwargs, "step": int(self._step)}, queue=body_queue, ignore_result=True, argsrepr="(receipts,)")
         callback.freeze(self._ids["body"])
         step, shard = int(self._step), int(self._shard)
-        arguments = {**kwargs, "step": step, "shard": shard, "version": step}
+        arguments = {**kwargs, "step": step, "shard": shard, "version": int(self._version)}
         with Connection("memory://") as connection:
             producer = connection.Producer()
             app.send_task(
@@ -77,12 +77,13 @@ class StepTemplate:
             if token not in self._envelope or (name == "task" and self._tag not in self._envelope):
                 raise ValueError(f"a recorded Celery message has no {name} id where one was expected")
 
-    def render(self, step: int, shards: Sequence[int]) -> tuple[str, list[bytes]]:
+    def render(self, step: int, version: int, shards: Sequence[int]) -> tuple[str, list[bytes]]:
         """(group id, one message a shard) for one step, as they lie in a Redis list."""
         group, callback = str(uuid4()), str(uuid4())
         ids = self._ids
-        body = self._body.replace(self._step, str(step)).replace(ids["body"], callback).replace(ids["group"], group)
-        envelope = self._envelope.replace(self._step, str(step)).replace(ids["group"], group)
+        body = self._body.replace(self._step, str(step)).replace(self._version, str(version)).replace(ids["body"], callback).replace(ids["group"], group)
+        envelope = self._envelope.replace(self._step, str(step)).replace(self._version, str(version))
+        envelope = envelope.replace(ids["group"], group)
         messages = []
         for index, shard in enumerate(shards):
             task, number = str(uuid4()), str(shard)
@@ -96,7 +97,13 @@ class StepTemplate:
 
 
 def push(
-    app: Celery, template: StepTemplate, step: int, shards: Sequence[int], *, fault: Callable[[str], None] | None = None
+    app: Celery,
+    template: StepTemplate,
+    step: int,
+    version: int,
+    shards: Sequence[int],
+    *,
+    fault: Callable[[str], None] | None = None
 ) -> None:
     """Publish one step in one round trip: the chord's size, then its messages.
 
@@ -107,7 +114,7 @@ def push(
         fault: if given, the first message goes in a round trip of its own and `fault` is called
             between the two; tests use it to die in the middle of a launch.
     """
-    group, messages = template.render(step, shards)
+    group, messages = template.render(step, version, shards)
     backend = cast(Any, app.backend)
     pipe = backend.client.pipeline(transaction=False)
     pipe.set(backend.get_key_for_group(group, ".s"), len(messages), ex=int(backend.expires))

@@ -4,7 +4,8 @@
 --      3 leases hash  shard -> {"worker","attempt","delivery","open","since"} of this step
 -- ARGV 1 step, 2 shard, 3 worker id, 4 worker key prefix, 5 backup ('1': compute beside a live holder),
 --      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice),
---      8 environment of the worker ('' if that is not known); the first one to compute sets the run's
+--      8 environment of the worker ('' if that is not known); the first one to compute sets the run's,
+--      9 version that the step is computed at (the step itself, or an earlier one with staleness)
 -- Returns {verdict, attempt, incarnation}: 'compute', 'duplicate' (slot written), 'late' (step committed),
 -- 'early' (head is behind), 'held' (a live worker is at it), 'stopped' (run not running), 'skewed' (the
 -- run refuses this environment). `attempt` counts the starts after a death or an overdue try; a backup
@@ -20,7 +21,7 @@ if step < version then
   redis.call('HINCRBY', KEYS[1], 'late', 1)
   return {'late', 0, incarnation}
 end
-if step > version then
+if tonumber(ARGV[9]) > version then
   return {'early', 0, incarnation}
 end
 if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then

@@ -17,10 +17,10 @@ end
 if ARGV[9] ~= '' and redis.call('HGET', KEYS[1], 'token') ~= ARGV[9] then
   return {'fenced', status}
 end
-if ARGV[11] ~= '' and redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[11] then
+if ARGV[11] ~= '' and string.match(redis.call('HGET', KEYS[1], 'incarnation') or '', '^[^+]*') ~= string.match(ARGV[11], '^[^+]*') then
   return {'late', status}
 end
-if ARGV[12] ~= '' and (redis.call('HGET', KEYS[1], 'version') ~= ARGV[12]
+if ARGV[12] ~= '' and (tonumber(redis.call('HGET', KEYS[1], 'version')) > tonumber(ARGV[12])
     or redis.call('HEXISTS', KEYS[4], ARGV[13]) == 1) then
   return {'late', status}
 end

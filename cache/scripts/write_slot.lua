@@ -2,7 +2,8 @@
 -- KEYS 1 head  hash  state of the run
 --      2 slots hash  shard -> JSON of the slot, of this step
 -- ARGV 1 step, 2 shard, 3 slot JSON, 4 nonce of this attempt, 5 digest, 6 TTL of the work (s),
---      7 incarnation of the run that it was computed for ('' if that is not known)
+--      7 incarnation of the run that it was computed for, without its switches ('' if that is not known),
+--      8 version that it was computed at
 -- Returns {verdict, slots present}: 'written', 'duplicate' (same bytes were there), 'divergent'
 -- (other bytes were there: a broken purity), 'late' (step committed), 'early', 'stopped' (run ended,
 -- gone, or another run of the same name).
@@ -12,14 +13,14 @@ local step = tonumber(ARGV[1])
 if version < 0 or status == 'cancelled' or status == 'done' then
   return {'stopped', 0}
 end
-if ARGV[7] ~= '' and redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[7] then
+if ARGV[7] ~= '' and string.match(redis.call('HGET', KEYS[1], 'incarnation') or '', '^[^+]*') ~= ARGV[7] then
   return {'stopped', 0}
 end
 if step < version then
   redis.call('HINCRBY', KEYS[1], 'late', 1)
   return {'late', 0}
 end
-if step > version then
+if tonumber(ARGV[8]) > version then
   return {'early', 0}
 end
 if redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3]) == 1 then

@@ -635,8 +635,12 @@ def test_marks_hold_for_the_present_step_and_its_server(plane: Plane, running: L
     assert running.mark_launched(0, token=token) == "ok"
     assert not running.called(0)
     for mark in (running.mark_launched, running.mark_called):
-        assert only_counters_change(plane, lambda mark=mark: mark(1, token=token)) == "stale"
         assert only_counters_change(plane, lambda mark=mark: mark(0, token=token - 1)) == "fenced"
+    running.write_slot(0, slot(0, 0))
+    commit(running, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
+    for mark in (running.mark_launched, running.mark_called):
+        assert only_counters_change(plane, lambda mark=mark: mark(0, token=token)) == "stale"
+    assert running.mark_launched(2, token=token) == "ok", "with staleness, steps beyond the head are under way"
     for mark in (plane.ledger("nobody").mark_launched, plane.ledger("nobody").mark_called):
         assert only_counters_change(plane, lambda mark=mark: mark(0, token=1)) == "fenced"
 
@@ -700,9 +704,44 @@ def test_a_straggler_cannot_fail_a_run_that_went_on_without_it(plane: Plane, run
 
     running.write_slot(0, slot(0, 0))
     assert only_counters_change(plane, lambda: fail(0, 0)) == (False, "running")
-    assert only_counters_change(plane, lambda: fail(1, 0)) == (False, "running")
     assert only_counters_change(plane, lambda: fail(0, 1, "before")) == (False, "running")
-    assert fail(0, 1) == (True, "running")
+    token = running.head().token
+    commit(running, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
+    assert only_counters_change(plane, lambda: fail(0, 1)) == (False, "running")
+    assert fail(1, 1) == (True, "running")
+
+
+def test_staleness_opens_the_steps_whose_version_is_there(plane: Plane, running: Ledger) -> None:
+    def begin_at(step: int, version: int) -> str:
+        verdict, _, _ = running.begin_shard(step, 0, worker="w0", delivery=f"d{step}", version=version)
+        return verdict
+
+    assert begin_at(2, 0) == "compute"
+    assert running.write_slot(2, slot(2, 0), version=0) == ("written", 1)
+    assert only_counters_change(plane, lambda: begin_at(3, 1)) == "early"
+    assert only_counters_change(plane, lambda: running.write_slot(3, slot(3, 0), version=1)) == ("early", 0)
+    assert running.slots_present(2) == {0}
+
+
+def test_a_switch_holds_from_a_step_that_nobody_is_about_to_launch(plane: Plane, running: Ledger) -> None:
+    switched = {**SPEC, "switches": {"9": {"shards": 8}}}
+
+    def switch(step: int, incarnation: str = "life", following: str = "life+1") -> str:
+        return running.switch(
+            switched, step=step, incarnation=incarnation, following=following, total_steps=7, data={"step": step}
+        )
+
+    running.mark_launched(3, token=running.head().token)
+    assert only_counters_change(plane, lambda: switch(4)) == "late"
+    assert only_counters_change(plane, lambda: switch(9, "life+4", "life+5")) == "changed"
+    assert switch(5) == "ok"
+    assert switch(5) == "ok", "sent twice"
+    assert running.spec() == switched
+    assert (running.head().incarnation, running.head().total_steps) == (running.incarnation(), 7) == ("life+1", 7)
+    begin(running)
+    assert running.write_slot(0, slot(0, 0), incarnation="life")[0] == "written", "slots before it stay good"
+    running.transition("cancelled", allowed=("running",), event="cancelled")
+    assert switch(20, "life+1", "life+2") == "cancelled"
 
 
 def test_resuming_forgets_the_tries_before(plane: Plane, running: Ledger) -> None:
@@ -868,6 +907,10 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "create": lambda ledger, token: ledger.create(SPEC, incarnation="again"),
     "spec": lambda ledger, token: ledger.spec(),
     "respec": lambda ledger, token: ledger.respec(SPEC, incarnation="life.1", skew="admit"),
+    "switch": lambda ledger, token: ledger.switch(
+        SPEC, step=9, incarnation="life", following="life+1", total_steps=9, data={}
+    ),
+    "incarnation": lambda ledger, token: ledger.incarnation(),
     "head": lambda ledger, token: ledger.head(),
     "transition": lambda ledger, token: ledger.transition("paused", allowed=("running",), event="paused"),
     "retire": lambda ledger, token: ledger.retire([0]),

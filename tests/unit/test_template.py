@@ -57,9 +57,9 @@ def anonymous(message: dict[str, Any]) -> Any:
 
 def test_each_message_is_the_one_that_celerys_canvas_publishes(app: Celery, redis_url: str) -> None:
     sender = Sender(app)
-    sender._canvas_step(RUN, 12, [0, 2, 3], QUEUE)
+    sender._canvas_step(RUN, 12, 11, [0, 2, 3], QUEUE)
     theirs = messages(redis_url)
-    sender.step(RUN, 12, [0, 2, 3], callback_queue=QUEUE)
+    sender.step(RUN, 12, [0, 2, 3], version=11, callback_queue=QUEUE)
     ours = messages(redis_url)
     assert len(ours) == len(theirs) == 3
     for mine, canvas in zip(ours, theirs, strict=True):
@@ -99,7 +99,7 @@ def test_two_steps_share_no_id(app: Celery) -> None:
         body_kwargs={"run": RUN},
         body_queue=QUEUE,
     )
-    first, second = template.render(1, [0, 1])[1], template.render(2, [0, 1])[1]
+    first, second = template.render(1, 1, [0, 1])[1], template.render(2, 1, [0, 1])[1]
     ids = [set(UUID.findall(base64.b64decode(json.loads(m)["body"]).decode() + m.decode())) for m in first + second]
     assert not (ids[0] | ids[1]) & (ids[2] | ids[3]) - {json.loads(first[0])["properties"]["reply_to"]}
 

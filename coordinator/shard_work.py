@@ -1,0 +1,116 @@
+"""All of one shard's computing in one pure function: gradient or local steps, then compression.
+
+What a slot keeps from step to step (the error-feedback residual of its codec, the inner optimizer's
+state of local steps) goes in and comes out as a tree: the *slot state*. It belongs to the slot, not to
+a worker, so whoever computes the slot's next step gets the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from coordinator import gradient, local_steps
+from coordinator.admission import START_DIRECTORY, Admission
+from coordinator.compression import Codec, parse
+from coordinator.config import TrainingConfig
+from coordinator.recipe import ResolvedRecipe
+from coordinator.replica import Replica
+from coordinator.shards import Plan
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What one shard sends and keeps.
+
+    Attributes:
+        payload: what travels in the gradients' place: themselves, or their compressed form.
+        buffers: buffer name -> value after the forward, where it changed.
+        state: slot state for the slot's next step, None if there is none.
+        loss: mean loss over the shard.
+        grad_norm: L2 norm of the gradient (or pseudo-gradient) before compression.
+        examples: examples in the shard.
+    """
+
+    payload: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    state: dict[str, Any] | None
+    loss: float
+    grad_norm: float
+    examples: int
+
+
+@lru_cache(maxsize=32)
+def codec_of(compression: str, allowed: tuple[str, ...] | None) -> Codec:
+    """The codec that a config names, imported from where a recipe may be.
+
+    Raises:
+        ConfigError: there is no such codec.
+        NotAllowed: this worker may not import it.
+    """
+    return parse(compression, resolve=Admission(allowed, START_DIRECTORY).fetch)
+
+
+def keeps_state(config: TrainingConfig, allowed: tuple[str, ...] | None) -> bool:
+    """Whether slots of this config hand a state on from step to step."""
+    return config.local_steps > 1 or codec_of(config.compression, allowed).stateful
+
+
+def work(
+    replica: Replica,
+    recipe: ResolvedRecipe,
+    plan: Plan,
+    dataset: Any,
+    step: int,
+    shard: int,
+    state: Mapping[str, Any] | None,
+    *,
+    allowed: tuple[str, ...] | None,
+) -> ShardWork:
+    """Compute one shard.
+
+    Args:
+        replica: the model, loaded with version `plan.version_for(step)`.
+        plan: says which examples, and which config is in force.
+        state: the slot's state at that version; one that another kind of step left (before a switch of
+            compression or between plain and local steps) is set aside, and the slot starts afresh.
+        allowed: the worker's allow-list, for codecs that are imported.
+
+    Raises:
+        Exception: whatever the recipe's code raises.
+    """
+    config = plan.config_at(step)
+    codec = codec_of(config.compression, allowed)
+    mode = f"{'local' if config.local_steps > 1 else 'plain'} {config.compression}"
+    before = state if state is not None and state["mode"] == mode else {}
+    kept: dict[str, Any] = {"mode": mode}
+    if config.local_steps > 1:
+        taken = local_steps.compute(
+            replica, recipe, config, dataset, plan.parts(step, shard), step, shard, before.get("inner")
+        )
+        found, kept["inner"] = taken.gradient, taken.state
+    else:
+        indices = plan.indices(step, shard)
+        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard)
+    encoded = codec.encode(found.gradients, before.get("residual"))
+    if codec.stateful:
+        kept["residual"] = encoded.residual
+    return ShardWork(
+        payload=encoded.payload,
+        buffers=found.buffers,
+        state=kept if len(kept) > 1 else None,
+        loss=found.loss,
+        grad_norm=found.grad_norm,
+        examples=found.examples,
+    )
+
+
+def decoded(
+    payload: Mapping[str, Tensor], replica: Replica, compression: str, allowed: tuple[str, ...] | None
+) -> dict[str, Tensor]:
+    """The gradients that a payload stands for, in the parameters' shapes and dtypes."""
+    return codec_of(compression, allowed).decode(payload, replica.parameters)

@@ -1,0 +1,157 @@
+"""What a training server does beside the steps: publish state, keep and delete versions, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from cache import keys
+from cache.errors import CacheError, ChunkCorrupt, ChunkMissing, Fenced, VersionMissing
+from cache.records import StateRecord
+from coordinator import tree
+from coordinator.faults import Hook
+from coordinator.services import Services
+from coordinator.warm import NEVER, WarmRun
+
+log = logging.getLogger(__name__)
+
+_STATE_SHARE = 4  # published optimizer state may cost 1/4 of the parameters' bytes a step
+_STATE_ALWAYS_NBYTES = 256 << 10
+
+
+class Upkeep:
+    """Keeps what a run needs to be restored from, and nothing else.
+
+    Args:
+        services: connections and stores of the process.
+        fault: called with the name of each point of the protocol.
+    """
+
+    def __init__(self, services: Services, fault: Hook) -> None:
+        self.services = services
+        self.fault = fault
+
+    # --- optimizer state in the cache -------------------------------------------------------
+
+    def state_due(self, warm: WarmRun) -> bool:
+        """Whether the optimizer state should go to the cache with the present version."""
+        return warm.shared or warm.version - warm.state_version >= self._cadence(warm)
+
+    def _cadence(self, warm: WarmRun) -> int:
+        """Every how many steps the optimizer state goes to the cache: cheap states each step."""
+        nbytes = warm.trainer.state_nbytes()
+        if nbytes <= _STATE_ALWAYS_NBYTES:
+            return 1
+        return max(1, -(-_STATE_SHARE * nbytes // max(1, warm.record.blob.nbytes)))
+
+    def publish_state(self, warm: WarmRun) -> None:
+        """Store optimizer and scheduler state beside the present version.
+
+        Raises:
+            Fenced: another server has taken the run over.
+        """
+        self.fault("server.before_state")
+        before = warm.state_version
+        skeleton, tensors = tree.flatten(warm.trainer.state())
+        warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
+        if not warm.ledger.put_version(warm.record, token=warm.token):
+            raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
+        warm.state_version = warm.version
+        self.fault("server.after_state")
+        if before != NEVER and before < min(warm.version - 1, self._oldest_kept(warm)):
+            self.services.parameters.drop(warm.ledger, [before], token=warm.token)
+
+    # --- versions -----------------------------------------------------------------------------
+
+    def _oldest_kept(self, warm: WarmRun) -> int:
+        """The present version, the one before, and what the steps under way are computed at."""
+        return min(warm.version - 1, warm.oldest_needed())
+
+    def retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
+        """Delete the versions that nobody needs.
+
+        Kept are the recent ones, the pinned ones, and the restore point with the earlier versions
+        that a replay from there would compute at.
+        """
+        kept = set(range(self._oldest_kept(warm), warm.version + 1)) | pinned
+        if warm.state_version != NEVER:
+            plan = warm.context.plan()
+            oldest = plan.version_for(min(warm.state_version, plan.total_steps - 1))
+            kept |= set(range(min(oldest, warm.state_version), warm.state_version + 1))
+        doomed = [version for version in stored if version not in kept]
+        self.services.parameters.drop(warm.ledger, doomed, token=warm.token)
+
+    def keep_stored(self, warm: WarmRun) -> None:
+        """Store the present version again if its bytes were lost (a cache node died, or evicted them).
+
+        Raises:
+            Fenced: another server has taken the run over.
+        """
+        try:
+            self.services.parameters.fetch(warm.ledger, warm.version)
+        except (ChunkCorrupt, ChunkMissing, VersionMissing) as error:
+            log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
+            flat = warm.trainer.replica.pack(warm.flat)
+            record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
+            record = replace(record, slots=warm.record.slots)
+            if not warm.ledger.put_version(record, token=warm.token):
+                raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
+            warm.flat, warm.record, warm.state_version = flat, record, NEVER
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def checkpoint(self, warm: WarmRun) -> None:
+        """Write the present version to disk and spill the ledger's older entries beside it."""
+        self.fault("server.before_checkpoint")
+        config = warm.context.config
+        entries = warm.ledger.entries(warm.spilled + 1, warm.version)
+        warm.checkpoints.append_ledger([entry.to_json() for entry in entries])
+        meta = {
+            "run": warm.run,
+            "incarnation": warm.context.incarnation,
+            "chain": warm.chain,
+            "parameters": warm.record.digest,
+            "dataset_size": warm.context.plan().size,
+            "evaluations": {str(v): m for v, m in warm.ledger.evaluations().items()},
+        }
+        state = warm.trainer.state()
+        if warm.record.slots:
+            state["slots"] = self._slot_trees(warm.record.slots)
+        if warm.oldest_needed() < warm.version:
+            state["window"] = self._window(warm)
+        warm.checkpoints.save(warm.version, warm.trainer.replica.state_tensors(), state, meta)
+        self.fault("server.after_checkpoint")
+        warm.checkpoints.prune(config.keep_checkpoints)
+        warm.spilled = warm.version
+        kept_from = warm.version - keys.LEDGER_KEPT + 1
+        if kept_from > 1 and warm.ledger.ledger_size() > keys.LEDGER_KEPT:
+            warm.ledger.trim_entries(
+                range(max(1, kept_from - 2 * config.checkpoint_every - keys.LEDGER_KEPT), kept_from)
+            )
+        warm.ledger.emit("checkpoint", {"version": warm.version, "path": warm.checkpoints.path(warm.version)})
+
+    def _slot_trees(self, slots: dict[int, StateRecord]) -> dict[int, Any]:
+        """The slots' states themselves."""
+        return {
+            shard: tree.unflatten(*self.services.gradients.get_state(record))
+            for shard, record in slots.items()
+        }
+
+    def _window(self, warm: WarmRun) -> dict[int, Any]:
+        """The earlier versions that the steps under way are computed at (staleness)."""
+        found = {}
+        for version in range(warm.oldest_needed(), warm.version):
+            record, flat = self.services.parameters.fetch(warm.ledger, version)
+            found[version] = {"flat": flat, "slots": self._slot_trees(record.slots), "chain": record.chain}
+        return found
+
+    # --- departure ----------------------------------------------------------------------------
+
+    def let_go(self, warm: WarmRun) -> None:
+        """Publish the optimizer state, so that whoever serves the run next need not replay."""
+        try:
+            if warm.state_version != warm.version:
+                self.publish_state(warm)
+        except (CacheError, Fenced) as error:
+            log.warning("run %s: state of version %d not published: %s", warm.run, warm.version, error)

@@ -1,0 +1,68 @@
+"""A run that a training server holds warm: its model and optimizer, at exactly one version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from cache.blob import BlobRef
+from cache.ledger import Ledger
+from cache.records import VersionRecord
+from coordinator.checkpoint import CheckpointStore
+from coordinator.optimize import Trainer
+from coordinator.services import RunContext
+
+NEVER = -1
+
+
+@dataclass
+class WarmRun:
+    """One run in one training server.
+
+    Attributes:
+        context: recipe, config, plan and data of the run.
+        ledger: its control plane.
+        trainer: model, optimizer and scheduler, at `version`.
+        checkpoints: where its files go.
+        token: fencing token under which this server acts.
+        version: committed global steps.
+        chain: ledger chain of the version.
+        record: where the version's bytes are.
+        committed_at: Unix time (s) of the last commit.
+        state_version: the newest version whose optimizer state is in the cache.
+        spilled: up to which version the ledger is on disk.
+        nbytes: memory that the run takes here.
+        shared: several processes of this node take turns, so the state goes out with each version.
+        flat: buffer that versions are packed into.
+        spent: gradient bytes of the last committed step, to be deleted.
+        stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
+    """
+
+    context: RunContext
+    ledger: Ledger
+    trainer: Trainer
+    checkpoints: CheckpointStore
+    token: int
+    version: int
+    chain: str
+    record: VersionRecord
+    committed_at: float
+    state_version: int = NEVER
+    spilled: int = 0
+    nbytes: int = 0
+    shared: bool = False
+    flat: torch.Tensor | None = field(default=None, repr=False)
+    spent: list[BlobRef] = field(default_factory=list, repr=False)
+    stored: tuple[int, ...] = ()
+    pinned: frozenset[int] = frozenset()
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self.context.run
+
+    def oldest_needed(self) -> int:
+        """The oldest version that a step from here on is computed at."""
+        plan = self.context.plan()
+        return plan.version_for(self.version) if self.version < plan.total_steps else self.version
