@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from cache.blob import BlobRef as BlobRef
-from cache.blob import as_bytes, checksums, chunk_count, split
+from cache.blob import as_bytes, chunk_count, split
 from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
 from cache.node import Node, Problem, reset_after_fork
 from cache.ring import Ring
@@ -30,7 +30,6 @@ from cache.wire import Address
 CHUNK_NBYTES = 1 << 19
 """Half a MiB: still in the processor's cache when it is checked, and few enough keys for 1.6 GB."""
 
-_CHECKED_BESIDE_NBYTES = 4 << 20  # from here on a second thread computes checksums while this one sends
 _AVOIDED_SECONDS = 5.0  # how long a node that did not answer is asked last; doubled each time
 _MOST_AVOIDED_SECONDS = 60.0
 _log = logging.getLogger(__name__)
@@ -156,22 +155,13 @@ class ChunkStore:
         parts = split(view, self.chunk_nbytes)
         prefix = key.encode()
         items = [(b"%s:%d" % (prefix, i), part) for i, part in enumerate(parts)]
-        if not items:
-            sums: tuple[str, ...] = ()
-        elif self._only is not None and len(view) < _CHECKED_BESIDE_NBYTES:
-            found: list[tuple[str, ...]] = []  # computed between sending and the server's answer
-            self._patiently(self._only.store, items, ttl_seconds, lambda: found.append(checksums(parts)))
-            sums = found[-1]
-        else:
-            summing = self._pool().submit(checksums, parts)
-            try:
-                self._patiently(self._store, items, ttl_seconds)
-            finally:
-                sums = summing.result()
+        sums = [""] * len(items)
+        if items:
+            self._patiently(self._store, items, ttl_seconds, sums)
         with self._lock:
             self.counters.bytes_out += len(view)
             self.counters.seconds_out += time.perf_counter() - started
-        return BlobRef(key, len(view), self.chunk_nbytes, sums)
+        return BlobRef(key, len(view), self.chunk_nbytes, tuple(sums))
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
         """Fetch a blob and verify it.
@@ -301,13 +291,25 @@ class ChunkStore:
 
     # --- one attempt of each operation: rounds over the nodes, in the order of the ring -------
 
-    def _store(self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int) -> None:
+    def _store(
+        self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int, sums: list[str] | None = None
+    ) -> None:
+        """Store items; fill in their checksums, computed while a node works on what was sent."""
+
+        def check(indices: Sequence[int], first: int, stop: int) -> None:
+            if sums is not None:
+                for i in indices[first:stop]:
+                    sums[i] = sums[i] or xxhash.xxh3_64_hexdigest(items[i][1])
+
+        if self._only is not None and self._connections == 1:
+            self._only.store(items, ttl_seconds, partial(check, range(len(items))))
+            return
         orders = self._orders([key.decode() for key, _ in items])
         placed = [0] * len(items)
         failed: dict[str, CacheUnreachable] = {}
 
         def send(name: str, indices: Sequence[int]) -> None:
-            self._nodes[name].store([items[i] for i in indices], ttl_seconds)
+            self._nodes[name].store([items[i] for i in indices], ttl_seconds, partial(check, indices))
 
         for turn in range(len(self._nodes)):
             groups: dict[str, list[int]] = {}
@@ -323,7 +325,7 @@ class ChunkStore:
             raise _nowhere(failed)
 
     def _load(self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]) -> None:
-        if self._only is not None:
+        if self._only is not None and self._connections == 1:
             problems = self._only.load(keys, parts, sums)
             if problems:
                 raise self._no_chunk(keys[min(problems)].decode(), problems[min(problems)], {})

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from cache import keys
-from cache.chunks import BlobRef, Chunks
+from cache.blob import BlobRef
 from cache.codec import Manifest, layout, pack, views
 from cache.errors import CacheError
 from cache.ledger import Ledger
 from cache.records import SlotRecord, StateRecord
+from cache.tiered import TieredStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +39,25 @@ class GradientStore:
         chunks: where the bytes go.
     """
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(self, chunks: TieredStore) -> None:
         self.chunks = chunks
 
     def put(
         self, ledger: Ledger, step: int, shard: int, tensors: Mapping[str, torch.Tensor]
     ) -> StoredGradient:
-        """Store the tensors of one attempt.
+        """Store the tensors of one attempt, on this host alone if the training server is here too.
+
+        What is on one host alone can be lost with it; the shard is then computed again.
 
         Args:
             tensors: name -> gradient or buffer, any dtype and shape, on CPU.
         """
         nonce = uuid.uuid4().hex[:12]
         manifest = layout(tensors)
-        blob = self.chunks.put(
-            ledger.keys.gradient_blob(step, shard, nonce),
-            pack(tensors, manifest),
-            ttl_seconds=keys.WORK_TTL_SECONDS,
-        )
+        key = ledger.keys.gradient_blob(step, shard, nonce)
+        near = self.chunks.tiered(manifest.nbytes) and ledger.server_memory() == self.chunks.memory_id
+        put = self.chunks.put_local if near else self.chunks.put
+        blob = put(key, pack(tensors, manifest), ttl_seconds=keys.WORK_TTL_SECONDS)
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
 
     def put_state(

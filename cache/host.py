@@ -26,12 +26,14 @@ import os
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from cache.blob import BlobRef, as_bytes, checksums, split
@@ -45,6 +47,7 @@ else:
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PART = ".part"
+_IDENTITY = "identity"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.005
 _log = logging.getLogger(__name__)
 
@@ -201,13 +204,32 @@ class HostTier:
         except OSError as error:
             _log.warning("cannot clean up %s: %s", self.directory, error)
 
+    def identity(self) -> str:
+        """Equal in two processes exactly if they share this tier's directory; "" without one."""
+        if self.directory is None:
+            return ""
+        path = self.directory / _IDENTITY
+        try:
+            with contextlib.suppress(FileExistsError):
+                temporary = self.directory / f"{_IDENTITY}.{uuid.uuid4().hex}{_PART}"
+                temporary.write_text(uuid.uuid4().hex)
+                try:
+                    os.link(temporary, path)  # the first to link wins, with the file complete
+                finally:
+                    temporary.unlink()
+            return path.read_text()
+        except OSError as error:
+            _log.warning("processes of this host cannot tell that they share %s: %s", self.directory, error)
+            return ""
+
     def close(self) -> None:
         """Remove what no process maps; call it when a worker ends. The tier may be used again."""
         self.sweep(keep_spares=False)
 
     def _path(self, ref: BlobRef) -> Path:
         assert self.directory is not None
-        return self.directory / ref.digest
+        # The key too: of two blobs with equal content, such as two gradients of zeros, each has its own life.
+        return self.directory / f"{ref.digest}-{xxhash.xxh3_64_hexdigest(ref.key.encode())}"
 
     def _part(self, ref: BlobRef) -> Path:
         return self._path(ref).with_suffix(_PART)

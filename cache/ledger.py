@@ -208,6 +208,11 @@ class Ledger:
                 ),
             )
 
+    def server_memory(self) -> str:
+        """Identity of the memory that the training server shares with its host; "" for none."""
+        with self._during("ask where the training server is"):
+            return cast(str | None, self.client.hget(self.keys.head, "memory")) or ""
+
     def incarnation(self) -> str:
         """The incarnation in force; "" if the run is unknown."""
         with self._during("read the incarnation"):
@@ -379,11 +384,12 @@ class Ledger:
     # --- the training server's side ---------------------------------------------------------
 
     def acquire(
-        self, *, worker: str, node: str, queue: str, environment: str = ""
+        self, *, worker: str, node: str, queue: str, environment: str = "", memory: str = ""
     ) -> tuple[str, int | str]:
         """Take the run over.
 
         Args:
+            memory: identity of the memory that the taker shares with its host; "" for none.
             environment: what of the taker could change bits; "" if that does not matter.
 
         Returns:
@@ -392,7 +398,7 @@ class Ledger:
         """
         with self._during("take over"):
             verdict, value = self._script(
-                "acquire", [self.keys.head], [worker, node, keys.worker(""), queue, environment]
+                "acquire", [self.keys.head], [worker, node, keys.worker(""), queue, environment, memory]
             )
         return verdict, int(value) if verdict == "acquired" else value
 

@@ -228,6 +228,10 @@ class MemoryLedger(Ledger):
             self.emit("switched", data)
             return "ok"
 
+    def server_memory(self) -> str:
+        """See `Ledger.server_memory`."""
+        return str(self._head.get("memory", ""))
+
     def incarnation(self) -> str:
         """See `Ledger.incarnation`."""
         return str(self._head.get("incarnation", ""))
@@ -392,7 +396,7 @@ class MemoryLedger(Ledger):
     # --- the training server's side ---------------------------------------------------------
 
     def acquire(
-        self, *, worker: str, node: str, queue: str, environment: str = ""
+        self, *, worker: str, node: str, queue: str, environment: str = "", memory: str = ""
     ) -> tuple[str, int | str]:
         """See `Ledger.acquire`."""
         plane, name = self.plane, self.keys.head
@@ -413,7 +417,7 @@ class MemoryLedger(Ledger):
             elif environment and environment != fixed and head.get("skew") == "refuse":
                 return "skewed", fixed
             token = max(int(head["token"]) + 1, int(plane.clock() * 1_000_000))
-            plane.hset(name, {"token": token, "owner": worker, "node": node, "queue": queue})
+            plane.hset(name, {"token": token, "owner": worker, "node": node, "queue": queue, "memory": memory})
             return "acquired", token
 
     def release(self, token: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from typing import Protocol, TypeVar
@@ -15,7 +15,7 @@ import xxhash
 from cache.errors import CacheError, CacheUnreachable
 from cache.wire import Address, Connection, ServerRefused, command, set_command
 
-_SENT_AT_ONCE_NBYTES = 2 << 20
+_SENT_AT_ONCE_NBYTES = 4 << 20
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
 
@@ -101,23 +101,21 @@ class Node:
         self,
         items: Sequence[tuple[bytes, memoryview]],
         ttl_seconds: int,
-        meanwhile: Callable[[], None] | None = None,
+        sent: Callable[[int, int], None] | None = None,
     ) -> None:
         """Set each key to its value, from the value's own memory.
 
         Args:
             items: key and value.
             ttl_seconds: lifetime of the keys.
-            meanwhile: called once all is sent, while the server is still at work; again if a
-                broken connection made the operation start anew.
+            sent: called with a range of items after each few MiB, while the server works on them;
+                from the first item again if a broken connection made the operation start anew.
 
         Raises:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses, for a reason that the message tells.
         """
-        self._run(
-            "write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds, meanwhile=meanwhile)
-        )
+        self._run("write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds, sent=sent))
 
     def load(
         self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
@@ -230,28 +228,36 @@ def _store(
     connection: Connection,
     items: Sequence[tuple[bytes, memoryview]],
     ttl_seconds: int,
-    meanwhile: Callable[[], None] | None,
+    sent: Callable[[int, int], None] | None,
 ) -> None:
-    group = max(1, _SENT_AT_ONCE_NBYTES // max(1, len(items[0][1])))
-    window_nbytes = connection.window_nbytes
+    window_nbytes = connection.window_nbytes + _SENT_AT_ONCE_NBYTES
     waiting_nbytes = 0
     answered = 0
-    for first in range(0, len(items), group):
+    for first, stop in _groups(items):
         buffers: list[bytes | memoryview] = []
-        for key, value in items[first : first + group]:
+        for key, value in items[first:stop]:
             buffers += set_command(key, value, ttl_seconds)
             waiting_nbytes += len(value)
         connection.send(buffers)
-        sent = min(first + group, len(items))
+        if sent is not None:
+            sent(first, stop)
         while waiting_nbytes > window_nbytes:
             waiting_nbytes -= len(items[answered][1])
             answered += 1
-            _acknowledge(connection, sent - answered)
-    if meanwhile is not None:
-        meanwhile()
+            _acknowledge(connection, stop - answered)
     while answered < len(items):
         answered += 1
         _acknowledge(connection, len(items) - answered)
+
+
+def _groups(items: Sequence[tuple[bytes, memoryview]]) -> Iterator[tuple[int, int]]:
+    """Cut items into runs of about so many bytes as are sent at once."""
+    first = nbytes = 0
+    for i, (_, value) in enumerate(items, start=1):
+        nbytes += len(value)
+        if nbytes >= _SENT_AT_ONCE_NBYTES or i == len(items):
+            yield first, i
+            first, nbytes = i, 0
 
 
 def _acknowledge(connection: Connection, behind: int) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from cache import keys
-from cache.chunks import Chunks
 from cache.codec import Manifest, layout, pack, views
 from cache.errors import CacheError, ChunkMissing, VersionMissing
 from cache.ledger import Ledger
 from cache.records import StateRecord, VersionRecord
+from cache.tiered import TieredStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,16 @@ class FetchCounters:
 
     Attributes:
         process_hits: the version was loaded already.
+        host_hits: another process of this host had read it.
+        host_nbytes: bytes of those.
         misses: the version was read from the chunk store.
         nbytes: bytes read from the chunk store.
-        seconds: time spent reading them.
+        seconds: time spent on both.
     """
 
     process_hits: int = 0
+    host_hits: int = 0
+    host_nbytes: int = 0
     misses: int = 0
     nbytes: int = 0
     seconds: float = 0.0
@@ -47,7 +51,7 @@ class ParameterCache:
         chunks: where the bytes go.
     """
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(self, chunks: TieredStore) -> None:
         self.chunks = chunks
         self._lock = threading.Lock()
         self._counters = FetchCounters()
@@ -88,14 +92,14 @@ class ParameterCache:
 
     def fetch(
         self, ledger: Ledger, version: int, *, out: torch.Tensor | None = None
-    ) -> tuple[VersionRecord, torch.Tensor]:
+    ) -> tuple[VersionRecord, torch.Tensor, str]:
         """Read a version.
 
         Args:
             out: preallocated uint8 buffer of the manifest's length.
 
         Returns:
-            (record, uint8 tensor of the manifest's length).
+            (record, uint8 tensor of the manifest's length, "host" or "store").
 
         Raises:
             VersionMissing: if it is not stored (any more).
@@ -107,18 +111,18 @@ class ParameterCache:
                 f"version {version} of run {ledger.run!r} is not in the cache; stored: {sorted(ledger.versions())}"
             )
         try:
-            flat = self.chunks.get(record.blob, out)
+            flat, source = self.chunks.get_from(record.blob, out)
         except ChunkMissing as error:
             raise VersionMissing(f"version {version} of run {ledger.run!r} lost a chunk: {error}") from error
+        seconds = time.perf_counter() - began
         with self._lock:
             c = self._counters
-            self._counters = replace(
-                c,
-                misses=c.misses + 1,
-                nbytes=c.nbytes + record.blob.nbytes,
-                seconds=c.seconds + time.perf_counter() - began,
-            )
-        return record, flat
+            if source == "host":
+                c = replace(c, host_hits=c.host_hits + 1, host_nbytes=c.host_nbytes + record.blob.nbytes)
+            else:
+                c = replace(c, misses=c.misses + 1, nbytes=c.nbytes + record.blob.nbytes)
+            self._counters = replace(c, seconds=c.seconds + seconds)
+        return record, flat, source
 
     def hit(self) -> None:
         """Count a fetch that the process tier answered."""

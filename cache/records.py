@@ -73,6 +73,7 @@ class SlotRecord:
         environment: what could change bits: torch version, device, threads, CPU capability.
         compression: how the gradients are encoded (`TrainingConfig.compression`).
         state: what the slot keeps for its next step, None if nothing.
+        fetched: which tier the worker had the parameters from: "process", "host" or "store".
     """
 
     shard: int
@@ -90,6 +91,7 @@ class SlotRecord:
     environment: str = ""
     compression: str = "none"
     state: StateRecord | None = None
+    fetched: str = "process"
 
     def to_json(self) -> str:
         """Text for the slots hash."""
@@ -204,6 +206,7 @@ class SlotReceipt:
     seconds: float
     nbytes: int
     environment: str = ""
+    fetched: str = "process"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,16 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from cache.blob import BlobRef, as_bytes, checksums, split
 from cache.chunks import CHUNK_NBYTES, Chunks
 from cache.host import HostTier
+
+
+HOST_AT_LEAST_NBYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,17 @@ class TieredStore:
         """A snapshot of the counters."""
         return self._counters
 
-    @property
+    @cached_property
     def memory_id(self) -> str:
         """Equal in two processes exactly if they share this tier's memory; "" without one."""
         return "" if self.host is None else self.host.identity()
+
+    def tiered(self, nbytes: int) -> bool:
+        """Whether a blob of this length passes through the host's tier.
+
+        A small one costs more there, in files and locks, than the chunk store's round trip.
+        """
+        return self.host is not None and nbytes >= HOST_AT_LEAST_NBYTES and bool(self.memory_id)
 
     def _count(self, **more: float) -> None:
         with self._lock:
@@ -75,7 +86,7 @@ class TieredStore:
         """Store a blob for everybody, and show it to this host."""
         ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
         self._count(written_nbytes=ref.nbytes)
-        if self.host is not None:
+        if self.host is not None and self.tiered(ref.nbytes):
             self.host.publish(ref, buffer)
         return ref
 
@@ -94,14 +105,19 @@ class TieredStore:
         return self.put(key, buffer, ttl_seconds=ttl_seconds)
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
-        """Read a blob.
+        """Read a blob: the first part of what `get_from` returns."""
+        return self.get_from(ref, out)[0]
+
+    def get_from(self, ref: BlobRef, out: Tensor | None = None) -> tuple[Tensor, str]:
+        """Read a blob, and say which tier had it.
 
         Args:
             out: uint8, 1-D, `ref.nbytes` long, used if the blob has to come from the chunk store
                 without the host's tier.
 
         Returns:
-            uint8, 1-D: the host's mapping (not to be written to), `out`, or new memory.
+            The bytes (uint8, 1-D: the host's mapping, which is not to be written to, `out`, or new
+            memory) and "host" or "store".
 
         Raises:
             ChunkMissing, ChunkCorrupt, CacheUnreachable: as the chunk store says.
@@ -114,18 +130,28 @@ class TieredStore:
             downloaded = True
             self.chunks.read_into(ref, view)
 
-        found = None if self.host is None else self.host.fetch(ref, download)
+        found = None
+        if self.host is not None and self.tiered(ref.nbytes):
+            found = self.host.fetch(ref, download)
         if found is not None and not downloaded:
             self._count(host_hits=1, host_nbytes=ref.nbytes)
-            return found
+            return found, "host"
         if found is None:
             found = self.chunks.get(ref, out)
         self._count(store_reads=1, store_nbytes=ref.nbytes, store_seconds=time.perf_counter() - began)
-        return found
+        return found, "store"
+
+    def require_stored(self, ref: BlobRef) -> None:
+        """Make sure that the chunk store has a blob, whatever this host has.
+
+        Raises:
+            ChunkMissing, ChunkCorrupt, CacheUnreachable: it has not.
+        """
+        self.chunks.get(ref)
 
     def read_into(self, ref: BlobRef, view: memoryview) -> None:
         """Read a blob into memory of the caller's."""
-        found = None if self.host is None else self.host.get(ref)
+        found = None if self.host is None or not self.tiered(ref.nbytes) else self.host.get(ref)
         if found is None:
             self.chunks.read_into(ref, view)
         else:
@@ -135,7 +161,7 @@ class TieredStore:
         """Delete blobs here and in the chunk store."""
         listed = list(refs)
         if self.host is not None:
-            self.host.discard(listed)
+            self.host.discard(ref for ref in listed if self.tiered(ref.nbytes))
         self.chunks.delete(listed)
 
     def touch(self, ref: BlobRef, ttl_seconds: int) -> None:

@@ -96,7 +96,7 @@ class Client:
         self.fault = fault
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
         self._refusals = 0
-        self._fetched = threading.local()  # bytes of parameters that this thread's shard had to read
+        self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
     # --- gradients ----------------------------------------------------------------------
 
@@ -248,6 +248,7 @@ class Client:
             environment=self.heartbeat.info.environment,
             compression=context.plan().config_at(step).compression,
             state=state,
+            fetched=self._fetched.source,
         )
         verdict, present = ledger.write_slot(
             step, slot, incarnation=incarnation, version=context.plan().version_for(step)
@@ -265,7 +266,7 @@ class Client:
             "grad_norm": done.grad_norm,
             "examples": done.examples,
             "nbytes": stored.blob.nbytes,
-            "fetched_nbytes": self._fetched_nbytes(),
+            "fetched": slot.fetched,
             "seconds": round(seconds, 6),
             "attempt": attempt,
         }
@@ -279,9 +280,7 @@ class Client:
                 plan = context.plan()
                 samples = plan.indices(step, shard)
                 version = plan.version_for(step)
-                before = self.services.parameters.counters.nbytes
-                replica = context.replica_at(version)
-                self._fetched.nbytes = self.services.parameters.counters.nbytes - before
+                replica, self._fetched.source = context.replica_at(version)
                 state = self._slot_state(context, version, shard) if context.keeps_state(step) else None
                 allowed = self.services.settings.allowed_modules
                 return work(replica, context.recipe, plan, dataset, step, shard, state, allowed=allowed)
@@ -297,9 +296,6 @@ class Client:
             raise VersionMissing(f"version {version} of run {context.run!r} is not in the cache any more")
         kept = record.slots.get(shard)
         return None if kept is None else tree.unflatten(*self.services.gradients.get_state(kept))
-
-    def _fetched_nbytes(self) -> int:
-        return int(getattr(self._fetched, "nbytes", 0))
 
     def _failed(
         self, context: RunContext, error: Exception, *, step: int, shard: int, samples: Sequence[int]
@@ -353,7 +349,7 @@ class Client:
             with context.lock:
                 dataset = context.dataset("evaluation")
                 samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
-                replica = context.replica_at(version)
+                replica, _ = context.replica_at(version)
                 examples, metrics = gradient.evaluate(
                     replica, context.recipe, context.config, dataset, samples
                 )
@@ -420,7 +416,7 @@ class Client:
             blob = BlobRef.from_json(inputs["blob"])
             tensors = views(self.services.chunks.get(blob), Manifest.from_json(inputs["manifest"]))
             with context.lock:
-                replica = context.replica_at(version)
+                replica, _ = context.replica_at(version)
                 outputs = gradient.predict(replica, tree.unflatten(inputs["skeleton"], tensors))
             skeleton, found = tree.flatten(outputs)
             manifest = layout(found)

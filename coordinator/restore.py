@@ -35,5 +35,8 @@ def recreate(services: Services, run: str) -> int:
     version, chain = (0, GENESIS) if latest is None else (latest.version, str(latest.meta["chain"]))
     ledger = services.ledger(run)
     if ledger.create(spec, incarnation=incarnation, version=version, chain=chain) is None:
+        evaluations = {} if latest is None else latest.meta.get("evaluations", {})
+        for evaluated, metrics in evaluations.items():
+            ledger.record_evaluation(int(evaluated), metrics)
         ledger.emit("restored", {"version": version})
     return version

@@ -60,6 +60,8 @@ class RunStatus:
         submitted_at: Unix time (s).
         server: worker id of the training server, "" if none serves it.
         waiting_for: queues that the run needs and no living worker consumes.
+        refused: living workers that may not work on the run, each with the reason: their torch,
+            hardware or code would give other bits.
     """
 
     name: str
@@ -72,6 +74,7 @@ class RunStatus:
     submitted_at: float
     server: str
     waiting_for: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ class Run:
             submitted_at=head.submitted_at,
             server=head.owner,
             waiting_for=() if head.status in _RESTING else tuple(self.idle_queues()),
+            refused=() if head.status in _RESTING else self._refused(),
         )
 
     def history(self) -> list[StepReport]:
@@ -293,13 +297,18 @@ class Run:
             elif now - workers_seen > worker_timeout:
                 idle = self.idle_queues()
                 if idle:
-                    raise NoWorker(_no_worker(self.name, idle))
+                    raise NoWorker(_no_worker(self.name, idle, self._refused()))
                 workers_seen = now
 
     def idle_queues(self) -> list[str]:
-        """The queues that no living worker consumes, of those that the run needs."""
+        """The queues, of those that the run needs, that no living worker consumes that may work on it."""
         alive = self._services.registry.alive().values()
-        return [queue for queue in (UPDATES, GRADIENTS) if not any(queue in info.queues for info in alive)]
+        willing = [info for info in alive if self.name not in info.refuses]
+        return [queue for queue in (UPDATES, GRADIENTS) if not any(queue in info.queues for info in willing)]
+
+    def _refused(self) -> tuple[str, ...]:
+        alive = self._services.registry.alive().values()
+        return tuple(f"{info.id}: {info.refuses[self.name]}" for info in alive if self.name in info.refuses)
 
     # --- acting --------------------------------------------------------------------------
 
@@ -328,10 +337,15 @@ class Run:
             raise RunError(f"run {self.name!r} is {before}; there is nothing to cancel")
         self._ledger.retire()
 
-    def resume(self) -> None:
+    def resume(self, *, admit_skew: bool = False) -> None:
         """Continue after a pause, a failure, or the loss of Redis (from the last checkpoint).
 
-        Finished shards of the interrupted step are kept.
+        Finished shards of the interrupted step are kept. After a failure, the recipe's sources as this
+        process sees them are the run's from now on: the workers must have them, too.
+
+        Args:
+            admit_skew: let workers take part whose torch, hardware or code differs from the run's;
+                its bits are then theirs. A running run is paused for a moment for that.
 
         Raises:
             RunError: if the run is done or cancelled.
@@ -340,8 +354,12 @@ class Run:
         try:
             head = self._ledger.head()
         except RunNotFound:
-            self._resume_from_checkpoint()
+            recreate(self._services, self.name)
+            self._sender.advance(self.name)
             return
+        if admit_skew and head.status in ("pending", "running"):
+            self.pause()
+        self._respecify(head, admit_skew=admit_skew)
         status = "pending" if head.total_steps is None else "running"
         done, before = self._ledger.transition(
             status, allowed=("paused", "failed"), event="resumed", error=None
@@ -350,18 +368,21 @@ class Run:
             raise RunError(f"run {self.name!r} is {before}; submit it under a new name to train again")
         self._sender.advance(self.name)
 
-    def _resume_from_checkpoint(self) -> None:
-        spec = self._checkpoints(None).load_spec()
-        if spec is None:
-            raise RunNotFound(
-                f"run {self.name!r} is neither in Redis nor under {self._services.settings.checkpoint_dir}; "
-                "set TORCHORD_CHECKPOINT_DIR to where its checkpoints are"
-            )
-        incarnation = str(spec.pop("incarnation"))
-        latest = self._checkpoints(incarnation).latest()
-        version, chain = (0, GENESIS) if latest is None else (latest.version, str(latest.meta["chain"]))
-        if self._ledger.create(spec, incarnation=incarnation, version=version, chain=chain) is None:
-            self._sender.advance(self.name)
+    def _respecify(self, head: Head, *, admit_skew: bool) -> None:
+        """Record corrected sources, or that skew is admitted, while the run stands still."""
+        spec = self._spec()
+        before = str(spec.get("fingerprint", ""))
+        here = fingerprint(spec["recipe"])
+        corrected = head.status == "failed" and bool(skewed(before, here))
+        if not corrected and not admit_skew:
+            return
+        if corrected:
+            digests = dict(item.split("=", 1) for item in f"{before},{here}".split(",") if item)
+            spec["fingerprint"] = ",".join(f"{name}={digest}" for name, digest in sorted(digests.items()))
+        if admit_skew:
+            spec["skew"] = "admit"
+        skew = spec.get("skew", spec["config"].get("skew", "refuse"))
+        self._ledger.respec(spec, incarnation=revised(head.incarnation), skew=skew)
 
     def switch(self, **fields: Any) -> int:
         """Change the config of a live run from a step boundary on; the history records it.
@@ -418,10 +439,42 @@ class Run:
 
     # --- using ---------------------------------------------------------------------------
 
-    def verify(self) -> Audit:
-        """Audit the ledger: every (step, shard) applied exactly once, each version from the one before."""
+    def verify(
+        self, *, reexecute: Iterable[int] = (), progress: Callable[[int], None] | None = None
+    ) -> Audit:
+        """Audit the ledger: every (step, shard) applied exactly once, each version from the one before.
+
+        Args:
+            reexecute: steps, from 0, that this process also computes again, from the nearest
+                checkpoint on, to compare their bytes with the ledger's; needs the recipe's code and data.
+            progress: called with each step that is computed again.
+
+        Raises:
+            InvalidInput: a step of `reexecute` is not committed.
+        """
         head = self._ledger.head()
-        return audit(head, self._entries(head), self._plan(head), self._ledger.version(head.version))
+        entries, plan = self._entries(head), self._plan(head)
+        found = audit(head, entries, plan, self._ledger.version(head.version))
+        steps = tuple(reexecute)
+        if not steps or plan is None:
+            return found
+        from coordinator.replay import Replay
+
+        replay = Replay(
+            self._recipe(),
+            plan,
+            self._checkpoints(head.incarnation),
+            {entry.version: entry for entry in entries},
+            allowed=("*",) if self._trusted else self._services.settings.allowed_modules,
+            progress=progress,
+        )
+        computed, problems = replay.compare(steps)
+        return replace(
+            found,
+            ok=found.ok and not problems,
+            problems=(*found.problems, *problems),
+            reexecuted=tuple(computed),
+        )
 
     def model(self, version: int | None = None) -> torch.nn.Module:
         """The model in eval mode, on CPU.
@@ -524,7 +577,7 @@ class Run:
 
     def _load(self, replica: Any, head: Head, wanted: int) -> None:
         try:
-            _, flat = self._services.parameters.fetch(self._ledger, wanted)
+            _, flat, _ = self._services.parameters.fetch(self._ledger, wanted)
             replica.load(flat)
         except VersionMissing as error:
             store = self._checkpoints(head.incarnation)
@@ -546,7 +599,7 @@ def _failure(name: str, head: Head) -> str:
     )
 
 
-def _no_worker(name: str, queues: list[str]) -> str:
+def _no_worker(name: str, queues: list[str], refused: tuple[str, ...]) -> str:
     commands = "\n".join(f"    {worker_command(queue)}" for queue in queues)
     listed = " and ".join(repr(queue) for queue in queues)
     return (

@@ -430,6 +430,8 @@ def _check_column(column: Column, samples: int) -> None:
         raise ValueError(f"{leaf.kind} of dtype {leaf.dtype!r}, shape {column.shape}")
     if leaf.kind in _TEXT and (leaf.dtype or column.shape is not None or column.ends is None):
         raise ValueError(f"{leaf.kind} without ends")
+    if leaf.itemsize < 1:
+        raise ValueError(f"dtype {leaf.dtype!r} has no bytes")
     if column.shape is not None:
         if min(column.shape, default=0) < 0 or column.data.nbytes != samples * column.value_nbytes:
             raise ValueError(f"{column.data.nbytes} bytes do not make {samples} of shape {column.shape}")

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -406,7 +406,11 @@ class TrainingServer:
         context = self.services.context(run, ledger.head().incarnation)
         context.require_same_code()
         verdict, value = ledger.acquire(
-            worker=info.id, node=info.node, queue=self.queue, environment=info.environment
+            worker=info.id,
+            node=info.node,
+            queue=self.queue,
+            environment=info.environment,
+            memory=self.services.chunks.memory_id,
         )
         if verdict == "owned":
             return str(value)
@@ -465,6 +469,7 @@ def _receipt(slot: SlotRecord) -> SlotReceipt:
         seconds=slot.seconds,
         nbytes=slot.blob.nbytes,
         environment=slot.environment,
+        fetched=slot.fetched,
     )
 
 
@@ -479,4 +484,5 @@ def _step_event(entry: LedgerEntry) -> dict[str, Any]:
         "nbytes": sum(slot.nbytes for slot in entry.slots),
         "lr": list(entry.lr),
         "skipped": entry.skipped,
+        "fetched": dict(Counter(slot.fetched for slot in entry.slots)),
     }

@@ -12,10 +12,12 @@ from cache.chunks import ChunkStore
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
 from cache.errors import RunError, Skewed
 from cache.gradients import GradientStore
+from cache.host import HostTier
 from cache.ledger import Ledger
 from cache.parameters import ParameterCache
 from cache.records import revision
 from cache.settings import Settings
+from cache.tiered import TieredStore
 from cache.workers import Registry
 from coordinator.config import TrainingConfig
 from coordinator.recipe import ResolvedRecipe, fingerprint, resolve, skewed
@@ -39,7 +41,8 @@ class Services:
         self.settings = settings
         self.patience_seconds = patience_seconds
         self._clients = Clients()
-        self.chunks = ChunkStore(settings.cache_urls or (settings.url,))
+        store = ChunkStore(settings.cache_urls or (settings.url,), patience_seconds=patience_seconds)
+        self.chunks = TieredStore(store, HostTier() if settings.host_cache else None)
         self.parameters = ParameterCache(self.chunks)
         self.gradients = GradientStore(self.chunks)
         self._contexts: OrderedDict[tuple[str, str], RunContext] = OrderedDict()
@@ -218,17 +221,18 @@ class RunContext:
                 self._replica = Replica.build(self.recipe, self.config, device())
             return self._replica
 
-    def replica_at(self, version: int) -> Replica:
-        """The replica, holding `version`: fetched unless it is loaded already."""
+    def replica_at(self, version: int) -> tuple[Replica, str]:
+        """The replica, holding `version`, and which tier that came from: "process", "host" or "store"."""
         replica = self.replica()
         if replica.loaded == version:
             self.services.parameters.hit()
-            return replica
+            return replica, "process"
         replica.loaded = None
-        _, flat = self.services.parameters.fetch(self.services.ledger(self.run), version, out=replica.flat)
+        ledger = self.services.ledger(self.run)
+        _, flat, source = self.services.parameters.fetch(ledger, version, out=replica.flat)
         replica.load(flat)
         replica.loaded = version
-        return replica
+        return replica, source
 
 
 def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

@@ -147,7 +147,7 @@ class TakeOver:
                 continue
             try:
                 trainer = self._trainer(version)
-                _, flat = self.services.parameters.fetch(self.ledger, version)
+                _, flat, _ = self.services.parameters.fetch(self.ledger, version)
                 skeleton, tensors = self.services.parameters.fetch_state(record.state)
                 for slot in record.slots.values():
                     self.services.gradients.get_state(slot)

@@ -89,7 +89,7 @@ class Upkeep:
             Fenced: another server has taken the run over.
         """
         try:
-            self.services.parameters.fetch(warm.ledger, warm.version)
+            self.services.chunks.require_stored(warm.record.blob)
         except (ChunkCorrupt, ChunkMissing, VersionMissing) as error:
             log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
             flat = warm.trainer.replica.pack(warm.flat)
@@ -142,7 +142,7 @@ class Upkeep:
         """The earlier versions that the steps under way are computed at (staleness)."""
         found = {}
         for version in range(warm.oldest_needed(), warm.version):
-            record, flat = self.services.parameters.fetch(warm.ledger, version)
+            record, flat, _ = self.services.parameters.fetch(warm.ledger, version)
             found[version] = {"flat": flat, "slots": self._slot_trees(record.slots), "chain": record.chain}
         return found
 

@@ -3,7 +3,8 @@
 -- name began another life.
 -- KEYS 1 head  hash  state of the run
 -- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue,
---      5 environment of the taker ('' if that is not known); the first server sets the run's
+--      5 environment of the taker ('' if that is not known); the first server sets the run's,
+--      6 the memory that it shares with processes of its host ('' for none)
 -- Returns {'acquired', token}, {'owned', queue of the live owner} when another node serves the run,
 -- {'skewed', environment that the run's updates need} or {'missing', 0}. A second process of the owner's own node may take over (prefork children take
 -- turns): `shared` then tells the server to publish its optimizer state with each version.
@@ -31,5 +32,6 @@ end
 local now = redis.call('TIME')
 local token = math.max(tonumber(redis.call('HGET', KEYS[1], 'token')) + 1,
   tonumber(now[1]) * 1000000 + tonumber(now[2]))
-redis.call('HSET', KEYS[1], 'token', string.format('%.0f', token), 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4])
+redis.call('HSET', KEYS[1], 'token', string.format('%.0f', token), 'owner', ARGV[1], 'node', ARGV[2], 'queue', ARGV[4],
+  'memory', ARGV[6])
 return {'acquired', token}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator import TrainingConfig
-from tests.faults.laboratory import CONFIG, Laboratory, assert_clean, outcome, wait_version
+from tests.faults.laboratory import CONFIG, Laboratory, Outcome, assert_clean, outcome, wait_version
 from tests.support.waiting import wait_until
 
 LONGER = TrainingConfig(**{**CONFIG.to_json(), "epochs": 12})  # 60 steps: the loss comes in the middle
@@ -32,13 +32,21 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     lab.close()
 
 
-def undisturbed(lab: Laboratory) -> object:
+_undisturbed: dict[int, Outcome] = {}
+
+
+def undisturbed(lab: Laboratory) -> Outcome:
     """The outcome of `LONGER`, made once a laboratory."""
-    found = getattr(lab, "_undisturbed", None)
-    if found is None:
-        found = lab.check(lab.submit(LONGER), reference=None)
-        lab._undisturbed = found  # type: ignore[attr-defined]
-    return found
+    if id(lab) not in _undisturbed:
+        _undisturbed[id(lab)] = lab.check(lab.submit(LONGER), reference=None)
+    return _undisturbed[id(lab)]
+
+
+def assert_same_training(found: Outcome, reference: Outcome) -> None:
+    """The same bits and losses; an evaluation that was not on disk yet when Redis was lost may be missing."""
+    assert (found.bits, found.losses) == (reference.bits, reference.losses)
+    assert all(reference.evaluations[version] == metrics for version, metrics in found.evaluations.items())
+    assert max(found.evaluations) == max(reference.evaluations)
 
 
 def test_a_restart_with_its_data(durable: Laboratory) -> None:
@@ -55,7 +63,7 @@ def test_a_restart_with_its_data(durable: Laboratory) -> None:
         message="every worker to wait for the broker",
     )
     durable.cluster.broker.restart()
-    durable.check(run, reference=reference)  # type: ignore[arg-type]
+    durable.check(run, reference=reference)
 
 
 def test_an_older_copy_of_the_data(durable: Laboratory, tmp_path: Path) -> None:
@@ -72,7 +80,7 @@ def test_an_older_copy_of_the_data(durable: Laboratory, tmp_path: Path) -> None:
     shutil.rmtree(data)
     shutil.copytree(tmp_path / "copy", data)
     durable.cluster.broker.restart()
-    durable.check(run, reference=reference)  # type: ignore[arg-type]
+    durable.check(run, reference=reference)
 
 
 def test_nothing_left_and_the_workers_live(forgetful: Laboratory) -> None:
@@ -83,7 +91,7 @@ def test_nothing_left_and_the_workers_live(forgetful: Laboratory) -> None:
     forgetful.cluster.broker.kill()
     forgetful.cluster.broker.restart()
     wait_until(lambda: run.name in forgetful.master.runs(), message="the run to be known again")
-    forgetful.check(run, reference=reference)  # type: ignore[arg-type]
+    assert_same_training(forgetful.check(run, reference=None), reference)
     assert len(run.history()) == 60
 
 
@@ -98,7 +106,7 @@ def test_nothing_left_at_all(forgetful: Laboratory) -> None:
     forgetful.cluster.broker.restart()
     forgetful.revive()
     run.resume()
-    forgetful.check(run, reference=reference)  # type: ignore[arg-type]
+    assert_same_training(forgetful.check(run, reference=None), reference)
 
 
 def test_resume_is_for_any_process(forgetful: Laboratory) -> None:

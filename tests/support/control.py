@@ -85,7 +85,9 @@ def record(version: int, chain: str = GENESIS, *, state: bool = False, nonce: st
     return VersionRecord(version, digest("parameters", version), stored, chain, beside)
 
 
-def worker(id: str, *, node: str | None = None, queues: tuple[str, ...] = ("gradients", "updates"), **more: Any) -> WorkerInfo:
+def worker(
+    id: str, *, node: str | None = None, queues: tuple[str, ...] = ("gradients", "updates"), **more: Any
+) -> WorkerInfo:
     """A worker process by its id."""
     return WorkerInfo(id, node or f"celery@{id}", "host", 1, queues, **more)
 

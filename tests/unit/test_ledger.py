@@ -62,7 +62,9 @@ def plane(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Plane]:
     """The real control plane in one run of each test, the twin in the other."""
     if request.param == "memory":
         memory = MemoryPlane()
-        yield Plane(lambda run: MemoryLedger(memory, run), MemoryRegistry(memory), lambda: memory_state(memory))
+        yield Plane(
+            lambda run: MemoryLedger(memory, run), MemoryRegistry(memory), lambda: memory_state(memory)
+        )
         return
     client = connect(redis_url)
     yield Plane(
@@ -103,7 +105,9 @@ def acquire(ledger: Ledger, id: str = "s0", node: str | None = None) -> int:
     return token
 
 
-def begin(ledger: Ledger, step: int = 0, shard: int = 0, worker: str = "w0", **more: Any) -> tuple[str, int, str]:
+def begin(
+    ledger: Ledger, step: int = 0, shard: int = 0, worker: str = "w0", **more: Any
+) -> tuple[str, int, str]:
     return ledger.begin_shard(step, shard, worker=worker, **{"delivery": f"{worker}:{shard}", **more})
 
 
@@ -147,7 +151,9 @@ def test_create_makes_a_pending_run_at_version_0(plane: Plane) -> None:
     assert plane.registry.active_runs() == ["run-1"]
 
 
-def test_create_again_returns_the_spec_that_is_there_and_changes_nothing(plane: Plane, running: Ledger) -> None:
+def test_create_again_returns_the_spec_that_is_there_and_changes_nothing(
+    plane: Plane, running: Ledger
+) -> None:
     other = {"recipe": {"model": "another"}, "config": {}}
     answer = only_counters_change(plane, lambda: running.create(other, incarnation="other"))
     assert answer == SPEC
@@ -264,7 +270,9 @@ def test_a_server_of_another_environment_is_refused(plane: Plane) -> None:
     ledger.create({"recipe": {}, "config": {"skew": "refuse"}}, incarnation="life")
     place = {"node": "n", "queue": "q"}
     assert ledger.acquire(worker="s0", environment="torch 2.13", **place)[0] == "acquired"
-    answer = only_counters_change(plane, lambda: ledger.acquire(worker="s1", environment="torch 2.4", **place))
+    answer = only_counters_change(
+        plane, lambda: ledger.acquire(worker="s1", environment="torch 2.4", **place)
+    )
     assert answer == ("skewed", "torch 2.13")
     assert ledger.acquire(worker="s1", environment="torch 2.13", **place)[0] == "acquired"
 
@@ -283,7 +291,9 @@ def test_initialise_starts_the_run(plane: Plane, created: Ledger) -> None:
     assert (head.dataset_size, head.evaluation_size) == (24, 8)
     assert created.manifest() == {"n": 1}
     assert created.version(0) == record(0)
-    assert [(e.type, e.data) for e in created.read_events()] == [("started", {"version": 0, "total_steps": 3})]
+    assert [(e.type, e.data) for e in created.read_events()] == [
+        ("started", {"version": 0, "total_steps": 3})
+    ]
 
 
 def test_initialise_needs_the_token_and_a_run_that_waits(plane: Plane, created: Ledger) -> None:
@@ -301,7 +311,13 @@ def test_initialise_needs_the_token_and_a_run_that_waits(plane: Plane, created: 
 def test_begin_gives_a_lease(plane: Plane, running: Ledger) -> None:
     assert begin(running) == ("compute", 1, "life")
     (lease,) = running.leases(0).values()
-    assert (lease.shard, lease.worker, lease.attempt, lease.delivery, lease.open) == (0, "w0", 1, "w0:0", True)
+    assert (lease.shard, lease.worker, lease.attempt, lease.delivery, lease.open) == (
+        0,
+        "w0",
+        1,
+        "w0:0",
+        True,
+    )
     assert lease.since > 0
 
 
@@ -438,7 +454,9 @@ def test_write_before_and_after_the_step(plane: Plane, running: Ledger) -> None:
     ("status", "verdict"),
     [("paused", "written"), ("failed", "written"), ("cancelled", "stopped"), ("done", "stopped")],
 )
-def test_work_that_ends_after_a_pause_is_kept(plane: Plane, running: Ledger, status: str, verdict: str) -> None:
+def test_work_that_ends_after_a_pause_is_kept(
+    plane: Plane, running: Ledger, status: str, verdict: str
+) -> None:
     running.transition(status, allowed=("running",), event=status)
     assert running.write_slot(0, slot(0, 0))[0] == verdict
 
@@ -488,7 +506,7 @@ def test_numbers_that_json_has_no_word_for_survive_the_scripts(
 
 
 def test_text_of_any_kind_survives_the_scripts(plane: Plane, running: Ledger) -> None:
-    id = "wörker \"1\" \\ \n {0} \u2028 🙂"
+    id = 'wörker "1" \\ \n {0} \u2028 🙂'
     plane.registry.beat(worker(id))
     assert begin(running, worker=id)[0] == "compute"
     assert running.leases(0)[0].worker == id
@@ -578,7 +596,9 @@ def test_commit_says_which_versions_are_stored_and_pinned(plane: Plane, running:
 # --- rollback ---------------------------------------------------------------------------------------------
 
 
-def test_rollback_takes_the_head_back_and_keeps_what_the_replay_must_meet(plane: Plane, running: Ledger) -> None:
+def test_rollback_takes_the_head_back_and_keeps_what_the_replay_must_meet(
+    plane: Plane, running: Ledger
+) -> None:
     token = running.head().token
     advance(running, token, 3)
     chains = [e.chain for e in running.entries()]
@@ -640,7 +660,9 @@ def test_marks_hold_for_the_present_step_and_its_server(plane: Plane, running: L
     commit(running, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
     for mark in (running.mark_launched, running.mark_called):
         assert only_counters_change(plane, lambda mark=mark: mark(0, token=token)) == "stale"
-    assert running.mark_launched(2, token=token) == "ok", "with staleness, steps beyond the head are under way"
+    assert running.mark_launched(2, token=token) == "ok", (
+        "with staleness, steps beyond the head are under way"
+    )
     for mark in (plane.ledger("nobody").mark_launched, plane.ledger("nobody").mark_called):
         assert only_counters_change(plane, lambda mark=mark: mark(0, token=1)) == "fenced"
 
@@ -649,7 +671,10 @@ def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledg
     token = running.head().token
     begin(running)
     running.write_slot(0, slot(0, 0, "lost"))
-    assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="lost", token=token - 1)) == "fenced"
+    assert (
+        only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="lost", token=token - 1))
+        == "fenced"
+    )
     assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="newer", token=token)) == "stale"
     assert only_counters_change(plane, lambda: running.drop_slot(1, 0, nonce="lost", token=token)) == "stale"
     assert running.drop_slot(0, 0, nonce="lost", token=token) == "ok"
@@ -663,7 +688,9 @@ def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledg
 
 def test_transition_from_an_allowed_state(plane: Plane, running: Ledger) -> None:
     reason = {"kind": "Poison", "message": "no"}
-    done = running.transition("failed", allowed=("pending", "running"), event="failed", data={"a": 1}, error=reason)
+    done = running.transition(
+        "failed", allowed=("pending", "running"), event="failed", data={"a": 1}, error=reason
+    )
     assert done == (True, "running")
     head = running.head()
     assert (head.status, head.error) == ("failed", reason)
@@ -728,7 +755,12 @@ def test_a_switch_holds_from_a_step_that_nobody_is_about_to_launch(plane: Plane,
 
     def switch(step: int, incarnation: str = "life", following: str = "life+1") -> str:
         return running.switch(
-            switched, step=step, incarnation=incarnation, following=following, total_steps=7, data={"step": step}
+            switched,
+            step=step,
+            incarnation=incarnation,
+            following=following,
+            total_steps=7,
+            data={"step": step},
         )
 
     running.mark_launched(3, token=running.head().token)
@@ -737,7 +769,11 @@ def test_a_switch_holds_from_a_step_that_nobody_is_about_to_launch(plane: Plane,
     assert switch(5) == "ok"
     assert switch(5) == "ok", "sent twice"
     assert running.spec() == switched
-    assert (running.head().incarnation, running.head().total_steps) == (running.incarnation(), 7) == ("life+1", 7)
+    assert (
+        (running.head().incarnation, running.head().total_steps)
+        == (running.incarnation(), 7)
+        == ("life+1", 7)
+    )
     begin(running)
     assert running.write_slot(0, slot(0, 0), incarnation="life")[0] == "written", "slots before it stay good"
     running.transition("cancelled", allowed=("running",), event="cancelled")
@@ -843,7 +879,10 @@ def test_an_evaluation_that_is_done_does_not_begin_again(plane: Plane, running: 
     running.write_part(0, 0, {"loss": 1.0}, parts=1)
     running.record_evaluation(0, {"loss": 1.0})
     assert not only_counters_change(plane, lambda: running.launch_evaluation(0, 1, pin_seconds=60))
-    assert only_counters_change(plane, lambda: running.write_part(0, 0, {"loss": 1.0}, parts=1)) == ("done", [])
+    assert only_counters_change(plane, lambda: running.write_part(0, 0, {"loss": 1.0}, parts=1)) == (
+        "done",
+        [],
+    )
     assert running.pending_evaluations() == {}
 
 
@@ -910,6 +949,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "switch": lambda ledger, token: ledger.switch(
         SPEC, step=9, incarnation="life", following="life+1", total_steps=9, data={}
     ),
+    "server_memory": lambda ledger, token: ledger.server_memory(),
     "incarnation": lambda ledger, token: ledger.incarnation(),
     "head": lambda ledger, token: ledger.head(),
     "transition": lambda ledger, token: ledger.transition("paused", allowed=("running",), event="paused"),
@@ -960,7 +1000,12 @@ FIRST = entry(1, [slot(0, 0)])
 NEXT = entry(2, [slot(1, 0)], FIRST.chain)
 
 # Sent twice, these answer the second time that it has been done; callers count on no more than that.
-ANSWERS_ONCE = {"drop_slot": "stale", "launch_evaluation": False, "record_evaluation": False, "write_output": False}
+ANSWERS_ONCE = {
+    "drop_slot": "stale",
+    "launch_evaluation": False,
+    "record_evaluation": False,
+    "write_output": False,
+}
 
 
 def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
@@ -1190,7 +1235,11 @@ def test_a_script_says_what_it_takes_and_gives(path: Path) -> None:
     assert re.search(r"^-- Returns ", header, re.M)
     for what in ("KEYS", "ARGV"):
         section = re.search(rf"-- {what} ((?:.|\n)*?)(?=-- (?:ARGV|Returns|[A-Z]\w+ )|\Z)", header)
-        documented = {int(n) for n in re.findall(r"(?:(?<=[ ,])|^)(\d+)(?=\.\.\.| )", section[1])} if section else set()
+        documented = (
+            {int(n) for n in re.findall(r"(?:(?<=[ ,])|^)(\d+)(?=\.\.\.| )", section[1])}
+            if section
+            else set()
+        )
         used = {int(n) for n in re.findall(rf"{what}\[(\d+)\]", body)}
         assert used <= documented, f"{what} {sorted(used - documented)} are not in the header"
     answers = set(re.findall(r"return \{?'(\w+)'", body))

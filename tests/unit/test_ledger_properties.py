@@ -9,8 +9,9 @@ each rule it compares the real keys with the twin's, and both with what the prot
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,14 @@ SERVERS = ("s0", "s1")
 SPEC = {"recipe": {}, "config": {"skew": "refuse"}}
 
 _names = itertools.count()
-_happened: Counter[str] = Counter()
+
+
+Dice = st.DataObject | random.Random
+
+
+def pick(dice: Dice, options: Sequence[Any]) -> Any:
+    """One of `options`, chosen by hypothesis or by a generator."""
+    return dice.choice(options) if isinstance(dice, random.Random) else dice.draw(st.sampled_from(options))
 
 
 @dataclass
@@ -102,6 +110,7 @@ class Protocol(RuleBasedStateMachine):
         self.last: tuple[int, str] = (0, GENESIS)
         self.chains: dict[int, str] = {0: GENESIS}
         self.may_move: str | None = None
+        self.happened: Counter[str] = Counter()
 
     # --- asking both ------------------------------------------------------------------------
 
@@ -172,11 +181,11 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: self.messages)
     @rule(data=st.data(), id=st.sampled_from(CLIENTS), kept=st.booleans(), backup=st.booleans())
-    def a_client_begins(self, data: st.DataObject, id: str, kept: bool, backup: bool) -> None:
+    def a_client_begins(self, data: Dice, id: str, kept: bool, backup: bool) -> None:
         if self.work.get(id):
             return
         newest = range(max(0, len(self.messages) - 6), len(self.messages))
-        index = data.draw(st.sampled_from(newest))
+        index = pick(data, newest)
         step, shard, delivery = self.messages[index] if kept else self.messages.pop(index)
 
         def begin() -> Any:
@@ -204,15 +213,17 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), pure=st.sampled_from([True] * 9 + [False]))
-    def a_client_writes(self, data: st.DataObject, pure: bool) -> None:
-        id = data.draw(st.sampled_from(sorted(self.work)))
+    def a_client_writes(self, data: Dice, pure: bool) -> None:
+        id = pick(data, sorted(self.work))
         work = self.work.pop(id)
         present = self.twin.slots_present(work.step)
         pure = pure or work.shard not in present  # the first bytes are right: see the unit tests for others
         changes = {} if pure else {"digest": digest("other")}
         made = slot(work.step, work.shard, work.nonce, worker=id, **changes)
 
-        _happened[f"write {work.step - self.version:+d} {'second' if work.shard in present else 'first'}"] += 1
+        self.happened[
+            f"write {work.step - self.version:+d} {'second' if work.shard in present else 'first'}"
+        ] += 1
 
         def write() -> Any:
             return self.both(lambda ledger, _: ledger.write_slot(work.step, made, incarnation="life"))
@@ -225,13 +236,15 @@ class Protocol(RuleBasedStateMachine):
             assert self.unchanged(write)[0] == ("duplicate" if pure else "divergent")
         else:
             assert write() == ("written", len(present) + 1)
-            assert self.unchanged(write) == ("written", len(present) + 1), "its answer was lost, it asks again"
+            assert self.unchanged(write) == ("written", len(present) + 1), (
+                "its answer was lost, it asks again"
+            )
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), told=st.booleans(), counts=st.booleans())
-    def a_client_gives_up(self, data: st.DataObject, told: bool, counts: bool) -> None:
+    def a_client_gives_up(self, data: Dice, told: bool, counts: bool) -> None:
         """It dies, or hands its shard back, or the supervisor takes it."""
-        id = data.draw(st.sampled_from(sorted(self.work)))
+        id = pick(data, sorted(self.work))
         work = self.work.pop(id)
         if told:
             self.both(
@@ -242,9 +255,9 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: self.work)
     @rule(data=st.data())
-    def a_client_fails(self, data: st.DataObject) -> None:
+    def a_client_fails(self, data: Dice) -> None:
         """The recipe raises: the run fails unless it went on without this shard."""
-        id = data.draw(st.sampled_from(sorted(self.work)))
+        id = pick(data, sorted(self.work))
         work = self.work.pop(id)
         needed = work.step == self.version and work.shard not in self.twin.slots_present(work.step)
 
@@ -269,13 +282,13 @@ class Protocol(RuleBasedStateMachine):
     # --- training servers -----------------------------------------------------------------------------
 
     @rule(id=st.sampled_from(SERVERS), node=st.sampled_from(["own", "own", "shared"]), data=st.data())
-    def a_server_takes_over(self, id: str, node: str, data: st.DataObject) -> None:
+    def a_server_takes_over(self, id: str, node: str, data: Dice) -> None:
         """The owner may be dead, or only paused; the taker goes on, unless it is paused at once."""
         owner = self.twin.head().owner
-        if owner in self.beating and data.draw(st.integers(0, 3)):
+        if owner in self.beating and pick(data, range(4)):
             self.heartbeat_ends_or_returns(owner)
         self.acquire(id, node)
-        if data.draw(st.integers(0, 3)):
+        if pick(data, range(4)):
             self.initialise(id)
             self.restore(id, None)
             self.launch(id)
@@ -325,13 +338,13 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: any(s.turn and s.version < 0 for s in self.servers.values()))
     @rule(id=st.sampled_from(SERVERS), data=st.data())
-    def restore(self, id: str, data: st.DataObject | None) -> None:
+    def restore(self, id: str, data: Dice | None) -> None:
         """Load a version whose optimizer state is stored, and take the head back to it."""
         server = self.servers[id]
         stored = [v for v, r in self.twin.versions().items() if r.state is not None and v <= self.version]
         if server.turn is None or server.version >= 0 or not stored or self.status == "pending":
             return
-        target = max(stored) if data is None else data.draw(st.sampled_from(sorted(stored)))
+        target = max(stored) if data is None else pick(data, sorted(stored))
         chain = self.chains[target]
         if target != self.version:
             self.may_move = "back" if self.in_force(server) else None
@@ -347,12 +360,14 @@ class Protocol(RuleBasedStateMachine):
 
             done, above = rollback() if self.in_force(server) else self.unchanged(rollback)
             assert done == self.in_force(server)
-            _happened[f"rollback {done}"] += 1
+            self.happened[f"rollback {done}"] += 1
             if not done:
                 self.servers[id] = Server(old=server.old)
                 return
             assert all(version > target for version in above)
-            self.both(lambda ledger, place: ledger.drop_versions(sorted(above), token=self.token(server, place)))
+            self.both(
+                lambda ledger, place: ledger.drop_versions(sorted(above), token=self.token(server, place))
+            )
         server.version, server.chain = target, chain
 
     @precondition(lambda self: any(0 <= s.version < self.steps for s in self.servers.values()))
@@ -379,7 +394,9 @@ class Protocol(RuleBasedStateMachine):
     def called_back(self, id: str) -> None:
         server = self.servers[id]
         if server.version >= 0:
-            self.both(lambda ledger, place: ledger.mark_called(server.version, token=self.token(server, place)))
+            self.both(
+                lambda ledger, place: ledger.mark_called(server.version, token=self.token(server, place))
+            )
             self.both(lambda ledger, _: ledger.called(server.version))
 
     @precondition(lambda self: len(self.twin.slots_present(self.version)) == self.shards)
@@ -392,7 +409,11 @@ class Protocol(RuleBasedStateMachine):
         if len(slots) != self.shards or server.draft is not None:
             return
         made = entry(
-            step + 1, [slots[shard] for shard in range(self.shards)], server.chain, server=id, token=server.turn or 0
+            step + 1,
+            [slots[shard] for shard in range(self.shards)],
+            server.chain,
+            server=id,
+            token=server.turn or 0,
         )
         server.draft = Draft(step, made, record(step + 1, made.chain, nonce=f"p{next(self.deliveries)}"))
 
@@ -434,7 +455,7 @@ class Protocol(RuleBasedStateMachine):
         )
         if not ready:
             verdict = self.unchanged(commit).verdict
-            _happened[f"commit {verdict}"] += 1
+            self.happened[f"commit {verdict}"] += 1
             assert verdict == "ok" if again else verdict in ("fenced", "stale", "stopped", "incomplete")
             assert self.in_force(server) or verdict == "fenced"
             if not again:
@@ -443,7 +464,7 @@ class Protocol(RuleBasedStateMachine):
         self.may_move = "on"
         committed = commit()
         assert committed.verdict == "ok"
-        _happened[f"version {draft.step + 1}"] += 1
+        self.happened[f"version {draft.step + 1}"] += 1
         assert {draft.step, draft.step + 1} & set(committed.stored)
         server.version, server.chain = draft.step + 1, draft.record.chain
         server.old.append(draft.record)
@@ -452,8 +473,8 @@ class Protocol(RuleBasedStateMachine):
         # else the answer was lost and it sends the same commit again later
 
     @precondition(lambda self: any(server.old for server in self.servers.values()))
-    @rule(id=st.sampled_from(SERVERS), data=st.data())
-    def publish_state(self, id: str, data: st.DataObject) -> None:
+    @rule(id=st.sampled_from(SERVERS))
+    def publish_state(self, id: str) -> None:
         """Store optimizer state beside the version last committed, perhaps long after being overtaken."""
         server = self.servers[id]
         if not server.old:
@@ -462,23 +483,27 @@ class Protocol(RuleBasedStateMachine):
         with_state = record(made.version, made.chain, state=True, nonce=made.blob.key.rpartition(":")[2])
 
         def put() -> Any:
-            return self.both(lambda ledger, place: ledger.put_version(with_state, token=self.token(server, place)))
+            return self.both(
+                lambda ledger, place: ledger.put_version(with_state, token=self.token(server, place))
+            )
 
         if self.in_force(server) and made.version == server.version:
             assert put() is True
         elif not self.in_force(server):
-            _happened["state fenced"] += 1
+            self.happened["state fenced"] += 1
             assert self.unchanged(put) is False
 
-    @rule(id=st.sampled_from(SERVERS), data=st.data())
-    def retain(self, id: str, data: st.DataObject) -> None:
+    @rule(id=st.sampled_from(SERVERS))
+    def retain(self, id: str) -> None:
         server = self.servers[id]
         stored = sorted(self.twin.versions())
         kept = {server.version, server.version - 1, *[v for v in stored if self.twin.version(v).state][-1:]}
         doomed = [v for v in stored if v not in kept]
 
         def drop() -> Any:
-            return self.both(lambda ledger, place: ledger.drop_versions(doomed, token=self.token(server, place)))
+            return self.both(
+                lambda ledger, place: ledger.drop_versions(doomed, token=self.token(server, place))
+            )
 
         if self.in_force(server):
             assert drop() is True
@@ -508,7 +533,9 @@ class Protocol(RuleBasedStateMachine):
     @rule(id=st.sampled_from(SERVERS))
     def leave(self, id: str) -> None:
         server = self.servers[id]
-        assert self.both(lambda ledger, place: ledger.release(self.token(server, place))) == self.in_force(server)
+        assert self.both(lambda ledger, place: ledger.release(self.token(server, place))) == self.in_force(
+            server
+        )
         self.servers[id] = Server(old=server.old)
 
     @precondition(lambda self: any(s.turn for s in self.servers.values()))
@@ -530,7 +557,7 @@ class Protocol(RuleBasedStateMachine):
         assert done == (self.in_force(server) and self.status == "running")
         if done:
             self.status = "done"
-            _happened["done"] += 1
+            self.happened["done"] += 1
 
     @precondition(lambda self: self.version < self.steps)
     @rule(
@@ -552,6 +579,7 @@ class Protocol(RuleBasedStateMachine):
             server = self.servers[id]
         self.initialise(id)
         self.restore(id, None)
+        self.promises()
         if self.status != "running" or not 0 <= server.version < self.steps:
             return
         self.launch(id)
@@ -586,17 +614,19 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(version=st.integers(0, 3), parts=st.integers(1, 2))
     def an_evaluation_begins(self, version: int, parts: int) -> None:
-        answers = [ledger.launch_evaluation(version, parts, pin_seconds=60) for ledger in (self.real, self.twin)]
+        answers = [
+            ledger.launch_evaluation(version, parts, pin_seconds=60) for ledger in (self.real, self.twin)
+        ]
         assert answers[0] == answers[1] or self.kind is Stammering
 
     @precondition(lambda self: self.twin.pending_evaluations())
     @rule(data=st.data(), part=st.integers(0, 1))
-    def a_part_is_evaluated(self, data: st.DataObject, part: int) -> None:
-        version, parts = data.draw(st.sampled_from(sorted(self.twin.pending_evaluations().items())))
+    def a_part_is_evaluated(self, data: Dice, part: int) -> None:
+        version, parts = pick(data, sorted(self.twin.pending_evaluations().items()))
         verdict, values = self.both(
             lambda ledger, _: ledger.write_part(version, min(part, parts - 1), {"part": part}, parts=parts)
         )
-        if verdict == "complete" and data.draw(st.booleans()):
+        if verdict == "complete" and pick(data, (True, False)):
             for ledger in (self.real, self.twin):
                 ledger.record_evaluation(version, {"loss": float(len(values))})
 
@@ -609,7 +639,6 @@ class Protocol(RuleBasedStateMachine):
 
     @invariant()
     def promises(self) -> None:
-        _happened["steps"] += 1
         if self.plane.get(self.twin.keys.head) is not None:
             self.the_head_moves_by_one_or_back()
             self.the_twin_equals_the_real_one()
@@ -635,7 +664,9 @@ class Protocol(RuleBasedStateMachine):
             return
         if head.version == before[0] + 1:
             assert allowed == "on"
-            assert self.chains.setdefault(head.version, head.chain) == head.chain, "a replay gave another result"
+            assert self.chains.setdefault(head.version, head.chain) == head.chain, (
+                "a replay gave another result"
+            )
         else:
             assert head.version < before[0]
             assert allowed == "back"
@@ -662,7 +693,6 @@ class Protocol(RuleBasedStateMachine):
             assert not self.twin.leases(step)
 
     def teardown(self) -> None:
-        _happened["examples"] += 1
         names = list(self.client.scan_iter(match=f"{self.real.keys.root}:*", count=1000))
         forever = [name for name in names if self.client.ttl(name) == -1]
         assert set(names) <= set(self.plane.names()), "keys that the twin does not have"
@@ -679,19 +709,88 @@ class Stuttering(Protocol):
     counters = False
 
 
-@pytest.mark.parametrize("machine", [Protocol, Stuttering], ids=["once", "sent-twice"])
+MACHINES = pytest.mark.parametrize("machine", [Protocol, Stuttering], ids=["once", "sent-twice"])
+
+
+@MACHINES
 def test_any_interleaving_keeps_the_promises(redis_url: str, machine: type[Protocol]) -> None:
-    client = connect(redis_url)
-    machine.url, machine.client = redis_url, client
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=60,
-            stateful_step_count=50,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    client.close()
-    print(_happened)
+    """Short ones, which hypothesis chooses and, when one fails, makes shorter."""
+    with connect(redis_url) as machine.client:
+        machine.url = redis_url
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=40,
+                stateful_step_count=40,
+                deadline=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+def moves(walk: Protocol, dice: random.Random) -> list[Callable[[], None]]:
+    """Every rule of the machine that can be played now, with arguments by the dice."""
+    client, server = dice.choice(CLIENTS), dice.choice(SERVERS)
+    found: list[Callable[[], None]] = [
+        lambda: walk.heartbeat_ends_or_returns(dice.choice(CLIENTS + SERVERS)),
+        lambda: walk.a_message_comes_from_anywhere(dice.randint(-2, 1), dice.randrange(3)),
+        lambda: walk.a_server_takes_over(server, dice.choice(["own", "own", "shared"]), dice),
+        lambda: walk.initialise(server),
+        lambda: walk.restore(server, dice),
+        lambda: walk.launch(server),
+        lambda: walk.called_back(server),
+        lambda: walk.apply(server),
+        lambda: walk.commit(server, dice.random() < 0.5),
+        lambda: walk.publish_state(server),
+        lambda: walk.retain(server),
+        lambda: walk.slot_bytes_are_lost(server, dice.randrange(3)),
+        lambda: walk.leave(server),
+        lambda: walk.crash(server),
+        lambda: walk.a_person_acts(dice.choice(["paused", "running", "running"])),
+        lambda: walk.an_evaluation_begins(dice.randrange(walk.steps + 1), dice.randint(1, 2)),
+        lambda: walk.the_same_name_is_submitted_again("again"),
+    ]
+    if walk.messages:
+        found += [lambda: walk.a_client_begins(dice, client, dice.random() < 0.5, dice.random() < 0.2)] * 4
+    if walk.work:
+        found += [lambda: walk.a_client_writes(dice, dice.random() < 0.9)] * 3
+        found += [lambda: walk.a_client_gives_up(dice, dice.random() < 0.5, dice.random() < 0.5)]
+        found += [lambda: walk.a_client_fails(dice)]
+    if walk.version < walk.steps:
+        until = dice.choice(["written", "applied", "applied", "committed", "stored"])
+        found += [lambda: walk.a_step_goes_well(server, client, until)] * 2
+    if walk.twin.pending_evaluations():
+        found += [lambda: walk.a_part_is_evaluated(dice, dice.randrange(2))]
+    return found
+
+
+@MACHINES
+def test_long_walks_end_well(redis_url: str, machine: type[Protocol]) -> None:
+    """Long ones by the dice; then the mishaps cease, and the run must come to its end."""
+    happened: Counter[str] = Counter()
+    with connect(redis_url) as machine.client:
+        machine.url = redis_url
+        for seed in range(4):
+            dice = random.Random(seed)
+            walk = machine()
+            walk.submit(shards=dice.randint(1, 3), steps=12)
+            for _ in range(400):
+                dice.choice(moves(walk, dice))()
+                walk.promises()
+            while walk.version < walk.steps:
+                walk.a_step_goes_well("s0", "w0", "stored")
+                walk.promises()
+            server = next((id for id, s in walk.servers.items() if walk.in_force(s)), "s0")
+            if walk.status != "running":
+                walk.a_person_acts("running")
+            walk.heartbeat_ends_or_returns(server)
+            walk.acquire(server)
+            walk.restore(server, None)
+            walk.finish(server)
+            walk.promises()
+            assert walk.status == "done"
+            walk.teardown()
+            happened += walk.happened
+    needed = {"commit fenced", "rollback True", "state fenced", "write -1 first", "write +0 second"}
+    assert needed <= set(happened), f"the walks are too tame: {happened}"

@@ -1,0 +1,226 @@
+"""Re-execution: compute chosen steps again, in this process, and compare bytes with the ledger.
+
+The audit shows that the ledger is whole; this shows that it is true. A step is a pure function of
+its version, so whoever has the code, the data and a checkpoint can compute it again: from the
+nearest checkpoint at or before it, through the steps in between, and each shard and each version
+on the way must have the bytes that the ledger names. It asks no worker and writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cache.chunks import MemoryChunkStore
+from cache.codec import layout, pack
+from cache.errors import CheckpointError, InvalidInput
+from cache.records import LedgerEntry, SlotReceipt, StateRecord
+from coordinator import tree
+from coordinator.aggregate import Accumulator
+from coordinator.checkpoint import CheckpointStore
+from coordinator.client import combined_digest, environment
+from coordinator.determinism import pinned
+from coordinator.gradient import open_dataset
+from coordinator.optimize import Trainer
+from coordinator.recipe import ResolvedRecipe
+from coordinator.replica import Replica
+from coordinator.services import device
+from coordinator.shard_work import ShardWork, decoded, keeps_state, work
+from coordinator.shards import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Replay:
+    """Computes steps of one run again.
+
+    Args:
+        recipe: the run's recipe, imported here.
+        plan: the run's plan, with its switches.
+        checkpoints: where the run's checkpoints are; without any, everything is computed from the start.
+        entries: the run's ledger by version.
+        allowed: the allow-list, for codecs that are imported.
+        progress: called with each step before it is computed.
+    """
+
+    def __init__(
+        self,
+        recipe: ResolvedRecipe,
+        plan: Plan,
+        checkpoints: CheckpointStore,
+        entries: Mapping[int, LedgerEntry],
+        *,
+        allowed: tuple[str, ...] | None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.plan = plan
+        self.checkpoints = checkpoints
+        self.entries = entries
+        self.allowed = allowed
+        self.progress = progress
+        self._trainer: Trainer | None = None
+        self._replica: Replica | None = None
+        self._dataset: Any = None
+        self._version = -1
+        self._flats: dict[int, Tensor] = {}
+        self._slots: dict[int, dict[int, Any]] = {}
+
+    def compare(self, steps: Iterable[int]) -> tuple[list[int], list[str]]:
+        """Compute steps again.
+
+        Args:
+            steps: which, from 0.
+
+        Returns:
+            (every step that was computed, one sentence a difference); after a first difference the
+            later steps are left out, since nothing after it could agree.
+
+        Raises:
+            InvalidInput: a step is not committed, or its ledger entry is missing.
+            RecipeError: the recipe cannot be imported here.
+        """
+        computed: list[int] = []
+        config = self.plan.config
+        with pinned(config.threads, config.deterministic, device(), restore=True):
+            for step in sorted(set(steps)):
+                if step + 1 not in self.entries:
+                    raise InvalidInput(
+                        f"step {step} cannot be computed again: the ledger holds the steps "
+                        f"{sorted(version - 1 for version in self.entries)[:1]} to "
+                        f"{sorted(version - 1 for version in self.entries)[-1:]}"
+                    )
+                self._go_back(step)
+                while self._version <= step:
+                    problems = self._step()
+                    computed.append(self._version - 1)
+                    if problems:
+                        return computed, problems
+        return computed, []
+
+    # --- where to start -------------------------------------------------------------------------
+
+    def _go_back(self, step: int) -> None:
+        """Hold a version from which `step` can be reached, the nearest one."""
+        for version in reversed([v for v in self.checkpoints.versions() if v <= step]):
+            if version <= self._version <= step:
+                return
+            try:
+                self._load(version)
+                return
+            except CheckpointError as error:
+                log.warning("replay: checkpoint %d passed over: %s", version, error)
+        if not 0 <= self._version <= step:
+            self._trainer = self._built(0)
+            self._hold(0, {})
+
+    def _load(self, version: int) -> None:
+        found = self.checkpoints.load(version)
+        trainer = self._built(version)
+        trainer.replica.load_tensors(found.tensors)
+        trainer.load_state(found.state)
+        self._trainer = trainer
+        self._flats.clear()
+        self._slots.clear()
+        for earlier, kept in found.state.get("window", {}).items():
+            self._flats[int(earlier)] = kept["flat"].contiguous()
+            self._slots[int(earlier)] = dict(kept["slots"])
+        self._hold(version, dict(found.state.get("slots", {})))
+
+    def _built(self, version: int) -> Trainer:
+        config = self.plan.config_at(min(version, self.plan.total_steps - 1))
+        return Trainer.build(self.recipe, config, device())
+
+    def _hold(self, version: int, slots: dict[int, Any]) -> str:
+        """Keep the version that the trainer has come to; its digest."""
+        assert self._trainer is not None
+        flat = self._trainer.replica.pack(None)
+        self._version = version
+        self._flats[version] = flat
+        self._slots[version] = slots
+        needed = version if version >= self.plan.total_steps else self.plan.version_for(version)
+        for old in [v for v in self._flats if v < needed]:
+            del self._flats[old], self._slots[old]
+        return _digest(flat)
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def _step(self) -> list[str]:
+        """Compute the present step and compare it with its entry."""
+        step, trainer = self._version, self._trainer
+        assert trainer is not None
+        if self.progress is not None:
+            self.progress(step)
+        entry = self.entries[step + 1]
+        config = self.plan.config_at(step)
+        if config != trainer.config:
+            trainer.adopt(self.recipe, config)
+        problems: list[str] = []
+        done = [self._shard(step, shard) for shard in range(self.plan.shards_in(step))]
+        for shard, (result, slot) in enumerate(zip(done, entry.slots, strict=True)):
+            problems += self._compared(step, shard, result, slot)
+        examples = sum(result.examples for result in done)
+        held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
+        accumulator = Accumulator(held, examples)
+        for result in done:
+            gradients = decoded(result.payload, trainer.replica, config.compression, self.allowed)
+            accumulator.add(gradients, result.buffers, result.examples)
+        mean = accumulator.result()
+        loss = sum(result.loss * result.examples for result in done) / examples
+        finite = all(_finite(result) for result in done)
+        trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
+        slots: dict[int, Any] = {}
+        if keeps_state(config, self.allowed):
+            kept = {shard: result.state for shard, result in enumerate(done) if result.state is not None}
+            slots = {**self._slots[step], **kept}
+        digest = self._hold(step + 1, slots)
+        if not problems and digest != entry.parameters:
+            problems.append(
+                f"step {step}: the same gradients give other parameters, {digest} in place of "
+                f"{entry.parameters} by {entry.server}; its optimizer code or hardware differs from this "
+                "process's"
+            )
+        return problems
+
+    def _shard(self, step: int, shard: int) -> ShardWork:
+        version = self.plan.version_for(step)
+        if self._replica is None:
+            self._replica = Replica.build(self.recipe, self.plan.config_at(step), device())
+            self._dataset = open_dataset(self.recipe, self.plan.config)
+        self._replica.load(self._flats[version])
+        state = self._slots[version].get(shard)
+        return work(
+            self._replica, self.recipe, self.plan, self._dataset, step, shard, state, allowed=self.allowed
+        )
+
+    def _compared(self, step: int, shard: int, result: ShardWork, slot: SlotReceipt) -> list[str]:
+        sent = {**result.payload, **result.buffers}
+        digest = _digest(pack(sent, layout(sent)))
+        if result.state is not None:
+            skeleton, tensors = tree.flatten(result.state)
+            manifest = layout(tensors)
+            blob = None
+            if manifest.nbytes:
+                blob = MemoryChunkStore().put("state", pack(tensors, manifest), ttl_seconds=60)
+            digest = combined_digest(digest, StateRecord(skeleton, manifest.to_json(), blob))
+        if digest == slot.digest:
+            return []
+        here = environment()
+        unlike = f" on {slot.environment}, and this process has {here}" if slot.environment != here else ""
+        return [
+            f"step {step}, shard {shard}: computing it again gives other bytes ({digest} in place of "
+            f"{slot.digest}); worker {slot.worker} computed it{unlike}"
+        ]
+
+
+def _digest(flat: Tensor) -> str:
+    """The digest that the store gives to these bytes."""
+    return MemoryChunkStore().put("replay", flat, ttl_seconds=60).digest
+
+
+def _finite(result: ShardWork) -> bool:
+    return math.isfinite(result.loss) and math.isfinite(result.grad_norm)
