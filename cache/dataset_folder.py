@@ -13,6 +13,7 @@ every chunk is verified.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ from cache.datasets import Record, Verdict
 from cache.errors import CacheUnreachable, ChunkCorrupt, ChunkMissing, DatasetDamaged, InvalidInput
 
 _SUFFIX = ".dataset.json"
+_log = logging.getLogger(__name__)
 
 
 class FolderPlace:
@@ -107,10 +109,9 @@ class FolderPlace:
             raise _cannot("read", path, error) from error
 
     def records(self) -> list[Record]:
-        """All records, by time of their put.
+        """All records, by time of their put; one that cannot be read is logged and left out.
 
         Raises:
-            DatasetDamaged: one cannot be read.
             CacheUnreachable: the folder cannot be read.
         """
         try:
@@ -121,7 +122,15 @@ class FolderPlace:
         except Exception as error:
             raise _cannot("list", self._base, error) from error
         names = [PurePath(entry).name.removesuffix(_SUFFIX) for entry in entries if entry.endswith(_SUFFIX)]
-        found = [record for name in names if (record := self.record(name)) is not None]
+        found = []
+        for name in names:
+            try:
+                record = self.record(name)
+            except DatasetDamaged as error:
+                _log.warning("%s", error)
+                continue
+            if record is not None:
+                found.append(record)
         return sorted(found, key=lambda record: record.created_at)
 
     def commit(self, record: Record, *, replace: bool) -> tuple[Verdict, Record | None]:

@@ -27,7 +27,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:datasets | zset dataset name -> time of its put (s) | put_dataset.lua | the longest TTL of a dataset |
 | torchord:dataset:NAME | hash: digest, JSON of Record | put_dataset.lua | DATASET_TTL or the put's, renewed on use |
 | torchord:dataset:NAME:renewed | string, worker's mark | readers | at most RENEWAL_SECONDS |
-| torchord:chunk:ADDRESS | string, raw bytes of a dataset chunk | content store | as its dataset; GRACE_TTL once let go |
+| torchord:chunk:ADDRESS:0 | string, raw bytes of a dataset chunk | content store | as its dataset; GRACE_TTL once let go |
 | torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL or PREDICT_TTL; deleted by retention |
 
 Celery's own keys (queues, `unacked`, `celery-task-meta-*`, `celery-taskset-meta-*`) are not
@@ -96,7 +96,7 @@ def dataset_renewed(name: str) -> str:
 
 
 def chunk(address: str) -> str:
-    """One content-addressed chunk."""
+    """Chunk prefix of one content-addressed chunk."""
     return f"{PREFIX}:chunk:{address}"
 
 

@@ -416,8 +416,13 @@ class Ledger:
         dataset_size: int,
         evaluation_size: int,
         total_steps: int,
+        dataset_digest: str = "",
     ) -> str:
-        """Record the first version and start the run; returns "ok", "fenced" or "stopped"."""
+        """Record the first version and start the run; returns "ok", "fenced" or "stopped".
+
+        Args:
+            dataset_digest: of the training dataset's content, "" if it does not know it.
+        """
         with self._during("initialise"):
             return cast(
                 str,
@@ -435,6 +440,7 @@ class Ledger:
                         time.time(),
                         keys.EVENTS_KEPT,
                         evaluation_size,
+                        dataset_digest,
                     ],
                 ),
             )

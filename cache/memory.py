@@ -219,7 +219,7 @@ class MemoryLedger(Ledger):
                 return "ok"
             if head["incarnation"] != incarnation:
                 return "changed"
-            if step > 0 and (step < int(head["version"]) + 2 or step < int(head.get("launched", -1)) + 2):
+            if step > 0 and (step < int(head["version"]) + 2 or step < int(head.get("reached", -1)) + 2):
                 return "late"
             plane.put(self.keys.spec, json.dumps(spec), keys.RUN_TTL_SECONDS)
             plane.hset(self.keys.head, {"incarnation": following})
@@ -437,6 +437,7 @@ class MemoryLedger(Ledger):
         dataset_size: int,
         evaluation_size: int,
         total_steps: int,
+        dataset_digest: str = "",
     ) -> str:
         """See `Ledger.initialise`."""
         plane, names, ttl = self.plane, self.keys, keys.RUN_TTL_SECONDS
@@ -453,6 +454,7 @@ class MemoryLedger(Ledger):
                 "dataset_size": dataset_size,
                 "total_steps": total_steps,
                 "evaluation_size": evaluation_size,
+                "dataset_digest": dataset_digest,
                 "committed_at": plane.clock(),
             }
             plane.hset(names.head, fields)
@@ -548,6 +550,8 @@ class MemoryLedger(Ledger):
             self.plane.hset(self.keys.head, {what: step})
             if what == "launched":
                 self.plane.hdel(self.keys.head, "called")
+                reached = max(step, int(self._head.get("reached", -1)))
+                self.plane.hset(self.keys.head, {"reached": reached})
             return "ok"
 
     def mark_launched(self, step: int, *, token: int) -> str:

@@ -31,7 +31,7 @@ _HINTS = {
     "CLUSTERDOWN": _CLUSTER,
     "NOAUTH": "; it wants a password: redis://USER:PASSWORD@HOST",
     "WRONGPASS": "; it does not accept the user name and password of the URL",
-    "NOPERM": "; the user of the URL lacks a right: torchord needs SET, GET, UNLINK and EXPIRE on its keys",
+    "NOPERM": "; the URL's user lacks a right: torchord needs SET, GET, UNLINK, EXPIRE, EXISTS on its keys",
     "LOADING": "; it is still reading its data after a start: try again",
     "MASTERDOWN": "; it is a replica that lost its primary: name the primary in the URL",
     "MISCONF": "; it cannot persist and refuses writes: look at its log and its disk",
@@ -278,8 +278,9 @@ def _load(
     connection.send([b"".join([command(b"GET", key) for key in keys[:asked]])])
     problems: dict[int, Problem] = {}
     for i, part in enumerate(parts):
+        digest = xxhash.xxh3_64()
         try:
-            nbytes = connection.reply_into(part)
+            nbytes = connection.reply_into(part, digest.update)
         except ServerRefused:
             for later in parts[i + 1 : asked]:
                 with contextlib.suppress(ServerRefused):
@@ -290,7 +291,7 @@ def _load(
             asked += 1
         if nbytes is None:
             problems[i] = Problem.MISSING
-        elif nbytes != len(part) or xxhash.xxh3_64_hexdigest(part) != sums[i]:
+        elif nbytes != len(part) or digest.hexdigest() != sums[i]:
             problems[i] = Problem.CORRUPT
     return problems
 

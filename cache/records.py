@@ -298,6 +298,7 @@ class Head:
         owner: worker id of the training server, "" if none.
         queue: private queue of the owner's worker.
         launched: the step whose chord was published, None if that is not recorded.
+        reached: the highest step that was ever launched, -1 before the first; a rollback leaves it.
         environment: what of the first worker that computed could change bits, "" before that.
         server_environment: the same of the first training server.
         skew: "refuse" if a worker of another environment may not compute.
@@ -309,6 +310,7 @@ class Head:
     version: int
     total_steps: int | None
     dataset_size: int | None
+    dataset_digest: str
     evaluation_size: int | None
     incarnation: str
     chain: str
@@ -325,6 +327,7 @@ class Head:
     divergent: int
     replayed: int
     error: dict[str, Any] | None
+    reached: int = -1
     environment: str = ""
     server_environment: str = ""
     skew: str = ""
@@ -342,6 +345,7 @@ class Head:
             version=int(fields["version"]),
             total_steps=integer("total_steps"),
             dataset_size=integer("dataset_size"),
+            dataset_digest=fields.get("dataset_digest", ""),
             evaluation_size=integer("evaluation_size"),
             incarnation=fields["incarnation"],
             chain=fields["chain"],
@@ -358,6 +362,7 @@ class Head:
             divergent=integer("divergent") or 0,
             replayed=integer("replayed") or 0,
             error=json.loads(fields["error"]) if fields.get("error") else None,
+            reached=int(fields.get("reached", -1)),
             environment=fields.get("environment", ""),
             server_environment=fields.get("server_environment", ""),
             skew=fields.get("skew", ""),

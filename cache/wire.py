@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
@@ -22,6 +22,7 @@ from cache.errors import InvalidInput
 SCRATCH_NBYTES = 4096
 _MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
 
+_PIECE_NBYTES = 1 << 18  # received at once: still in the processor's cache when it is checked
 _LEAST_WINDOW_NBYTES, _MOST_WINDOW_NBYTES = 2 << 20, 32 << 20
 _LINK_NBYTES_PER_SECOND = 1.25e9  # of a 10 Gbit/s link
 
@@ -165,11 +166,15 @@ class Connection:
             return bytes(value)
         raise ConnectionError(f"unexpected reply {line[:32]!r}: is that a Redis-compatible server?")
 
-    def reply_into(self, part: memoryview) -> int | None:
+    def reply_into(
+        self, part: memoryview, received: Callable[[memoryview], object] | None = None
+    ) -> int | None:
         """Read one string reply into memory of the expected size.
 
         Args:
             part: where the value belongs.
+            received: called with each piece of the value, in order, while it is still in the
+                processor's cache; not called for a value of another length.
 
         Returns:
             The value's length in bytes, or None for nil. With any other length than that of
@@ -184,7 +189,7 @@ class Connection:
             self._fill(len(head))
         if self._end - self._start >= len(head) and self._bytes.startswith(head, self._start):
             self._start += len(head)  # as expected; what follows is for all other replies
-            self._value_into(part)
+            self._value_into(part, received)
             return len(part)
         line = self._line()
         if line[:1] == b"-":
@@ -195,7 +200,7 @@ class Connection:
         if nbytes < 0:
             return None
         if nbytes == len(part):
-            self._value_into(part)
+            self._value_into(part, received)
         else:
             self._skip(nbytes + 2)
         return nbytes
@@ -234,10 +239,10 @@ class Connection:
         except BlockingIOError as error:
             raise TimeoutError("the server takes no more data") from error
 
-    def _receive(self, part: memoryview, overflow: memoryview) -> int:
+    def _receive(self, part: memoryview, overflow: memoryview | None) -> int:
         """Read into `part` and, on a plain socket, beyond it into `overflow`."""
         try:
-            if self._tls:
+            if overflow is None or self._tls:
                 count = self._socket.recv_into(part)
             else:
                 count = self._socket.recvmsg_into([part, overflow])[0]
@@ -247,17 +252,24 @@ class Connection:
             raise ConnectionResetError("the server closed the connection")
         return count
 
-    def _value_into(self, part: memoryview) -> None:
+    def _value_into(self, part: memoryview, received: Callable[[memoryview], object] | None = None) -> None:
         filled = min(self._end - self._start, len(part))
         if filled:
             part[:filled] = self._scratch[self._start : self._start + filled]
             self._start += filled
+            if received is not None:
+                received(part[:filled])
         if filled < len(part):
             # What follows is most likely the header of a value of the same length. Reading just that
             # far lets the next value start where the kernel copies fastest, at the head of its memory.
             overflow = self._scratch[: len(str(len(part))) + 5]
             while filled < len(part):
-                filled += self._receive(part[filled:] if filled else part, overflow)
+                piece = part[filled : filled + _PIECE_NBYTES]
+                last = filled + len(piece) == len(part)
+                count = self._receive(piece, overflow if last else None)
+                if received is not None:
+                    received(piece[:count])
+                filled += count
             self._start, self._end = 0, filled - len(part)
         if self._end - self._start >= 2:
             self._start += 2

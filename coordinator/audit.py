@@ -23,6 +23,7 @@ class Audit:
         replayed: steps computed a second time after a training server's death.
         workers: worker id -> slots of its that were applied.
         problems: each discrepancy in one sentence, first one first.
+        reexecuted: steps that were computed again and compared, byte for byte.
     """
 
     ok: bool
@@ -33,13 +34,15 @@ class Audit:
     replayed: int = 0
     workers: dict[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    reexecuted: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         verdict = "clean" if self.ok else f"NOT clean: {self.problems[0]}"
-        return (
+        text = (
             f"ledger audit {verdict}: {self.steps} steps, {self.slots} gradient slots applied once each, "
             f"{self.duplicates_ignored} duplicates ignored, {self.replayed} steps replayed"
         )
+        return f"{text}, {len(self.reexecuted)} steps computed again" if self.reexecuted else text
 
 
 def audit(

@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from cache import keys
 from cache.content import MOST_CHUNK_NBYTES, Chunk, address_of
 from cache.datasets import Place, Record, chunk_cache, now, place_of
@@ -29,16 +26,14 @@ from cache.errors import (
     InvalidInput,
 )
 from cache.settings import Settings, from_environment
+from coordinator.dataset_reader import StoredDataset, all_chunks, read_manifest
 from coordinator.dataset_writer import Advance, StreamWriter, Tally, Uploader, size_of, write
 
 CHUNK_NBYTES = 256 << 10
 """A compromise: a worker that needs one sample fetches its whole chunk."""
-_READ_NBYTES = 16 << 20  # fetched at a time; what a reader holds beside the cache
 _LET_GO_AT_ONCE = 4096  # so few that they are looked at again well before their grace ends
 _PASSES = 3
-_REPAIR = "put the same data again with verify=True, then resume the run"
 
-Integers = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
 
 
@@ -156,7 +151,7 @@ class Datasets:
             if before is not None and not replace:
                 draft = putting.draft(advance, send=False)
                 if draft.record.digest != before.digest:
-                    raise _exists(before, size)
+                    raise _exists(name, before, size)
             record, replaced = putting.store(draft, advance, replace=replace)
         if replaced is not None and replaced.digest != record.digest:
             _let_go(place, replaced)
@@ -192,12 +187,14 @@ class Datasets:
             CacheUnreachable: a server does not answer.
         """
         place = place_of(self._settings, url)
-        record = _readable_record(place, keys.check_name(name, "dataset"))
-        if record is None and place.record(name) is None:
-            raise _missing(place, name)
+        try:
+            record = _record(place, name)
+        except DatasetDamaged as error:
+            log.warning("%s; its chunks are left behind", error)
+            place.remove(name)
+            return
         place.remove(name)
-        if record is not None:
-            _let_go(place, record)
+        _let_go(place, record)
 
     def open(self, name: str, *, url: str | None = None, digest: str | None = None) -> StoredDataset:
         """Open a dataset for reading in this process; no sample is fetched yet.
@@ -305,9 +302,9 @@ class _Put:
             if not self._all_there(draft):
                 continue
             verdict, found = self._place.commit(draft.record, replace=replace)
-            if verdict == "exists":
-                assert found is not None
-                raise _exists(found, self._chunk_nbytes)
+            if verdict == "exists":  # somebody else's put was first
+                _let_go(self._place, draft.record)
+                raise _exists(self._name, found, self._chunk_nbytes)
             before = before or found
             if self._all_there(draft):
                 if known and attempt == 0:
@@ -395,13 +392,14 @@ def _missing(place: Place, name: str) -> DatasetMissing:
     )
 
 
-def _exists(before: Record, chunk_nbytes: int) -> DatasetExists:
-    size = ""
-    if before.chunk_nbytes != chunk_nbytes:
-        size = f" in chunks of {before.chunk_nbytes} bytes, not {chunk_nbytes}"
+def _exists(name: str, before: Record | None, chunk_nbytes: int) -> DatasetExists:
+    what = ""
+    if before is not None:
+        if before.chunk_nbytes != chunk_nbytes:
+            what = f" in chunks of {before.chunk_nbytes} bytes, not {chunk_nbytes}"
+        what += f": {before.samples} samples of {before.structure}, digest {before.digest}"
     return DatasetExists(
-        f"dataset {before.name!r} exists with other content{size}: {before.samples} samples of "
-        f"{before.structure}, digest {before.digest}; choose another name, or pass replace=True"
+        f"dataset {name!r} exists with other content{what}; choose another name, or pass replace=True"
     )
 
 
@@ -430,11 +428,9 @@ def _bar(title: str, total: int | None, tally: Tally) -> Iterator[Callable[[floa
 
         def advance(count: float) -> None:
             nonlocal done
-            done += count
-            passed = done if total is None else min(done, total) if done <= total else done % total or total
+            done += count  # beyond the total when the data is read again
             note = f"sent {tally.uploaded_nbytes / 1e6:,.1f} MB, found {tally.reused_nbytes / 1e6:,.1f} MB"
-            bar.update(task, completed=round(passed), note=note)
+            bar.update(task, completed=round(done if total is None else min(done, total)), note=note)
 
         yield advance
-        note = f"sent {tally.uploaded_nbytes / 1e6:,.1f} MB, found {tally.reused_nbytes / 1e6:,.1f} MB"
-        bar.update(task, completed=total, note=note)
+        advance(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cache.chunks import MemoryChunkStore
 from cache.codec import layout, pack
-from cache.errors import CheckpointError, InvalidInput
+from cache.errors import CheckpointError, InvalidInput, ShardFailed, TorchordError
 from cache.records import LedgerEntry, SlotReceipt, StateRecord
 from coordinator import tree
 from coordinator.aggregate import Accumulator
@@ -82,6 +82,7 @@ class Replay:
 
         Raises:
             InvalidInput: a step is not committed, or its ledger entry is missing.
+            ShardFailed: the recipe's code raised here.
             RecipeError: the recipe cannot be imported here.
         """
         computed: list[int] = []
@@ -89,14 +90,14 @@ class Replay:
         with pinned(config.threads, config.deterministic, device(), restore=True):
             for step in sorted(set(steps)):
                 if step + 1 not in self.entries:
+                    last = max(self.entries, default=0) - 1
                     raise InvalidInput(
-                        f"step {step} cannot be computed again: the ledger holds the steps "
-                        f"{sorted(version - 1 for version in self.entries)[:1]} to "
-                        f"{sorted(version - 1 for version in self.entries)[-1:]}"
+                        f"step {step} cannot be computed again: the ledger has no entry for it (its last is "
+                        f"that of step {last})"
                     )
                 self._go_back(step)
                 while self._version <= step:
-                    problems = self._step()
+                    problems = self._try_step()
                     computed.append(self._version - 1)
                     if problems:
                         return computed, problems
@@ -148,6 +149,18 @@ class Replay:
         return _digest(flat)
 
     # --- one step -------------------------------------------------------------------------------
+
+    def _try_step(self) -> list[str]:
+        step = self._version
+        try:
+            return self._step()
+        except TorchordError:
+            raise
+        except Exception as error:
+            raise ShardFailed(
+                f"computing step {step} again failed: {type(error).__name__}: {error}; this process needs the "
+                "run's code and data as the workers have them"
+            ) from error
 
     def _step(self) -> list[str]:
         """Compute the present step and compare it with its entry."""

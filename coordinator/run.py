@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,11 @@ from cache.errors import (
     WaitTimeout,
 )
 from cache.ledger import Event, Ledger
-from cache.records import GENESIS, Head, LedgerEntry, switched
+from cache.records import Head, LedgerEntry, revised, switched
 from coordinator.audit import Audit, audit
 from coordinator.config import TrainingConfig
-from coordinator.recipe import resolve
+from coordinator.recipe import fingerprint, resolve, skewed
+from coordinator.restore import recreate
 from coordinator.services import Services, switches_of
 from coordinator.shards import Plan
 from coordinator.step import Sender
@@ -413,7 +414,7 @@ class Run:
             head, spec = self._ledger.head(), self._spec()
             plan = self._plan(head)
             started = head.total_steps is not None
-            step = max(head.version, -1 if head.launched is None else head.launched) + 3 if started else 0
+            step = max(head.version, head.reached) + 3 if started else 0
             if plan is not None and started and step >= plan.total_steps:
                 raise RunError(
                     f"run {self.name!r} has {plan.total_steps - head.version} steps left, too few to switch"
@@ -602,6 +603,9 @@ def _failure(name: str, head: Head) -> str:
 def _no_worker(name: str, queues: list[str], refused: tuple[str, ...]) -> str:
     commands = "\n".join(f"    {worker_command(queue)}" for queue in queues)
     listed = " and ".join(repr(queue) for queue in queues)
+    if refused:
+        reasons = "\n".join(f"    {reason}" for reason in refused)
+        return f"no worker that may work on run {name!r} is consuming queue {listed}; it stays queued.\n{reasons}"
     return (
         f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n{commands}\n"
         "(or `celery -A tasks worker` for everything on one worker), then wait() again"

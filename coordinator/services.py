@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.chunks import ChunkStore
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
-from cache.errors import RunError, Skewed
+from cache.errors import DatasetChanged, RunError, Skewed
 from cache.gradients import GradientStore
 from cache.host import HostTier
 from cache.ledger import Ledger
@@ -81,7 +81,9 @@ class Services:
                 del self._contexts[key]
 
     def close(self) -> None:
-        """Close the tensor connections; the control plane's close with the process."""
+        """Let go of replicas (they map the host's memory) and of the tensor connections."""
+        with self._lock:
+            self._contexts.clear()
         self.chunks.close()
 
 
@@ -105,6 +107,7 @@ class RunContext:
         self._config: TrainingConfig | None = None
         self._datasets: dict[str, Any] = {}
         self._plan: Plan | None = None
+        self._digest = ""  # of the dataset's content, where it has one
         self._replica: Replica | None = None
 
     def adopt(self, other: RunContext) -> None:
@@ -194,7 +197,8 @@ class RunContext:
         """
         with self.lock:
             if self._plan is None:
-                size = self.services.ledger(self.run).head().dataset_size
+                head = self.services.ledger(self.run).head()
+                size, self._digest = head.dataset_size, head.dataset_digest
                 self._plan = Plan(
                     len(self.dataset()) if size is None else size, self.config, self.switches
                 )
@@ -203,6 +207,12 @@ class RunContext:
                 raise RunError(
                     f"the dataset has {len(loaded)} samples on this worker and {self._plan.size} in the run; "
                     "give every worker the same data"
+                )
+            here = getattr(loaded, "digest", "")
+            if loaded is not None and self._digest and here != self._digest:
+                raise DatasetChanged(
+                    f"the dataset of run {self.run!r} has the digest {here or 'none'} on this worker and "
+                    f"{self._digest} in the run: it was replaced. Submit the run anew, under another name"
                 )
             return self._plan
 

@@ -81,6 +81,7 @@ class TakeOver:
             dataset_size=size,
             evaluation_size=evaluation_size,
             total_steps=plan.total_steps,
+            dataset_digest=getattr(context.dataset(), "digest", ""),
         )
         if verdict != "ok":
             raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")

@@ -12,5 +12,7 @@ end
 redis.call('HSET', KEYS[1], ARGV[3], ARGV[2])
 if ARGV[3] == 'launched' then
   redis.call('HDEL', KEYS[1], 'called')
+  local reached = tonumber(redis.call('HGET', KEYS[1], 'reached') or '-1')
+  redis.call('HSET', KEYS[1], 'reached', math.max(reached, tonumber(ARGV[2])))
 end
 return 'ok'

@@ -17,8 +17,8 @@ if redis.call('HGET', KEYS[2], 'incarnation') ~= ARGV[3] then
 end
 local step = tonumber(ARGV[2])
 local version = tonumber(redis.call('HGET', KEYS[2], 'version'))
-local launched = tonumber(redis.call('HGET', KEYS[2], 'launched') or '-1')
-if step > 0 and (step < version + 2 or step < launched + 2) then
+local reached = tonumber(redis.call('HGET', KEYS[2], 'reached') or '-1')  -- a rollback takes nothing off it
+if step > 0 and (step < version + 2 or step < reached + 2) then
   return 'late'
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[6])

@@ -3,17 +3,18 @@
 See docs/compression.md for what each codec costs and gives.
 """
 
-from coordinator.compression.codec import Codec, Compressed, Encoded, Plain, Shapes, TensorCodec, expect
+from coordinator.compression.codec import Codec, Encoded, Kept, Layout, Plain, Shapes, TensorCodec, expect
 from coordinator.compression.powersgd import PowerSGD
-from coordinator.compression.quantized import Quantized, bf16, fp16, int8
+from coordinator.compression.quantized import Quantized, bf16, fp16, int8, sign
 from coordinator.compression.spec import CODECS, check, parse
 from coordinator.compression.topk import TopK
 
 __all__ = [
     "CODECS",
     "Codec",
-    "Compressed",
     "Encoded",
+    "Kept",
+    "Layout",
     "Plain",
     "PowerSGD",
     "Quantized",
@@ -26,4 +27,5 @@ __all__ = [
     "fp16",
     "int8",
     "parse",
+    "sign",
 ]

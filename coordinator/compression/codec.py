@@ -23,7 +23,7 @@ from cache.errors import InvalidInput, ManifestMismatch
 SEPARATOR = "#"
 """Between the name of a parameter and what of it an entry holds, in payloads and memories."""
 
-_NONFINITE = "nonfinite"
+_PACKED, _NONFINITE = "packed", "nonfinite"
 _WIDE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -34,8 +34,6 @@ _WIDE = {
     torch.complex128: torch.complex128,
 }
 """The dtype in which a gradient is added to its memory; gradients of other dtypes travel as they are."""
-
-_PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 Shapes: TypeAlias = Mapping[str, Tensor] | Manifest
 """Says what the parameters are: name -> tensor (its values are not looked at), or a manifest."""
@@ -129,26 +127,30 @@ class Plain:
         return dict(payload)
 
 
+Layout: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The parts of a compressed tensor: name -> (dtype, shape)."""
+
+
 @dataclass(frozen=True, slots=True)
-class Compressed:
-    """What `TensorCodec.compress` returns.
+class Kept:
+    """What `TensorCodec.compress` returns, for the slot's memory.
 
     Attributes:
-        parts: part name -> tensor; the names have no "#" in them.
         error: values - expand(parts), in the values' shape and dtype; None: the base class works
             it out, for which `values` must be as it was.
         state: part name -> tensor to be given to the next `compress` of this parameter.
     """
 
-    parts: dict[str, Tensor]
     error: Tensor | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class TensorCodec(ABC):
     """A codec that treats one parameter at a time, with error feedback.
 
-    A subclass says which tensors it compresses and how; everything else is done here.
+    A subclass says which parts a compressed tensor has and how they are filled and read; all
+    else is done here. The parts of a tensor travel as one uint8 tensor, whose size depends on the
+    parameter's shape and dtype alone, so that a run's payloads all have the same size.
 
     Equation:
         v_t = g_t + e_t,   payload_t = C(v_t),   e_{t+1} = v_t - decode(payload_t),   e_0 = 0
@@ -157,10 +159,10 @@ class TensorCodec(ABC):
     gradients add up to the gradients, up to the last e. The subtraction is exact where the
     decoded value is within a factor of two of v (Sterbenz), and rounds once elsewhere.
 
-    What does not suit (`suits`: by shape and dtype alone) travels as it is, without a memory.
-    Gradients in half precision are added to a float32 memory, and the error is taken after
-    rounding to the parameter's dtype, so that what `decode` returns is what the memory counts.
-    Complex gradients are compressed as pairs of reals.
+    What would not get smaller travels as it is, without a memory. Gradients in half precision
+    are added to a float32 memory, and the error is taken after rounding to the parameter's dtype,
+    so that what `decode` returns is what the memory counts. Complex gradients are compressed as
+    pairs of reals.
 
     A gradient that is NaN or infinite anywhere decodes to NaN (or that infinity) everywhere, so
     that it is noticed however little of it would have been sent, and the whole shard's memory
@@ -178,30 +180,40 @@ class TensorCodec(ABC):
         worker: "worker k" of the paper is slot k, whoever computes it.
 
     Attributes:
-        feedback: whether what a step leaves out is added to the next; a field of subclasses.
+        feedback: whether what a step leaves out is added to the next; set by subclasses.
     """
 
     feedback: bool
 
     @abstractmethod
-    def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether tensors like this are compressed; others travel as they are.
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
+        """Return the parts of such a tensor compressed; None if it is to travel as it is.
+
+        A layout that is no smaller than the tensor is not used either.
 
         Args:
             shape: of the parameter, with a last dimension of 2 for a complex one; not empty.
-            dtype: float16, bfloat16, float32 or float64, of the parameter or its real parts.
+            dtype: float32 or float64, in which values are handed to `compress`.
         """
 
     @abstractmethod
     def compress(
-        self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
-    ) -> Compressed:
+        self,
+        name: str,
+        values: Tensor,
+        state: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        *,
+        peak: float,
+        error: bool,
+    ) -> Kept:
         """Compress one tensor.
 
         Args:
             name: of the parameter, e.g. for a seed.
             values: float32 or float64, finite, contiguous, in the parameter's shape.
             state: what the last `compress` of this parameter returned; empty at first.
+            parts: to be written to: zeros, as `layout` says.
             peak: largest magnitude in `values`.
             error: whether the error is wanted. If so, `values` is the callee's to overwrite
                 (and may become the error), else it must not be written to.
@@ -209,15 +221,15 @@ class TensorCodec(ABC):
 
     @abstractmethod
     def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the tensor that some parts stand for.
+        """Return the tensor that some parts stand for, in memory of its own.
 
         Args:
-            parts: from `compress`, or made up by somebody else: check them with `expect`.
+            parts: as `layout` says; their values may be anybody's.
             shape: of the result.
             dtype: float32 or float64, of the result.
 
         Raises:
-            ManifestMismatch: the parts do not fit the shape.
+            ManifestMismatch: the values make no sense.
         """
 
     @property
@@ -235,9 +247,7 @@ class TensorCodec(ABC):
         """
         held = dict(residual or {})
         memory = _grouped(held)
-        sources = {
-            name: self._source(name, gradient, memory.get(name, {})) for name, gradient in gradients.items()
-        }
+        sources = {name: self._source(name, g, memory.get(name, {})) for name, g in gradients.items()}
         peaks = _peaks(gradients, sources)
         payload: dict[str, Tensor] = {}
         fresh = {key: value for key, value in held.items() if _owner(key) not in gradients}
@@ -248,8 +258,8 @@ class TensorCodec(ABC):
             elif not math.isfinite(peak):
                 payload[_key(name, _NONFINITE)] = source.new_full((), peak)
             else:
-                parts, kept = self._one(name, gradient.dtype, source, memory.get(name, {}), peak)
-                payload.update(parts)
+                packed, kept = self._packed(name, gradient.dtype, source, memory.get(name, {}), peak)
+                payload[_key(name, _PACKED)] = packed
                 fresh.update(kept)
         if not all(map(math.isfinite, peaks.values())):
             fresh = held
@@ -260,81 +270,89 @@ class TensorCodec(ABC):
         """See `Codec.decode`."""
         known = shapes_of(like)
         found: dict[str, Tensor] = {}
-        for name, parts in _grouped(payload).items():
+        for key, entry in payload.items():
+            name, _, form = key.partition(SEPARATOR)
             shape, dtype = _known(known, name)
-            if "" in parts:
-                found[name] = expect(name, parts[""], shape, dtype)
-            elif _NONFINITE in parts:
-                found[name] = _nonfinite(name, parts[_NONFINITE], shape, dtype)
+            if form == "":
+                found[name] = expect(name, entry, shape, dtype)
+            elif form == _NONFINITE:
+                value = float(expect(key, entry, (), _real((), _WIDE.get(dtype, dtype))[1]))
+                value = math.nan if math.isfinite(value) else value
+                found[name] = torch.full(shape, value, dtype=dtype, device=entry.device)
             else:
-                found[name] = self._expanded(name, parts, shape, dtype)
+                found[name] = self._unpacked(key, entry, shape, dtype)
         return found
 
     # --- one tensor -----------------------------------------------------------------------
+
+    def _layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
+        """Return the parts of a gradient, as reals; None for what travels as it is."""
+        wide = _WIDE.get(dtype)
+        if wide is None or 0 in shape:
+            return None
+        layout = self.layout(*_real(shape, wide))
+        return layout if layout is not None and _nbytes(layout) < math.prod(shape) * dtype.itemsize else None
 
     def _source(self, name: str, gradient: Tensor, memory: Mapping[str, Tensor]) -> Tensor | None:
         """Return gradient + memory as reals, contiguous; None for what travels as it is."""
         if SEPARATOR in name:
             raise InvalidInput(f"parameter {name!r} has {SEPARATOR!r} in its name, which compression needs.")
-        wide = _WIDE.get(gradient.dtype)
-        if (
-            wide is None
-            or gradient.numel() == 0
-            or not self.suits(*_real(tuple(gradient.shape), gradient.dtype))
-        ):
+        shape = tuple(gradient.shape)
+        if self._layout(shape, gradient.dtype) is None:
             if memory:
                 raise ManifestMismatch(
                     f"the slot's memory has an entry for {name!r}, which is not compressed."
                 )
             return None
+        wide = _WIDE[gradient.dtype]
         held = memory.get("")
-        if held is not None:
-            expect(name, held, tuple(gradient.shape), wide)
+        if held is not None and not self.feedback:
+            raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off.")
         if not self.feedback:
-            if held is not None:
-                raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off.")
             return _as_real(gradient.detach().to(wide).resolve_conj().contiguous())
-        total = torch.empty(gradient.shape, dtype=wide, device=gradient.device)
+        total = torch.empty(shape, dtype=wide, device=gradient.device)
         if held is None:
             total.copy_(gradient)
         else:
-            torch.add(gradient, held.to(gradient.device), out=total)
+            torch.add(gradient, expect(name, held, shape, wide).to(gradient.device), out=total)
         return _as_real(total)
 
-    def _one(
+    def _packed(
         self, name: str, dtype: torch.dtype, source: Tensor, memory: Mapping[str, Tensor], peak: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return one tensor's entries in the payload and in the memory."""
-        wide = _WIDE[dtype]
-        rounded = wide != dtype
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return one tensor compressed, and its entries in the next memory."""
+        rounded = _real((), dtype)[1] != source.dtype
         state = {part: value for part, value in memory.items() if part}
+        layout = self.layout(tuple(source.shape), source.dtype)
+        assert layout is not None
+        packed = torch.zeros(_nbytes(layout), dtype=torch.uint8, device=source.device)
+        parts = _split(packed, layout)
         values = source.clone() if rounded and self.feedback else source
-        done = self.compress(name, values, state, peak=peak, error=self.feedback)
-        payload = {_key(name, part): value for part, value in done.parts.items()}
+        done = self.compress(name, values, state, parts, peak=peak, error=self.feedback)
         kept = {_key(name, part): value for part, value in done.state.items()}
         if self.feedback:
             error = done.error
             if error is None or rounded:
-                decoded = self.expand(done.parts, tuple(source.shape), source.dtype)
-                error = source.sub_(decoded.to(_real((), dtype)[1]) if rounded else decoded)
-            kept[name] = torch.view_as_complex(error) if wide.is_complex else error
-        return payload, kept
+                error = source.sub_(
+                    self.expand(parts, tuple(source.shape), source.dtype).to(_real((), dtype)[1])
+                )
+            kept[name] = torch.view_as_complex(error) if dtype.is_complex else error
+        return packed, kept
 
-    def _expanded(
-        self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        wide = _WIDE.get(dtype)
-        if wide is None:
-            raise ManifestMismatch(f"{name!r} is {dtype_name(dtype)}, which is never compressed.")
-        real_shape, real_dtype = _real(shape, wide)
+    def _unpacked(self, key: str, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return what one compressed tensor stands for."""
+        layout = self._layout(shape, dtype)
+        if layout is None or not key.endswith(SEPARATOR + _PACKED):
+            raise ManifestMismatch(f"{key!r} is not what this compression writes; was another one used?")
+        parts = _split(expect(key, packed, (_nbytes(layout),), torch.uint8), layout)
         try:
-            real = self.expand(parts, real_shape, real_dtype)
+            real = self.expand(parts, *_real(shape, _WIDE[dtype]))
         except ManifestMismatch as error:
-            raise ManifestMismatch(f"the compressed gradient of {name!r} cannot be read: {error}") from error
-        return (torch.view_as_complex(real) if wide.is_complex else real).to(dtype)
+            raise ManifestMismatch(f"{key!r} cannot be read: {error}") from error
+        return (torch.view_as_complex(real) if dtype.is_complex else real).to(dtype)
 
 
-# --- helpers, also for codecs -------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------
 
 
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -371,13 +389,6 @@ def _known(
     return known[name]
 
 
-def _nonfinite(name: str, mark: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor that is NaN or infinite everywhere."""
-    wide = _real((), _WIDE.get(dtype, torch.float32))[1]
-    value = float(expect(name, mark, (), wide))
-    return torch.full(shape, math.nan if math.isfinite(value) else value, dtype=dtype, device=mark.device)
-
-
 def _key(name: str, part: str) -> str:
     return f"{name}{SEPARATOR}{part}"
 
@@ -393,6 +404,21 @@ def _grouped(entries: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         name, _, part = key.partition(SEPARATOR)
         groups.setdefault(name, {})[part] = tensor
     return groups
+
+
+def _nbytes(layout: Layout) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+
+
+def _split(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return the parts as views, the widest elements first, which keeps each part aligned."""
+    parts: dict[str, Tensor] = {}
+    offset = 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
+        nbytes = math.prod(shape) * dtype.itemsize
+        parts[name] = packed[offset : offset + nbytes].view(dtype).view(shape)
+        offset += nbytes
+    return parts
 
 
 def _real(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

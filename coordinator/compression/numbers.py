@@ -1,9 +1,9 @@
-"""Number formats of 1 to 4 bytes, for whole gradients and for the values that sparse and
+"""Number formats of 1 to 32 bits, for whole gradients and for the values that sparse and
 low-rank codecs send.
 
-A format turns a float tensor into named parts and back. Elements are rounded one by one and
-scales are maxima, so the bits depend neither on threads nor on vector width nor on memory
-alignment, and a CPU and a GPU agree.
+A format writes a float tensor to named parts and reads it back. Elements are rounded one by
+one, scales are maxima or sums of integers: so the bits depend neither on threads nor on vector
+width nor on memory alignment, and a CPU and a GPU agree.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from cache.errors import ConfigError
 from coordinator.compression.arguments import require_integer
-from coordinator.compression.codec import expect
+from coordinator.compression.bits import pack_bits, unpack_bits
+from coordinator.compression.codec import Layout
 
 SLICE = 1 << 17
 """Elements that are worked on at a time on a CPU, so that intermediate results stay in its cache."""
 
-_LEVELS = 127
+_UNITS = 1 << 30
 
 
 def slices(count: int, device: torch.device) -> list[slice]:
@@ -41,27 +42,17 @@ class NumberFormat(ABC):
     name: str
 
     @abstractmethod
-    def nbytes(self, count: int) -> int:
-        """Return the bytes of `count` elements, scales included."""
+    def layout(self, count: int, dtype: torch.dtype) -> Layout:
+        """Return the parts of `count` elements that were float32 or float64."""
 
     @abstractmethod
-    def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
+    def pack(self, values: Tensor, peak: float, parts: Mapping[str, Tensor]) -> None:
         """Write floats.
 
         Args:
             values: float32 or float64, finite, contiguous, any shape; not written to.
             peak: largest magnitude in `values`.
-
-        Returns:
-            part name -> tensor that shares no memory with the values.
-        """
-
-    @abstractmethod
-    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
-        """Make sure that `count` elements can be read from the parts.
-
-        Raises:
-            ManifestMismatch: the parts are not of this format, or of another count.
+            parts: to be written to: zeros, as `layout` says.
         """
 
     @abstractmethod
@@ -69,17 +60,7 @@ class NumberFormat(ABC):
         """Return the elements of one of the `slices` as float32 or float64, in memory of their own."""
 
     def unpack(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> Tensor:
-        """Return all elements as a tensor of shape (count,) that shares no memory with the parts.
-
-        Args:
-            parts: from `pack`.
-            count: how many were written.
-            dtype: float32 or float64, of the result; as in `pack`.
-
-        Raises:
-            ManifestMismatch: the parts are not of this format, or of another count.
-        """
-        self.check(parts, count, dtype)
+        """Return all elements as a tensor of shape (count,) that shares no memory with the parts."""
         device = next(iter(parts.values())).device
         found = torch.empty(count, dtype=dtype, device=device)
         for where in slices(count, device):
@@ -109,24 +90,20 @@ class Cast(NumberFormat):
         self.name = name
         self.dtype = dtype
 
-    def nbytes(self, count: int) -> int:
-        """See `NumberFormat.nbytes`."""
-        return count * self.dtype.itemsize
+    def layout(self, count: int, dtype: torch.dtype) -> Layout:
+        """See `NumberFormat.layout`."""
+        return {"value": (self.dtype, (count,))}
 
-    def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
+    def pack(self, values: Tensor, peak: float, parts: Mapping[str, Tensor]) -> None:
         """See `NumberFormat.pack`."""
         most = torch.finfo(self.dtype).max
         if peak > most:
             values = values.clamp(-most, most)
-        return {self.name: values.reshape(-1).to(self.dtype, copy=True)}
-
-    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
-        """See `NumberFormat.check`."""
-        expect(self.name, parts.get(self.name), (count,), self.dtype)
+        parts["value"].copy_(values.reshape(-1))
 
     def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
         """See `NumberFormat.read`."""
-        return parts[self.name][where].to(dtype, copy=True)
+        return parts["value"][where].to(dtype, copy=True)
 
 
 class Half(NumberFormat):
@@ -141,39 +118,34 @@ class Half(NumberFormat):
 
     name = "fp16"
 
-    def nbytes(self, count: int) -> int:
-        """See `NumberFormat.nbytes`."""
-        return 2 * count + 2
+    def layout(self, count: int, dtype: torch.dtype) -> Layout:
+        """See `NumberFormat.layout`."""
+        return {"value": (torch.float16, (count,)), "shift": (torch.int16, ())}
 
-    def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
+    def pack(self, values: Tensor, peak: float, parts: Mapping[str, Tensor]) -> None:
         """See `NumberFormat.pack`."""
         limit = 126 if values.dtype == torch.float32 else 1000  # the dtype has 2^limit and 2^-limit
         shift = 0 if peak == 0.0 else max(-limit, min(limit, 15 - math.frexp(peak)[1]))
         flat = values.reshape(-1)
-        half = torch.empty(flat.shape, dtype=torch.float16, device=flat.device)
         for where in slices(flat.numel(), flat.device):
-            half[where] = flat[where] * 2.0**shift
-        return {"fp16": half, "shift": torch.tensor(shift, dtype=torch.int16, device=flat.device)}
-
-    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
-        """See `NumberFormat.check`."""
-        expect("fp16", parts.get("fp16"), (count,), torch.float16)
-        expect("shift", parts.get("shift"), (), torch.int16)
+            parts["value"][where] = flat[where] * 2.0**shift
+        parts["shift"].fill_(shift)
 
     def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
         """See `NumberFormat.read`."""
         shift = max(-1000, min(1000, int(parts["shift"])))
-        return parts["fp16"][where].to(dtype, copy=True).mul_(2.0**-shift)
+        return parts["value"][where].to(dtype, copy=True).mul_(2.0**-shift)
 
 
 class Blocks(NumberFormat):
-    """int8 with one scale for each block of consecutive elements.
+    """Evenly spaced levels in 8 or 4 bits, with one scale for each block of consecutive elements.
 
     Equation:
-        s_b = max|x_i| / 127 over block b,   q_i = round(x_i / s_b),   x'_i = q_i s_b
+        s_b = max|x_i| / L over block b,   q_i = round(x_i / s_b),   x'_i = q_i s_b
 
-    rounded to nearest, ties to even: |x_i - x'_i| <= s_b / 2 but for rounding. A block whose
-    scale would be denormal is sent as zeros.
+    with L = 127 or 7, rounded to nearest, ties to even: |x_i - x'_i| <= s_b / 2 but for rounding.
+    A block whose scale would be denormal is sent as zeros. Two 4-bit levels share a byte, the
+    first in its lower half.
 
     Paper:
         Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861.
@@ -184,67 +156,166 @@ class Blocks(NumberFormat):
         reciprocal, which can move a value that lies half-way between two levels.
 
     Args:
+        bits: 8 or 4.
         block: elements in a block, a power of two from 16 to 65536.
 
     Raises:
         ConfigError: the block is none of these.
     """
 
-    name = "int8"
+    def __init__(self, bits: int = 8, block: int = 1024) -> None:
+        self.name = f"int{bits}"
+        self.block = require_block(block)
+        self._narrow = bits == 4
+        self._levels = (1 << (bits - 1)) - 1
 
-    def __init__(self, block: int = 1024) -> None:
-        if require_integer("block", block, minimum=16) not in {1 << power for power in range(4, 17)}:
-            raise ConfigError(f"block must be a power of two from 16 to 65536, not {block!r}.")
-        self.block = block
+    def layout(self, count: int, dtype: torch.dtype) -> Layout:
+        """See `NumberFormat.layout`."""
+        blocks = -(-count // self.block)
+        level = (torch.uint8, (-(-count // 2),)) if self._narrow else (torch.int8, (count,))
+        return {"level": level, "scale": (dtype, (blocks,))}
 
-    def nbytes(self, count: int) -> int:
-        """See `NumberFormat.nbytes`; scales of float32."""
-        return count + 4 * -(-count // self.block)
-
-    def pack(self, values: Tensor, peak: float) -> dict[str, Tensor]:
+    def pack(self, values: Tensor, peak: float, parts: Mapping[str, Tensor]) -> None:
         """See `NumberFormat.pack`."""
         flat = values.reshape(-1)
-        levels = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
-        scales = [flat.new_empty(0)]
         for where in slices(flat.numel(), flat.device):
-            rows = self._rows(flat[where])
+            rows = rows_of(flat[where], self.block)
             scale = self._scale(rows)
             inverse = torch.where(scale > 0, 1 / scale, scale)
-            rounded = torch.mul(rows, inverse).round_().clamp_(-_LEVELS, _LEVELS)
-            levels[where] = rounded.view(-1)[: where.stop - where.start]
-            scales.append(scale.view(-1))
-        return {"int8": levels, "scale": torch.cat(scales)}
-
-    def check(self, parts: Mapping[str, Tensor], count: int, dtype: torch.dtype) -> None:
-        """See `NumberFormat.check`."""
-        expect("int8", parts.get("int8"), (count,), torch.int8)
-        expect("scale", parts.get("scale"), (-(-count // self.block),), dtype)
+            levels = torch.mul(rows, inverse).round_().clamp_(-self._levels, self._levels).view(-1)
+            self._write(levels, where, parts["level"])
+            parts["scale"][blocks_of(where, self.block)] = scale.view(-1)
 
     def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
         """See `NumberFormat.read`."""
-        rows = self._rows(parts["int8"][where]).to(dtype)
-        scale = parts["scale"][where.start // self.block : -(-where.stop // self.block)]
+        rows = rows_of(self._read(parts["level"], where), self.block).to(dtype)
+        scale = parts["scale"][blocks_of(where, self.block)]
         return rows.mul_(scale.view(-1, 1)).view(-1)[: where.stop - where.start]
 
-    def _rows(self, flat: Tensor) -> Tensor:
-        """Return blocks as rows, the last one padded with zeros."""
-        missing = -flat.numel() % self.block
-        padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
-        return padded.view(-1, self.block)
+    def _write(self, levels: Tensor, where: slice, target: Tensor) -> None:
+        """Write the levels of a slice; there may be more, of its padding, which are 0."""
+        if not self._narrow:
+            target[where] = levels[: where.stop - where.start]
+            return
+        pairs = levels.to(torch.int16).add_(8).view(-1, 2)
+        joined = pairs[:, 0] + pairs[:, 1] * 16
+        target[where.start // 2 : -(-where.stop // 2)] = joined[: -(-(where.stop - where.start) // 2)].to(
+            torch.uint8
+        )
+
+    def _read(self, source: Tensor, where: slice) -> Tensor:
+        """Return the levels of a slice as int8."""
+        if not self._narrow:
+            return source[where]
+        joined = source[where.start // 2 : -(-where.stop // 2)]
+        pairs = torch.stack((joined & 15, joined >> 4), 1)
+        return pairs.view(-1)[: where.stop - where.start].to(torch.int8) - 8
 
     def _scale(self, rows: Tensor) -> Tensor:
         """Return the scale of each row as a column, 0 where it would be denormal."""
         finfo = torch.finfo(rows.dtype)
         peaks = rows.abs().amax(1, keepdim=True)
-        scale = peaks.clamp_(max=finfo.max * (1 - 2**-20)) / _LEVELS  # 127 scales must not overflow
+        scale = peaks.clamp_(max=finfo.max * (1 - 2**-20)) / self._levels  # L scales must not overflow
         return torch.where(scale >= finfo.smallest_normal, scale, torch.zeros_like(scale))
+
+
+class Sign(NumberFormat):
+    """One bit: the sign, with one magnitude for each block of consecutive elements.
+
+    Equation:
+        x'_i = m_b if x_i >= 0 else -m_b,   m_b = mean|x_i| over block b
+
+    The mean is taken of |x_i| in units of max|x| 2^-30 over the whole tensor, as integers, so
+    that it does not depend on the order of summation.
+
+    Paper:
+        Seide et al., "1-bit stochastic gradient descent ...", Interspeech 2014; scaled by the
+        mean magnitude as in Karimireddy et al., arXiv 1901.09847.
+
+    Deviations:
+        Seide et al. take two magnitudes for each column of a matrix, Karimireddy et al. one
+        for each tensor; here each block has one.
+
+    Args:
+        block: elements in a block, a power of two from 16 to 65536.
+
+    Raises:
+        ConfigError: the block is none of these.
+    """
+
+    name = "sign"
+
+    def __init__(self, block: int = 1024) -> None:
+        self.block = require_block(block)
+
+    def layout(self, count: int, dtype: torch.dtype) -> Layout:
+        """See `NumberFormat.layout`."""
+        return {"sign": (torch.uint8, (-(-count // 8),)), "scale": (dtype, (-(-count // self.block),))}
+
+    def pack(self, values: Tensor, peak: float, parts: Mapping[str, Tensor]) -> None:
+        """See `NumberFormat.pack`."""
+        flat = values.reshape(-1)
+        unit = peak / _UNITS
+        if unit < torch.finfo(flat.dtype).smallest_normal:
+            unit = 0.0
+        for where in slices(flat.numel(), flat.device):
+            part = flat[where]
+            parts["sign"][where.start // 8 : -(-where.stop // 8)] = pack_bits(part >= 0)
+            if unit:
+                rows = rows_of(part, self.block)
+                sums = (rows.abs() / unit).round_().to(torch.int64).sum(1)
+                counts = torch.full_like(sums, self.block)
+                counts[-1] = (part.numel() - 1) % self.block + 1
+                parts["scale"][blocks_of(where, self.block)] = (sums.double() / counts * unit).to(flat.dtype)
+
+    def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:
+        """See `NumberFormat.read`."""
+        count = where.stop - where.start
+        signs = unpack_bits(parts["sign"][where.start // 8 : -(-where.stop // 8)], count).to(dtype)
+        rows = rows_of(signs.mul_(2).sub_(1), self.block)
+        scale = parts["scale"][blocks_of(where, self.block)]
+        return rows.mul(scale.view(-1, 1)).view(-1)[:count]
+
+
+def peak_of(values: Tensor) -> float:
+    """Return the largest magnitude; 0 for no values."""
+    if values.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(values)
+    return float(torch.maximum(-low, high))
+
+
+def rows_of(flat: Tensor, block: int) -> Tensor:
+    """Return blocks as rows, the last one padded with zeros."""
+    missing = -flat.numel() % block
+    padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
+    return padded.view(-1, block)
+
+
+def blocks_of(where: slice, block: int) -> slice:
+    """Return which blocks a slice of elements covers; it starts with a block."""
+    return slice(where.start // block, -(-where.stop // block))
+
+
+def require_block(block: object) -> int:
+    """Return a block size.
+
+    Raises:
+        ConfigError: it is no power of two from 16 to 65536.
+    """
+    size = require_integer("block", block, minimum=16)
+    if size not in {1 << power for power in range(4, 17)}:
+        raise ConfigError(f"block must be a power of two from 16 to 65536, not {block!r}.")
+    return size
 
 
 FORMATS: tuple[NumberFormat, ...] = (
     Cast("fp32", torch.float32),
     Cast("bf16", torch.bfloat16),
     Half(),
-    Blocks(),
+    Blocks(8),
+    Blocks(4),
+    Sign(),
 )
 
 
@@ -258,11 +329,3 @@ def number_format(name: str) -> NumberFormat:
         if found.name == name:
             return found
     raise ConfigError(f"values must be one of {', '.join(found.name for found in FORMATS)}, not {name!r}.")
-
-
-def peak_of(values: Tensor) -> float:
-    """Return the largest magnitude; 0 for no values."""
-    if values.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(values)
-    return float(torch.maximum(-low, high))

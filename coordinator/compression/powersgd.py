@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coordinator.compression.arguments import require_integer, require_switch
-from coordinator.compression.codec import Compressed, TensorCodec, expect
+from coordinator.compression.codec import Kept, Layout, TensorCodec, expect
 from coordinator.compression.numbers import NumberFormat, number_format, peak_of
 
 
@@ -63,18 +63,29 @@ class PowerSGD(TensorCodec):
         """Q is remembered even without feedback."""
         return True
 
-    def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """See `TensorCodec.suits`."""
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
+        """See `TensorCodec.layout`."""
         if len(shape) < 2:
-            return False
+            return None
         rows, columns = _matrix(shape)
         rank = min(self.rank, rows, columns)
-        sent = self.numbers.nbytes(rank * rows) + self.numbers.nbytes(rank * columns)
-        return sent < rows * columns * dtype.itemsize
+        left = self.numbers.layout(rows * rank, dtype)
+        right = self.numbers.layout(columns * rank, dtype)
+        return {
+            **{f"p.{part}": what for part, what in left.items()},
+            **{f"q.{part}": what for part, what in right.items()},
+        }
 
     def compress(
-        self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
-    ) -> Compressed:
+        self,
+        name: str,
+        values: Tensor,
+        state: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        *,
+        peak: float,
+        error: bool,
+    ) -> Kept:
         """See `TensorCodec.compress`."""
         matrix = values.view(_matrix(tuple(values.shape)))
         rows, columns = matrix.shape
@@ -87,13 +98,11 @@ class PowerSGD(TensorCodec):
             matrix = matrix.clone()  # to memory aligned like everybody's
         left = orthonormalised(matrix @ _scaled(start))
         right = matrix.T @ left
-        parts = {
-            **_named("p", self.numbers.pack(left, peak_of(left))),
-            **_named("q", self.numbers.pack(right, peak_of(right))),
-        }
+        self.numbers.pack(left, peak_of(left), _within("p.", parts))
+        self.numbers.pack(right, peak_of(right), _within("q.", parts))
         if error:
             matrix -= self._product(parts, rows, columns, matrix.dtype)
-        return Compressed(parts, values if error else None, {"q": right})
+        return Kept(values if error else None, {"q": right})
 
     def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See `TensorCodec.expand`."""
@@ -101,8 +110,8 @@ class PowerSGD(TensorCodec):
 
     def _product(self, parts: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         rank = min(self.rank, rows, columns)
-        left = self.numbers.unpack(_unnamed("p", parts), rows * rank, dtype).view(rows, rank)
-        right = self.numbers.unpack(_unnamed("q", parts), columns * rank, dtype).view(columns, rank)
+        left = self.numbers.unpack(_within("p.", parts), rows * rank, dtype).view(rows, rank)
+        right = self.numbers.unpack(_within("q.", parts), columns * rank, dtype).view(columns, rank)
         return left @ right.T
 
 
@@ -152,10 +161,5 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _named(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": value for name, value in parts.items()}
-
-
-def _unnamed(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {name.removeprefix(start): value for name, value in parts.items() if name.startswith(start)}
+def _within(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): part for name, part in parts.items() if name.startswith(prefix)}

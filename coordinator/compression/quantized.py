@@ -1,4 +1,4 @@
-"""The codecs "fp16", "bf16" and "int8": every element travels, with fewer bits."""
+"""The codecs "fp16", "bf16", "int8" and "sign": every element travels, with fewer bits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from coordinator.compression.arguments import require_switch
-from coordinator.compression.codec import Compressed, TensorCodec
-from coordinator.compression.numbers import Blocks, Cast, Half, NumberFormat
+from coordinator.compression.codec import Kept, Layout, TensorCodec
+from coordinator.compression.numbers import Blocks, Cast, Half, NumberFormat, Sign
 
 
 class Quantized(TensorCodec):
@@ -27,17 +27,23 @@ class Quantized(TensorCodec):
         self.numbers = numbers
         self.feedback = require_switch("feedback", feedback)
 
-    def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """See `TensorCodec.suits`."""
-        count = math.prod(shape)
-        return self.numbers.nbytes(count) < count * dtype.itemsize
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
+        """See `TensorCodec.layout`."""
+        return self.numbers.layout(math.prod(shape), dtype)
 
     def compress(
-        self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
-    ) -> Compressed:
+        self,
+        name: str,
+        values: Tensor,
+        state: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        *,
+        peak: float,
+        error: bool,
+    ) -> Kept:
         """See `TensorCodec.compress`."""
-        parts = self.numbers.pack(values, peak)
-        return Compressed(parts, self.numbers.subtract(parts, values) if error else None)
+        self.numbers.pack(values, peak, parts)
+        return Kept(self.numbers.subtract(parts, values) if error else None)
 
     def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See `TensorCodec.expand`."""
@@ -94,4 +100,21 @@ def int8(block: int = 1024, feedback: bool = True) -> Quantized:
     Raises:
         ConfigError: a value is out of range.
     """
-    return Quantized(Blocks(block), feedback=feedback)
+    return Quantized(Blocks(8, block), feedback=feedback)
+
+
+def sign(block: int = 1024, feedback: bool = True) -> Quantized:
+    """The codec "sign": about 1/31 of the bytes of float32.
+
+    Equation, papers and deviations:
+        see `numbers.Sign`: one bit, with one magnitude for each block.
+
+    Args:
+        block: elements that share a magnitude, a power of two from 16 to 65536.
+        feedback: whether what was not sent is kept for the next step; without it, signs need not
+            converge.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    return Quantized(Sign(block), feedback=feedback)

@@ -19,7 +19,7 @@ from cache.errors import ConfigError, NotAllowed, RecipeError
 from coordinator.admission import Admission
 from coordinator.compression.codec import Codec, Plain
 from coordinator.compression.powersgd import PowerSGD
-from coordinator.compression.quantized import bf16, fp16, int8
+from coordinator.compression.quantized import bf16, fp16, int8, sign
 from coordinator.compression.topk import TopK
 
 CODECS: Mapping[str, Callable[..., Codec]] = {
@@ -27,6 +27,7 @@ CODECS: Mapping[str, Callable[..., Codec]] = {
     "fp16": fp16,
     "bf16": bf16,
     "int8": int8,
+    "sign": sign,
     "topk": TopK,
     "powersgd": PowerSGD,
 }
@@ -88,8 +89,8 @@ def _split(spec: Any) -> tuple[str, str]:
 
 def _known() -> str:
     return (
-        "known are 'none', 'fp16', 'bf16', 'int8', 'topk:FRACTION' and 'powersgd:RANK', or give an import "
-        "path 'package.module:attribute'"
+        "known are 'none', 'fp16', 'bf16', 'int8', 'sign', 'topk:FRACTION' and 'powersgd:RANK', or give an "
+        "import path 'package.module:attribute'"
     )
 
 
@@ -129,8 +130,8 @@ def _arguments(spec: str, text: str) -> tuple[list[Any], dict[str, Any]]:
         key, equals, value = argument.rpartition("=")
         if not value or (equals and not key.isidentifier()) or (not equals and kwargs):
             raise ConfigError(
-                f"compression={spec!r}: cannot read {argument!r}; arguments are VALUE or KEY=VALUE, separated "
-                "by commas, values first."
+                f"compression={spec!r}: cannot read {argument!r}; arguments are VALUE or KEY=VALUE, "
+                "separated by commas, values first."
             )
         if key in kwargs:
             raise ConfigError(f"compression={spec!r}: {key!r} is given twice.")

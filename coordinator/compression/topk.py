@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import ManifestMismatch
 from coordinator.compression.arguments import require_fraction, require_integer, require_switch
-from coordinator.compression.codec import Compressed, TensorCodec, expect
-from coordinator.compression.numbers import number_format, peak_of, slices
+from coordinator.compression.bits import pack_places, places_layout, unpack_places
+from coordinator.compression.codec import Kept, Layout, TensorCodec
+from coordinator.compression.numbers import number_format, slices
 
 _SAMPLE = 1 << 16
-_ESCAPE = {torch.uint8: 255, torch.uint16: 65535}
 
 
 class TopK(TensorCodec):
@@ -61,33 +60,41 @@ class TopK(TensorCodec):
         self.numbers = number_format(values)
         self.feedback = require_switch("feedback", feedback)
 
-    def suits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """See `TensorCodec.suits`."""
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
+        """See `TensorCodec.layout`."""
         count = math.prod(shape)
+        if count < self.minimum:
+            return None
         chosen = self._chosen(count)
-        return count >= self.minimum and self.numbers.nbytes(chosen) + chosen < count * dtype.itemsize
+        return {**places_layout(chosen, count), **self.numbers.layout(chosen, dtype)}
 
     def compress(
-        self, name: str, values: Tensor, state: Mapping[str, Tensor], *, peak: float, error: bool
-    ) -> Compressed:
+        self,
+        name: str,
+        values: Tensor,
+        state: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        *,
+        peak: float,
+        error: bool,
+    ) -> Kept:
         """See `TensorCodec.compress`."""
         flat = values.view(-1)
         places = largest(flat, self._chosen(flat.numel()))
         chosen = flat[places]
-        parts = self.numbers.pack(chosen, peak_of(chosen))
-        if error:
-            flat[places] = self.numbers.subtract(parts, chosen)
-        return Compressed({**parts, "gaps": pack_gaps(places)}, values if error else None)
+        pack_places(places, flat.numel(), parts)
+        self.numbers.pack(chosen, peak, parts)
+        if not error:
+            return Kept()
+        flat[places] = self.numbers.subtract(parts, chosen)
+        return Kept(values)
 
     def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See `TensorCodec.expand`."""
         count = math.prod(shape)
-        gaps = parts.get("gaps")
-        if gaps is None or gaps.dtype not in _ESCAPE:
-            gaps = expect("gaps", gaps, (-1,), torch.uint8)
-        places = unpack_gaps(gaps, count)
-        found = torch.zeros(count, dtype=dtype, device=gaps.device)
-        found[places] = self.numbers.unpack(parts, places.numel(), dtype)
+        chosen = self._chosen(count)
+        found = torch.zeros(count, dtype=dtype, device=parts["high"].device)
+        found[unpack_places(parts, chosen, count)] = self.numbers.unpack(parts, chosen, dtype)
         return found.view(shape)
 
     def _chosen(self, count: int) -> int:
@@ -102,14 +109,13 @@ def largest(flat: Tensor, count: int) -> Tensor:
         count: how many are wanted, from 1 to the number of elements.
 
     Returns:
-        int64 indices, ascending; fewer than `count` if there are fewer non-zero elements.
+        int64 indices, ascending, of shape (count,).
     """
-    threshold = _guess(flat, count)
-    places = _above(flat, threshold)
-    if places.numel() < count and threshold > 0:
-        places = _above(flat, 0.0)  # the sample was off
-    if places.numel() <= count:
-        return places
+    if count == flat.numel():
+        return torch.arange(count, device=flat.device)
+    places = _above(flat, _guess(flat, count))
+    if places.numel() < count:
+        places = torch.arange(flat.numel(), device=flat.device)  # the sample was off
     magnitudes = flat[places].abs_()
     least = torch.topk(magnitudes, count, sorted=False).values.amin()
     keep = magnitudes > least
@@ -132,54 +138,11 @@ def _guess(flat: Tensor, count: int) -> float:
 
 
 def _above(flat: Tensor, threshold: float) -> Tensor:
-    """Return the indices of non-zero elements that reach a magnitude, ascending."""
-    if flat.is_cuda:
-        magnitudes = flat.abs()
-        return ((magnitudes >= threshold) & (magnitudes > 0)).nonzero().view(-1)
-    found = []
-    for where in slices(flat.numel(), flat.device):
-        magnitudes = flat[where].abs()
-        mask = magnitudes >= threshold if threshold > 0 else magnitudes > 0
-        found.append(np.flatnonzero(mask.numpy()) + where.start)
-    return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
-
-
-def pack_gaps(places: Tensor) -> Tensor:
-    """Write ascending indices as the number of places skipped before each.
-
-    A gap g is written as g // m times the largest number m, then g % m, in bytes (m = 255) or in
-    16-bit numbers (m = 65535), whichever is shorter.
-
-    Args:
-        places: int64, ascending, each once.
-
-    Returns:
-        uint8 or uint16, 1-D.
-    """
-    gaps = torch.diff(places, prepend=places.new_full((1,), -1)) - 1
-    sizes = {dtype: int((gaps // most + 1).sum()) for dtype, most in _ESCAPE.items()}
-    dtype = torch.uint8 if sizes[torch.uint8] <= 2 * sizes[torch.uint16] else torch.uint16
-    most = _ESCAPE[dtype]
-    ends = torch.cumsum(gaps // most + 1, 0) - 1
-    codes = torch.full((sizes[dtype],), most, dtype=torch.int32, device=places.device)
-    codes[ends] = (gaps % most).to(torch.int32)
-    return codes.to(dtype)
-
-
-def unpack_gaps(gaps: Tensor, count: int) -> Tensor:
-    """Return the indices that `pack_gaps` wrote.
-
-    Args:
-        gaps: from `pack_gaps`.
-        count: the indices are below this.
-
-    Raises:
-        ManifestMismatch: they are not, or the last gap is unfinished.
-    """
-    codes = gaps.to(torch.int64)
-    ends = (codes != _ESCAPE[gaps.dtype]).nonzero().view(-1)
-    places = torch.cumsum(codes, 0)[ends] + torch.arange(ends.numel(), device=gaps.device)
-    unfinished = codes.numel() > 0 and (ends.numel() == 0 or int(ends[-1]) != codes.numel() - 1)
-    if unfinished or (places.numel() > 0 and int(places[-1]) >= count):
-        raise ManifestMismatch(f"the positions do not lie within a tensor of {count} elements.")
-    return places
+    """Return the indices of elements that reach a magnitude, ascending."""
+    if flat.device.type != "cpu":
+        return (flat.abs() >= threshold).nonzero().view(-1)
+    found = [
+        np.flatnonzero((flat[where].abs() >= threshold).numpy()) + where.start
+        for where in slices(flat.numel(), flat.device)
+    ]
+    return torch.from_numpy(np.concatenate(found))

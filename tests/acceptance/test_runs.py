@@ -40,7 +40,7 @@ def plain(**changes: Any) -> Recipe:
 
 
 class Program:
-    """A Python program of a person who is somewhere else: it knows the URL and a run's name.
+    """A Python program of a person who is somewhere else, at a terminal, and knows the URL and a run's name.
 
     Args:
         body: its source; `URL`, `FOLDER` and `Master` are there.
@@ -55,7 +55,7 @@ class Program:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", self.script],
                 cwd=ROOT,
-                env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "HOME": str(folder)},
+                env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "HOME": str(folder), "FORCE_COLOR": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -123,17 +123,21 @@ def test_ctrl_c_detaches_and_the_run_goes_on(one: Fleet, program: Any, tmp_path:
         """
     )
     waiting.says("state running 2")
-    # The progress bar is up: it is waiting.
-    wait_until(lambda: "detached" in waiting.out.read_text().split("\n", 1)[1], message="the progress bar")
-    os.killpg(waiting.process.pid, signal.SIGINT)  # as a terminal does
-    assert waiting.end() != 0
-    assert "left" in waiting.out.read_text()
-    hint = waiting.err.read_text()
-    assert "Detached. Run 'detached' goes on" in hint
-    assert f"Master({one.cluster.url!r}).run('detached').wait(progress=True)" in hint
-    assert hint.strip().splitlines()[-1].endswith("run 'detached' goes on")
-    assert run.status().state == "running"
-    gate.touch()
+    try:
+        # The progress bar is up: it is waiting.
+        wait_until(
+            lambda: "detached" in waiting.out.read_text().partition("2")[2], message="the progress bar"
+        )
+        os.killpg(waiting.process.pid, signal.SIGINT)  # as a terminal does
+        assert waiting.end() != 0
+        assert "left" in waiting.out.read_text()
+        hint = waiting.err.read_text()
+        assert "Detached. Run 'detached' goes on" in hint
+        assert f"Master({one.cluster.url!r}).run('detached').wait(progress=True)" in hint
+        assert hint.strip().splitlines()[-1].endswith("run 'detached' goes on")
+        assert run.status().state == "running"
+    finally:
+        gate.touch()
     assert reference.bits(finished(run).module) == reference.accumulate(recipe, CONFIG).bits
 
 
@@ -330,7 +334,7 @@ def test_a_saved_model_is_the_model(one: Fleet, tmp_path: Path) -> None:
         ("saved-odd", models.odd(16)),
         ("saved-cnn", models.cnn(16)),
     ):
-        run, trained = one.train(recipe, CONFIG, name)
+        run, trained = one.train(recipe, CONFIG, f"saved-{name}")
         path = trained.save(tmp_path / f"{name}.safetensors")
         assert path == tmp_path / f"{name}.safetensors" and path.is_file()
         fresh = recipe.model()  # type: ignore[operator]

@@ -524,6 +524,10 @@ def test_a_damaged_manifest_is_named_and_repaired(datasets: Datasets, client: re
     assert datasets.list() == []
     datasets.put("d", torch.arange(10))
     assert datasets.info("d").samples == 10
+    client.hset(keys.dataset("d"), "record", "{")
+    datasets.delete("d")
+    with pytest.raises(DatasetMissing):
+        datasets.info("d")
 
 
 def test_a_server_that_is_away_is_a_cache_error(settings: Settings) -> None:
@@ -624,6 +628,30 @@ def test_a_name_keeps_its_content_unless_told_otherwise(datasets: Datasets, clie
     assert all(ttls[key] <= keys.DATASET_GRACE_SECONDS for key in old)  # 0..999 in 100s: none is shared
     assert all(ttls[key] > 29 * DAY for key in set(ttls) - old)
     check(datasets.open("d"), list(torch.arange(550, 2000)))
+
+
+def test_of_two_puts_of_a_name_the_first_counts(
+    datasets: Datasets, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CachePlace.commit
+    first: list[Any] = []
+
+    def commit(self: CachePlace, *args: Any, **kwargs: Any) -> Any:
+        if not first:
+            first.append(None)
+            first[0] = datasets.put("d", torch.arange(10)).info
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(CachePlace, "commit", commit)
+    with pytest.raises(DatasetExists, match="'d' exists with other content: 10 samples"):
+        datasets.put("d", torch.arange(20))
+    assert datasets.info("d") == first[0]
+    assert sorted(ttl <= keys.DATASET_GRACE_SECONDS for ttl in chunk_keys(client).values()) == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_replacing_a_dataset_in_use_is_found(datasets: Datasets, client: redis.Redis) -> None:

@@ -801,6 +801,64 @@ def test_a_corrected_spec_is_taken_while_the_run_stands_still(plane: Plane, runn
     assert (running.head().incarnation, running.head().skew) == ("life.1", "refuse")
 
 
+def switch(ledger: Ledger, step: int, incarnation: str = "life", following: str = "life+1") -> str:
+    switched = {**SPEC, "switches": {str(step): {"shards": 4}}}
+    return ledger.switch(
+        switched, step=step, incarnation=incarnation, following=following, total_steps=9, data={"step": step}
+    )
+
+
+def test_a_switch_holds_from_a_step_that_nobody_has_launched(plane: Plane, running: Ledger) -> None:
+    assert switch(running, 2) == "ok"
+    assert running.spec()["switches"] == {"2": {"shards": 4}}
+    assert (running.head().incarnation, running.head().total_steps) == ("life+1", 9)
+    assert running.incarnation() == "life+1"
+    assert running.read_events()[-1].type == "switched"
+    assert only_counters_change(plane, lambda: switch(running, 2)) == "ok", "sent twice"
+    assert only_counters_change(plane, lambda: switch(running, 5, following="life+2")) == "changed"
+    assert running.write_slot(0, slot(0, 0), incarnation="life") == ("written", 1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_switch_of_a_step_under_way_is_late(plane: Plane, running: Ledger, step: int) -> None:
+    token = running.head().token
+    advance(running, token, 1)
+    running.mark_launched(2, token=token)
+    assert only_counters_change(plane, lambda: switch(running, step)) == "late"
+    assert switch(running, 4) == "ok"
+
+
+def test_a_rollback_or_a_pause_opens_no_launched_step_to_a_switch(plane: Plane, running: Ledger) -> None:
+    """The replay must meet what was committed, and slots of one step must have one config."""
+    token = running.head().token
+    advance(running, token, 3)
+    running.mark_launched(3, token=token)
+    running.rollback(token=token, version=0, chain=GENESIS)
+    running.transition("paused", allowed=("running",), event="paused")
+    running.transition("running", allowed=("paused",), event="resumed")
+    assert (running.head().launched, running.head().reached) == (None, 3)
+    assert switch(running, 4) == "late"
+    assert switch(running, 5) == "ok"
+
+
+@pytest.mark.parametrize("status", ["failed", "done", "cancelled"])
+def test_a_run_at_rest_is_not_switched(plane: Plane, running: Ledger, status: str) -> None:
+    running.transition(status, allowed=("running",), event=status)
+    assert only_counters_change(plane, lambda: switch(running, 7)) == status
+    assert plane.ledger("nobody").switch(
+        SPEC, step=0, incarnation="", following="+1", total_steps=None, data={}
+    ) == "missing"  # fmt: skip
+
+
+def test_with_staleness_a_step_may_begin_before_its_turn(plane: Plane, running: Ledger) -> None:
+    assert begin(running, step=1)[0] == "early"
+    assert begin(running, step=1, version=0)[0] == "compute"
+    assert running.write_slot(1, slot(1, 0)) == ("early", 0)
+    assert running.write_slot(1, slot(1, 0), version=0) == ("written", 1)
+    advance(running, running.head().token, 1)
+    assert running.slots_present(1) == {0}
+
+
 # --- versions ---------------------------------------------------------------------------------------------------
 
 

@@ -19,14 +19,21 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from cache import keys
 from cache.connection import connect
 from cache.ledger import Ledger
 from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
 from cache.records import GENESIS, LedgerEntry, VersionRecord
+from cache.scripts import source
 from cache.workers import Registry
 from tests.support.control import comparable, digest, entry, memory_state, record, redis_state, slot, worker
 
@@ -105,7 +112,7 @@ class Protocol(RuleBasedStateMachine):
         self.messages: list[tuple[int, int, str]] = []
         self.beating: set[str] = set()
         self.status = "pending"
-        self.shards, self.steps = 1, 1
+        self.shards, self.steps, self.staleness = 1, 1, 0
         self.deliveries = itertools.count()
         self.last: tuple[int, str] = (0, GENESIS)
         self.chains: dict[int, str] = {0: GENESIS}
@@ -138,15 +145,25 @@ class Protocol(RuleBasedStateMachine):
         assert self.view(counters=False) == before
         return answer
 
+    def version_for(self, step: int) -> int:
+        """The version that a step's gradients are computed at."""
+        return max(0, step - self.staleness)
+
+    def believed(self, step: int) -> str:
+        """How the head lies to a step."""
+        if step < self.version:
+            return "late"
+        return "early" if self.version_for(step) > self.version else "now"
+
     @property
     def version(self) -> int:
         return self.twin.head().version
 
     # --- the start ----------------------------------------------------------------------------
 
-    @initialize(shards=st.integers(1, 3), steps=st.sampled_from([2, 9]))
-    def submit(self, shards: int, steps: int) -> None:
-        self.shards, self.steps = shards, steps
+    @initialize(shards=st.integers(1, 3), steps=st.sampled_from([2, 9]), staleness=st.integers(0, 1))
+    def submit(self, shards: int, steps: int, staleness: int) -> None:
+        self.shards, self.steps, self.staleness = shards, steps, staleness
         for ledger in (self.real, self.twin):
             assert ledger.create(SPEC, incarnation="life") is None or self.kind is Stammering
         for id in (*CLIENTS, *SERVERS):
@@ -191,7 +208,13 @@ class Protocol(RuleBasedStateMachine):
         def begin() -> Any:
             return self.both(
                 lambda ledger, _: ledger.begin_shard(
-                    step, shard, worker=id, delivery=delivery, backup=backup, environment="torch"
+                    step,
+                    shard,
+                    worker=id,
+                    delivery=delivery,
+                    backup=backup,
+                    environment="torch",
+                    version=self.version_for(step),
                 )
             )
 
@@ -201,8 +224,8 @@ class Protocol(RuleBasedStateMachine):
         ours = lease is not None and lease.open and (lease.worker, lease.delivery) == (id, delivery)
         if self.status != "running":
             assert self.unchanged(begin)[0] == "stopped"
-        elif step != self.version:
-            assert self.unchanged(begin)[0] == ("late" if step < self.version else "early")
+        elif self.believed(step) != "now":
+            assert self.unchanged(begin)[0] == self.believed(step)
         elif written:
             assert self.unchanged(begin)[0] == "duplicate"
         elif held and not ours:
@@ -226,12 +249,16 @@ class Protocol(RuleBasedStateMachine):
         ] += 1
 
         def write() -> Any:
-            return self.both(lambda ledger, _: ledger.write_slot(work.step, made, incarnation="life"))
+            return self.both(
+                lambda ledger, _: ledger.write_slot(
+                    work.step, made, incarnation="life", version=self.version_for(work.step)
+                )
+            )
 
         if self.status in ("done", "cancelled"):
             assert self.unchanged(write)[0] == "stopped"
-        elif work.step != self.version:
-            assert self.unchanged(write)[0] == ("late" if work.step < self.version else "early")
+        elif self.believed(work.step) != "now":
+            assert self.unchanged(write)[0] == self.believed(work.step)
         elif work.shard in present:
             assert self.unchanged(write)[0] == ("duplicate" if pure else "divergent")
         else:
@@ -259,7 +286,7 @@ class Protocol(RuleBasedStateMachine):
         """The recipe raises: the run fails unless it went on without this shard."""
         id = pick(data, sorted(self.work))
         work = self.work.pop(id)
-        needed = work.step == self.version and work.shard not in self.twin.slots_present(work.step)
+        needed = work.step >= self.version and work.shard not in self.twin.slots_present(work.step)
 
         def fail() -> Any:
             return self.both(
@@ -376,18 +403,21 @@ class Protocol(RuleBasedStateMachine):
         server = self.servers[id]
         if server.version < 0 or server.version >= self.steps:
             return
-        for shard in set(range(self.shards)) - self.twin.slots_present(server.version):
-            self.messages.append((server.version, shard, f"d{next(self.deliveries)}"))
+        for step in range(server.version, min(server.version + self.staleness + 1, self.steps)):
+            if self.version_for(step) > server.version:
+                continue
+            for shard in set(range(self.shards)) - self.twin.slots_present(step):
+                self.messages.append((step, shard, f"d{next(self.deliveries)}"))
 
-        def mark() -> Any:
-            return self.both(
-                lambda ledger, place: ledger.mark_launched(server.version, token=self.token(server, place))
-            )
+            def mark(step: int = step) -> Any:
+                return self.both(
+                    lambda ledger, place: ledger.mark_launched(step, token=self.token(server, place))
+                )
 
-        if self.in_force(server):
-            assert mark() == "ok"
-        else:
-            assert self.unchanged(mark) == "fenced"
+            if self.in_force(server):
+                assert mark() == "ok"
+            else:
+                assert self.unchanged(mark) == "fenced"
 
     @precondition(lambda self: any(s.version >= 0 for s in self.servers.values()))
     @rule(id=st.sampled_from(SERVERS))
@@ -567,19 +597,8 @@ class Protocol(RuleBasedStateMachine):
     )
     def a_step_goes_well(self, id: str, client: str, until: str) -> None:
         """What usually happens between the mishaps, at once, up to the next one."""
-        if self.status in ("paused", "failed"):
-            self.a_person_acts("running")
-        id = next((id for id, server in self.servers.items() if self.in_force(server)), id)
+        id = self.a_server_in_force(id)
         server = self.servers[id]
-        if not self.in_force(server):
-            owner = self.twin.head().owner
-            if owner in self.beating:
-                self.heartbeat_ends_or_returns(owner)
-            self.acquire(id)
-            server = self.servers[id]
-        self.initialise(id)
-        self.restore(id, None)
-        self.promises()
         if self.status != "running" or not 0 <= server.version < self.steps:
             return
         self.launch(id)
@@ -597,6 +616,27 @@ class Protocol(RuleBasedStateMachine):
                     record(server.version, server.chain, state=True), token=self.token(server, place)
                 )
             )
+
+    def a_server_in_force(self, id: str) -> str:
+        """The server that holds the run, or `id` after it has taken the run over; the run is running."""
+        if self.status in ("paused", "failed"):
+            self.a_person_acts("running")
+        id = next((id for id, server in self.servers.items() if self.in_force(server)), id)
+        if not self.in_force(self.servers[id]):
+            owner = self.twin.head().owner
+            if owner in self.beating:
+                self.heartbeat_ends_or_returns(owner)
+            self.acquire(id)
+        self.initialise(id)
+        self.restore(id, None)
+        self.promises()
+        return id
+
+    def all_goes_well(self) -> None:
+        if self.version < self.steps:
+            self.a_step_goes_well("s0", "w0", "stored")
+        else:
+            self.finish(self.a_server_in_force("s0"))
 
     # --- people, evaluations ------------------------------------------------------------------------------
 
@@ -692,14 +732,18 @@ class Protocol(RuleBasedStateMachine):
             assert not self.twin.slots_present(step)
             assert not self.twin.leases(step)
 
-    def teardown(self) -> None:
+    def every_key_has_a_ttl(self) -> None:
         names = list(self.client.scan_iter(match=f"{self.real.keys.root}:*", count=1000))
-        forever = [name for name in names if self.client.ttl(name) == -1]
         assert set(names) <= set(self.plane.names()), "keys that the twin does not have"
-        if names:
-            self.client.delete(*names)
-        self.client.srem(keys.ACTIVE, self.real.run)
+        forever = [name for name in names if self.client.ttl(name) == -1]
         assert not forever, f"keys without a TTL: {forever}"
+
+    def teardown(self) -> None:
+        try:
+            self.every_key_has_a_ttl()
+        finally:
+            self.client.delete(*self.client.scan_iter(match=f"{self.real.keys.root}:*", count=1000))
+            self.client.srem(keys.ACTIVE, self.real.run)
 
 
 class Stuttering(Protocol):
@@ -765,32 +809,62 @@ def moves(walk: Protocol, dice: random.Random) -> list[Callable[[], None]]:
     return found
 
 
+def walk(machine: type[Protocol], seed: int, steps: int = 400) -> Counter[str]:
+    """One long interleaving; then the mishaps cease, and the run must come to its end."""
+    dice = random.Random(seed)
+    played = machine()
+    played.submit(shards=dice.randint(1, 3), steps=12, staleness=seed % 2)
+    try:
+        for _ in range(steps):
+            dice.choice(moves(played, dice))()
+            played.promises()
+        played.every_key_has_a_ttl()
+        for _ in range(60):
+            played.all_goes_well()
+            played.promises()
+        assert played.status == "done"
+    finally:
+        played.teardown()
+    return played.happened
+
+
 @MACHINES
 def test_long_walks_end_well(redis_url: str, machine: type[Protocol]) -> None:
-    """Long ones by the dice; then the mishaps cease, and the run must come to its end."""
     happened: Counter[str] = Counter()
     with connect(redis_url) as machine.client:
         machine.url = redis_url
         for seed in range(4):
-            dice = random.Random(seed)
-            walk = machine()
-            walk.submit(shards=dice.randint(1, 3), steps=12)
-            for _ in range(400):
-                dice.choice(moves(walk, dice))()
-                walk.promises()
-            while walk.version < walk.steps:
-                walk.a_step_goes_well("s0", "w0", "stored")
-                walk.promises()
-            server = next((id for id, s in walk.servers.items() if walk.in_force(s)), "s0")
-            if walk.status != "running":
-                walk.a_person_acts("running")
-            walk.heartbeat_ends_or_returns(server)
-            walk.acquire(server)
-            walk.restore(server, None)
-            walk.finish(server)
-            walk.promises()
-            assert walk.status == "done"
-            walk.teardown()
-            happened += walk.happened
+            happened += walk(machine, seed)
     needed = {"commit fenced", "rollback True", "state fenced", "write -1 first", "write +0 second"}
     assert needed <= set(happened), f"the walks are too tame: {happened}"
+
+
+MUTANTS = {
+    "commit without the token": ("commit", "~= tonumber(ARGV[2]) then", "== nil then"),
+    "commit of an incomplete step": ("commit", "~= tonumber(ARGV[3]) then", "== -1 then"),
+    "commit keeps the slots": ("commit", "redis.call('DEL', KEYS[2], KEYS[3])", ""),
+    "rollback without the token": ("rollback", "~= tonumber(ARGV[1]) then", "== nil then"),
+    "state without the token": ("put_version", "~= tonumber(ARGV[1]) then", "== nil then"),
+    "a slot is overwritten": ("write_slot", "'HSETNX'", "'HSET'"),
+    "a late slot is written": ("write_slot", "step < version", "false"),
+    "a late shard begins": ("begin_shard", "step < version", "false"),
+    "a held shard begins": (
+        "begin_shard",
+        "lease['open'] and redis.call('EXISTS'",
+        "false and redis.call('EXISTS'",
+    ),
+    "slots live for ever": ("write_slot", "redis.call('EXPIRE', KEYS[2], ARGV[6])", ""),
+}
+
+
+@pytest.mark.parametrize("mutant", sorted(MUTANTS))
+def test_a_script_with_a_fault_is_found(redis_url: str, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    script, old, new = MUTANTS[mutant]
+    changed = source(script).replace(old, new)
+    assert changed != source(script)
+    monkeypatch.setattr("cache.ledger.source", lambda name: changed if name == script else source(name))
+    with connect(redis_url) as Protocol.client:
+        Protocol.url = redis_url
+        with pytest.raises(AssertionError):
+            for seed in range(20):
+                walk(Protocol, seed)
