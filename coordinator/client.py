@@ -278,7 +278,7 @@ class Client:
             with context.lock:
                 dataset = context.dataset()
                 plan = context.plan()
-                samples = plan.indices(step, shard)
+                samples = plan.indices(step, shard).tolist()
                 version = plan.version_for(step)
                 replica, self._fetched.source = context.replica_at(version)
                 state = self._slot_state(context, version, shard) if context.keeps_state(step) else None

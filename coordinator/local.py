@@ -286,6 +286,11 @@ class LocalCluster:
     # --- what there is ----------------------------------------------------------------
 
     @property
+    def checkpoint_dir(self) -> str | None:
+        """Where the workers keep checkpoints, for `Master(url, checkpoint_dir=...)`; None: the default."""
+        return None if self._checkpoint_dir is None else str(self._checkpoint_dir)
+
+    @property
     def url(self) -> str:
         """URL of the server: what `Master(...)` and `celery -b` take.
 

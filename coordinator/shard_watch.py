@@ -17,6 +17,7 @@ from coordinator.task_names import GRADIENTS
 log = logging.getLogger(__name__)
 
 POISON_SECONDS = 5.0  # a worker that was only silent (stopped, or starved) gets so long to come back
+ASTRAY_SECONDS = 3.0  # longer than a dead worker's lease, whose last beat may be from before it began
 BACKUP_FACTOR = 3.0
 BACKUP_AT_LEAST_SECONDS = 0.5
 
@@ -92,7 +93,7 @@ class ShardWatch:
             return ""
         if activity.gradient(self.run, self.step, lease.shard) not in holder.tasks:
             # It took the shard and is not at it: it could not hand it back, or Redis lost what it wrote.
-            if self.memory.lasting(("idle", *key), IDLE_SECONDS):
+            if self.memory.lasting(("idle", *key), ASTRAY_SECONDS):
                 self._end(lease, counts=False)
             return ""
         limit = self.plan.config.shard_timeout_seconds

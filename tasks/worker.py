@@ -135,6 +135,12 @@ class TorchordStep(bootsteps.StartStopStep):
             parts.supervise()
 
 
+    def stop(self, parent: Any) -> None:
+        """Called before each reconnection, and at the end: then what is at work goes to others at once."""
+        if parent.blueprint.state in (bootsteps.CLOSE, bootsteps.TERMINATE):
+            _hand_back()
+
+
 def _forks(parent: Any) -> bool:
     return "prefork" in type(parent.pool).__module__
 
@@ -219,11 +225,16 @@ def _stopped(**_: Any) -> None:
 def _stopping(**_: Any) -> None:
     """At the first sign of a shutdown: what is at work goes to others without waiting for this worker.
 
-    From a thread, since this runs inside a signal handler.
+    From a thread, since this runs inside a signal handler. (`celery control shutdown` sends no signal;
+    see `TorchordStep.stop`.)
     """
+    threading.Thread(target=_hand_back, name="torchord-hand-back", daemon=True).start()
+
+
+def _hand_back() -> None:
     parts = _process
     if parts is not None and parts.pid == os.getpid():
-        threading.Thread(target=parts.client.hand_back, name="torchord-hand-back", daemon=True).start()
+        parts.client.hand_back()
 
 
 def consumed_queues() -> tuple[str, ...]:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from cache import host
+from cache.blob import BlobRef
 from cache.chunks import MemoryChunkStore
 from cache.codec import memory
 from cache.errors import CacheUnreachable, ChunkMissing
@@ -22,6 +24,11 @@ from cache.host import HostTier
 
 NBYTES = 300_000
 SPAWN = multiprocessing.get_context("spawn")
+
+
+def file_of(ref: BlobRef) -> str:
+    """Name of a blob's file: its content and its key."""
+    return f"{ref.digest}-{xxhash.xxh3_64_hexdigest(ref.key.encode())}"
 
 
 def blob(seed=0, nbytes=NBYTES):
@@ -78,7 +85,7 @@ def test_what_is_published_is_found(store, tier):
     assert tier.get(ref) is None
     assert tier.publish(ref, blob()) and tier.publish(ref, blob())
     assert torch.equal(HostTier(tier.directory).get(ref), blob())
-    assert names(tier) == [ref.digest]
+    assert names(tier) == [file_of(ref)]
 
 
 def test_a_write_stays_in_its_process_and_mapping(store, tier):
@@ -100,7 +107,7 @@ def test_only_the_owner_may_look(store, tier):
     ref = reference(store)
     tier.publish(ref, blob())
     assert tier.directory.stat().st_mode & 0o777 == 0o700
-    assert (tier.directory / ref.digest).stat().st_mode & 0o777 == 0o400
+    assert (tier.directory / file_of(ref)).stat().st_mode & 0o777 == 0o400
 
 
 # --- one download for all --------------------------------------------------------------------
@@ -163,14 +170,14 @@ def test_a_killed_downloader_is_succeeded_at_once_and_leaves_nothing(store, tier
         [sys.executable, "-c", HANG, str(tier.directory), *ref.checksums], stdout=subprocess.PIPE
     ) as child:
         assert child.stdout.readline() == b"downloading\n"
-        assert names(tier) == [f"{ref.digest}.part"]
+        assert names(tier) == [f"{file_of(ref)}.part"]
         tier.sweep()
-        assert names(tier) == [f"{ref.digest}.part"], "a part in use is left alone"
+        assert names(tier) == [f"{file_of(ref)}.part"], "a part in use is left alone"
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(tier.fetch, ref, fill())
             child.send_signal(signal.SIGKILL)
             assert torch.equal(waiting.result(timeout=60), blob())
-    assert names(tier) == [ref.digest]
+    assert names(tier) == [file_of(ref)]
 
 
 def test_a_waiter_gives_up_on_a_stuck_downloader(store, tier, caplog):
@@ -206,24 +213,47 @@ def test_unused_files_go_by_age_and_by_size_and_used_ones_stay(store, tmp_path):
     refs = [reference(store, seed) for seed in range(5)]
     for age, ref in enumerate(refs):
         filling.publish(ref, blob(age))
-        os.utime(tier.directory / ref.digest, (0, time.time() - 50 + 10 * age))
+        os.utime(tier.directory / file_of(ref), (0, time.time() + 5 + 10 * age))
     used = tier.get(refs[0])
-    os.utime(tier.directory / refs[0].digest, (0, 0))
+    os.utime(tier.directory / file_of(refs[0]), (0, 0))
     tier.sweep()
-    assert names(tier) == sorted(refs[n].digest for n in (0, 3, 4)), "in use; two newest within the budget"
+    assert names(tier) == sorted(file_of(refs[n]) for n in (0, 3, 4)), "in use; two newest within the budget"
     for ref in refs[3:]:
-        os.utime(tier.directory / ref.digest, (0, 0))
+        os.utime(tier.directory / file_of(ref), (0, 0))
     tier.sweep()
-    assert names(tier) == [refs[0].digest]
+    assert names(tier) == [file_of(refs[0])]
     del used
     tier.close()
     assert names(tier) == []
 
 
+def test_what_is_to_be_kept_is_kept_by_every_process(store, tmp_path):
+    tier = HostTier(tmp_path / "tier", spare_nbytes=0, idle_seconds=1.0)
+    ref = reference(store)
+    tier.publish(ref, blob(), keep_seconds=3600.0)
+    assert tier.identity() == HostTier(tier.directory).identity() != ""
+    for seed in range(1, 4):
+        tier.publish(reference(store, seed), blob(seed))
+    assert tier.get(ref) is not None
+    tier.close()
+    assert names(tier) == sorted([file_of(ref), "identity"])
+    tier.discard([ref])
+    assert names(tier) == ["identity"]
+
+
+def test_equal_content_under_two_keys_has_two_lives(store, tier):
+    one = store.put("t:one", blob(), ttl_seconds=60)
+    two = store.put("t:two", blob(), ttl_seconds=60)
+    assert one.digest == two.digest
+    tier.publish(one, blob()), tier.publish(two, blob())
+    tier.discard([one])
+    assert tier.get(one) is None and torch.equal(tier.get(two), blob())
+
+
 def test_parts_and_files_of_dead_processes_go_at_the_next_start(store, tmp_path):
     old = HostTier(tmp_path / "tier")
     old.publish(reference(store), blob())
-    os.utime(old.directory / reference(store).digest, (0, 0))
+    os.utime(old.directory / file_of(reference(store)), (0, 0))
     (old.directory / "0123.part").write_bytes(b"half")
     assert names(HostTier(tmp_path / "tier")) == []
 
@@ -244,7 +274,7 @@ def test_a_tier_of_many_versions_stays_small(store, tmp_path):
 def test_other_content_than_expected_is_noticed_and_replaced(store, tier, damage, caplog):
     ref = reference(store)
     tier.publish(ref, blob())
-    path = tier.directory / ref.digest
+    path = tier.directory / file_of(ref)
     path.unlink()
     if damage is None:
         path.symlink_to("/etc/passwd")
@@ -283,7 +313,7 @@ def test_a_full_file_system_is_swept_and_then_done_without(store, tier, monkeypa
     room = [NBYTES]
 
     def fallocate(fd, offset, nbytes):
-        if (tier.directory / spare.digest).exists() or nbytes > room[0]:
+        if (tier.directory / file_of(spare)).exists() or nbytes > room[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
         os.truncate(fd, nbytes)
 

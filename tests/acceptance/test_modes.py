@@ -1,0 +1,196 @@
+"""Compression, local steps, staleness, live switches and cache tiers: the same bits on any fleet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
+from coordinator.embedded import EmbeddedServer
+from tests.support import models
+from tests.support.waiting import wait_until
+
+MODES: dict[str, dict[str, Any]] = {
+    "int8": {"compression": "int8"},
+    "fp16": {"compression": "fp16"},
+    "topk": {"compression": "topk:0.1"},
+    "powersgd": {"compression": "powersgd:2"},
+    "local": {"local_steps": 3},
+    "stale": {"staleness": 2},
+    "local-topk": {"local_steps": 2, "compression": "topk:0.1"},
+    "stale-powersgd": {"staleness": 1, "compression": "powersgd:1"},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    """An MLP with dropout under AdamW, whose state has to come along everywhere."""
+    return models.mlp(size=96, optimizer=partial(torch.optim.AdamW, lr=1e-2), **changes)
+
+
+def config(**fields: Any) -> TrainingConfig:
+    return TrainingConfig(**{"epochs": 2, "batch_size": 8, "shards": 3, "checkpoint_every": 4, **fields})
+
+
+def bits(run: Run) -> bytes:
+    return b"".join(value.numpy().tobytes() for value in run.state_dict().values())
+
+
+def master_of(cluster: LocalCluster) -> Master:
+    return Master(cluster.url, checkpoint_dir=cluster.checkpoint_dir)
+
+
+def trained(master: Master, name: str, given: Recipe, how: TrainingConfig) -> Run:
+    run = master.submit(given, how, name=name)
+    run.wait(timeout=90)
+    audit = run.verify()
+    assert audit.ok, audit.problems
+    return run
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    folder = tmp_path_factory.mktemp("modes")
+    with LocalCluster(1, wait_ready=True, checkpoint_dir=folder / "checkpoints", log_dir=folder / "logs") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(fleet: LocalCluster) -> dict[str, bytes]:
+    """The bits of each mode with one Client; then a second one joins."""
+    master = master_of(fleet)
+    found = {name: bits(trained(master, f"{name}-1", recipe(), config(**how))) for name, how in MODES.items()}
+    fleet.add_worker()
+    fleet.wait_ready()
+    return found
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_has_the_same_bits_with_one_client_and_with_two(
+    fleet: LocalCluster, alone: dict[str, bytes], name: str
+) -> None:
+    run = trained(master_of(fleet), f"{name}-2", recipe(), config(**MODES[name]))
+    assert bits(run) == alone[name]
+
+
+def test_the_modes_are_different_runs(alone: dict[str, bytes]) -> None:
+    assert len(set(alone.values())) == len(MODES)
+
+
+def test_a_training_server_that_dies_restores_the_slots_states(fleet: LocalCluster, alone: dict[str, bytes]) -> None:
+    master = master_of(fleet)
+    for name in ("local-topk", "stale-powersgd"):
+        run = master.submit(recipe(), config(**MODES[name]), name=f"{name}-killed")
+        wait_until(lambda run=run: run.status().version >= 5, 30, "the fifth step")
+        fleet.processes["server"].kill()
+        fleet.restart("server")
+        run.wait(timeout=90)
+        assert run.verify().ok
+        assert bits(run) == alone[name], name
+
+
+def test_a_client_that_dies_takes_no_residual_with_it(fleet: LocalCluster, alone: dict[str, bytes]) -> None:
+    master = master_of(fleet)
+    run = master.submit(recipe(), config(**MODES["topk"]), name="topk-killed")
+    wait_until(lambda: run.status().version >= 5, 30, "the fifth step")
+    fleet.processes["client1"].kill()
+    fleet.restart("client1")
+    run.wait(timeout=90)
+    assert bits(run) == alone["topk"]
+
+
+def test_a_live_switch_is_recorded_and_has_the_same_bits_when_replayed(fleet: LocalCluster) -> None:
+    master = master_of(fleet)
+    how = config(epochs=8)
+    run = master.submit(recipe(), how, name="switched")
+    wait_until(lambda: run.status().version >= 3, 30, "the third step")
+    run.pause()
+    at = run.switch(shards=2, compression="topk:0.2")
+    later = run.switch(shards=4)
+    assert later == at, "while the run stands still, two switches meet at one step"
+    run.resume()
+    trained_model = run.wait(timeout=90)
+    shards = [len(report.workers) for report in trained_model.history]
+    assert shards == [3] * at + [4] * (len(shards) - at)
+    assert run.verify().ok
+    [event] = [e for e in run.events() if e.type == "switched" and "compression" in e.data]
+    assert event.data["step"] == at
+    again = master.submit(recipe(), how, name="switched-again")
+    again.pause()
+    spec = run._ledger.spec()["switches"]
+    head = again._ledger.head()
+    if head.version < at - 2:  # the same switches at the same step, before the run gets there
+        assert spec == {str(at): {"shards": 4, "compression": "topk:0.2"}}
+        verdict = again._ledger.switch(
+            {**again._ledger.spec(), "switches": spec},
+            step=at,
+            incarnation=head.incarnation,
+            following=f"{head.incarnation}+1",
+            total_steps=head.total_steps,
+            data={},
+        )
+        assert verdict == "ok"
+    again.resume()
+    again.wait(timeout=90)
+    assert bits(again) == bits(run)
+
+
+def test_what_cannot_be_switched_says_so(fleet: LocalCluster) -> None:
+    master = master_of(fleet)
+    run = trained(master, "at-rest", recipe(), config(epochs=1))
+    with pytest.raises(Exception, match="shards, local_steps, staleness, compression"):
+        run.switch(batch_size=4)
+    with pytest.raises(Exception, match="too few to switch|only a live run"):
+        run.switch(shards=2)
+
+
+# --- tiers of the cache ----------------------------------------------------------------------------
+
+
+def wide() -> Recipe:
+    """A model that is large enough for the host's tier."""
+    return models.mlp(size=64, model=partial(models.Mlp, hidden=20_000))
+
+
+def sources(run: Run) -> Counter[str]:
+    return Counter(slot.fetched for entry in run._ledger.entries() for slot in entry.slots)
+
+
+def test_the_hosts_tier_changes_no_bit_and_saves_reads(cluster: Callable[..., LocalCluster]) -> None:
+    found = {}
+    for switch in ("on", "off"):
+        made = cluster(2, env={"TORCHORD_HOST_CACHE": switch})
+        run = trained(master_of(made), "wide", wide(), config(epochs=1))
+        found[switch] = bits(run)
+        read = sources(run)
+        assert read["store"] == 0 if switch == "on" else read["host"] == 0, read
+        made.stop()
+    assert found["on"] == found["off"]
+
+
+def test_a_cache_node_that_dies_changes_no_bit(cluster: Callable[..., LocalCluster]) -> None:
+    nodes = [EmbeddedServer() for _ in range(3)]
+    try:
+        for node in nodes:
+            node.start()
+        urls = [node.url for node in nodes]
+        found = []
+        for kill in (False, True):
+            made = cluster(2, env={"TORCHORD_CACHE_URLS": ",".join(urls), "TORCHORD_HOST_CACHE": "off"})
+            master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=urls)
+            run = master.submit(wide(), config(epochs=3, checkpoint_every=50), name=f"ring-{kill}")
+            if kill:
+                wait_until(lambda run=run: run.status().version >= 8, 30, "the eighth step")
+                nodes[1].kill()
+            run.wait(timeout=90)
+            assert run.verify().ok
+            found.append(bits(run))
+            made.stop()
+        assert found[0] == found[1]
+    finally:
+        for node in nodes:
+            node.stop()

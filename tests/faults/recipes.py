@@ -1,0 +1,73 @@
+"""Data that does harm to the worker that reads it, until a file says that the harm is over.
+
+What a sample contains never depends on that file, so a gradient stays a function of its shard.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tests.support import models
+
+HARMS = ("kill", "hang")
+
+
+class Harmful(Dataset[tuple[Tensor, Tensor]]):
+    """`models.points`, but reading the sample `at` kills or hangs the process while `cure` does not exist.
+
+    Args:
+        harm: one of `HARMS`.
+    """
+
+    def __init__(self, harm: str, at: int, cure: str, size: int = 40) -> None:
+        self.inner = models.points(size)
+        self.harm, self.at, self.cure = harm, at, Path(cure)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.at and not self.cure.exists():
+            if self.harm == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            while not self.cure.exists():
+                time.sleep(0.02)
+        sample: tuple[Tensor, Tensor] = self.inner[index]
+        return sample
+
+
+class Slow(Dataset[tuple[Tensor, Tensor]]):
+    """`models.points`, read at a speed that depends on the process.
+
+    Args:
+        speeds: file with lines "PID SECONDS": how long that process takes for each sample; every
+            other takes no time. Read anew for each sample.
+    """
+
+    def __init__(self, speeds: str, size: int = 40) -> None:
+        self.inner = models.points(size)
+        self.speeds = Path(speeds)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        deadline = time.monotonic() + self._seconds()
+        while time.monotonic() < deadline and self._seconds():
+            time.sleep(0.005)
+        sample: tuple[Tensor, Tensor] = self.inner[index]
+        return sample
+
+    def _seconds(self) -> float:
+        try:
+            lines = self.speeds.read_text().splitlines()
+        except FileNotFoundError:
+            return 0.0
+        return next((float(line.split()[1]) for line in lines if int(line.split()[0]) == os.getpid()), 0.0)
+
