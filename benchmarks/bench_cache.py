@@ -1,7 +1,7 @@
 """How close the chunk store comes to a bare socket that speaks the same protocol.
 
-    python benchmarks/bench_cache.py                 # every server found here, 1 to 1,600 MB
-    python benchmarks/bench_cache.py --sizes 45      # one size
+    python -m benchmarks.bench_cache                          # every server found here, 1 to 1,600 MB
+    python -m benchmarks.bench_cache --sizes 45 --only Valkey
 
 Each round runs every method once, in random order, against the same server; the figures are
 medians over the rounds. "Bare socket" is the faster of two: one value per blob, and the same
@@ -300,12 +300,15 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 45, 400, 1600], metavar="MB")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", metavar="NAME", help="measure servers whose name begins so")
     parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows = []
     print(f"{'server':14} {'MB':>5} {'way':4} {'bare':>6} {'ours':>6} {'ratio':>6}  other methods, GB/s")
     for name, binary in servers().items():
+        if not name.startswith(arguments.only):
+            continue
         for size in arguments.sizes:
             rounds = arguments.rounds if size < 200 else max(3, arguments.rounds // 2)
             with server(binary) as (port, pid):

@@ -453,16 +453,21 @@ class ChunkStore:
         return error
 
     def _patiently(self, attempt: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            return attempt(*args, **kwargs)
+        except CacheUnreachable:
+            if not self._patience_seconds:
+                raise
         deadline = time.monotonic() + self._patience_seconds
         pause = 0.05
         while True:
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
             try:
                 return attempt(*args, **kwargs)
             except CacheUnreachable:
                 if time.monotonic() + pause > deadline:
                     raise
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
@@ -21,8 +21,10 @@ from redis.exceptions import (
     TimeoutError,
 )
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from cache.errors import CacheError, CacheUnreachable
+from cache.sentinel import SentinelUrl, is_sentinel
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 CLIENT_PATIENCE_SECONDS = 2.0
@@ -91,6 +93,8 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
         CacheUnreachable: if the URL cannot be read.
     """
     tries = max(1, round(patience_seconds / _BACKOFF_CAP_SECONDS))
+    if is_sentinel(url):
+        return _primary(url, tries)
     tcp: dict[str, Any] = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "socket_keepalive": True}
     try:
         return redis.Redis.from_url(
@@ -109,6 +113,36 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
         raise CacheUnreachable(
             f"{masked(url)!r} is not a Redis URL ({error}); use redis://HOST:PORT/DB, rediss:// or unix://"
         ) from error
+
+
+def _primary(url: str, tries: int) -> redis.Redis:
+    """A client of whatever primary the sentinels name at each new connection."""
+    try:
+        found = SentinelUrl.parse(url)
+    except ValueError as error:
+        raise CacheUnreachable(f"{masked(url)!r} cannot be used: {error}") from error
+    sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+        list(found.sentinels),
+        socket_timeout=CONNECT_TIMEOUT_SECONDS,
+        socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+    )
+    return cast(
+        redis.Redis,
+        sentinel.master_for(
+            found.service,
+            db=found.db,
+            username=found.username,
+            password=found.password,
+            decode_responses=True,
+            socket_timeout=5.0,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            retry=Retry(
+                ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
+                retries=tries,
+                supported_errors=(ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError),
+            ),
+        ),
+    )
 
 
 def ping(client: redis.Redis, url: str) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import xxhash
 
 from cache.errors import CacheError, CacheUnreachable
-from cache.wire import Address, Connection, ServerRefused, command, set_command
+from cache.wire import Address, Connection, ServerRefused, command, get_command, set_command
 
 _SENT_AT_ONCE_NBYTES = 4 << 20
 _MOST_IDLE_CONNECTIONS = 8
@@ -211,7 +211,9 @@ class Node:
             result = operation(connection)
             in_step = True
             return result
-        except ServerRefused:
+        except ServerRefused as refusal:
+            if self.address.sentinels and str(refusal).startswith("READONLY"):
+                raise ConnectionError("the sentinels have elected another primary") from refusal
             in_step = True
             raise
         finally:
@@ -275,7 +277,7 @@ def _load(
     connection: Connection, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
 ) -> dict[int, Problem]:
     asked = max(1, connection.window_nbytes // max(1, len(parts[0])))
-    connection.send([b"".join([command(b"GET", key) for key in keys[:asked]])])
+    connection.ask(b"".join([get_command(key) for key in keys[:asked]]))
     problems: dict[int, Problem] = {}
     for i, part in enumerate(parts):
         digest = xxhash.xxh3_64()
@@ -287,7 +289,7 @@ def _load(
                     connection.reply_into(later)
             raise
         if asked < len(keys):
-            connection.send([command(b"GET", keys[asked])])
+            connection.ask(get_command(keys[asked]))
             asked += 1
         if nbytes is None:
             problems[i] = Problem.MISSING

@@ -14,10 +14,11 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from cache.errors import InvalidInput
+from cache.sentinel import SentinelUrl, is_sentinel
 
 SCRATCH_NBYTES = 4096
 _MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
@@ -46,6 +47,8 @@ class Address:
         username: ACL user, or None for the default user.
         password: or None where the server asks for none.
         tls: how to verify the server (and present a client certificate), or None without TLS.
+        sentinels: whom to ask at each new connection where the primary of `service` is; then host and
+            port are empty.
     """
 
     label: str
@@ -56,6 +59,8 @@ class Address:
     username: str | None = field(repr=False)
     password: str | None = field(repr=False)
     tls: ssl.SSLContext | None = field(repr=False, compare=False)
+    sentinels: tuple[tuple[str, int], ...] = ()
+    service: str = ""
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -70,6 +75,13 @@ class Address:
             InvalidInput: the URL cannot be used; the message does not repeat its password.
         """
         try:
+            if is_sentinel(url):
+                found = SentinelUrl.parse(url)
+                hosts = ",".join(f"{host}:{port}" for host, port in found.sentinels)
+                return cls(
+                    f"sentinel://{hosts}/{found.service}/{found.db}", "", 0, "", found.db, found.username,
+                    found.password, None, found.sentinels, found.service,
+                )  # fmt: skip
             parts = urlsplit(url)
             options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
             scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(
@@ -118,6 +130,9 @@ class Connection:
         self._scratch = memoryview(self._bytes)
         self._start = self._end = 0
         self._tls = address.tls is not None
+        if address.sentinels:
+            host, port = _primary_of(address, connect_timeout_seconds)
+            address = replace(address, host=host, port=port, sentinels=())
         started = time.perf_counter()
         self._socket = _connect(address, connect_timeout_seconds)
         held = int((time.perf_counter() - started) * _LINK_NBYTES_PER_SECOND)
@@ -140,6 +155,13 @@ class Connection:
             rest: Sequence[bytes | memoryview] = buffers[first : first + _MOST_BUFFERS]
             while rest:
                 rest = _after(rest, self._within_timeout_sendmsg(rest))
+
+    def ask(self, request: bytes) -> None:
+        """Send one small buffer."""
+        try:
+            self._socket.sendall(request)
+        except BlockingIOError as error:
+            raise TimeoutError("the server takes no more data") from error
 
     def reply(self) -> Reply:
         """Read one reply: text, a number, bytes, or None for nil.
@@ -312,6 +334,11 @@ def command(*words: str | bytes) -> bytes:
     return b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded)
 
 
+def get_command(key: bytes) -> bytes:
+    """Encode GET key."""
+    return b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key)
+
+
 def set_command(key: bytes, value: memoryview, ttl_seconds: int) -> tuple[bytes, memoryview, bytes]:
     """Encode SET key value EX ttl around a value that stays where it is."""
     head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, len(value))
@@ -326,6 +353,31 @@ def _after(buffers: Sequence[bytes | memoryview], sent: int) -> Sequence[bytes |
             return [memoryview(buffer)[sent:], *buffers[i + 1 :]]
         sent -= len(buffer)
     return ()
+
+
+def _primary_of(address: Address, timeout_seconds: float) -> tuple[str, int]:
+    """Ask the sentinels where the primary is.
+
+    Raises:
+        ConnectionError: none of them answers, or none knows the service.
+    """
+    last: object = "no sentinel is named"
+    for host, port in address.sentinels:
+        sentinel = Address(f"{host}:{port}", host, port, "", 0, None, None, None)
+        try:
+            connection = Connection(sentinel, timeout_seconds, timeout_seconds)
+            try:
+                connection.send([command("SENTINEL", "get-master-addr-by-name", address.service)])
+                if connection._line() == b"*2":
+                    where, at = connection.reply(), connection.reply()
+                    assert isinstance(where, bytes) and isinstance(at, bytes)
+                    return where.decode(), int(at)
+                last = f"sentinel {host}:{port} watches no service {address.service!r}"
+            finally:
+                connection.close()
+        except (OSError, ServerRefused) as error:
+            last = f"sentinel {host}:{port}: {error}"
+    raise ConnectionError(f"no primary known for {address.service!r} ({last})")
 
 
 def _connect(address: Address, timeout_seconds: float) -> socket.socket:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from cache.connection import connect, masked
 from cache.errors import CacheUnreachable
+from cache.sentinel import SentinelUrl, is_sentinel
 
 
 def celery_url(url: str) -> str:
@@ -16,7 +17,8 @@ def celery_url(url: str) -> str:
     otherwise.
 
     Args:
-        url: redis://, rediss:// or unix:// URL, as redis-py reads it.
+        url: redis://, rediss:// or unix:// URL, as redis-py reads it, or sentinel:// (see
+            `cache.sentinel`), which also needs `transport_options`.
 
     Raises:
         CacheUnreachable: the URL cannot be read. Whether a server answers is not tried.
@@ -25,6 +27,8 @@ def celery_url(url: str) -> str:
         >>> celery_url("unix:///run/redis.sock?db=2")
         'redis+socket:///run/redis.sock?virtual_host=2'
     """
+    if is_sentinel(url):
+        return _sentinels(url)
     connect(url).close()
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
@@ -41,3 +45,28 @@ def celery_url(url: str) -> str:
         options["ssl_cert_reqs"] = "required"
         return urlunsplit(parts._replace(query=urlencode(options)))
     return url
+
+
+def transport_options(url: str) -> dict[str, object]:
+    """What Celery's broker and result backend need to know beside the URL: the service, for Sentinel."""
+    if not is_sentinel(url):
+        return {}
+    found = _parsed(url)
+    options: dict[str, object] = {"master_name": found.service}
+    if found.password is not None:
+        options["sentinel_kwargs"] = {}  # the password is the primary's; sentinels without one refuse it
+    return options
+
+
+def _parsed(url: str) -> SentinelUrl:
+    try:
+        return SentinelUrl.parse(url)
+    except ValueError as error:
+        raise CacheUnreachable(f"{masked(url)!r} cannot be used: {error}") from error
+
+
+def _sentinels(url: str) -> str:
+    """Celery's spelling: one URL a sentinel, joined by semicolons, each with the database."""
+    found = _parsed(url)
+    user = "" if found.password is None else f"{quote(found.username or '')}:{quote(found.password)}@"
+    return ";".join(f"sentinel://{user}{host}:{port}/{found.db}" for host, port in found.sentinels)

@@ -15,7 +15,7 @@ from cache import keys
 from cache.connection import CLIENT_PATIENCE_SECONDS, connect, ping, translated
 from cache.errors import ConfigMismatch, InvalidInput
 from cache.settings import from_environment
-from coordinator.broker import celery_url
+from coordinator.broker import celery_url, transport_options
 from coordinator.config import TrainingConfig
 from coordinator.datasets import Datasets
 from coordinator.recipe import Recipe, fingerprint
@@ -59,7 +59,7 @@ class Master:
         self._services = Services(settings)
         self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
         ping(self._client, settings.url)
-        self._sender = Sender(_publisher(broker))
+        self._sender = Sender(_publisher(broker, transport_options(settings.url)))
         self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
     def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:
@@ -147,7 +147,7 @@ class Master:
         return [name for name, there in zip(names, known, strict=True) if there]
 
 
-def _publisher(url: str) -> Celery:
+def _publisher(url: str, options: dict[str, object]) -> Celery:
     """A Celery app that only publishes: it is nobody's current app and registers no task."""
     app = Celery("torchord-master", broker=url, set_as_current=False)
     app.conf.update(
@@ -155,7 +155,7 @@ def _publisher(url: str) -> Celery:
         accept_content=["json"],
         task_ignore_result=True,
         broker_connection_timeout=2,
-        broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3},
+        broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3, **options},
         task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
         task_default_queue=UPDATES,
         task_default_exchange="",  # else the nameless ones above take the name of the default queue

@@ -16,7 +16,7 @@ from coordinator.task_names import GRADIENTS
 
 log = logging.getLogger(__name__)
 
-POISON_SECONDS = 5.0  # a worker that was only silent (stopped, or starved) gets so long to come back
+POISON_SECONDS = 3.0  # a worker that was only silent (stopped, or starved) gets so long to come back
 ASTRAY_SECONDS = 3.0  # longer than a dead worker's lease, whose last beat may be from before it began
 BACKUP_FACTOR = 3.0
 BACKUP_AT_LEAST_SECONDS = 0.5
@@ -78,7 +78,15 @@ class ShardWatch:
     def _why_lost(self, lease: Lease) -> str:
         """Why nobody computes this shard; "" if its holder is at it, or may yet be."""
         key = (self.run, self.step, lease.shard, lease.worker, lease.attempt)
+        limit = self.plan.config.shard_timeout_seconds
         if not lease.open:
+            if limit is not None and self._holds_everybody(lease, key, limit):
+                self._give_up(
+                    lease,
+                    f"exceeded shard_timeout_seconds={limit:g} on every worker there is",
+                    "restart the workers if they still hang, or allow more time",
+                )
+                return ""
             return f"worker {lease.worker} handed it back"
         holder = self.alive.get(lease.worker)
         if holder is None:
@@ -96,7 +104,6 @@ class ShardWatch:
             if self.memory.lasting(("idle", *key), ASTRAY_SECONDS):
                 self._end(lease, counts=False)
             return ""
-        limit = self.plan.config.shard_timeout_seconds
         if limit is not None and self._held_seconds(lease) > limit:
             if lease.attempt < self.plan.config.max_attempts:
                 log.warning(
@@ -112,6 +119,13 @@ class ShardWatch:
                     "restart that worker if it still hangs, or allow more time",
                 )
         return ""
+
+    def _holds_everybody(self, lease: Lease, key: tuple[object, ...], limit: float) -> bool:
+        """Whether all Clients have been at this one shard, in vain, for longer than they may."""
+        task = activity.gradient(self.run, self.step, lease.shard)
+        clients = [info for info in self.alive.values() if GRADIENTS in info.queues and info.environment]
+        stuck = bool(clients) and all(task in info.tasks for info in clients)
+        return stuck and self.memory.lasting(("everybody", *key), limit)
 
     def _held_seconds(self, lease: Lease) -> float:
         return self.memory.lasted((self.run, "held", self.step, lease.shard, lease.worker, lease.attempt))

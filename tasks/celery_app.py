@@ -9,7 +9,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from cache.settings import from_environment
-from coordinator.broker import celery_url
+from coordinator.broker import celery_url, transport_options
 from coordinator.step import nameless_exchange
 from coordinator.task_names import (
     ADVANCE,
@@ -115,7 +115,9 @@ app.conf.update(
         "socket_keepalive": True,
         "socket_connect_timeout": 2,
         "health_check_interval": 30,
+        **transport_options(settings.url),
     },
+    result_backend_transport_options=transport_options(settings.url),
     # NAT loses idle connections; keep them. (Celery cannot do without it on a unix socket.)
     redis_socket_keepalive=not _URL.startswith("redis+socket:"),
     # No remote rate limits are used; the bucket machinery costs a thread hand-over a task.

@@ -98,8 +98,8 @@ class PowerSGD(TensorCodec):
             matrix = matrix.clone()  # to memory aligned like everybody's
         left = orthonormalised(matrix @ _scaled(start))
         right = matrix.T @ left
-        self.numbers.pack(left, peak_of(left), _within("p.", parts))
-        self.numbers.pack(right, peak_of(right), _within("q.", parts))
+        for prefix, factor in (("p.", left), ("q.", right)):
+            self.numbers.pack(factor.T.contiguous(), peak_of(factor), _within(prefix, parts))
         if error:
             matrix -= self._product(parts, rows, columns, matrix.dtype)
         return Kept(values if error else None, {"q": right})
@@ -110,9 +110,9 @@ class PowerSGD(TensorCodec):
 
     def _product(self, parts: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         rank = min(self.rank, rows, columns)
-        left = self.numbers.unpack(_within("p.", parts), rows * rank, dtype).view(rows, rank)
-        right = self.numbers.unpack(_within("q.", parts), columns * rank, dtype).view(columns, rank)
-        return left @ right.T
+        left = self.numbers.unpack(_within("p.", parts), rows * rank, dtype).view(rank, rows)
+        right = self.numbers.unpack(_within("q.", parts), columns * rank, dtype).view(rank, columns)
+        return left.T @ right
 
 
 def orthonormalised(matrix: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,81 +240,132 @@ class Post:
     """A `Sender` that keeps the messages, for a test to deliver when it likes, as often as it likes.
 
     Attributes:
-        gradients: waiting (step, shard, chord); chord None for a task outside one.
+        gradients: waiting (step, shard, version, chord).
         callbacks: how many calls to the server wait.
-        chords: chord -> its shards that were not delivered yet, as Celery counts them.
+        chords: the shards of each chord that were not delivered yet, as Celery counts them.
     """
 
-    gradients: list[tuple[int, int, int | None]] = field(default_factory=list)
+    gradients: list[tuple[int, int, int | None, int]] = field(default_factory=list)
     callbacks: int = 0
-    chords: dict[int, set[int]] = field(default_factory=dict)
+    chords: list[set[int]] = field(default_factory=list)
 
     def advance(self, run: str, *, queue: str = UPDATES) -> None:
         self.callbacks += 1
 
-    def step(self, run: str, step: int, shards: Iterable[int], *, callback_queue: str) -> None:
-        chord = len(self.chords)
-        self.chords[chord] = set(shards)
-        self.gradients += [(step, shard, chord) for shard in self.chords[chord]]
+    def step(
+        self, run: str, step: int, shards: Iterable[int], *, callback_queue: str, version: int | None = None
+    ) -> None:
+        self.chords.append(set(shards))
+        self.gradients += [(step, shard, version, len(self.chords) - 1) for shard in self.chords[-1]]
 
-    def counted(self, shard: int, chord: int | None) -> None:
+    def counted(self, shard: int, chord: int) -> None:
         """A header task of a chord has ended: the last one calls back."""
-        if chord is not None and shard in self.chords[chord]:
+        if shard in self.chords[chord]:
             self.chords[chord].remove(shard)
             self.callbacks += not self.chords[chord]
 
 
-def _process(settings: Settings, node: str, post: Post) -> tuple[Client, TrainingServer]:
-    services = Services(settings)
-    heartbeat = Heartbeat(services.registry, new_info(node, (GRADIENTS, UPDATES)))
-    services.registry.beat(heartbeat.info)
-    return (
-        Client(services, heartbeat, post),  # type: ignore[arg-type]
-        TrainingServer(services, heartbeat, post),  # type: ignore[arg-type]
-    )
+class Shuffle:
+    """Two workers and a training server in this process, which get their messages from `Post`.
 
+    Args:
+        run: a run that was submitted already.
+        chance: decides which message is delivered next, how often, and when the server is called besides;
+            None: each once, in their order.
 
-@pytest.mark.parametrize("seed", range(6))
-def test_shuffled_deliveries(redis_url: str, tmp_path: Path, seed: int) -> None:
-    """Any order of any copies, from two workers and a server that is called at any moment."""
-    chance = random.Random(seed)
-    settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
-    post = Post()
-    clients = [_process(settings, f"client{i}@here", post)[0] for i in range(2)]
-    _, server = _process(settings, "server@here", post)
-    recipe = models.mlp(SIZE, evaluation=None, metrics=None)
-    master = Master(redis_url, checkpoint_dir=str(tmp_path))
-    run = master.submit(recipe, CONFIG, name="shuffled")
-    post.callbacks += 1  # what submit sent went to a queue that nobody reads
-    delivered = 0
-    old: list[tuple[int, int, int | None]] = []
-    while run.status().state not in ("done", "failed"):
+    Attributes:
+        verdicts: what became of each delivery of a gradient task.
+    """
+
+    def __init__(self, settings: Settings, run: Run, chance: random.Random | None) -> None:
+        self.run = run
+        self.chance = chance
+        self.post: Any = Post(callbacks=1)  # what submit sent went to a queue that nobody reads
+        self.clients = [Client(*self._parts(settings, f"client{i}@here")) for i in range(2)]
+        self.server = TrainingServer(*self._parts(settings, "server@here"))
+        self.old: list[Any] = []
+        self.verdicts: Counter[str] = Counter()
+
+    def _parts(self, settings: Settings, node: str) -> tuple[Services, Heartbeat, Any]:
+        services = Services(settings)
+        heartbeat = Heartbeat(services.registry, new_info(node, (GRADIENTS, UPDATES)))
+        services.registry.beat(heartbeat.info)
+        return services, heartbeat, self.post
+
+    def train(self) -> dict[str, Any]:
+        """Deliver messages until the run has ended; the bits that it ended with."""
+        while self.run.status().state in ("pending", "running"):
+            if self.chance is None:
+                self._in_order()
+            else:
+                self._at_random(self.chance)
+        return reference.bits(finished(self.run).module)
+
+    def _in_order(self) -> None:
+        if self.post.callbacks:
+            self.post.callbacks -= 1
+            self.server.advance(self.run.name)
+        else:
+            self._deliver(self.post.gradients.pop(0), self.clients[0], "once", backup=False)
+
+    def _at_random(self, chance: random.Random) -> None:
         roll = chance.random()
-        if roll < 0.15 or (post.callbacks and roll < 0.4):  # early, or one that is due
-            server.advance("shuffled")
-            if post.callbacks and chance.random() < 0.7:  # else the same message comes again
-                post.callbacks -= 1
-            continue
-        waiting = post.gradients if post.gradients and roll < 0.85 else old
+        if roll < 0.15 or (self.post.callbacks and roll < 0.4):  # early, or one that is due
+            self.server.advance(self.run.name)
+            if self.post.callbacks and chance.random() < 0.7:  # else the same message comes again
+                self.post.callbacks -= 1
+            return
+        waiting = self.post.gradients if self.post.gradients and roll < 0.85 else self.old
         if not waiting:
-            continue
+            return
         message = chance.choice(waiting)
-        if waiting is post.gradients and chance.random() < 0.7:
+        if waiting is self.post.gradients and chance.random() < 0.7:
             waiting.remove(message)
-            old.append(message)
-        step, shard, chord = message
-        delivery = f"{step}-{shard}-{chance.randrange(3)}"
-        chance.choice(clients).compute_gradient(
-            "shuffled", step, shard, delivery=delivery, in_chord=chord is not None, backup=roll > 0.9
+            self.old.append(message)
+        copy = f"{message[0]}-{message[1]}-{chance.randrange(3)}"
+        self._deliver(message, chance.choice(self.clients), copy, backup=roll > 0.8)
+
+    def _deliver(self, message: Any, client: Client, delivery: str, *, backup: bool) -> None:
+        step, shard, version, chord = message
+        receipt = client.compute_gradient(
+            self.run.name, step, shard, version=version, delivery=delivery, in_chord=True, backup=backup
         )
-        post.counted(shard, chord)
-        delivered += 1
-    unchanged_bits = reference.average(recipe, CONFIG).bits
-    assert reference.bits(finished(run).module) == unchanged_bits
-    audit = run.verify()
-    assert audit.slots == SLOTS
-    assert audit.duplicates_ignored == delivered - SLOTS > 0
+        self.verdicts[receipt["status"]] += 1
+        self.post.counted(shard, chord)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "local steps": {"local_steps": 2, "batch_size": 4},
+    "compressed": {"compression": "topk:0.2"},
+    "stale": {"staleness": 1},
+    "all of them": {"local_steps": 2, "batch_size": 4, "compression": "int8", "staleness": 1},
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", MODES)
+def test_shuffled_deliveries(redis_url: str, tmp_path: Path, mode: str, seed: int) -> None:
+    """Any order of any copies, a server that is called at any moment: the bits of an undisturbed run."""
+    config = TrainingConfig(**{**CONFIG.to_json(), **MODES[mode]})
+    settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
+    master = Master(redis_url, checkpoint_dir=str(tmp_path))
+    recipe = models.mlp(SIZE, evaluation=None, metrics=None)
+    quiet = Shuffle(settings, master.submit(recipe, config, name="quiet"), None)
+    expected = quiet.train()
+    if mode == "exact":
+        assert expected == reference.average(recipe, config).bits
+    slots = quiet.run.verify().slots
+    assert quiet.verdicts == {"written": slots} and quiet.run.verify().duplicates_ignored == 0
+
+    wild = Shuffle(settings, master.submit(recipe, config, name="wild"), random.Random(seed))
+    assert wild.train() == expected
+    audit = wild.run.verify()
+    assert audit.slots == wild.verdicts["written"] == slots
+    counted = sum(wild.verdicts[verdict] for verdict in ("duplicate", "late", "held"))
+    assert audit.duplicates_ignored == counted > 0
     assert audit.divergent == audit.replayed == 0
+    assert set(wild.verdicts) <= {"written", "duplicate", "late", "held", "early"}, wild.verdicts
 
 
 def test_messages_say_what_a_duplicate_is_of(redis_url: str, sender: Any) -> None:

@@ -70,4 +70,3 @@ class Slow(Dataset[tuple[Tensor, Tensor]]):
         except FileNotFoundError:
             return 0.0
         return next((float(line.split()[1]) for line in lines if int(line.split()[0]) == os.getpid()), 0.0)
-

@@ -31,11 +31,10 @@ def test_poison(lab: Laboratory, tmp_path: Path, harm: str) -> None:
     head = run._ledger.head()
     reason = head.error or {}
     shard, step = reason["shard"], reason["step"]
-    assert AT in reason["samples"] and reason["attempts"] == 2
+    assert AT in reason["samples"]
     assert f"shard {shard} of step {step} (samples [" in reason["message"]
-    assert ("took its worker down 2 times" if harm == "kill" else "exceeded shard_timeout_seconds=2 2 times") in (
-        reason["message"]
-    )
+    said = "took its worker down 2 times in a row" if harm == "kill" else "exceeded shard_timeout_seconds=2"
+    assert said in reason["message"]
     kept = {number: slot.worker for number, slot in run._ledger.slots(step).items()}
     assert kept and shard not in kept
 

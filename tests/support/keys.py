@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import redis
+from cache.connection import connect
 
 
 def keys_without_ttl(url: str, pattern: str = "torchord:*") -> list[str]:
     """Names of the keys that would stay for ever (I7: every key has a TTL), sorted."""
-    client = redis.Redis.from_url(url)
+    client = connect(url)
     try:
         keys = list(client.scan_iter(match=pattern, count=1000))
         with client.pipeline(transaction=False) as pipe:
@@ -15,6 +15,6 @@ def keys_without_ttl(url: str, pattern: str = "torchord:*") -> list[str]:
                 pipe.pttl(key)
             ttls = pipe.execute()
         # -1: no TTL; -2: gone between SCAN and PTTL
-        return sorted(key.decode(errors="replace") for key, ttl in zip(keys, ttls, strict=True) if ttl == -1)
+        return sorted(key for key, ttl in zip(keys, ttls, strict=True) if ttl == -1)
     finally:
         client.close()

@@ -846,7 +846,7 @@ def moves(walk: Protocol, dice: random.Random) -> list[Callable[[], None]]:
     return found
 
 
-def walk(machine: type[Protocol], seed: int, steps: int = 400) -> Counter[str]:
+def walk(machine: type[Protocol], seed: int, steps: int = 300) -> Counter[str]:
     """One long interleaving; then the mishaps cease, and the run must come to its end."""
     dice = random.Random(seed)
     played = machine()
