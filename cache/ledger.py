@@ -166,7 +166,7 @@ class Ledger:
             return bool(
                 self._script(
                     "respec",
-                    [self.keys.spec, self.keys.head],
+                    [self.keys.spec, self.keys.head, self.keys.expected],
                     [json.dumps(spec), keys.RUN_TTL_SECONDS, incarnation, skew],
                 )
             )
@@ -553,9 +553,15 @@ class Ledger:
         """
         names = self.keys
         with self._during(f"roll back to version {version}"):
+            fields = cast(list[str | None], self.client.hmget(names.head, ["version", "reached"]))
+            present, reached = (int(field or 0) for field in fields)
+            under_way = range(present, max(present, reached) + 3)  # more may be launched than is recorded
             reply = self._script(
                 "rollback",
-                [names.head, names.ledger, names.expected, names.versions, names.events],
+                [
+                    *(names.head, names.ledger, names.expected, names.versions, names.events),
+                    *(key(step) for step in under_way for key in (names.slots, names.leases)),
+                ],
                 [token, version, chain, keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT],
             )
         return reply[0] == "ok", tuple(int(v) for v in reply[1:])

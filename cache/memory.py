@@ -20,7 +20,7 @@ import redis
 from cache import keys
 from cache.errors import CacheError, RunNotFound
 from cache.ledger import BeginVerdict, Committed, Event, Lease, Ledger, SlotVerdict
-from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision
+from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision, revised
 from cache.workers import Registry, WorkerInfo
 
 URL = "memory://"
@@ -195,7 +195,11 @@ class MemoryLedger(Ledger):
             if self._head.get("status") not in ("paused", "failed"):
                 return False
             self.plane.put(self.keys.spec, json.dumps(spec), keys.RUN_TTL_SECONDS)
-            self.plane.hset(self.keys.head, {"incarnation": incarnation, "skew": skew})
+            version = self._head["version"]
+            self.plane.hset(
+                self.keys.head, {"incarnation": incarnation, "skew": skew, "corrected_at": version}
+            )
+            self.plane.delete(self.keys.expected)
             return True
 
     def switch(
@@ -417,7 +421,9 @@ class MemoryLedger(Ledger):
             elif environment and environment != fixed and head.get("skew") == "refuse":
                 return "skewed", fixed
             token = max(int(head["token"]) + 1, int(plane.clock() * 1_000_000))
-            plane.hset(name, {"token": token, "owner": worker, "node": node, "queue": queue, "memory": memory})
+            plane.hset(
+                name, {"token": token, "owner": worker, "node": node, "queue": queue, "memory": memory}
+            )
             return "acquired", token
 
     def release(self, token: int) -> bool:
@@ -579,6 +585,13 @@ class MemoryLedger(Ledger):
                     plane.hset(names.expected, {str(undone): json.loads(entry)["chain"]})
                     plane.hdel(names.ledger, undone)
             plane.expire(names.expected, keys.RUN_TTL_SECONDS)
+            corrected = int(self._head.get("corrected_at", -1))
+            if version < present and (version < corrected or self._head["skew"] == "admit"):
+                plane.delete(names.expected)
+                for step in range(present, max(present, int(self._head.get("reached", 0))) + 3):
+                    plane.delete(names.slots(step), names.leases(step))
+                revision = revised(self._head["incarnation"])
+                plane.hset(names.head, {"incarnation": revision, "corrected_at": min(version, corrected)})
             plane.hset(names.head, {"version": version, "chain": chain})
             plane.hdel(names.head, "launched", "called")
             if present > version:
@@ -792,6 +805,10 @@ class MemoryRegistry(Registry):
                 return False
             self.plane.put(keys.SUPERVISOR, worker, keys.SUPERVISOR_LEASE_MS / 1000)
             return True
+
+    def supervisor(self) -> str:
+        """See `Registry.supervisor`."""
+        return str(self.plane.get(keys.SUPERVISOR) or "")
 
     def step_down(self, worker: str) -> None:
         """See `Registry.step_down`."""

@@ -342,7 +342,8 @@ class Run:
         """Continue after a pause, a failure, or the loss of Redis (from the last checkpoint).
 
         Finished shards of the interrupted step are kept. After a failure, the recipe's sources as this
-        process sees them are the run's from now on: the workers must have them, too.
+        process sees them are the run's from now on: the workers must have them, too. Should a server
+        later have to replay steps from before the correction, it replays them with the corrected code.
 
         Args:
             admit_skew: let workers take part whose torch, hardware or code differs from the run's;

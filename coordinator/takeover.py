@@ -182,6 +182,12 @@ class TakeOver:
                 f"checkpoint {self.checkpoints.path(version)} belongs to run {found.meta.get('run')!r}, not "
                 f"{self.context.run!r}"
             )
+        chain = str(found.meta["chain"])
+        if any(entry.chain != chain for entry in self.ledger.entries(version, version)):
+            raise CheckpointError(
+                f"checkpoint {self.checkpoints.path(version)} is of another course of run "
+                f"{self.context.run!r}: its chain is not the ledger's"
+            )
         trainer = self._trainer(version)
         trainer.replica.load_tensors(found.tensors)
         trainer.load_state(found.state)
@@ -192,7 +198,7 @@ class TakeOver:
             record = replace(record, slots=self._stored_slots(earlier, kept["slots"]))
             if not self.ledger.put_version(record, token=self.token):
                 raise Fenced(f"run {self.context.run!r}: overtaken while restoring")
-        record = self._published(trainer, version, str(found.meta["chain"]))
+        record = self._published(trainer, version, chain)
         return trainer, replace(record, slots=self._stored_slots(version, found.state.get("slots", {})))
 
     def _published(self, trainer: Trainer, version: int, chain: str) -> VersionRecord:

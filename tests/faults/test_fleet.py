@@ -78,6 +78,7 @@ def test_workers_join_in_the_middle(fleet: Laboratory, tmp_path: Path) -> None:
     wait_until(present, 60, "the new worker")
     version = run.status().version
     assert run.status().state == "running"
+    speeds.unlink()
     fleet.check(run, reference=reference)
     assert any(f"/{joined.pid}-" in worker for report in run.history()[version:] for worker in report.workers)
 

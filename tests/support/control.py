@@ -15,7 +15,7 @@ from cache.memory import MemoryPlane
 from cache.records import GENESIS, LedgerEntry, SlotReceipt, SlotRecord, StateRecord, VersionRecord
 from cache.workers import WorkerInfo
 
-SPEC = {"recipe": {"model": {"target": "m:Model"}}, "config": {"epochs": 1}}
+SPEC = {"recipe": {"model": {"target": "m:Model"}}, "config": {"epochs": 1, "skew": "refuse"}}
 
 
 def digest(*parts: object) -> str:

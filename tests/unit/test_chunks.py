@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -549,3 +550,14 @@ def test_weights_shift_chunks(three):
     store = ChunkStore([url_of(node) for node in three], chunk_nbytes=4 * KB, weights=[1.0, 1.0, 4.0])
     store.put("t:weight", blob(4_000_000), ttl_seconds=60)
     assert Counter({n: node.dbsize() for n, node in enumerate(three)}).most_common(1)[0][0] == 2
+
+
+def test_large_values_are_never_copied_in_python(url):
+    store, sent, got = ChunkStore([url]), blob(40_000_000), torch.empty(40_000_000, dtype=torch.uint8)
+    tracemalloc.start()
+    try:
+        store.get(store.put("t:peak", sent, ttl_seconds=60), got)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(sent, got)

@@ -644,6 +644,71 @@ def test_slots_of_the_interrupted_step_survive_a_rollback(plane: Plane, running:
     assert running.slots_present(1) == {0}
 
 
+def corrected(plane: Plane, steps: int) -> tuple[Ledger, int, list[str]]:
+    """A run whose code was corrected after some steps, its token, and its chains by version."""
+    ledger = plane.ledger()
+    ledger.create({"recipe": {}, "config": {"skew": "refuse"}}, incarnation="life")
+    token = start(ledger)
+    advance(ledger, token, steps)
+    ledger.transition("failed", allowed=("running",), event="failed")
+    assert ledger.respec(SPEC, incarnation="life.1", skew="refuse")
+    ledger.transition("running", allowed=("failed",), event="resumed")
+    return ledger, token, [GENESIS, *(e.chain for e in ledger.entries())]
+
+
+def test_a_replay_of_steps_before_a_correction_may_give_other_bytes(plane: Plane) -> None:
+    ledger, token, chains = corrected(plane, 2)
+    ledger.mark_launched(2, token=token)
+    begin(ledger, step=2)
+    ledger.write_slot(2, slot(2, 0), incarnation="life.1")
+
+    ledger.rollback(token=token, version=1, chain=chains[1])
+    assert ledger.incarnation() == "life.2", "what workers hold of version 2 is another's"
+    assert ledger.slots_present(2) == set(), "it was computed at the version 2 that is no more"
+    assert ledger.leases(2) == {}
+    fill(ledger, 1)
+    other = entry(2, [slot(1, 0), slot(1, 1, digest=digest("corrected"))], chains[1])
+    assert commit(ledger, 1, token, entry=other, record=record(2, other.chain)).verdict == "ok"
+    assert ledger.write_slot(2, slot(2, 0), incarnation="life.1") == ("stopped", 0)
+    assert ledger.write_slot(2, slot(2, 0), incarnation="life.2") == ("written", 1)
+
+
+def test_a_replay_of_steps_after_a_correction_must_meet_them(plane: Plane) -> None:
+    ledger, token, _ = corrected(plane, 1)
+    advance(ledger, token, 2)
+    chains = [GENESIS, *(e.chain for e in ledger.entries())]
+    ledger.rollback(token=token, version=1, chain=chains[1])
+    assert ledger.incarnation() == "life.1"
+    fill(ledger, 1)
+    other = entry(2, [slot(1, 0), slot(1, 1, digest=digest("other"))], chains[1])
+    assert commit(ledger, 1, token, entry=other, record=record(2, other.chain)).verdict == "diverged"
+
+
+def test_a_second_replay_must_meet_the_first_one_with_the_corrected_code(plane: Plane) -> None:
+    ledger, token, chains = corrected(plane, 2)
+    ledger.rollback(token=token, version=1, chain=chains[1])
+    fill(ledger, 1)
+    other = entry(2, [slot(1, 0), slot(1, 1, digest=digest("corrected"))], chains[1])
+    commit(ledger, 1, token, entry=other, record=record(2, other.chain))
+    ledger.rollback(token=token, version=1, chain=chains[1])
+    assert ledger.incarnation() == "life.2"
+    fill(ledger, 1)
+    assert commit(ledger, 1, token).verdict == "diverged"
+    assert commit(ledger, 1, token, entry=other, record=record(2, other.chain)).verdict == "ok"
+
+
+def test_where_any_environment_is_admitted_a_replay_may_give_other_bytes(plane: Plane) -> None:
+    ledger = plane.ledger()
+    ledger.create({"recipe": {}, "config": {"skew": "admit"}}, incarnation="life+1")
+    token = start(ledger)
+    advance(ledger, token, 1)
+    ledger.rollback(token=token, version=0, chain=GENESIS)
+    assert ledger.incarnation() == "life.1+1"
+    fill(ledger, 0)
+    other = entry(1, [slot(0, 0), slot(0, 1, digest=digest("another machine"))])
+    assert commit(ledger, 0, token, entry=other, record=record(1, other.chain)).verdict == "ok"
+
+
 # --- marks, slots that lost their bytes ------------------------------------------------------------------
 
 

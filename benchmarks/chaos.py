@@ -1,0 +1,412 @@
+"""Kill anything, any time: one run under a hail of SIGKILL and SIGSTOP ends with the undisturbed bits.
+
+    python -m benchmarks.chaos --kills 100 --seed 1
+
+Claim: real processes (three Clients, a training server, a standby, Redis with `appendfsync always`) are
+killed in the middle of one run, at random moments: Clients, the training server, the holder of the
+supervisor's lease, Redis itself; now and then one is only stopped and goes on later. Each is started
+again at once, as an init system would. The run ends by itself, with the same bits as a run that
+nothing disturbed, and a clean audit.
+
+Figures: *recovery* is the time from a kill to the next commit, less the undisturbed median step.
+*Stall* is stricter: the longest wait between two commits from a kill to the next one, less the same; a
+commit that was under way at the kill does not shorten it. Both are given for all kills, and apart for
+those at which no spare process of the kind was ready (then a Python process that imports torch has to
+start first, which takes seconds). Bias: all processes share one machine's cores, so each restart slows
+the others; the model is small, so little work is lost with a worker; the network is loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from benchmarks import RESULTS, machine
+from cache.errors import CacheError
+from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
+from coordinator.local import WorkerProcess
+
+BATCH = 48
+STEPS_PER_KILL = 14
+CALM_STEPS = 60
+VICTIMS = {"client": 50, "server": 22, "supervisor": 14, "redis": 14}
+"""How often each kind is struck, in relation."""
+PAUSE_SHARE = 0.2
+PATIENCE_SECONDS = 180.0
+
+
+def model() -> nn.Module:
+    """Two layers with dropout: some 20 ms for a shard, and random numbers that must come out the same."""
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Dropout(0.1), nn.Linear(512, 10))
+
+
+def data(size: int) -> TensorDataset:
+    """Random vectors of ten classes, fixed."""
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(size, 256, generator=generator), torch.randint(0, 10, (size,), generator=generator)
+    )
+
+
+@dataclass
+class Strike:
+    """One kill or pause.
+
+    Attributes:
+        kind: what was meant: client, server, supervisor or redis.
+        victim: name of the process.
+        signal: "KILL" or "STOP".
+        at: Unix time (s).
+        step: the head's version then.
+        spare: whether another process of the kind was ready to go on.
+        pause_seconds: until SIGCONT, for "STOP".
+        recovery_seconds: until the next commit, less the undisturbed median step.
+        stall_seconds: longest wait between commits until the next strike, less the same.
+    """
+
+    kind: str
+    victim: str
+    signal: str
+    at: float
+    step: int
+    spare: bool
+    pause_seconds: float = 0.0
+    recovery_seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+class Storm:
+    """Strikes the processes of a cluster while it trains one run.
+
+    Args:
+        cluster: with at least one standby.
+        master: of the cluster.
+        run: under way.
+        chance: source of all decisions.
+        say: prints a line of progress.
+    """
+
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        master: Master,
+        run: Run,
+        chance: random.Random,
+        say: Callable[[str], None],
+    ) -> None:
+        self.cluster = cluster
+        self.master = master
+        self.run = run
+        self.chance = chance
+        self.say = say
+        self.strikes: list[Strike] = []
+
+    def rage(self, kills: int) -> list[Strike]:
+        """Strike until `kills` processes were killed, or the run is over."""
+        done = 0
+        while done < kills and self._calm():
+            strike = self._strike()
+            self.strikes.append(strike)
+            done += strike.signal == "KILL"
+            waited = self._await_commit(strike.at)
+            self.say(
+                f"[{done:3}/{kills}] step {strike.step:5}  SIG{strike.signal:<4} {strike.kind:<10} "
+                f"({strike.victim}{'' if strike.spare else ', no spare'})  next commit after {waited:.2f} s"
+            )
+        return self.strikes
+
+    # --- one strike -----------------------------------------------------------------------------
+
+    def _calm(self) -> bool:
+        """Let some commits pass, and a part of a step; False once the run is over."""
+        target = self._version() + self.chance.randint(0, 10)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._version() < target:
+            self._revive()
+            if self._over():
+                return False
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the run is stuck at version {self._version()}: {self.run.status()}")
+            time.sleep(0.02)
+        time.sleep(self.chance.random() * 0.2)
+        return not self._over()
+
+    def _strike(self) -> Strike:
+        kind = self.chance.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        version = self._version()
+        if kind == "redis":
+            return self._strike_redis(version)
+        worker = self._victim(kind)
+        role = worker.role
+        others = [w for w in self.cluster.processes.values() if w.role == role and w.name != worker.name]
+        spare = any(other.poll() is None and other.ready() for other in others)
+        if self.chance.random() < PAUSE_SHARE:
+            pause = self.chance.uniform(0.3, 4.0)
+            strike = Strike(kind, worker.name, "STOP", time.time(), version, spare, pause)
+            worker.pause()
+            self._later(pause, worker.cont)
+            return strike
+        strike = Strike(kind, worker.name, "KILL", time.time(), version, spare)
+        worker.kill()
+        self._revive()
+        return strike
+
+    def _strike_redis(self, version: int) -> Strike:
+        if self.chance.random() < PAUSE_SHARE:
+            pause = self.chance.uniform(0.3, 3.0)
+            strike = Strike("redis", "redis", "STOP", time.time(), version, False, pause)
+            self.cluster.broker.pause()
+            time.sleep(pause)
+            self.cluster.broker.cont()
+            return strike
+        strike = Strike("redis", "redis", "KILL", time.time(), version, False)
+        self.cluster.broker.kill()
+        self.cluster.broker.restart()
+        return strike
+
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
+        """Wait with the fleet one process short, then `act`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._revive()
+            time.sleep(0.02)
+        act()
+
+    def _victim(self, kind: str) -> WorkerProcess:
+        """The process of this kind: any Client; the run's training server; the supervisor's lease holder."""
+        workers = [worker for worker in self.cluster.processes.values() if worker.poll() is None]
+        if kind == "client":
+            return self.chance.choice([worker for worker in workers if worker.role == "client"])
+        servers = [worker for worker in workers if worker.role == "server"]
+        registry = self.master._services.registry
+        try:
+            holder = registry.supervisor() if kind == "supervisor" else self.run._ledger.head().owner
+        except CacheError:
+            holder = ""
+        named = [worker for worker in servers if f"/{worker.pid}-" in holder]
+        return (named or servers)[0]
+
+    def _revive(self) -> None:
+        for name, worker in list(self.cluster.processes.items()):
+            if worker.poll() is not None:
+                self.cluster.restart(name)
+
+    # --- what the run does ------------------------------------------------------------------------
+
+    def _await_commit(self, since: float) -> float:
+        """Seconds from `since` to the first commit after it."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            self._revive()
+            try:
+                head = self.run._ledger.head()
+                if head.committed_at > since:
+                    return head.committed_at - since
+                if head.status != "running":
+                    return 0.0
+            except CacheError:
+                pass
+            if time.monotonic() > deadline:
+                raise SystemExit(f"no commit for {PATIENCE_SECONDS:g} s: {self.run.status()}")
+            time.sleep(0.01)
+
+    def _version(self) -> int:
+        while True:
+            try:
+                return self.run._ledger.head().version
+            except CacheError:
+                time.sleep(0.05)
+
+    def _over(self) -> bool:
+        try:
+            return self.run.status().state not in ("pending", "running")
+        except CacheError:
+            return False
+
+
+def storm(
+    kills: int, seed: int, folder: Path, say: Callable[[str], None], *, clients: int = 3, standby: int = 1
+) -> dict[str, Any]:
+    """Train undisturbed, train under strikes, compare.
+
+    Args:
+        kills: SIGKILLs to deal out; pauses come on top.
+        seed: of every decision (the moments also depend on the machine).
+        folder: for logs, checkpoints and Redis's data.
+        say: prints a line of progress.
+
+    Returns:
+        Figures and verdicts: see the module.
+    """
+    steps = kills * STEPS_PER_KILL + CALM_STEPS
+    config = TrainingConfig(epochs=-(-steps // 20), batch_size=BATCH, shards=3, checkpoint_every=25, seed=7)
+    recipe = Recipe(
+        model=model,
+        dataset=partial(data, size=20 * BATCH),
+        loss=torch.nn.functional.cross_entropy,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+    )
+    checkpoints = str(folder / "checkpoints")
+    with LocalCluster(
+        clients,
+        standby=standby,
+        persistence_dir=folder / "redis",
+        checkpoint_dir=checkpoints,
+        log_dir=folder / "logs",
+        wait_ready=True,
+    ) as cluster:
+        _always_sync(cluster)
+        master = Master(cluster.url, checkpoint_dir=checkpoints)
+        with _timed() as calm:
+            undisturbed = master.submit(recipe, config, name="undisturbed")
+            undisturbed.wait(timeout=3600)
+        median = statistics.median(report.seconds for report in undisturbed.history()[5:])
+        total = len(undisturbed.history())
+        say(f"undisturbed: {total} steps in {calm[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
+        with _timed() as rough:
+            run = master.submit(recipe, config, name="disturbed")
+            raging = Storm(cluster, master, run, random.Random(seed), say)
+            strikes = raging.rage(kills)
+            say("no more strikes; the rest of the run is left alone")
+            while not raging._over():
+                raging._revive()
+                time.sleep(0.1)
+        audit = run.verify()
+        entries = run._entries(run._ledger.head())
+        _measure(strikes, [entry.committed_at for entry in entries], median)
+        tokens = [entry.token for entry in entries]
+        return {
+            "machine": machine(),
+            "seed": seed,
+            "steps": total,
+            "median_step_seconds": median,
+            "undisturbed_seconds": calm[0],
+            "disturbed_seconds": rough[0],
+            "kills": dict(Counter(s.kind for s in strikes if s.signal == "KILL")),
+            "pauses": dict(Counter(s.kind for s in strikes if s.signal == "STOP")),
+            "state": run.status().state,
+            "bits_equal": run.status().state == "done" and digest(run) == digest(undisturbed),
+            "audit_clean": audit.ok and not audit.divergent,
+            "audit": str(audit),
+            "servers_in_order": tokens == sorted(tokens),
+            "training_servers": len(set(tokens)),
+            "seconds": _figures([s for s in strikes if s.signal == "KILL"]),
+            "strikes": [asdict(strike) for strike in strikes],
+        }
+
+
+def _always_sync(cluster: LocalCluster) -> None:
+    """Have Redis sync each write to disk before it answers; kept over its restarts by a wrapper's options."""
+    cluster.broker._options["appendfsync"] = "always"
+    cluster.broker.restart()
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    began, seconds = time.monotonic(), [0.0]
+    yield seconds
+    seconds[0] = time.monotonic() - began
+
+
+def digest(run: Run) -> str:
+    """SHA-256 over every tensor of the run's newest version."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(run.state_dict().items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _measure(strikes: list[Strike], commits: list[float], median: float) -> None:
+    """Fill in what each strike cost, from the times of the commits that count in the end."""
+    for number, strike in enumerate(strikes):
+        end = strikes[number + 1].at if number + 1 < len(strikes) else commits[-1] + 1.0
+        after = [at for at in commits if strike.at < at]
+        if after:
+            strike.recovery_seconds = max(0.0, after[0] - strike.at - median)
+        window = [at for at in commits if strike.at - median * 20 <= at < end]
+        gaps = [late - early for early, late in zip(window, window[1:], strict=False) if late > strike.at]
+        strike.stall_seconds = max(0.0, max(gaps, default=strike.recovery_seconds + median) - median)
+
+
+def _figures(strikes: list[Strike]) -> dict[str, dict[str, dict[str, float]]]:
+    """Median, 99th percentile and maximum by kind."""
+    groups: dict[str, list[Strike]] = {"all": strikes}
+    for strike in strikes:
+        groups.setdefault(strike.kind, []).append(strike)
+        if strike.kind != "redis":
+            groups.setdefault("spare ready" if strike.spare else "no spare", []).append(strike)
+    return {
+        name: {
+            "recovery": _quantiles([strike.recovery_seconds for strike in group]),
+            "stall": _quantiles([strike.stall_seconds for strike in group]),
+        }
+        for name, group in groups.items()
+        if group
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return {
+        "n": len(ordered),
+        "median": round(statistics.median(ordered), 3),
+        "p99": round(p99, 3),
+        "max": round(ordered[-1], 3),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"kills: {sum(found['kills'].values())} {found['kills']}, pauses: {found['pauses']}; "
+        f"{found['training_servers']} training servers took turns",
+        f"{found['steps']} steps: undisturbed {found['undisturbed_seconds']:.0f} s "
+        f"({found['median_step_seconds'] * 1000:.0f} ms a step), disturbed {found['disturbed_seconds']:.0f} s",
+        f"{'seconds':<14}{'n':>5}{'recovery median':>17}{'p99':>8}{'max':>8}{'stall median':>15}{'p99':>8}{'max':>8}",
+    ]
+    for name, group in found["seconds"].items():
+        recovery, stall = group["recovery"], group["stall"]
+        lines.append(
+            f"{name:<14}{recovery['n']:>5}{recovery['median']:>17.2f}{recovery['p99']:>8.2f}{recovery['max']:>8.2f}"
+            f"{stall['median']:>15.2f}{stall['p99']:>8.2f}{stall['max']:>8.2f}"
+        )
+    lines.append(f"bits equal: {found['bits_equal']}; {found['audit']}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run, print and write JSON; 1 if bits or audit are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to deal out (default 100)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--logs", type=Path, help="keep the logs in this directory")
+    options = parser.parse_args()
+    with TemporaryDirectory(prefix="torchord-chaos-") as scratch:
+        folder = options.logs or Path(scratch)
+        found = storm(options.kills, options.seed, folder, partial(print, flush=True))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "chaos.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(report(found))
+    return 0 if found["bits_equal"] and found["audit_clean"] and found["servers_in_order"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
