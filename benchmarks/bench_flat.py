@@ -28,7 +28,10 @@ from coordinator import LocalCluster, Master, TrainingConfig
 
 def measure(steps: int, shards: int, samples: int) -> dict[str, object]:
     """Train and sample memory; returns the record that is written."""
-    with TemporaryDirectory() as folder, LocalCluster(workers=2, checkpoint_dir=folder, wait_ready=True) as cluster:
+    with (
+        TemporaryDirectory() as folder,
+        LocalCluster(workers=2, checkpoint_dir=folder, wait_ready=True) as cluster,
+    ):
         master = Master(cluster.url, checkpoint_dir=folder)
         client = redis.Redis.from_url(cluster.url, decode_responses=True)
         config = TrainingConfig(batch_size=shards, shards=shards, checkpoint_every=250)
@@ -60,7 +63,8 @@ def measure(steps: int, shards: int, samples: int) -> dict[str, object]:
     half = rows[len(rows) // 2 :]
     names = [name for name in rows[0] if name not in ("step", "seconds")]
     slopes = {
-        name: statistics.linear_regression([r["step"] for r in half], [r[name] for r in half]).slope for name in names
+        name: statistics.linear_regression([r["step"] for r in half], [r[name] for r in half]).slope
+        for name in names
     }
     return {
         "machine": machine(),

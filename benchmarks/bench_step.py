@@ -64,7 +64,9 @@ def floor(url: str, shards: int, steps: int) -> float:
 def chord_step(master: Master, shards: int, steps: int, name: str) -> float:
     """Median milliseconds from commit to commit."""
     config = TrainingConfig(batch_size=shards, shards=shards, checkpoint_every=10**6)
-    trained = master.fit(recipe("noop", examples=(steps + _SKIPPED) * shards), config, name=name, progress=False)
+    trained = master.fit(
+        recipe("noop", examples=(steps + _SKIPPED) * shards), config, name=name, progress=False
+    )
     return statistics.median(report.seconds for report in trained.history[_SKIPPED:]) * 1000
 
 
@@ -76,11 +78,16 @@ def main() -> int:
     parser.add_argument("--shards", type=int, nargs="+", default=[2, 4, 8])
     options = parser.parse_args()
     found: dict[int, dict[str, list[float]]] = {k: {"torchord": [], "floor": []} for k in options.shards}
-    with TemporaryDirectory() as folder, LocalCluster(workers=2, checkpoint_dir=folder, wait_ready=True) as cluster:
+    with (
+        TemporaryDirectory() as folder,
+        LocalCluster(workers=2, checkpoint_dir=folder, wait_ready=True) as cluster,
+    ):
         master = Master(cluster.url, checkpoint_dir=folder)
         for turn in range(options.rounds):
             for shards in options.shards:
-                found[shards]["torchord"].append(chord_step(master, shards, options.steps, f"step-{shards}-{turn}"))
+                found[shards]["torchord"].append(
+                    chord_step(master, shards, options.steps, f"step-{shards}-{turn}")
+                )
                 found[shards]["floor"].append(floor(cluster.url, shards, options.steps))
                 print(f"round {turn + 1}  K={shards}: {found[shards]['torchord'][-1]:.2f} ms", flush=True)
     print(f"\n{'K':>3} {'torchord ms':>14} {'worst':>8} {'floor ms':>10} {'ratio':>7}")

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +42,9 @@ from torch.utils.data import TensorDataset
 from benchmarks import RESULTS, machine
 from cache.errors import CacheError
 from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
+from coordinator.embedded import EmbeddedServer
 from coordinator.local import WorkerProcess
+from coordinator.recipe import Target
 
 BATCH = 48
 STEPS_PER_KILL = 14
@@ -97,6 +100,7 @@ class Storm:
 
     Args:
         cluster: with at least one standby.
+        server: its Redis.
         master: of the cluster.
         run: under way.
         chance: source of all decisions.
@@ -106,12 +110,14 @@ class Storm:
     def __init__(
         self,
         cluster: LocalCluster,
+        server: EmbeddedServer,
         master: Master,
         run: Run,
         chance: random.Random,
         say: Callable[[str], None],
     ) -> None:
         self.cluster = cluster
+        self.server = server
         self.master = master
         self.run = run
         self.chance = chance
@@ -172,13 +178,13 @@ class Storm:
         if self.chance.random() < PAUSE_SHARE:
             pause = self.chance.uniform(0.3, 3.0)
             strike = Strike("redis", "redis", "STOP", time.time(), version, False, pause)
-            self.cluster.broker.pause()
+            self.server.pause()
             time.sleep(pause)
-            self.cluster.broker.cont()
+            self.server.cont()
             return strike
         strike = Strike("redis", "redis", "KILL", time.time(), version, False)
-        self.cluster.broker.kill()
-        self.cluster.broker.restart()
+        self.server.kill()
+        self.server.restart()
         return strike
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
@@ -258,21 +264,24 @@ def storm(
     steps = kills * STEPS_PER_KILL + CALM_STEPS
     config = TrainingConfig(epochs=-(-steps // 20), batch_size=BATCH, shards=3, checkpoint_every=25, seed=7)
     recipe = Recipe(
-        model=model,
-        dataset=partial(data, size=20 * BATCH),
+        model="benchmarks.chaos:model",
+        dataset=Target("benchmarks.chaos:data", kwargs={"size": 20 * BATCH}),
         loss=torch.nn.functional.cross_entropy,
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
     )
     checkpoints = str(folder / "checkpoints")
-    with LocalCluster(
-        clients,
-        standby=standby,
-        persistence_dir=folder / "redis",
-        checkpoint_dir=checkpoints,
-        log_dir=folder / "logs",
-        wait_ready=True,
-    ) as cluster:
-        _always_sync(cluster)
+    durable = {"appendfsync": "always"}
+    with (
+        EmbeddedServer(persistence_dir=folder / "redis", options=durable, log=folder / "redis.log") as server,
+        LocalCluster(
+            clients,
+            url=server.url,
+            standby=standby,
+            checkpoint_dir=checkpoints,
+            log_dir=folder / "logs",
+            wait_ready=True,
+        ) as cluster,
+    ):
         master = Master(cluster.url, checkpoint_dir=checkpoints)
         with _timed() as calm:
             undisturbed = master.submit(recipe, config, name="undisturbed")
@@ -282,7 +291,7 @@ def storm(
         say(f"undisturbed: {total} steps in {calm[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
         with _timed() as rough:
             run = master.submit(recipe, config, name="disturbed")
-            raging = Storm(cluster, master, run, random.Random(seed), say)
+            raging = Storm(cluster, server, master, run, random.Random(seed), say)
             strikes = raging.rage(kills)
             say("no more strikes; the rest of the run is left alone")
             while not raging._over():
@@ -312,12 +321,6 @@ def storm(
         }
 
 
-def _always_sync(cluster: LocalCluster) -> None:
-    """Have Redis sync each write to disk before it answers; kept over its restarts by a wrapper's options."""
-    cluster.broker._options["appendfsync"] = "always"
-    cluster.broker.restart()
-
-
 @contextmanager
 def _timed() -> Iterator[list[float]]:
     began, seconds = time.monotonic(), [0.0]
@@ -341,7 +344,7 @@ def _measure(strikes: list[Strike], commits: list[float], median: float) -> None
         if after:
             strike.recovery_seconds = max(0.0, after[0] - strike.at - median)
         window = [at for at in commits if strike.at - median * 20 <= at < end]
-        gaps = [late - early for early, late in zip(window, window[1:], strict=False) if late > strike.at]
+        gaps = [late - early for early, late in pairwise(window) if late > strike.at]
         strike.stall_seconds = max(0.0, max(gaps, default=strike.recovery_seconds + median) - median)
 
 
@@ -379,8 +382,10 @@ def report(found: dict[str, Any]) -> str:
         f"kills: {sum(found['kills'].values())} {found['kills']}, pauses: {found['pauses']}; "
         f"{found['training_servers']} training servers took turns",
         f"{found['steps']} steps: undisturbed {found['undisturbed_seconds']:.0f} s "
-        f"({found['median_step_seconds'] * 1000:.0f} ms a step), disturbed {found['disturbed_seconds']:.0f} s",
-        f"{'seconds':<14}{'n':>5}{'recovery median':>17}{'p99':>8}{'max':>8}{'stall median':>15}{'p99':>8}{'max':>8}",
+        f"({found['median_step_seconds'] * 1000:.0f} ms a step), disturbed "
+        f"{found['disturbed_seconds']:.0f} s",
+        f"{'seconds':<14}{'n':>5}{'recovery median':>17}{'p99':>8}{'max':>8}"
+        f"{'stall median':>15}{'p99':>8}{'max':>8}",
     ]
     for name, group in found["seconds"].items():
         recovery, stall = group["recovery"], group["stall"]

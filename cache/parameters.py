@@ -108,7 +108,8 @@ class ParameterCache:
         record = ledger.version(version)
         if record is None:
             raise VersionMissing(
-                f"version {version} of run {ledger.run!r} is not in the cache; stored: {sorted(ledger.versions())}"
+                f"version {version} of run {ledger.run!r} is not in the cache; stored: "
+                f"{sorted(ledger.versions())}"
             )
         try:
             flat, source = self.chunks.get_from(record.blob, out)

@@ -19,7 +19,6 @@ from cache.blob import BlobRef, as_bytes, checksums, split
 from cache.chunks import CHUNK_NBYTES, Chunks
 from cache.host import HostTier
 
-
 HOST_AT_LEAST_NBYTES = 256 << 10
 
 
@@ -80,7 +79,9 @@ class TieredStore:
     def _count(self, **more: float) -> None:
         with self._lock:
             now = self._counters
-            self._counters = replace(now, **{name: getattr(now, name) + value for name, value in more.items()})
+            self._counters = replace(
+                now, **{name: getattr(now, name) + value for name, value in more.items()}
+            )
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a blob for everybody, and show it to this host."""

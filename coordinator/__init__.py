@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from coordinator.audit import Audit
     from coordinator.config import TrainingConfig
     from coordinator.datasets import stored_dataset
     from coordinator.local import LocalCluster
     from coordinator.master import Master
     from coordinator.recipe import Recipe
-    from coordinator.audit import Audit
     from coordinator.run import Run, RunStatus, StepReport, TrainedModel
 
 _HOME = {

@@ -74,7 +74,9 @@ def noted(error: BaseException) -> str:
 def combined_digest(digest: str, state: StateRecord) -> str:
     """One digest over a slot's payload and the state that it keeps."""
     kept = "" if state.blob is None else state.blob.digest
-    return hashlib.blake2b(f"{digest} {kept} {canonical(state.skeleton)}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        f"{digest} {kept} {canonical(state.skeleton)}".encode(), digest_size=16
+    ).hexdigest()
 
 
 class Client:
@@ -148,7 +150,8 @@ class Client:
         if verdict == "skewed":
             reason = (
                 f"run {run!r} is computed on {ledger.head().environment}; this worker has "
-                f"{self.heartbeat.info.environment}, which may give other bits. Start a worker like the first, "
+                f"{self.heartbeat.info.environment}, which may give other bits. Start a worker like the "
+                "first, "
                 "or run.resume(admit_skew=True)"
             )
             return self._refuse(receipt, reason)
@@ -425,7 +428,7 @@ class Client:
             answer = {"blob": stored.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
         except CacheError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the recipe's own code; it goes to whoever asked
             kind = type(error).__name__
             answer = {"error": f"part {part} failed on worker {receipt['worker']}: {kind}: {error}"}
         finally:

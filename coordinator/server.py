@@ -416,7 +416,8 @@ class TrainingServer:
             return str(value)
         if verdict == "skewed":
             raise Skewed(
-                f"run {run!r} is updated on {value}; this worker has {info.environment}, which may give other "
+                f"run {run!r} is updated on {value}; this worker has {info.environment}, which may give "
+                "other "
                 "bits. Start a worker like the first, or run.resume(admit_skew=True)"
             )
         self.heartbeat.refuse(run, None)

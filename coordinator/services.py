@@ -66,7 +66,9 @@ class Services:
             found = self._contexts.get(key)
             if found is None:
                 found = RunContext(self, run, incarnation)
-                for other in [k for k in self._contexts if k[0] == run and revision(k[1]) == revision(incarnation)]:
+                for other in [
+                    k for k in self._contexts if k[0] == run and revision(k[1]) == revision(incarnation)
+                ]:
                     found.adopt(self._contexts.pop(other))
                 self._contexts[key] = found
                 while len(self._contexts) > _CONTEXTS_KEPT:
@@ -199,9 +201,7 @@ class RunContext:
             if self._plan is None:
                 head = self.services.ledger(self.run).head()
                 size, self._digest = head.dataset_size, head.dataset_digest
-                self._plan = Plan(
-                    len(self.dataset()) if size is None else size, self.config, self.switches
-                )
+                self._plan = Plan(len(self.dataset()) if size is None else size, self.config, self.switches)
             loaded = self._datasets.get("dataset")
             if loaded is not None and len(loaded) != self._plan.size:
                 raise RunError(

@@ -156,7 +156,9 @@ class Sender:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
     def _unreachable(self, what: str, error: Exception) -> CacheUnreachable:
-        return CacheUnreachable(f"cannot {what}: no Redis answers at {masked(self.app.conf.broker_url)} ({error})")
+        return CacheUnreachable(
+            f"cannot {what}: no Redis answers at {masked(self.app.conf.broker_url)} ({error})"
+        )
 
     def evaluation(self, run: str, version: int, parts: Iterable[int], of: int) -> None:
         """Publish the parts of an evaluation of one version."""

@@ -20,6 +20,7 @@ from uuid import uuid4
 from celery import Celery
 from kombu import Connection
 
+
 class StepTemplate:
     """Renders the header messages of one run's steps.
 
@@ -48,7 +49,13 @@ class StepTemplate:
         # Numbers that stand for step, shard and version; drawn, so that nothing else equals them.
         self._step, self._shard, self._version = (str(10**17 + secrets.randbelow(10**17)) for _ in range(3))
         self._ids = {name: str(uuid4()) for name in ("task", "group", "body")}
-        callback = app.signature(body, kwargs={**body_kwargs, "step": int(self._step)}, queue=body_queue, ignore_result=True, argsrepr="(receipts,)")
+        callback = app.signature(
+            body,
+            kwargs={**body_kwargs, "step": int(self._step)},
+            queue=body_queue,
+            ignore_result=True,
+            argsrepr="(receipts,)",
+        )
         callback.freeze(self._ids["body"])
         step, shard = int(self._step), int(self._shard)
         arguments = {**kwargs, "step": step, "shard": shard, "version": int(self._version)}
@@ -73,7 +80,11 @@ class StepTemplate:
         self._tag = str(recorded["properties"]["delivery_tag"])
         recorded["body"], self._body = "@body@", base64.b64decode(recorded["body"]).decode()
         self._envelope = json.dumps(recorded)
-        for name, token in (("task", self._ids["task"]), ("group", self._ids["group"]), ("shard", self._shard)):
+        for name, token in (
+            ("task", self._ids["task"]),
+            ("group", self._ids["group"]),
+            ("shard", self._shard),
+        ):
             if token not in self._envelope or (name == "task" and self._tag not in self._envelope):
                 raise ValueError(f"a recorded Celery message has no {name} id where one was expected")
 
@@ -81,7 +92,12 @@ class StepTemplate:
         """(group id, one message a shard) for one step, as they lie in a Redis list."""
         group, callback = str(uuid4()), str(uuid4())
         ids = self._ids
-        body = self._body.replace(self._step, str(step)).replace(self._version, str(version)).replace(ids["body"], callback).replace(ids["group"], group)
+        body = (
+            self._body.replace(self._step, str(step))
+            .replace(self._version, str(version))
+            .replace(ids["body"], callback)
+            .replace(ids["group"], group)
+        )
         envelope = self._envelope.replace(self._step, str(step)).replace(self._version, str(version))
         envelope = envelope.replace(ids["group"], group)
         messages = []
@@ -103,7 +119,7 @@ def push(
     version: int,
     shards: Sequence[int],
     *,
-    fault: Callable[[str], None] | None = None
+    fault: Callable[[str], None] | None = None,
 ) -> None:
     """Publish one step in one round trip: the chord's size, then its messages.
 

@@ -64,13 +64,17 @@ def scalars(event: Event) -> list[tuple[str, float, int]]:
             found.append(("speed/samples a second", data["examples"] / data["seconds"], step))
         return found
     if event.type == "evaluation":
-        return [(f"evaluation/{name}", value, int(data["version"])) for name, value in data["metrics"].items()]
+        return [
+            (f"evaluation/{name}", value, int(data["version"])) for name, value in data["metrics"].items()
+        ]
     return []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Follow every run until interrupted; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m coordinator.tensorboard", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m coordinator.tensorboard", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--logdir", type=Path, required=True, help="directory for TensorBoard's event files")
     parser.add_argument("--url", default=None, help="Redis URL; default TORCHORD_URL")
     parser.add_argument("--once", action="store_true", help="copy what is there and exit")

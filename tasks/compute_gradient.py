@@ -21,5 +21,11 @@ def compute_gradient(
     from tasks.worker import process
 
     return process().client.compute_gradient(
-        run, step, shard, delivery=self.request.id, in_chord=self.request.chord is not None, backup=backup, version=version
+        run,
+        step,
+        shard,
+        delivery=self.request.id,
+        in_chord=self.request.chord is not None,
+        backup=backup,
+        version=version,
     )

@@ -134,7 +134,6 @@ class TorchordStep(bootsteps.StartStopStep):
         if UPDATES in consumed and parts.supervisor is None:
             parts.supervise()
 
-
     def stop(self, parent: Any) -> None:
         """Called before each reconnection, and at the end: then what is at work goes to others at once."""
         if parent.blueprint.state in (bootsteps.CLOSE, bootsteps.TERMINATE):

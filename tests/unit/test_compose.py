@@ -62,7 +62,12 @@ def one_image(document: Document) -> list[str]:
 
 
 def profiles(document: Document) -> list[str]:
-    expected = {"client-cpu": ["cpu"], "client-gpu": ["gpu"], "metrics": ["tensorboard"], "tensorboard": ["tensorboard"]}
+    expected = {
+        "client-cpu": ["cpu"],
+        "client-gpu": ["gpu"],
+        "metrics": ["tensorboard"],
+        "tensorboard": ["tensorboard"],
+    }
     found = {name: s["profiles"] for name, s in document["services"].items() if "profiles" in s}
     return [] if found == expected else [f"profiles {found}"]
 

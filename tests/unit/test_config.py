@@ -67,7 +67,9 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     assert str(refused.value).count("\n") == 0
 
 
-@pytest.mark.parametrize("compression", ["none", "fp16", "int8", "topk:0.01", "powersgd:2", "my_codecs:Sign:0.5"])
+@pytest.mark.parametrize(
+    "compression", ["none", "fp16", "int8", "topk:0.01", "powersgd:2", "my_codecs:Sign:0.5"]
+)
 def test_a_known_codec_or_an_import_path_is_taken(compression: str) -> None:
     config = TrainingConfig(local_steps=4, staleness=2, compression=compression)
     assert TrainingConfig.from_json(config.to_json()) == config

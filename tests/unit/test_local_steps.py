@@ -48,7 +48,9 @@ def test_the_pseudo_gradient_is_the_way_a_plain_loop_goes() -> None:
     optimizer = SGD(model.parameters())
     losses = []
     for number, part in enumerate(bench.plan.parts(0, 1)):
-        inputs, targets = (torch.stack(column) for column in zip(*(bench.dataset[i] for i in part), strict=True))
+        inputs, targets = (
+            torch.stack(column) for column in zip(*(bench.dataset[i] for i in part), strict=True)
+        )
         seed_everything(derive_seed(0, "model", 0, 1, number))
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(inputs), targets)
@@ -105,7 +107,8 @@ def test_the_slots_state_matters_and_its_scheduler_steps_once_a_global_step() ->
     assert kept["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.05)
     fresh, warm = bench.shard(1, 0), bench.shard(1, 0, kept)
     assert any(
-        not torch.equal(fresh.gradient.gradients[name], value) for name, value in warm.gradient.gradients.items()
+        not torch.equal(fresh.gradient.gradients[name], value)
+        for name, value in warm.gradient.gradients.items()
     )
 
 
@@ -137,7 +140,9 @@ def test_clipping_is_the_shards_and_not_the_servers() -> None:
 
 
 def test_a_step_that_is_not_finite_is_reported() -> None:
-    bench = Bench(models.mlp(dataset=partial(models.poisoned, at=int(Plan(40, TrainingConfig(batch_size=8, shards=2, local_steps=2)).parts(0, 0)[0][0]))), local_steps=2)  # fmt: skip
+    plan = Plan(40, TrainingConfig(batch_size=8, shards=2, local_steps=2))
+    at = int(plan.parts(0, 0)[0][0])
+    bench = Bench(models.mlp(dataset=partial(models.poisoned, at=at)), local_steps=2)
     assert not bench.shard(0, 0).gradient.finite
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import InvalidInput
-from dataclasses import replace
-
 from coordinator.config import TrainingConfig
 from coordinator.shards import Plan, derive_seed, epoch_order
 
@@ -184,22 +183,32 @@ def test_a_switch_takes_effect_at_its_step_and_changes_nothing_before() -> None:
     assert [switched.shards_in(step) for step in range(5)] == [2, 2, 2, 4, 4]
     assert [switched.version_for(step) for step in (6, 7, 8, 9)] == [6, 7, 7, 8]
     for step in range(3):
-        assert [switched.indices(step, k).tolist() for k in (0, 1)] == [plan.indices(step, k).tolist() for k in (0, 1)]
+        assert [switched.indices(step, k).tolist() for k in (0, 1)] == [
+            plan.indices(step, k).tolist() for k in (0, 1)
+        ]
     for step in range(10):
         together = [i for k in range(switched.shards_in(step)) for i in switched.indices(step, k).tolist()]
         assert together == [i for k in (0, 1) for i in plan.indices(step, k).tolist()]
 
 
 @given(plans, st.integers(1, 4), st.integers(1, 4), st.integers(0, 20))
-def test_switching_the_local_steps_still_visits_every_example_once(plan: Plan, first: int, then: int, at: int) -> None:
-    switched = Plan(plan.size, replace(plan.config, local_steps=first), {at: {"local_steps": then}} if at else {})
+def test_switching_the_local_steps_still_visits_every_example_once(
+    plan: Plan, first: int, then: int, at: int
+) -> None:
+    switched = Plan(
+        plan.size, replace(plan.config, local_steps=first), {at: {"local_steps": then}} if at else {}
+    )
     visited: list[int] = []
     for step in range(switched.total_steps):
         epoch, batch = switched.locate(step)
         for number in range(len(switched.batch_sizes(step))):
             start = (batch + number) * plan.config.batch_size
-            visited += epoch_order(plan.config.seed, epoch, plan.size)[start : start + plan.config.batch_size].tolist()
-    assert visited == [i for e in range(plan.config.epochs) for i in epoch_order(plan.config.seed, e, plan.size).tolist()]
+            visited += epoch_order(plan.config.seed, epoch, plan.size)[
+                start : start + plan.config.batch_size
+            ].tolist()
+    assert visited == [
+        i for e in range(plan.config.epochs) for i in epoch_order(plan.config.seed, e, plan.size).tolist()
+    ]
 
 
 def test_a_switch_beyond_the_end_is_without_effect() -> None:

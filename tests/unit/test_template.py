@@ -100,7 +100,10 @@ def test_two_steps_share_no_id(app: Celery) -> None:
         body_queue=QUEUE,
     )
     first, second = template.render(1, 1, [0, 1])[1], template.render(2, 1, [0, 1])[1]
-    ids = [set(UUID.findall(base64.b64decode(json.loads(m)["body"]).decode() + m.decode())) for m in first + second]
+    ids = [
+        set(UUID.findall(base64.b64decode(json.loads(m)["body"]).decode() + m.decode()))
+        for m in first + second
+    ]
     assert not (ids[0] | ids[1]) & (ids[2] | ids[3]) - {json.loads(first[0])["properties"]["reply_to"]}
 
 
