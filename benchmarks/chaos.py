@@ -103,6 +103,7 @@ class Storm:
         server: its Redis.
         master: of the cluster.
         run: under way.
+        median: seconds of an undisturbed step.
         chance: source of all decisions.
         say: prints a line of progress.
     """
@@ -113,6 +114,7 @@ class Storm:
         server: EmbeddedServer,
         master: Master,
         run: Run,
+        median: float,
         chance: random.Random,
         say: Callable[[str], None],
     ) -> None:
@@ -120,6 +122,7 @@ class Storm:
         self.server = server
         self.master = master
         self.run = run
+        self.median = median
         self.chance = chance
         self.say = say
         self.strikes: list[Strike] = []
@@ -132,6 +135,7 @@ class Storm:
             self.strikes.append(strike)
             done += strike.signal == "KILL"
             waited = self._await_commit(strike.at)
+            strike.recovery_seconds = max(0.0, waited - self.median)
             self.say(
                 f"[{done:3}/{kills}] step {strike.step:5}  SIG{strike.signal:<4} {strike.kind:<10} "
                 f"({strike.victim}{'' if strike.spare else ', no spare'})  next commit after {waited:.2f} s"
@@ -291,7 +295,7 @@ def storm(
         say(f"undisturbed: {total} steps in {calm[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
         with _timed() as rough:
             run = master.submit(recipe, config, name="disturbed")
-            raging = Storm(cluster, server, master, run, random.Random(seed), say)
+            raging = Storm(cluster, server, master, run, median, random.Random(seed), say)
             strikes = raging.rage(kills)
             say("no more strikes; the rest of the run is left alone")
             while not raging._over():
@@ -299,7 +303,7 @@ def storm(
                 time.sleep(0.1)
         audit = run.verify()
         entries = run._entries(run._ledger.head())
-        _measure(strikes, [entry.committed_at for entry in entries], median)
+        _measure_stalls(strikes, commit_times(run), median)
         tokens = [entry.token for entry in entries]
         return {
             "machine": machine(),
@@ -336,15 +340,22 @@ def digest(run: Run) -> str:
     return found.hexdigest()
 
 
-def _measure(strikes: list[Strike], commits: list[float], median: float) -> None:
-    """Fill in what each strike cost, from the times of the commits that count in the end."""
+def commit_times(run: Run) -> list[float]:
+    """Unix time (s) of every commit, those that a replay repeated included, by the server's clock."""
+    found, after = [], "0-0"
+    while events := run._ledger.read_events(after):
+        after = events[-1].id
+        found += [int(event.id.partition("-")[0]) / 1000 for event in events if event.type == "step"]
+    return found
+
+
+def _measure_stalls(strikes: list[Strike], commits: list[float], median: float) -> None:
+    """Fill in the longest wait between two commits from each strike to the next."""
     for number, strike in enumerate(strikes):
         end = strikes[number + 1].at if number + 1 < len(strikes) else commits[-1] + 1.0
-        after = [at for at in commits if strike.at < at]
-        if after:
-            strike.recovery_seconds = max(0.0, after[0] - strike.at - median)
-        window = [at for at in commits if strike.at - median * 20 <= at < end]
-        gaps = [late - early for early, late in pairwise(window) if late > strike.at]
+        start = max((at for at in commits if at <= strike.at), default=strike.at)
+        window = [start, *(at for at in commits if strike.at < at < end)]
+        gaps = [late - early for early, late in pairwise(window)]
         strike.stall_seconds = max(0.0, max(gaps, default=strike.recovery_seconds + median) - median)
 
 

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,8 @@ class Post:
 class Shuffle:
     """Two workers and a training server in this process, which get their messages from `Post`.
 
+    At each point of the protocol where a process could be killed, another one may act in between.
+
     Args:
         run: a run that was submitted already.
         chance: decides which message is delivered next, how often, and when the server is called besides;
@@ -281,8 +284,12 @@ class Shuffle:
         self.run = run
         self.chance = chance
         self.post: Any = Post(callbacks=1)  # what submit sent went to a queue that nobody reads
-        self.clients = [Client(*self._parts(settings, f"client{i}@here")) for i in range(2)]
-        self.server = TrainingServer(*self._parts(settings, "server@here"))
+        self.clients = [
+            Client(*self._parts(settings, f"client{i}@here"), fault=partial(self._meanwhile, i))
+            for i in range(2)
+        ]
+        self.server = TrainingServer(*self._parts(settings, "server@here"), fault=partial(self._meanwhile, 0))
+        self.depth = 0
         self.old: list[Any] = []
         self.verdicts: Counter[str] = Counter()
 
@@ -324,6 +331,17 @@ class Shuffle:
             self.old.append(message)
         copy = f"{message[0]}-{message[1]}-{chance.randrange(3)}"
         self._deliver(message, chance.choice(self.clients), copy, backup=roll > 0.8)
+
+    def _meanwhile(self, busy: int, point: str) -> None:
+        """Between two moves of one process, the other Client may take a copy of a message."""
+        if self.chance is None or self.depth or not self.old or self.chance.random() < 0.5:
+            return
+        message = self.chance.choice(self.old[-4:])
+        self.depth += 1
+        try:
+            self._deliver(message, self.clients[1 - busy], "meanwhile", backup=self.chance.random() < 0.7)
+        finally:
+            self.depth -= 1
 
     def _deliver(self, message: Any, client: Client, delivery: str, *, backup: bool) -> None:
         step, shard, version, chord = message
