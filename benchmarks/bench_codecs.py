@@ -1,7 +1,7 @@
 """What each gradient codec costs in bytes, accuracy and time, on Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist                 # Debian and Ubuntu; or --data DIR
-    python -m benchmarks.bench_codecs                     # every codec, 5 epochs; CLAIMED on 3 seeds
+    python -m benchmarks.bench_codecs                     # every codec, 3 epochs; CLAIMED on 3 seeds
     python -m benchmarks.bench_codecs --epochs 2 --seeds 0 --codecs none topk:0.01
 
 Claim: a codec of CLAIMED sends at least 100 times fewer gradient bytes and loses at most 0.3 points of
@@ -56,6 +56,7 @@ from coordinator.shards import Plan
 DATA = Path("/usr/share/datasets/fashion-mnist")
 CODECS = (
     "none",
+    "fp16",
     "bf16",
     "int8",
     "sign",
@@ -153,7 +154,7 @@ def train(
         train_loss=statistics.fmean(losses[-plan.steps_per_epoch :]),
         memory_nbytes=layout(memories[0]).nbytes,
         wall_seconds=round(time.perf_counter() - began, 1),
-        **{name: total / count for name, total in totals.items()},  # type: ignore[arg-type]
+        **{name: total / count for name, total in totals.items()},
     )
 
 
@@ -197,6 +198,7 @@ def summary(outcomes: list[Outcome]) -> list[dict[str, Any]]:
         base = statistics.fmean(o.nbytes for o in plain.values()) if plain else float("nan")
         row: dict[str, Any] = {
             "codec": spec,
+            "seeds": [o.seed for o in runs],
             "bytes_per_shard": round(nbytes),
             "times_fewer_bytes": round(base / nbytes, 1),
             "memory_bytes_per_slot": runs[0].memory_nbytes,
@@ -212,13 +214,24 @@ def summary(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    head = ("codec", "bytes/shard", "× fewer", "memory/slot", "accuracy %", "points lost", "enc ms", "dec ms")
-    print("{:24} {:>11} {:>8} {:>11} {:>10} {:>11} {:>7} {:>7}".format(*head))
+    head = (
+        "codec",
+        "bytes/shard",
+        "× fewer",
+        "memory/slot",
+        "seeds",
+        "accuracy %",
+        "points lost",
+        "enc ms",
+        "dec ms",
+    )
+    print("{:24} {:>11} {:>8} {:>11} {:>5} {:>10} {:>11} {:>7} {:>7}".format(*head))
     for row in rows:
         lost = "" if row["points_lost"] is None else f"{row['points_lost']:+.2f}"
         print(
             f"{row['codec']:24} {row['bytes_per_shard']:11,} {row['times_fewer_bytes']:8.1f} "
-            f"{row['memory_bytes_per_slot']:11,} {row['accuracy_percent']:10.2f} {lost:>11} "
+            f"{row['memory_bytes_per_slot']:11,} {len(row['seeds']):5} "
+            f"{row['accuracy_percent']:10.2f} {lost:>11} "
             f"{row['encode_milliseconds']:7.2f} {row['decode_milliseconds']:7.2f}"
             + ("  <- target" if row["target_reached"] else "")
         )
@@ -245,7 +258,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files")
     parser.add_argument("--codecs", nargs="*", default=CODECS, metavar="SPEC")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument(
         "--seeds", type=int, nargs="*", default=[0, 1, 2], help="the first for every codec, all for a claim"
     )

@@ -47,8 +47,8 @@ from coordinator.local import WorkerProcess
 from coordinator.recipe import Target
 
 BATCH = 48
-STEPS_PER_KILL = 14
-CALM_STEPS = 60
+EXTRA_STEPS = 4  # for each kill, beside those between two: what is done while one recovers, and pauses
+CALM_STEPS = 30
 VICTIMS = {"client": 50, "server": 22, "supervisor": 14, "redis": 14}
 """How often each kind is struck, in relation."""
 PAUSE_SHARE = 0.2
@@ -104,6 +104,7 @@ class Storm:
         master: of the cluster.
         run: under way.
         median: seconds of an undisturbed step.
+        calm: most commits between two strikes.
         chance: source of all decisions.
         say: prints a line of progress.
     """
@@ -115,6 +116,7 @@ class Storm:
         master: Master,
         run: Run,
         median: float,
+        calm: int,
         chance: random.Random,
         say: Callable[[str], None],
     ) -> None:
@@ -123,6 +125,7 @@ class Storm:
         self.master = master
         self.run = run
         self.median = median
+        self.calm = calm
         self.chance = chance
         self.say = say
         self.strikes: list[Strike] = []
@@ -146,7 +149,7 @@ class Storm:
 
     def _calm(self) -> bool:
         """Let some commits pass, and a part of a step; False once the run is over."""
-        target = self._version() + self.chance.randint(0, 10)
+        target = self._version() + self.chance.randint(0, self.calm)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self._version() < target:
             self._revive()
@@ -252,7 +255,14 @@ class Storm:
 
 
 def storm(
-    kills: int, seed: int, folder: Path, say: Callable[[str], None], *, clients: int = 3, standby: int = 1
+    kills: int,
+    seed: int,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    clients: int = 3,
+    standby: int = 1,
+    calm: int = 10,
 ) -> dict[str, Any]:
     """Train undisturbed, train under strikes, compare.
 
@@ -261,11 +271,13 @@ def storm(
         seed: of every decision (the moments also depend on the machine).
         folder: for logs, checkpoints and Redis's data.
         say: prints a line of progress.
+        clients, standby: size of the fleet.
+        calm: most commits between two strikes.
 
     Returns:
         Figures and verdicts: see the module.
     """
-    steps = kills * STEPS_PER_KILL + CALM_STEPS
+    steps = kills * (calm + EXTRA_STEPS) + CALM_STEPS
     config = TrainingConfig(epochs=-(-steps // 20), batch_size=BATCH, shards=3, checkpoint_every=25, seed=7)
     recipe = Recipe(
         model="benchmarks.chaos:model",
@@ -295,7 +307,7 @@ def storm(
         say(f"undisturbed: {total} steps in {calm[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
         with _timed() as rough:
             run = master.submit(recipe, config, name="disturbed")
-            raging = Storm(cluster, server, master, run, median, random.Random(seed), say)
+            raging = Storm(cluster, server, master, run, median, calm, random.Random(seed), say)
             strikes = raging.rage(kills)
             say("no more strikes; the rest of the run is left alone")
             while not raging._over():

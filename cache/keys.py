@@ -5,8 +5,8 @@ lie on one node, so a Lua script may touch several of them.
 
 | key | type | written by | life |
 | --- | --- | --- | --- |
-| torchord:runs | zset name -> submit time (s) | Master | RUN_TTL after the last submit |
-| torchord:active | set of names that are not at rest | Master, server | RUN_TTL after the last change |
+| torchord:runs | zset name -> submit time (s) | Master | RUN_TTL after the last submit or commit |
+| torchord:active | set of names that are not at rest | Master, server | RUN_TTL after the last change or commit |
 | torchord:workers | zset worker id -> last beat (ms) | workers | WORKER_INDEX_TTL after the last beat |
 | torchord:worker:ID | string, JSON of WorkerInfo | that worker | WORKER_LEASE, renewed by a thread |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
@@ -16,9 +16,9 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:versions | hash version -> JSON of VersionRecord | server | RUN_TTL; fields leave with retention |
 | torchord:{RUN}:pins | hash version -> expiry (ms) | readers of old versions | RUN_TTL; fields expire |
 | torchord:{RUN}:ledger | hash version -> JSON of the step's entry | commit.lua | RUN_TTL; old fields spill to disk |
-| torchord:{RUN}:expected | hash version -> chain to be met by a replay | rollback.lua | RUN_TTL; fields leave at commit |
+| torchord:{RUN}:expected | hash version -> chain to be met by a replay | rollback.lua | RUN_TTL; fields leave when met |
 | torchord:{RUN}:events | stream, capped | scripts | RUN_TTL, renewed at commit |
-| torchord:{RUN}:evaluations | hash version -> JSON of metrics | evaluate | RUN_TTL; old fields spill to disk |
+| torchord:{RUN}:evaluations | hash version -> JSON of metrics | evaluate | RUN_TTL, renewed at commit |
 | torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
 | torchord:{RUN}:slots:STEP | hash shard -> JSON of SlotRecord | write_slot.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
@@ -28,7 +28,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:dataset:NAME | hash: digest, JSON of Record | put_dataset.lua | DATASET_TTL or the put's, renewed on use |
 | torchord:dataset:NAME:renewed | string, worker's mark | readers | at most RENEWAL_SECONDS |
 | torchord:chunk:ADDRESS:0 | string, raw bytes of a dataset chunk | content store | as its dataset; GRACE_TTL once let go |
-| torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL or PREDICT_TTL; deleted by retention |
+| torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL, WORK_TTL (gradients) or PREDICT_TTL; deleted by retention |
 
 Celery's own keys (queues, `unacked`, `celery-task-meta-*`, `celery-taskset-meta-*`) are not
 listed: Celery gives them their life (`result_expires`).

@@ -86,8 +86,8 @@ class Ledger:
         self.run = keys.check_name(run)
         self.keys = keys.RunKeys(run)
 
-    def _during(self, what: str) -> AbstractContextManager[None]:
-        return translated(self.url, f"{what} of run {self.run!r}")
+    def _during(self, what: str, link: str = " of") -> AbstractContextManager[None]:
+        return translated(self.url, f"{what}{link} run {self.run!r}")
 
     def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
         script = self.client.register_script(source(name))
@@ -116,7 +116,7 @@ class Ledger:
         """
         names = self.keys
         left_behind = [name for name in names.lasting() if name not in (names.spec, names.head)]
-        with self._during("creation"):
+        with self._during("create", ""):
             verdict, text = self._script(
                 "create_run",
                 [
@@ -396,7 +396,7 @@ class Ledger:
             ("acquired", token), ("owned", queue of the live owner), ("skewed", environment that the
             run's updates need) or ("missing", 0).
         """
-        with self._during("take over"):
+        with self._during("take over", ""):
             verdict, value = self._script(
                 "acquire", [self.keys.head], [worker, node, keys.worker(""), queue, environment, memory]
             )
@@ -404,7 +404,7 @@ class Ledger:
 
     def release(self, token: int) -> bool:
         """Give the run up, if it is still ours: a standby may take it at once."""
-        with self._during("release"):
+        with self._during("release", ""):
             return bool(self._script("release", [self.keys.head], [token]))
 
     def initialise(
@@ -423,7 +423,7 @@ class Ledger:
         Args:
             dataset_digest: of the training dataset's content, "" if it does not know it.
         """
-        with self._during("initialise"):
+        with self._during("initialise", ""):
             return cast(
                 str,
                 self._script(
@@ -495,6 +495,7 @@ class Ledger:
                     names.manifest,
                     names.evaluations,
                     keys.ACTIVE,
+                    keys.RUNS,
                 ],
                 [
                     step,

@@ -20,7 +20,7 @@ import redis
 from cache import keys
 from cache.errors import CacheError, RunNotFound
 from cache.ledger import BeginVerdict, Committed, Event, Lease, Ledger, SlotVerdict
-from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision, revised
+from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revised, revision
 from cache.workers import Registry, WorkerInfo
 
 URL = "memory://"
@@ -543,7 +543,7 @@ class MemoryLedger(Ledger):
         plane.hset(names.versions, {field: record.to_json()})
         plane.hset(names.head, {"version": field, "chain": record.chain, "committed_at": plane.clock()})
         plane.delete(names.slots(step), names.leases(step))
-        for name in (*names.lasting(), keys.ACTIVE):
+        for name in (*names.lasting(), keys.ACTIVE, keys.RUNS):
             if name != names.pending_evaluations:
                 plane.expire(name, keys.RUN_TTL_SECONDS)
 

@@ -59,8 +59,12 @@ def audit(
     problems: list[str] = []
     by_version: dict[int, LedgerEntry] = {}
     for entry in entries:
-        if entry.version <= head.version:
-            by_version[entry.version] = entry
+        if entry.version < 1:
+            problems.append(f"an entry names version {entry.version}, which no step makes")
+        elif entry.version <= head.version:
+            first = by_version.setdefault(entry.version, entry)
+            if first.to_json() != entry.to_json():  # as text: NaN equals NaN
+                problems.append(f"version {entry.version} has two entries that differ")
     chain = GENESIS
     slots = 0
     workers: dict[str, int] = {}
@@ -107,13 +111,17 @@ def _entry_problems(entry: LedgerEntry, chain: str, plan: Plan | None) -> list[s
         found.append(f"the entry of {name} was altered: its chain does not fit its contents")
     if chain and entry.previous != chain:
         found.append(f"{name} does not follow from the entry before: {entry.previous} instead of {chain}")
-    if plan is not None and entry.version <= plan.total_steps:
-        step = entry.version - 1
-        shards = [slot.shard for slot in entry.slots]
-        if shards != list(range(plan.shards_in(step))):
-            found.append(
-                f"{name} applied shards {shards} instead of 0 to {plan.shards_in(step) - 1}, once each"
-            )
-        elif entry.examples != plan.examples(step):
-            found.append(f"{name} applied {entry.examples} examples instead of {plan.examples(step)}")
+    if plan is None:
+        return found
+    if entry.version > plan.total_steps:
+        return [*found, f"{name} is beyond the run's last step: it has {plan.total_steps}"]
+    step = entry.version - 1
+    shards = [slot.shard for slot in entry.slots]
+    examples = [slot.examples for slot in entry.slots]
+    if shards != list(range(plan.shards_in(step))):
+        found.append(f"{name} applied shards {shards} instead of 0 to {plan.shards_in(step) - 1}, once each")
+    elif examples != plan.shard_sizes(step):
+        found.append(f"{name} applied {examples} examples by shard instead of {plan.shard_sizes(step)}")
+    elif entry.examples != plan.examples(step):
+        found.append(f"{name} applied {entry.examples} examples instead of {plan.examples(step)}")
     return found

@@ -24,6 +24,7 @@ from cache.ledger import Event, Ledger
 from cache.records import Head, LedgerEntry, revised, switched
 from coordinator.audit import Audit, audit
 from coordinator.config import TrainingConfig
+from coordinator.follow import Follower
 from coordinator.recipe import fingerprint, resolve, skewed
 from coordinator.restore import recreate
 from coordinator.services import Services, switches_of
@@ -217,15 +218,16 @@ class Run:
     def events(self, after: str = "0-0") -> Iterator[Event]:
         """Live iterator over the run's events; ends when the run is done, failed or cancelled.
 
+        Goes on by itself when Redis was away for a while.
+
         Args:
             after: id of the last event seen, to go on from there.
         """
+        follower = Follower(self._ledger, after)
         while True:
-            found = self._ledger.read_events(after, block_seconds=_POLL_SECONDS)
-            for event in found:
-                after = event.id
-                yield event
-            if not found and self._ledger.head().status in _RESTING:
+            head, found = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
+            yield from found
+            if head is not None and not found and head.status in _RESTING:
                 return
 
     def wait(
@@ -233,7 +235,8 @@ class Run:
     ) -> TrainedModel:
         """Wait until the run is done.
 
-        Ctrl-C detaches: the run goes on, and the message says how to come back to it.
+        Ctrl-C detaches: the run goes on, and the message says how to come back to it. A Redis that is
+        away is waited for, like the workers do.
 
         Args:
             timeout: seconds; None waits as long as it takes.
@@ -271,15 +274,17 @@ class Run:
     def _wait(self, bar: Any, timeout: float | None, worker_timeout: float) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         workers_seen = time.monotonic()
-        after = "0-0"
+        follower = Follower(self._ledger)
         while True:
-            head = self._ledger.head()
+            head, events = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
+            now = time.monotonic()
+            if head is None:
+                if deadline is not None and now > deadline:
+                    raise WaitTimeout(f"run {self.name!r} cannot be asked: Redis is away; call wait() again")
+                workers_seen = now
+                continue
             bar.head(head)
-            events = self._ledger.read_events(
-                after, block_seconds=0 if head.status in _RESTING else _POLL_SECONDS
-            )
             for event in events:
-                after = event.id
                 bar.event(event)
             if head.status == "done" and not events:
                 return
@@ -287,11 +292,10 @@ class Run:
                 raise RunFailed(_failure(self.name, head))
             if head.status == "cancelled":
                 raise RunCancelled(f"run {self.name!r} was cancelled at version {head.version}")
-            now = time.monotonic()
             if deadline is not None and now > deadline:
                 raise WaitTimeout(
-                    f"run {self.name!r} is {head.status} at version {head.version} of {head.total_steps} after "
-                    f"{timeout:g} s; it goes on, call wait() again"
+                    f"run {self.name!r} is {head.status} at version {head.version} of {head.total_steps} "
+                    f"after {timeout:g} s; it goes on, call wait() again"
                 )
             if events or head.status == "paused":
                 workers_seen = now
@@ -596,8 +600,8 @@ def _failure(name: str, head: Head) -> str:
     if error.get("traceback"):
         text += "\n" + "\n".join("    " + line for line in str(error["traceback"]).splitlines())
     return (
-        text
-        + f"\nCorrect the cause, restart the workers if code changed, then Master(...).run({name!r}).resume()."
+        f"{text}\nCorrect the cause, restart the workers if code changed, then "
+        f"Master(...).run({name!r}).resume()."
     )
 
 
@@ -606,8 +610,10 @@ def _no_worker(name: str, queues: list[str], refused: tuple[str, ...]) -> str:
     listed = " and ".join(repr(queue) for queue in queues)
     if refused:
         reasons = "\n".join(f"    {reason}" for reason in refused)
-        return f"no worker that may work on run {name!r} is consuming queue {listed}; it stays queued.\n{reasons}"
+        return (
+            f"no worker that may work on run {name!r} is consuming queue {listed}; it stays queued.\n{reasons}"
+        )
     return (
-        f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n{commands}\n"
-        "(or `celery -A tasks worker` for everything on one worker), then wait() again"
+        f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n"
+        f"{commands}\n(or `celery -A tasks worker` for everything on one worker), then wait() again"
     )

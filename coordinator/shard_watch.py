@@ -142,7 +142,7 @@ class ShardWatch:
         due = []
         for shard in lost:
             attempt = leases[shard].attempt if shard in leases else 0
-            if self.memory.due((self.run, "shard", self.step, shard, attempt), REPEAT_SECONDS):
+            if self.memory.due((self.run, "shard", self.step, shard, attempt, lost[shard]), REPEAT_SECONDS):
                 due.append(shard)
         if not due:
             return

@@ -1,7 +1,7 @@
 -- Commit one global step: complete step + expected head + fencing token -> new head.
 -- The blobs of the new version are already stored; this moves the pointer.
 -- KEYS 1 head hash, 2 slots hash, 3 leases hash, 4 ledger hash, 5 versions hash, 6 pins hash,
---      7 events stream, 8 expected hash, 9 spec, 10 manifest, 11 evaluations, 12 active set
+--      7 events stream, 8 expected hash, 9 spec, 10 manifest, 11 evaluations, 12 active set, 13 runs zset
 -- ARGV 1 step (= version it starts from), 2 token, 3 shards in the step, 4 ledger entry JSON,
 --      5 version record JSON, 6 new chain, 7 now (s), 8 TTL of a run (s), 9 event JSON,
 --      10 events kept, 11 now (ms)
@@ -35,7 +35,7 @@ if not again then
   redis.call('HSET', KEYS[1], 'version', field, 'chain', ARGV[6], 'committed_at', ARGV[7])
   redis.call('DEL', KEYS[2], KEYS[3])
   redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[10], '*', 'type', 'step', 'data', ARGV[9])
-  for _, index in ipairs({1, 4, 5, 6, 7, 8, 9, 10, 11, 12}) do
+  for _, index in ipairs({1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13}) do
     redis.call('EXPIRE', KEYS[index], ARGV[8])
   end
 end

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from cache.codec import Manifest, dtype_name, dtype_of
+from cache.codec import ALIGNMENT_NBYTES, Manifest, dtype_name, dtype_of
 from cache.errors import InvalidInput, ManifestMismatch
 
 SEPARATOR = "#"
@@ -45,7 +45,8 @@ class Encoded:
 
     Attributes:
         payload: what travels, in the order of the gradients: a parameter's name -> its gradient
-            as it was, or "name#part" -> one part of its compressed form. All dense, any dtype.
+            as it was, or "name#packed" -> its compressed form (uint8, 1-D), or "name#nonfinite" ->
+            the NaN or infinity that it had (0-d).
         residual: the slot's memory after this encoding, sorted by key: a parameter's name -> what
             was held back of its gradient, in the parameter's shape; "name#part" -> other state of
             the codec. Empty for a codec that remembers nothing. May share tensors with the
@@ -159,7 +160,8 @@ class TensorCodec(ABC):
     gradients add up to the gradients, up to the last e. The subtraction is exact where the
     decoded value is within a factor of two of v (Sterbenz), and rounds once elsewhere.
 
-    What would not get smaller travels as it is, without a memory. Gradients in half precision
+    What would not get at least 64 bytes smaller, the alignment of tensors on the wire, travels
+    as it is, without a memory, and so does what is not floating point. Gradients in half precision
     are added to a float32 memory, and the error is taken after rounding to the parameter's dtype,
     so that what `decode` returns is what the memory counts. Complex gradients are compressed as
     pairs of reals.
@@ -189,7 +191,7 @@ class TensorCodec(ABC):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
         """Return the parts of such a tensor compressed; None if it is to travel as it is.
 
-        A layout that is no smaller than the tensor is not used either.
+        A layout that does not save at least 64 bytes is not used either.
 
         Args:
             shape: of the parameter, with a last dimension of 2 for a complex one; not empty.
@@ -237,6 +239,14 @@ class TensorCodec(ABC):
         """Whether encoding leaves a memory."""
         return self.feedback
 
+    def ceiling(self, dtype: torch.dtype) -> float:
+        """Return the largest magnitude that `compress` can work with; what is larger counts as NaN.
+
+        Args:
+            dtype: float32 or float64, of the values.
+        """
+        return float(torch.finfo(dtype).max)
+
     @torch.no_grad()
     def encode(self, gradients: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None) -> Encoded:
         """See `Codec.encode`.
@@ -251,19 +261,19 @@ class TensorCodec(ABC):
         peaks = _peaks(gradients, sources)
         payload: dict[str, Tensor] = {}
         fresh = {key: value for key, value in held.items() if _owner(key) not in gradients}
+        finite = all(map(math.isfinite, peaks.values()))
         for name, gradient in gradients.items():
             source, peak = sources.pop(name), peaks[name]
             if source is None:
                 payload[name] = gradient.detach()
-            elif not math.isfinite(peak):
+            elif not peak <= self.ceiling(source.dtype):  # NaN is not
+                finite = False
                 payload[_key(name, _NONFINITE)] = source.new_full((), peak)
             else:
                 packed, kept = self._packed(name, gradient.dtype, source, memory.get(name, {}), peak)
                 payload[_key(name, _PACKED)] = packed
                 fresh.update(kept)
-        if not all(map(math.isfinite, peaks.values())):
-            fresh = held
-        return Encoded(payload, dict(sorted(fresh.items())))
+        return Encoded(payload, dict(sorted((fresh if finite else held).items())))
 
     @torch.no_grad()
     def decode(self, payload: Mapping[str, Tensor], like: Shapes) -> dict[str, Tensor]:
@@ -291,7 +301,9 @@ class TensorCodec(ABC):
         if wide is None or 0 in shape:
             return None
         layout = self.layout(*_real(shape, wide))
-        return layout if layout is not None and _nbytes(layout) < math.prod(shape) * dtype.itemsize else None
+        if layout is None or _nbytes(layout) + ALIGNMENT_NBYTES > math.prod(shape) * dtype.itemsize:
+            return None
+        return layout
 
     def _source(self, name: str, gradient: Tensor, memory: Mapping[str, Tensor]) -> Tensor | None:
         """Return gradient + memory as reals, contiguous; None for what travels as it is."""
@@ -355,18 +367,13 @@ class TensorCodec(ABC):
 # --- helpers ------------------------------------------------------------------------------
 
 
-def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the tensor if it has this shape, in which -1 stands for any extent, and this dtype.
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the tensor if it has this shape and dtype.
 
     Raises:
-        ManifestMismatch: it is missing or different.
+        ManifestMismatch: it has another.
     """
-    if tensor is None:
-        raise ManifestMismatch(f"{name!r} is missing.")
-    fits = len(shape) == tensor.dim() and all(
-        wanted in (-1, extent) for wanted, extent in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype != dtype:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ManifestMismatch(
             f"{name!r} is {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, not {dtype_name(dtype)} "
             f"of shape {shape}; was it written with another compression, or by another version?"
@@ -444,5 +451,6 @@ def _peaks(gradients: Mapping[str, Tensor], sources: Mapping[str, Tensor | None]
             source = _as_real(gradient.detach().to(wide).resolve_conj())
         low, high = torch.aminmax(source)
         found[name] = torch.maximum(-low, high).double()
-    values = torch.stack(list(found.values())).tolist() if found else []
+    peaks = list(found.values())
+    values = torch.stack([peak.to(peaks[0].device) for peak in peaks]).tolist() if peaks else []
     return {**dict.fromkeys(gradients, 0.0), **dict(zip(found, values, strict=True))}

@@ -24,6 +24,7 @@ SLICE = 1 << 17
 """Elements that are worked on at a time on a CPU, so that intermediate results stay in its cache."""
 
 _UNITS = 1 << 30
+_MOST_BELOW_2_15 = 32752.0
 
 
 def slices(count: int, device: torch.device) -> list[slice]:
@@ -128,7 +129,10 @@ class Half(NumberFormat):
         shift = 0 if peak == 0.0 else max(-limit, min(limit, 15 - math.frexp(peak)[1]))
         flat = values.reshape(-1)
         for where in slices(flat.numel(), flat.device):
-            parts["value"][where] = flat[where] * 2.0**shift
+            scaled = flat[where] * 2.0**shift
+            if peak > torch.finfo(flat.dtype).max / 2:  # or 2^15 would come back as infinity
+                scaled.clamp_(-_MOST_BELOW_2_15, _MOST_BELOW_2_15)
+            parts["value"][where] = scaled
         parts["shift"].fill_(shift)
 
     def read(self, parts: Mapping[str, Tensor], where: slice, dtype: torch.dtype) -> Tensor:

@@ -34,19 +34,21 @@ class PowerSGD(TensorCodec):
 
     Deviations:
         The paper averages P and Q over the workers in the midst of the iteration (all-reduce).
-        Here a shard is encoded by itself, so each slot has its own P and Q, the average has up to
-        (shards x rank) ranks, and slots need not wait for each other. The paper's power iteration
-        and momentum act after decompression, as here. P is orthonormalised in float64 by the
-        modified Gram-Schmidt process, columns of Q are scaled to a largest element of 1 to 2 before
-        use (which leaves the span of P as it is, and keeps tiny gradients from underflow), and
-        columns that vanish start anew. P and Q may be sent in 16 bits.
+        Here a shard is encoded by itself, so each slot has its own P and Q, the average has a rank
+        of up to shards * rank, and slots need not wait for each other. P is orthonormalised in
+        float64 by the modified Gram-Schmidt process. Columns of Q are scaled to a largest element
+        of 1 to 2 before use, which leaves the span of P as it is and keeps tiny gradients from
+        underflow, and columns that vanish start anew. P and Q may be sent in fewer bits; what
+        that takes is in the error, too.
+
+    Elements above the square root of the largest float (1.8e19 in float32) count as NaN.
 
     Bits: matrix products sum in an order that depends on the thread count and the processor, like
     the gradient itself; encode and decode under `determinism.pinned`.
 
     Args:
         rank: columns of P and Q, at least 1.
-        values: number format of P and Q: "fp32", "fp16", "bf16" or "int8".
+        values: number format of P and Q: "fp32", "fp16", "bf16", "int8", "int4" or "sign".
         feedback: whether what the approximation leaves out is kept for the next step.
 
     Raises:
@@ -62,6 +64,10 @@ class PowerSGD(TensorCodec):
     def stateful(self) -> bool:
         """Q is remembered even without feedback."""
         return True
+
+    def ceiling(self, dtype: torch.dtype) -> float:
+        """See `TensorCodec.ceiling`; sums of products must not overflow."""
+        return math.sqrt(torch.finfo(dtype).max)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
         """See `TensorCodec.layout`."""

@@ -105,7 +105,10 @@ def _imported(spec: str, target: str, resolve: Resolve) -> Callable[..., Any]:
 
 def _made(spec: str, make: Callable[..., Any], arguments: str) -> Codec:
     args, kwargs = _arguments(spec, arguments)
-    signature = inspect.signature(make)
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # some built-in types have none
+        signature = inspect.Signature([])
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -21,30 +21,33 @@ class TopK(TensorCodec):
     """Sends the k = ceil(fraction * n) elements of largest magnitude of each tensor of n elements.
 
     Equation:
-        decode(C(v))_i = v_i if i is among the k largest |v_i|, else 0; of equal magnitudes, the
-        lowest indices are taken. Zeros are never sent, so a tensor of few non-zero elements
-        (the gradient of an embedding) sends fewer than k.
+        decode(C(v))_i = q(v_i) if i is among the k largest |v_i|, else 0
 
-    Positions travel as gaps between them (see `pack_gaps`), about 1.1 bytes each at 1 %, 2 at
-    0.1 %. Values are rounded to `values`, and error feedback keeps the rounding, too.
+    where q rounds to `values`, and of equal magnitudes the lowest indices are taken. Error
+    feedback keeps what was not sent and what was rounded. Positions take 2 + log2(1 / fraction)
+    bits at most (`bits.pack_places`).
 
     Selection is exact. A threshold below the k-th magnitude is guessed from elements at fixed
-    places, and what passes it is then sorted out exactly, so the guess costs time at worst.
+    places, one pass collects what reaches it, and that is sorted out exactly: a bad guess costs
+    time only.
 
     Paper:
         Lin et al., "Deep Gradient Compression", arXiv 1712.01887; Stich et al., "Sparsified SGD
-        with memory", arXiv 1809.07599.
+        with memory", arXiv 1809.07599; with `values="sign"`, Sattler et al., "Robust and
+        communication-efficient federated learning from non-IID data", arXiv 1903.02891.
 
     Deviations:
-        Of Deep Gradient Compression, momentum correction with momentum factor masking is the
-        option `momentum`, and warm-up is the option `warmup`; local gradient clipping is left to
-        `clip_norm`, which acts on the average. The paper guesses the threshold from a random
-        sample and lets the number of elements vary; here it is exact. The paper sends float32
-        values and runs of zeros in 16 bits; here values have 16 bits, and gaps 8 or 16.
+        Of Deep Gradient Compression this is the sparse update with local accumulation.
+        Its momentum correction and warm-up brought nothing on the benchmark (docs/compression.md)
+        and are left out; gradients are clipped after averaging (`clip_norm`), not before. The paper
+        guesses the threshold from a random sample and lets the number of elements vary; here it
+        is exact. The paper sends float32 values and 16-bit runs of zeros; here values have 16 bits
+        and positions the code of Elias and Fano. Sattler et al. take one magnitude for a
+        tensor, here each 1,024 values that are sent have one, and their positions a Golomb code.
 
     Args:
         fraction: of a tensor's elements to send, above 0 and at most 1.
-        values: number format of the values: "fp32", "fp16", "bf16" or "int8".
+        values: number format of the values: "fp32", "fp16", "bf16", "int8", "int4" or "sign".
         minimum: tensors of fewer elements travel as they are; at least 1.
         feedback: whether what was not sent is kept for the next step.
 

@@ -383,7 +383,7 @@ def test_shuffled_deliveries(redis_url: str, tmp_path: Path, mode: str, seed: in
     counted = sum(wild.verdicts[verdict] for verdict in ("duplicate", "late", "held"))
     assert audit.duplicates_ignored == counted > 0
     assert audit.divergent == audit.replayed == 0
-    assert set(wild.verdicts) <= {"written", "duplicate", "late", "held", "early"}, wild.verdicts
+    assert set(wild.verdicts) <= {"written", "duplicate", "late", "held", "early", "stopped"}, wild.verdicts
 
 
 def test_messages_say_what_a_duplicate_is_of(redis_url: str, sender: Any) -> None:

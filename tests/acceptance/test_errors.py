@@ -491,6 +491,8 @@ def test_predicting_without_workers_or_without_a_model(master: Master) -> None:
 def test_predicting_when_the_workers_have_gone(one: Fleet) -> None:
     run, _ = one.train(plain(), CONFIG, "deserted")
     one.resize(0)
+    with pytest.raises(WaitTimeout, match=r"'deserted': 0 parts in 0\.01 s"):
+        run.predict(torch.zeros(2, 6), timeout=0.01)
     with pytest.raises(NoWorker, match=r"queue 'gradients'; start one: celery -A tasks worker -Q gradients"):
         run.predict(torch.zeros(2, 6))
     one.resize(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import Any
 
 from coordinator import Audit, LocalCluster, Master, Recipe, Run, TrainingConfig
 from coordinator.faults import fired, parse
+from coordinator.local import WorkerProcess
 from tests.support import models
 from tests.support.waiting import wait_until
 
@@ -53,7 +54,7 @@ class Laboratory:
     """A cluster whose processes read their faults from a file.
 
     Args:
-        folder: for logs, checkpoints and the plan.
+        folder: for logs, checkpoints, the plan, and (in `code`) modules that workers may import.
         arguments: further arguments of `LocalCluster`.
     """
 
@@ -62,6 +63,8 @@ class Laboratory:
     def __init__(self, folder: Path, **arguments: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.plan = folder / "faults.txt"
+        self.code = folder / "code"
+        self.code.mkdir(exist_ok=True)
         self.checkpoints = str(folder / "checkpoints")
         self.cluster = LocalCluster(
             arguments.pop("workers", 2),
@@ -69,17 +72,22 @@ class Laboratory:
                 "standby": 1,
                 "log_dir": folder / "logs",
                 "checkpoint_dir": self.checkpoints,
-                "env": {"TORCHORD_FAULTS": f"@{self.plan}"},
+                "env": {
+                    "TORCHORD_FAULTS": f"@{self.plan}",
+                    "TORCHORD_ALLOWED_MODULES": "tests,benchmarks,torch,my_loss",
+                },
                 "wait_ready": True,
                 **arguments,
             },
         )
+        sys.path.append(str(self.code))
         self.cluster.start()
         self.master = Master(self.cluster.url, checkpoint_dir=self.checkpoints)
         self._reference: Outcome | None = None
 
     def close(self) -> None:
         """End the cluster."""
+        sys.path.remove(str(self.code))
         for worker in self.cluster.processes.values():
             worker.kill()
         self.cluster.stop()
@@ -163,9 +171,15 @@ class Laboratory:
             assert found == reference
         return found
 
-    def stop(self, name: str) -> None:
-        """SIGSTOP to a worker."""
-        os.kill(self.cluster.processes[name].pid, signal.SIGSTOP)
+    def clients(self) -> list[WorkerProcess]:
+        """The Clients that live."""
+        workers = self.cluster.processes.values()
+        return [worker for worker in workers if worker.role == "client" and worker.poll() is None]
+
+    def dismiss(self, name: str) -> None:
+        """End a worker that an experiment added; it is not started again."""
+        self.cluster.processes[name].kill()
+        del self.cluster._processes[name]
 
 
 def while_reviving(lab: Laboratory, run: Run) -> None:

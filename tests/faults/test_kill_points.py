@@ -27,7 +27,7 @@ PLANS = (
     "server.after_state:3:kill",
     "server.before_finish:1:kill",
     "server.after_finish:1:kill",
-    "supervisor.before_look:4:kill",
+    "supervisor.before_look:1:kill",
 )
 
 

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from coordinator import TrainingConfig
-from tests.faults.laboratory import CONFIG, Laboratory, Outcome, assert_clean, outcome, wait_version
+from tests.faults.laboratory import (
+    CONFIG,
+    WAIT_SECONDS,
+    Laboratory,
+    Outcome,
+    assert_clean,
+    outcome,
+    wait_version,
+)
 from tests.support.waiting import wait_until
 
-LONGER = TrainingConfig(**{**CONFIG.to_json(), "epochs": 12})  # 60 steps: the loss comes in the middle
+LONGER = TrainingConfig(**{**CONFIG.to_json(), "epochs": 8})  # 40 steps: the loss comes in the middle
 
 
 @pytest.fixture(scope="module")
-def durable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     """A cluster whose Redis writes everything to its append-only file at once."""
-    folder = tmp_path_factory.mktemp("durable")
+    folder = tmp_path_factory.mktemp("lab")
     lab = Laboratory(folder, standby=0, persistence_dir=folder / "redis")
     yield lab
     lab.close()
 
 
-@pytest.fixture(scope="module")
-def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
-    """A cluster whose Redis keeps nothing over a restart."""
-    lab = Laboratory(tmp_path_factory.mktemp("forgetful"), standby=0)
-    yield lab
-    lab.close()
+def restart_empty(lab: Laboratory) -> None:
+    """Kill Redis, and bring it back without any of its data."""
+    data = lab.cluster.broker._persistence_dir
+    assert data is not None
+    lab.cluster.broker.kill()
+    shutil.rmtree(data)
+    data.mkdir()
+    lab.cluster.broker.restart()
 
 
 _undisturbed: dict[int, Outcome] = {}
@@ -49,73 +60,73 @@ def assert_same_training(found: Outcome, reference: Outcome) -> None:
     assert max(found.evaluations) == max(reference.evaluations)
 
 
-def test_a_restart_with_its_data(durable: Laboratory) -> None:
+def test_a_restart_with_its_data(lab: Laboratory) -> None:
     """Nobody is started again and nobody calls resume(): every process waits and reconnects."""
-    reference = undisturbed(durable)
-    run = durable.submit(LONGER)
-    wait_version(run, 20)
-    logs = [worker.log for worker in durable.cluster.processes.values()]
+    reference = undisturbed(lab)
+    run = lab.submit(LONGER)
+    waiter = ThreadPoolExecutor(1).submit(run.wait, timeout=WAIT_SECONDS)
+    wait_version(run, 12)
+    logs = [worker.log for worker in lab.cluster.processes.values()]
     before = [log.stat().st_size for log in logs]
-    durable.cluster.broker.kill()
-    waiting = b"Trying again in 2.00 seconds"
+    lab.cluster.broker.kill()
+    waiting = b"Trying again in 1.50 seconds"
     wait_until(
         lambda: all(waiting in log.read_bytes()[size:] for log, size in zip(logs, before, strict=True)),
         message="every worker to wait for the broker",
     )
-    durable.cluster.broker.restart()
-    durable.check(run, reference=reference)
+    lab.cluster.broker.restart()
+    lab.check(run, reference=reference)
+    assert waiter.result().version == 40
 
 
-def test_an_older_copy_of_the_data(durable: Laboratory, tmp_path: Path) -> None:
+def test_an_older_copy_of_the_data(lab: Laboratory, tmp_path: Path) -> None:
     """As after a power loss: Redis has lost its last second, and every process is ahead of it."""
-    reference = undisturbed(durable)
-    run = durable.submit(LONGER)
+    reference = undisturbed(lab)
+    run = lab.submit(LONGER)
     wait_version(run, 12)
-    data = durable.cluster.broker._persistence_dir
+    data = lab.cluster.broker._persistence_dir
     assert data is not None
     shutil.copytree(data, tmp_path / "copy")
     older = run.status().version
-    wait_version(run, older + 10)
-    durable.cluster.broker.kill()
+    wait_version(run, older + 8)
+    lab.cluster.broker.kill()
     shutil.rmtree(data)
     shutil.copytree(tmp_path / "copy", data)
-    durable.cluster.broker.restart()
-    durable.check(run, reference=reference)
+    lab.cluster.broker.restart()
+    lab.check(run, reference=reference)
 
 
-def test_nothing_left_and_the_workers_live(forgetful: Laboratory) -> None:
+def test_nothing_left_and_the_workers_live(lab: Laboratory) -> None:
     """The supervisor knows the run still and creates it again from its newest checkpoint."""
-    reference = undisturbed(forgetful)
-    run = forgetful.submit(LONGER)
-    wait_version(run, 22)
-    forgetful.cluster.broker.kill()
-    forgetful.cluster.broker.restart()
-    wait_until(lambda: run.name in forgetful.master.runs(), message="the run to be known again")
-    assert_same_training(forgetful.check(run, reference=None), reference)
-    assert len(run.history()) == 60
+    reference = undisturbed(lab)
+    run = lab.submit(LONGER)
+    waiter = ThreadPoolExecutor(1).submit(run.wait, timeout=WAIT_SECONDS)
+    wait_version(run, 14)
+    restart_empty(lab)
+    wait_until(lambda: run.name in lab.master.runs(), message="the run to be known again")
+    assert_same_training(lab.check(run, reference=None), reference)
+    assert len(run.history()) == waiter.result().version == 40
 
 
-def test_nothing_left_at_all(forgetful: Laboratory) -> None:
+def test_nothing_left_at_all(lab: Laboratory) -> None:
     """Nobody who knew the run is left: `resume()` creates it from the checkpoint."""
-    reference = undisturbed(forgetful)
-    run = forgetful.submit(LONGER)
-    wait_version(run, 22)
-    for worker in forgetful.cluster.processes.values():
+    reference = undisturbed(lab)
+    run = lab.submit(LONGER)
+    wait_version(run, 14)
+    for worker in lab.cluster.processes.values():
         worker.kill()
-    forgetful.cluster.broker.kill()
-    forgetful.cluster.broker.restart()
-    forgetful.revive()
+    restart_empty(lab)
+    lab.revive()
     run.resume()
-    assert_same_training(forgetful.check(run, reference=None), reference)
+    assert_same_training(lab.check(run, reference=None), reference)
 
 
-def test_resume_is_for_any_process(forgetful: Laboratory) -> None:
+def test_resume_is_for_any_process(lab: Laboratory) -> None:
     """A run that is done, and was forgotten since, is whole again after `resume()`."""
-    run = forgetful.submit()
-    reference = forgetful.check(run, reference=None)
-    forgetful.cluster.broker.kill()
-    forgetful.cluster.broker.restart()
+    run = lab.submit()
+    reference = lab.check(run, reference=None)
+    restart_empty(lab)
     run.resume()
-    forgetful.check(run, reference=None)
+    lab.check(run, reference=None)
     assert outcome(run).bits == reference.bits
     assert_clean(run.verify())

@@ -1,9 +1,8 @@
-"""Workers that would compute other bits (another CPU capability, other code): refused, or admitted on request."""
+"""Workers that would compute other bits, for their CPU or their code: refused, or admitted on request."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,33 +35,40 @@ def loss(outputs, targets):
 
 
 @pytest.fixture(scope="module")
-def skewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
-    """A cluster with an ordinary Client and one on an unlike machine, which import recipes from `code`."""
-    folder = tmp_path_factory.mktemp("skewed")
-    (folder / "code").mkdir()
-    sys.path.insert(0, str(folder / "code"))
-    allowed = {"TORCHORD_ALLOWED_MODULES": "tests,torch,my_loss"}
-    lab = Laboratory(folder, standby=0, workers=1, env=allowed)
+def skewed(lab: Laboratory) -> Iterator[Laboratory]:
+    """The laboratory with one more Client, on an unlike machine."""
     lab.cluster.add_worker("odd", env=ODD)
+    lab.revive()
     lab.cluster.wait_ready()
     yield lab
-    sys.path.remove(str(folder / "code"))
-    lab.close()
+    lab.dismiss("odd")
 
 
 @pytest.fixture
 def odd_paused(skewed: Laboratory) -> Iterator[Laboratory]:
-    """The cluster with its unlike Client stopped, so that the ordinary one is the first to compute."""
+    """The same with the unlike Client stopped, so that an ordinary one is the first to compute."""
     skewed.cluster.processes["odd"].pause()
     yield skewed
-    skewed.cluster.processes["odd"].cont()
-    skewed.cluster.processes["client1"].cont()
+    for client in skewed.clients():
+        client.cont()
 
 
 @pytest.fixture
 def reference(odd_paused: Laboratory) -> Outcome:
-    """What the ordinary Client computes alone."""
+    """What the ordinary Clients compute."""
     return odd_paused.reference
+
+
+def swap(lab: Laboratory) -> None:
+    """Stop the ordinary Clients and let the unlike one go on."""
+    for client in lab.clients():
+        client.cont() if client.name == "odd" else client.pause()
+
+
+def slow(lab: Laboratory, speeds: Path) -> dict[str, Any]:
+    """Data that keeps the ordinary Clients at their first shard until `speeds` is gone."""
+    speeds.write_text("".join(f"{client.pid} 3600\n" for client in lab.clients() if client.name != "odd"))
+    return {"dataset": partial(Slow, speeds=str(speeds))}
 
 
 def pid_of(lab: Laboratory, name: str) -> str:
@@ -96,18 +102,17 @@ def test_it_is_said_who_is_refused_and_why(
     odd_paused: Laboratory, reference: Outcome, tmp_path: Path
 ) -> None:
     lab, speeds = odd_paused, tmp_path / "speeds"
-    speeds.write_text(f"{lab.cluster.processes['client1'].pid} 3600")
-    run = lab.submit(dataset=partial(Slow, speeds=str(speeds)))
+    run = lab.submit(**slow(lab, speeds))
     first_begun(run)
-    lab.cluster.processes["client1"].pause()
-    lab.cluster.processes["odd"].cont()
+    swap(lab)
     refused = wait_until(lambda: run.status().refused, message="the refusal")
     assert pid_of(lab, "odd") in refused[0]
     assert "is computed on torch" in refused[0] and "this worker has torch" in refused[0]
     with pytest.raises(NoWorker, match="admit_skew"):
         run.wait(worker_timeout=0.5, timeout=60)
     speeds.unlink()
-    lab.cluster.processes["client1"].cont()
+    for client in lab.clients():
+        client.cont()
     lab.check(run, reference=reference)
     assert len(refusals(run)) == 1
 
@@ -115,11 +120,9 @@ def test_it_is_said_who_is_refused_and_why(
 def test_admitted_on_request(odd_paused: Laboratory, reference: Outcome, tmp_path: Path) -> None:
     """A person decides that any bits will do."""
     lab, speeds = odd_paused, tmp_path / "speeds"
-    speeds.write_text(f"{lab.cluster.processes['client1'].pid} 3600")
-    run = lab.submit(dataset=partial(Slow, speeds=str(speeds)))
+    run = lab.submit(**slow(lab, speeds))
     first_begun(run)
-    lab.cluster.processes["client1"].pause()
-    lab.cluster.processes["odd"].cont()
+    swap(lab)
     wait_until(lambda: run.status().refused, message="the refusal")
     run.resume(admit_skew=True)
     lab.check(run, reference=None)
@@ -131,15 +134,15 @@ def test_admitted_by_the_config(odd_paused: Laboratory, reference: Outcome) -> N
     lab = odd_paused
     run = lab.submit(dataclasses.replace(CONFIG, skew="admit"))
     first_begun(run)
-    lab.cluster.processes["client1"].pause()
-    lab.cluster.processes["odd"].cont()
+    swap(lab)
     lab.check(run, reference=None)
     assert pid_of(lab, "odd") in workers_of(run) and not refusals(run)
 
 
 def test_other_code_is_refused_until_it_is_corrected(odd_paused: Laboratory, reference: Outcome) -> None:
     """A worker that was started before an edit still has the old code, whatever the file says now."""
-    lab, file = odd_paused, Path(sys.path[0]) / "my_loss.py"
+    lab = odd_paused
+    file = lab.code / "my_loss.py"
     file.write_text(LOSS.format(broken=True))
     run = lab.submit(loss="my_loss:loss")
     wait_until(lambda: run.status().state == "failed", 60, "the failure")
@@ -148,6 +151,6 @@ def test_other_code_is_refused_until_it_is_corrected(odd_paused: Laboratory, ref
     run.resume()
     refused = wait_until(lambda: run.status().refused, message="the refusal")
     assert "another version of my_loss" in refused[0]
-    lab.cluster.restart("client1")
-    lab.cluster.restart("server")
+    for worker in lab.cluster.processes.values():
+        worker.kill()
     lab.check(run, reference=reference)

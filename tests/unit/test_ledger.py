@@ -138,7 +138,7 @@ def only_counters_change(plane: Plane, act: Callable[[], Any], *, also: tuple[st
     return answer
 
 
-# --- create --------------------------------------------------------------------------------
+# --- create ---------------------------------------------------------------------------------------
 
 
 def test_create_makes_a_pending_run_at_version_0(plane: Plane) -> None:
@@ -196,7 +196,7 @@ def test_reading_an_unknown_run_names_it(plane: Plane) -> None:
         plane.ledger("nobody").manifest()
 
 
-# --- acquire, release -------------------------------------------------------------------------
+# --- acquire, release -----------------------------------------------------------------------------
 
 
 def test_acquire_takes_a_run_that_nobody_serves(plane: Plane, created: Ledger) -> None:
@@ -277,7 +277,7 @@ def test_a_server_of_another_environment_is_refused(plane: Plane) -> None:
     assert ledger.acquire(worker="s1", environment="torch 2.13", **place)[0] == "acquired"
 
 
-# --- initialise ---------------------------------------------------------------------------------
+# --- initialise -----------------------------------------------------------------------------------
 
 
 def test_initialise_starts_the_run(plane: Plane, created: Ledger) -> None:
@@ -305,7 +305,7 @@ def test_initialise_needs_the_token_and_a_run_that_waits(plane: Plane, created: 
     assert created.versions() == {}
 
 
-# --- begin_shard, end_lease ----------------------------------------------------------------------
+# --- begin_shard, end_lease -----------------------------------------------------------------------
 
 
 def test_begin_gives_a_lease(plane: Plane, running: Ledger) -> None:
@@ -417,7 +417,7 @@ def test_a_run_may_admit_other_environments(plane: Plane) -> None:
     assert begin(ledger, shard=1, worker="w1", environment="torch 2.4")[0] == "compute"
 
 
-# --- write_slot ------------------------------------------------------------------------------------
+# --- write_slot -----------------------------------------------------------------------------------
 
 
 def test_the_first_writer_wins(plane: Plane, running: Ledger) -> None:
@@ -515,7 +515,7 @@ def test_text_of_any_kind_survives_the_scripts(plane: Plane, running: Ledger) ->
     assert running.leases(0)[0].worker == id
 
 
-# --- commit -------------------------------------------------------------------------------------------
+# --- commit ---------------------------------------------------------------------------------------
 
 
 def test_commit_moves_the_head_by_one(plane: Plane, running: Ledger) -> None:
@@ -593,7 +593,7 @@ def test_commit_says_which_versions_are_stored_and_pinned(plane: Plane, running:
     assert (sorted(committed.stored), committed.pinned) == ([0, 1, 2], {0})
 
 
-# --- rollback ---------------------------------------------------------------------------------------------
+# --- rollback -------------------------------------------------------------------------------------
 
 
 def test_rollback_takes_the_head_back_and_keeps_what_the_replay_must_meet(
@@ -709,7 +709,7 @@ def test_where_any_environment_is_admitted_a_replay_may_give_other_bytes(plane: 
     assert commit(ledger, 0, token, entry=other, record=record(1, other.chain)).verdict == "ok"
 
 
-# --- marks, slots that lost their bytes ------------------------------------------------------------------
+# --- marks, slots that lost their bytes -----------------------------------------------------------
 
 
 def test_marks_hold_for_the_present_step_and_its_server(plane: Plane, running: Ledger) -> None:
@@ -748,7 +748,7 @@ def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledg
     assert running.write_slot(0, slot(0, 0, "again")) == ("written", 1)
 
 
-# --- transition ----------------------------------------------------------------------------------------------
+# --- transition -----------------------------------------------------------------------------------
 
 
 def test_transition_from_an_allowed_state(plane: Plane, running: Ledger) -> None:
@@ -924,7 +924,7 @@ def test_with_staleness_a_step_may_begin_before_its_turn(plane: Plane, running: 
     assert running.slots_present(1) == {0}
 
 
-# --- versions ---------------------------------------------------------------------------------------------------
+# --- versions -------------------------------------------------------------------------------------
 
 
 def test_versions_are_written_and_dropped_by_the_server_in_force(plane: Plane, running: Ledger) -> None:
@@ -940,7 +940,7 @@ def test_versions_are_written_and_dropped_by_the_server_in_force(plane: Plane, r
     assert (running.version(0), running.versions()) == (None, {})
 
 
-# --- the ledger's entries -----------------------------------------------------------------------------------------
+# --- the ledger's entries -------------------------------------------------------------------------
 
 
 def test_entries_are_read_in_order_and_in_part(plane: Plane, running: Ledger) -> None:
@@ -966,7 +966,7 @@ def test_an_entry_survives_its_trip(plane: Plane, running: Ledger) -> None:
     assert LedgerEntry.from_json(made.to_json()).computed_seal() == made.seal
 
 
-# --- evaluations -------------------------------------------------------------------------------------------------
+# --- evaluations ----------------------------------------------------------------------------------
 
 
 def test_an_evaluation_from_launch_to_record(plane: Plane, running: Ledger) -> None:
@@ -1015,7 +1015,7 @@ def test_an_evaluation_is_launched_once(plane: Plane, running: Ledger) -> None:
     assert running.pending_evaluations() == {0: 4}
 
 
-# --- predictions ----------------------------------------------------------------------------------------------------
+# --- predictions ----------------------------------------------------------------------------------
 
 
 def test_the_first_output_of_a_part_wins(plane: Plane) -> None:
@@ -1028,7 +1028,7 @@ def test_the_first_output_of_a_part_wins(plane: Plane) -> None:
     assert ledger.outputs("q") == {}
 
 
-# --- events ----------------------------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------
 
 
 def test_events_are_read_from_a_resume_point(plane: Plane) -> None:
@@ -1062,7 +1062,7 @@ def test_following_events_goes_on_for_ever(plane: Plane) -> None:
     assert first.data == {"n": 1}
 
 
-# --- every operation, by a table ---------------------------------------------------------------------------------------
+# --- every operation, by a table ------------------------------------------------------------------
 
 # What is called in each test below, on a run that has committed step 0 and has one slot of step 1.
 CALLS: dict[str, Callable[[Ledger, int], Any]] = {
@@ -1283,7 +1283,7 @@ def test_the_server_has_a_name_for_its_life(plane: Plane) -> None:
     assert plane.registry.server_id() == plane.registry.server_id() != ""
 
 
-# --- the registry ------------------------------------------------------------------------------------------------------
+# --- the registry ---------------------------------------------------------------------------------
 
 
 def test_a_worker_is_alive_until_it_leaves(plane: Plane) -> None:
@@ -1346,7 +1346,7 @@ def test_a_run_that_is_gone_is_forgotten(plane: Plane, running: Ledger) -> None:
     assert plane.registry.active_runs() == []
 
 
-# --- the scripts and their headers -----------------------------------------------------------------------------------
+# --- the scripts and their headers ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.lua")), ids=lambda path: path.stem)

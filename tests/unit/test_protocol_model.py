@@ -48,7 +48,7 @@ class State(NamedTuple):
     done: bool = False
     slots: int = 0  # bit step * shards + shard
     leases: tuple[int, ...] = ()  # a Client's number, NOBODY or GONE
-    launched: bool = False  # whether that of the present step is recorded
+    launched: bool = False  # whether that of every step that may be computed is recorded
     restorable: int = 0  # the newest version whose optimizer state is stored
     owner: int = NOBODY  # the server that acquired last: the only one whose token is in force
     servers: tuple[Server, ...] = ()
@@ -81,6 +81,7 @@ class Protocol:
     shards: int = 2
     clients: int = 2
     servers: int = 2
+    staleness: int = 0
     checks_token: bool = True
     checks_version: bool = True
     checks_complete: bool = True
@@ -103,11 +104,15 @@ class Protocol:
             clients=(NOBODY,) * self.clients,
         )
 
-    # --- small things ---------------------------------------------------------------------------
+    # --- small things -----------------------------------------------------------------------------
 
     def mask(self, step: int) -> int:
         """The slots of a step."""
         return ((1 << self.shards) - 1) << (step * self.shards) if step < self.steps else 0
+
+    def early(self, state: State, step: int) -> bool:
+        """Whether the version that a step is computed at is not there yet."""
+        return max(0, step - self.staleness) > state.version
 
     def complete(self, state: State, step: int) -> bool:
         """Whether every slot of a step is there."""
@@ -120,14 +125,14 @@ class Protocol:
         for number in range(self.clients):
             yield from self.client_moves(state, number)
 
-    # --- training servers ---------------------------------------------------------------------------
+    # --- training servers -------------------------------------------------------------------------
 
     def server_moves(self, state: State, number: int) -> Iterator[Move]:
         """Moves of one server."""
         me, mine = state.servers[number], state.owner == number
 
         def put(server: Server, **changes: object) -> State:
-            servers = state.servers[:number] + (server,) + state.servers[number + 1 :]
+            servers = (*state.servers[:number], server, *state.servers[number + 1 :])
             return state._replace(servers=servers, **changes)  # type: ignore[arg-type]
 
         if me.at != COLD or mine:
@@ -223,18 +228,18 @@ class Protocol:
             broken,
         )
 
-    # --- Clients --------------------------------------------------------------------------------------
+    # --- Clients ----------------------------------------------------------------------------------
 
     def client_moves(self, state: State, number: int) -> Iterator[Move]:
         """Moves of one Client."""
         at = state.clients[number]
 
         def put(at: int, **changes: object) -> State:
-            clients = state.clients[:number] + (at,) + state.clients[number + 1 :]
+            clients = (*state.clients[:number], at, *state.clients[number + 1 :])
             return state._replace(clients=clients, **changes)  # type: ignore[arg-type]
 
         def lease(unit: int, holder: int) -> tuple[int, ...]:
-            return state.leases[:unit] + (holder,) + state.leases[unit + 1 :]
+            return (*state.leases[:unit], holder, *state.leases[unit + 1 :])
 
         dead = tuple(GONE if holder == number else holder for holder in state.leases)
         if at != NOBODY or dead != state.leases:
@@ -242,9 +247,8 @@ class Protocol:
         if at == NOBODY:
             if state.done:
                 return
-            for shard in range(self.shards):
-                unit = state.version * self.shards + shard
-                if state.version < self.steps and not state.slots >> unit & 1:
+            for unit in range(state.version * self.shards, self.steps * self.shards):
+                if not self.early(state, unit // self.shards) and not state.slots >> unit & 1:
                     helps = self.sent_again(state, unit)
                     yield Move(
                         f"client {number} begins slot {unit}", put(unit, leases=lease(unit, number)), helps
@@ -256,7 +260,7 @@ class Protocol:
         yield Move(f"client {number} forgets slot {at}", put(NOBODY))  # and could not even say so
 
     def sent_again(self, state: State, unit: int) -> bool:
-        """Whether the supervisor sends a missing shard of the present step (again)."""
+        """Whether the supervisor sends a missing shard of a step under way (again)."""
         if not self.supervisor_resends:
             return False
         if not state.launched:
@@ -270,7 +274,8 @@ class Protocol:
         """Store the bytes and write the slot."""
         assert callable(put)
         step, there = unit // self.shards, bool(state.slots >> unit & 1)
-        if state.done or (step < state.version and self.refuses_late_slots) or step > state.version:
+        late = step < state.version
+        if state.done or (late and self.refuses_late_slots) or self.early(state, step):
             yield Move(f"client {number} is late or early with slot {unit}", put(NOBODY), True)
         elif there and self.first_writer_wins:
             yield Move(f"client {number} is a duplicate at slot {unit}", put(NOBODY), True)
@@ -279,12 +284,12 @@ class Protocol:
                 s._replace(outdated=True) if there and s.at == DRAFTED and s.version == step else s
                 for s in state.servers
             )
-            broken = f"slot {unit} was written after its step was committed" if step < state.version else ""
-            leases = state.leases[:unit] + (NOBODY,) + state.leases[unit + 1 :]  # of no use any more
+            broken = f"slot {unit} was written after its step was committed" if late else ""
+            leases = (*state.leases[:unit], NOBODY, *state.leases[unit + 1 :])  # of no use any more
             after = put(NOBODY, slots=state.slots | 1 << unit, servers=servers, leases=leases)
             yield Move(f"client {number} writes slot {unit}", after, True, broken)
 
-    # --- symmetry ----------------------------------------------------------------------------------------
+    # --- symmetry ---------------------------------------------------------------------------------
 
     def canonical(self, state: State) -> State:
         """The same state up to what means nothing: the names of servers and Clients and the order of
@@ -321,7 +326,7 @@ class Protocol:
         return slots >> unit & 1, leases[unit], [client == unit for client in clients]
 
 
-# --- the explorer -----------------------------------------------------------------------------------------
+# --- the explorer ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -363,7 +368,7 @@ def explore(
     """
     found = Exploration(protocol, {}, {})
     frontier = [protocol.canonical(state) for state in starts or [protocol.start()]]
-    found.came_from.update({state: (None, "start") for state in frontier})
+    found.came_from.update(dict.fromkeys(frontier, (None, "start")))
     while frontier:
         following = []
         for state in frontier:
@@ -420,7 +425,7 @@ def check(protocol: Protocol) -> Exploration:
     return found
 
 
-# --- what is checked -----------------------------------------------------------------------------------------
+# --- what is checked ------------------------------------------------------------------------------
 
 
 def test_the_protocol_keeps_its_promises() -> None:
@@ -437,6 +442,11 @@ def test_the_protocol_keeps_its_promises() -> None:
 def test_it_keeps_them_over_more_steps() -> None:
     """4 steps of 1 shard, 1 Client: rollbacks over several versions, replays overtaken in their turn."""
     check(Protocol(steps=4, shards=1, clients=1))
+
+
+def test_it_keeps_them_with_staleness() -> None:
+    """4 steps of 1 shard, each computed at the version before the last."""
+    check(Protocol(steps=4, shards=1, clients=1, staleness=1))
 
 
 MUTANTS = {
