@@ -299,12 +299,12 @@ def storm(
         ) as cluster,
     ):
         master = Master(cluster.url, checkpoint_dir=checkpoints)
-        with _timed() as calm:
+        with _timed() as smooth:
             undisturbed = master.submit(recipe, config, name="undisturbed")
             undisturbed.wait(timeout=3600)
         median = statistics.median(report.seconds for report in undisturbed.history()[5:])
         total = len(undisturbed.history())
-        say(f"undisturbed: {total} steps in {calm[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
+        say(f"undisturbed: {total} steps in {smooth[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
         with _timed() as rough:
             run = master.submit(recipe, config, name="disturbed")
             raging = Storm(cluster, server, master, run, median, calm, random.Random(seed), say)
@@ -322,7 +322,7 @@ def storm(
             "seed": seed,
             "steps": total,
             "median_step_seconds": median,
-            "undisturbed_seconds": calm[0],
+            "undisturbed_seconds": smooth[0],
             "disturbed_seconds": rough[0],
             "kills": dict(Counter(s.kind for s in strikes if s.signal == "KILL")),
             "pauses": dict(Counter(s.kind for s in strikes if s.signal == "STOP")),

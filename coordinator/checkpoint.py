@@ -88,9 +88,7 @@ class CheckpointStore:
         CheckpointError: no fsspec driver serves the URL.
     """
 
-    def __init__(
-        self, root: str, run: str, incarnation: str | None = None, *, fault: Hook = nothing
-    ) -> None:
+    def __init__(self, root: str, run: str, incarnation: str | None = None, *, fault: Hook = nothing) -> None:
         self.run = run
         self._home = open_folder(root, run)
         self._files = self._home if incarnation is None else open_folder(root, f"{run}/{life(incarnation)}")

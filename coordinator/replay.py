@@ -158,7 +158,8 @@ class Replay:
             raise
         except Exception as error:
             raise ShardFailed(
-                f"computing step {step} again failed: {type(error).__name__}: {error}; this process needs the "
+                f"computing step {step} again failed: {type(error).__name__}: {error}; this process needs "
+                "the "
                 "run's code and data as the workers have them"
             ) from error
 

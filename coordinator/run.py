@@ -167,9 +167,7 @@ class Run:
     Made by `Master.submit` and `Master.run`.
     """
 
-    def __init__(
-        self, services: Services, sender: Sender, name: str, *, trusted: bool = False
-    ) -> None:
+    def __init__(self, services: Services, sender: Sender, name: str, *, trusted: bool = False) -> None:
         self.name = name
         self._services = services
         self._sender = sender
@@ -255,10 +253,9 @@ class Run:
             with Progress(self.name, enabled=progress) as bar:
                 self._wait(bar, timeout, worker_timeout)
         except KeyboardInterrupt:
-            print(
+            sys.stderr.write(
                 f"\nDetached. Run {self.name!r} goes on as long as its workers do; come back with\n"
-                f"    Master({self._services.settings.url!r}).run({self.name!r}).wait(progress=True)",
-                file=sys.stderr,
+                f"    Master({self._services.settings.url!r}).run({self.name!r}).wait(progress=True)\n"
             )
             raise Detached(f"run {self.name!r} goes on") from None
         head = self._ledger.head()
@@ -611,7 +608,8 @@ def _no_worker(name: str, queues: list[str], refused: tuple[str, ...]) -> str:
     if refused:
         reasons = "\n".join(f"    {reason}" for reason in refused)
         return (
-            f"no worker that may work on run {name!r} is consuming queue {listed}; it stays queued.\n{reasons}"
+            f"no worker that may work on run {name!r} is consuming queue {listed}; it stays queued.\n"
+            f"{reasons}"
         )
     return (
         f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n"
