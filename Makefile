@@ -1,6 +1,6 @@
 # make demo     install into .venv (once), then train the digits example on an embedded cluster
 # make test     the whole test suite          make test ARGS='tests/unit -k codec'
-# make bench    the benchmarks                make bench ARGS='--help'
+# make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
 # make lint     style, types and import direction        make format  rewrite to the style
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
@@ -18,7 +18,7 @@ INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-inde
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test bench lint lint-style lint-format lint-types lint-imports format clean distclean
+.PHONY: demo test bench bench-cache lint lint-style lint-format lint-types lint-imports format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -29,6 +29,9 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-cache: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks cache
 
 # `make lint --keep-going` tells all that is wrong at once.
 lint: lint-style lint-format lint-types lint-imports

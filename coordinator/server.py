@@ -324,15 +324,20 @@ class TrainingServer:
         """What follows a commit and may overlap the next step's compute."""
         self.services.gradients.delete(warm.spent)
         self.upkeep.retain(warm, warm.stored, warm.pinned)
+        self._evaluate_if_due(warm)
         version, config = warm.version, warm.context.config
         total = warm.context.plan().total_steps
-        due = config.evaluate_every is not None and version % config.evaluate_every == 0
-        if due and version < total and warm.context.recipe.evaluation is not None:
-            self._launch_evaluation(warm)
         if version % config.checkpoint_every == 0 and version < total:
             self.upkeep.checkpoint(warm)
         if self.upkeep.state_due(warm):
             self.upkeep.publish_state(warm)
+
+    def _evaluate_if_due(self, warm: WarmRun) -> None:
+        """Launch the evaluation that the config asks for at the present version, if there is one."""
+        version, every = warm.version, warm.context.config.evaluate_every
+        due = every is not None and version > 0 and version % every == 0
+        if due and version < warm.context.plan().total_steps and warm.context.recipe.evaluation is not None:
+            self._launch_evaluation(warm)
 
     def _launch_evaluation(self, warm: WarmRun) -> None:
         """Publish the evaluation of the present version; it stays stored until that is done."""
@@ -429,6 +434,7 @@ class TrainingServer:
         warm = TakeOver(self.services, self.fault, context, token).warm(head)
         self._warm[run] = warm
         self._evict(run)
+        self._evaluate_if_due(warm)  # the server before may have ended just before it did so
         log.info("run %s: serving from version %d under token %d", run, warm.version, token)
         return warm
 
