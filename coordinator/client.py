@@ -29,7 +29,7 @@ from cache.errors import (
     Skewed,
     VersionMissing,
 )
-from cache.records import SlotRecord, StateRecord, canonical
+from cache.records import Head, SlotRecord, StateRecord, canonical
 from cache.workers import Heartbeat
 from coordinator import activity, gradient, tree
 from coordinator.faults import Hook, nothing
@@ -198,13 +198,16 @@ class Client:
             log.warning("run %s: loss of version %d not reported: %s", run, step, error)
 
     def _refuse(self, receipt: dict[str, Any], reason: str) -> dict[str, Any]:
-        """Leave a shard to workers that may compute it: send it again, and step back for a while."""
-        run, step, shard = receipt["run"], receipt["step"], receipt["shard"]
+        """Leave a task to workers that may compute it: send it again, and step back for a while."""
+        run = receipt["run"]
         if self.heartbeat.refuse(run, reason):
             log.error("%s", reason)
             self.services.ledger(run).emit("refused", {"worker": self.heartbeat.info.id, "reason": reason})
             self._refusals = 0
-        self.sender.gradient(run, step, shard, version=receipt["version"])
+        if "shard" in receipt:
+            self.sender.gradient(run, receipt["step"], receipt["shard"], version=receipt["version"])
+        else:
+            self.sender.evaluation(run, receipt["version"], [receipt["part"]], receipt["parts"])
         time.sleep(min(_REFUSAL_SECONDS[1], _REFUSAL_SECONDS[0] * 2**self._refusals))
         self._refusals += 1
         return {**receipt, "status": "refused", "reason": reason}
@@ -347,6 +350,10 @@ class Client:
         if head.status != "running" or version in ledger.evaluations():
             return {**receipt, "status": "nothing to do"}
         context = self.services.context(run, head.incarnation)
+        try:
+            context.require_same_code()
+        except Skewed as error:
+            return self._refuse({**receipt, "parts": parts}, str(error))
         self.heartbeat.doing(activity.evaluation(run, version, part))
         try:
             with context.lock:

@@ -83,7 +83,7 @@ class Laboratory:
         sys.path.append(str(self.code))
         self.cluster.start()
         self.master = Master(self.cluster.url, checkpoint_dir=self.checkpoints)
-        self._reference: Outcome | None = None
+        self._undisturbed: dict[TrainingConfig, Outcome] = {}
 
     def close(self) -> None:
         """End the cluster."""
@@ -154,12 +154,15 @@ class Laboratory:
 
     @property
     def reference(self) -> Outcome:
-        """What the undisturbed run comes to; it is made when first asked for."""
-        if self._reference is None:
+        """What the undisturbed run comes to."""
+        return self.undisturbed(CONFIG)
+
+    def undisturbed(self, config: TrainingConfig) -> Outcome:
+        """What a run with this config comes to; it is made when first asked for."""
+        if config not in self._undisturbed:
             self._arm("")
-            run = self.submit()
-            self._reference = self.check(run, reference=None)
-        return self._reference
+            self._undisturbed[config] = self.check(self.submit(config), reference=None)
+        return self._undisturbed[config]
 
     def check(self, run: Run, *, reference: Outcome | None) -> Outcome:
         """Wait for a run; its audit must be clean and its outcome the reference's."""

@@ -98,7 +98,7 @@ def idle(lab: Laboratory, run: Run) -> bool:
 def test_a_leaving_server_hands_its_runs_over(lab: Laboratory) -> None:
     """It publishes what the standby needs, so that nothing is computed again."""
     config = dataclasses.replace(CONFIG, epochs=12)
-    reference = lab.check(lab.submit(config), reference=None)
+    reference = lab.undisturbed(config)
     lab.cluster.wait_ready()
     run = lab.submit(config)
     wait_version(run, 5)

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from coordinator.faults import POINTS, parse
-from tests.faults.laboratory import Laboratory
+from tests.faults.laboratory import CONFIG, Laboratory
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compression": {"compression": "topk:0.1"},
+    "local steps": {"local_steps": 2, "epochs": 6},
+    "staleness": {"staleness": 1},
+    "all": {"compression": "topk:0.1", "local_steps": 2, "staleness": 2, "epochs": 6},
+}
+"""What a slot may carry from step to step: residuals, inner optimizers, steps in flight."""
 
 PLANS = (
-    "server.before_acquire:1:kill",
-    "server.after_acquire:1:kill",
-    "server.before_initialise:1:kill",
-    "server.after_initialise:1:kill",
-    "server.before_apply:2:kill;client.before_begin:4:kill",
-    "server.after_apply:2:kill;client.after_begin:4:kill",
-    "server.after_publish:2:kill;client.before_put:4:kill",
+    ("plain", "server.before_acquire:1:kill"),
+    ("plain", "server.after_acquire:1:kill"),
+    ("plain", "server.before_initialise:1:kill"),
+    ("plain", "server.after_initialise:1:kill"),
+    ("plain", "server.before_apply:2:kill;client.before_begin:4:kill"),
+    ("plain", "server.after_apply:2:kill;client.after_begin:4:kill"),
+    ("compression", "server.after_publish:2:kill;client.before_put:4:kill"),
     # Killed before the optimizer state of the new version is stored: the next server rolls the head back.
-    "server.after_commit:4:kill;server.before_rollback:1:kill;server.after_rollback:1:kill",
-    "server.before_launch:3:kill;client.after_put:4:kill",
-    "sender.mid_launch:3:kill",
-    "server.after_launch:3:kill;client.after_slot:4:kill",
-    "server.before_checkpoint:2:kill;client.before_part:1:kill",
-    "server.mid_checkpoint:2:kill;client.after_part:2:kill",
-    "server.after_checkpoint:2:kill",
-    "server.before_state:3:kill",
-    "server.after_state:3:kill",
-    "server.before_finish:1:kill",
-    "server.after_finish:1:kill",
-    "supervisor.before_look:1:kill",
+    ("all", "server.after_commit:4:kill;server.before_rollback:1:kill;server.after_rollback:1:kill"),
+    ("staleness", "server.before_launch:3:kill;client.after_put:4:kill"),
+    ("all", "sender.mid_launch:3:kill"),
+    ("local steps", "server.after_launch:3:kill;client.after_slot:4:kill"),
+    ("plain", "server.before_checkpoint:2:kill;client.before_part:1:kill"),
+    ("plain", "server.mid_checkpoint:2:kill;client.after_part:2:kill"),
+    ("plain", "server.after_checkpoint:2:kill"),
+    ("plain", "server.before_state:3:kill"),
+    ("plain", "server.after_state:3:kill"),
+    ("plain", "server.before_finish:1:kill"),
+    ("plain", "server.after_finish:1:kill"),
+    ("plain", "supervisor.before_look:1:kill"),
 )
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_killed_at(lab: Laboratory, plan: str) -> None:
-    reference = lab.reference
+@pytest.mark.parametrize(("mode", "plan"), PLANS)
+def test_killed_at(lab: Laboratory, mode: str, plan: str) -> None:
+    config = dataclasses.replace(CONFIG, **MODES[mode])
+    reference = lab.undisturbed(config)
     with lab.faults(plan):
-        lab.check(lab.submit(), reference=reference)
+        run = lab.submit(config)
+        lab.check(run, reference=reference)
+    if mode != "plain":
+        assert run.verify(reexecute=[run.status().version - 1]).ok
 
 
 def test_every_point_is_tried() -> None:
-    assert {fault.point for plan in PLANS for fault in parse(plan)} == set(POINTS)
+    assert {fault.point for _, plan in PLANS for fault in parse(plan)} == set(POINTS)

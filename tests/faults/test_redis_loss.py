@@ -43,16 +43,6 @@ def restart_empty(lab: Laboratory) -> None:
     lab.cluster.broker.restart()
 
 
-_undisturbed: dict[int, Outcome] = {}
-
-
-def undisturbed(lab: Laboratory) -> Outcome:
-    """The outcome of `LONGER`, made once a laboratory."""
-    if id(lab) not in _undisturbed:
-        _undisturbed[id(lab)] = lab.check(lab.submit(LONGER), reference=None)
-    return _undisturbed[id(lab)]
-
-
 def assert_same_training(found: Outcome, reference: Outcome) -> None:
     """The same bits and losses; an evaluation that was not on disk yet when Redis was lost may be missing."""
     assert (found.bits, found.losses) == (reference.bits, reference.losses)
@@ -62,7 +52,7 @@ def assert_same_training(found: Outcome, reference: Outcome) -> None:
 
 def test_a_restart_with_its_data(lab: Laboratory) -> None:
     """Nobody is started again and nobody calls resume(): every process waits and reconnects."""
-    reference = undisturbed(lab)
+    reference = lab.undisturbed(LONGER)
     run = lab.submit(LONGER)
     waiter = ThreadPoolExecutor(1).submit(run.wait, timeout=WAIT_SECONDS)
     wait_version(run, 12)
@@ -81,7 +71,7 @@ def test_a_restart_with_its_data(lab: Laboratory) -> None:
 
 def test_an_older_copy_of_the_data(lab: Laboratory, tmp_path: Path) -> None:
     """As after a power loss: Redis has lost its last second, and every process is ahead of it."""
-    reference = undisturbed(lab)
+    reference = lab.undisturbed(LONGER)
     run = lab.submit(LONGER)
     wait_version(run, 12)
     data = lab.cluster.broker._persistence_dir
@@ -98,7 +88,7 @@ def test_an_older_copy_of_the_data(lab: Laboratory, tmp_path: Path) -> None:
 
 def test_nothing_left_and_the_workers_live(lab: Laboratory) -> None:
     """The supervisor knows the run still and creates it again from its newest checkpoint."""
-    reference = undisturbed(lab)
+    reference = lab.undisturbed(LONGER)
     run = lab.submit(LONGER)
     waiter = ThreadPoolExecutor(1).submit(run.wait, timeout=WAIT_SECONDS)
     wait_version(run, 14)
@@ -110,7 +100,7 @@ def test_nothing_left_and_the_workers_live(lab: Laboratory) -> None:
 
 def test_nothing_left_at_all(lab: Laboratory) -> None:
     """Nobody who knew the run is left: `resume()` creates it from the checkpoint."""
-    reference = undisturbed(lab)
+    reference = lab.undisturbed(LONGER)
     run = lab.submit(LONGER)
     wait_version(run, 14)
     for worker in lab.cluster.processes.values():
