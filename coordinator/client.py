@@ -148,13 +148,7 @@ class Client:
             "worker": worker,
         }
         if verdict == "skewed":
-            reason = (
-                f"run {run!r} is computed on {ledger.head().environment}; this worker has "
-                f"{self.heartbeat.info.environment}, which may give other bits. Start a worker like the "
-                "first, "
-                "or run.resume(admit_skew=True)"
-            )
-            return self._refuse(receipt, reason)
+            return self._refuse(receipt, self._unlike(run, ledger.head()))
         if verdict != "compute":
             log.info("step %d shard %d of run %s: %s, nothing to do", step, shard, run, verdict)
             return receipt
@@ -196,6 +190,16 @@ class Client:
                 self.sender.advance(run, queue=head.queue or UPDATES)
         except (CacheError, RunNotFound) as error:
             log.warning("run %s: loss of version %d not reported: %s", run, step, error)
+
+    def _unlike(self, run: str, head: Head) -> str:
+        """Why this machine may not compute for the run; "" if it may."""
+        here = self.heartbeat.info.environment
+        if head.skew != "refuse" or head.environment in ("", here):
+            return ""
+        return (
+            f"run {run!r} is computed on {head.environment}; this worker has {here}, which may give other "
+            "bits. Start a worker like the first, or run.resume(admit_skew=True)"
+        )
 
     def _refuse(self, receipt: dict[str, Any], reason: str) -> dict[str, Any]:
         """Leave a task to workers that may compute it: send it again, and step back for a while."""
@@ -351,6 +355,8 @@ class Client:
             return {**receipt, "status": "nothing to do"}
         context = self.services.context(run, head.incarnation)
         try:
+            if unlike := self._unlike(run, head):
+                raise Skewed(unlike)
             context.require_same_code()
         except Skewed as error:
             return self._refuse({**receipt, "parts": parts}, str(error))

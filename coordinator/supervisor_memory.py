@@ -21,6 +21,7 @@ class Memory:
         self._seen: set[tuple[object, ...]] = set()
         self._sent: dict[tuple[object, ...], float] = {}
         self._counts: dict[tuple[object, ...], int] = {}
+        self._kept: dict[tuple[object, ...], float] = {}  # seconds to remember a sending, if more than 60
 
     def begin_round(self) -> None:
         """Start a round: nothing is reported yet."""
@@ -30,8 +31,9 @@ class Memory:
         """Forget what this round did not report, and what was sent long ago."""
         for key in [key for key in self._since if key not in self._seen]:
             del self._since[key]
-        horizon = self._clock() - 60.0
-        for key in [key for key, at in self._sent.items() if at < horizon]:
+        now = self._clock()
+        for key in [key for key, at in self._sent.items() if now - at > self._kept.get(key, 60.0)]:
+            self._kept.pop(key, None)
             del self._sent[key]
             self._counts.pop(key, None)
 
@@ -50,6 +52,8 @@ class Memory:
         if now - self._sent.get(key, float("-inf")) < seconds:
             return False
         self._sent[key] = now
+        if seconds > 60.0:
+            self._kept[key] = min(seconds, 24 * 3600.0)
         return True
 
     def once(self, key: tuple[object, ...], seconds: float, send: Callable[[], None]) -> None:
