@@ -10,6 +10,7 @@ BENCHMARKS = {
     "step": "what a step costs when there is nothing to compute",
     "flat": "whether anything accumulates over 10,000 steps",
     "cache": "the chunk store against a bare socket",
+    "straggler": "what a worker that is ten times slower costs a run",
     "codecs": "bytes, accuracy and seconds of each gradient codec",
 }
 
