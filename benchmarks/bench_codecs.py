@@ -4,7 +4,7 @@
     python -m benchmarks.bench_codecs                     # every codec, 3 epochs; CLAIMED on 3 seeds
     python -m benchmarks.bench_codecs --epochs 2 --seeds 0 --codecs none topk:0.01
 
-Claim: a codec of CLAIMED sends at least 100 times fewer gradient bytes and loses at most 0.3 points of
+Target, not reached: CLAIMED sends at least 100 times fewer gradient bytes and loses at most 0.3 points of
 test accuracy. The cnn of `workloads`, 421,642 parameters, batch 256 in 4 shards, SGD with momentum 0.9,
 learning rate 0.05 falling to 0 along a cosine, the same for every codec.
 

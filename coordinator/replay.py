@@ -186,11 +186,11 @@ class Replay:
         mean = accumulator.result()
         loss = sum(result.loss * result.examples for result in done) / examples
         finite = all(_finite(result) for result in done)
-        trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
+        report = trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
         slots: dict[int, Any] = {}
         if keeps_state(config, self.allowed):
             kept = {shard: result.state for shard, result in enumerate(done) if result.state is not None}
-            slots = {**self._slots[step], **kept}
+            slots = {**self._slots[step], **({} if report.skipped else kept)}
         digest = self._hold(step + 1, slots)
         if not problems and digest != entry.parameters:
             problems.append(

@@ -221,7 +221,9 @@ class TrainingServer:
             previous=warm.chain,
             notes={"switch": plan.switches[step]} if step in plan.switches else {},
         ).sealed()
-        record = replace(draft, chain=entry.chain, slots=self._slot_states(warm, slots))
+        record = replace(
+            draft, chain=entry.chain, slots=self._slot_states(warm, slots, skipped=report.skipped)
+        )
         committed = warm.ledger.commit(
             step=step, token=warm.token, shards=shards, entry=entry, record=record, event=_step_event(entry)
         )
@@ -282,10 +284,17 @@ class TrainingServer:
             f"run {warm.run!r}: commit of version {step + 1} was {verdict}; another server or a person acted"
         )
 
-    def _slot_states(self, warm: WarmRun, slots: list[SlotRecord]) -> dict[int, StateRecord]:
-        """What each slot keeps at the new version: as written, or as before where it sat the step out."""
+    def _slot_states(
+        self, warm: WarmRun, slots: list[SlotRecord], *, skipped: bool
+    ) -> dict[int, StateRecord]:
+        """What each slot keeps at the new version: as written, or as before where it sat the step out.
+
+        A step that was skipped for a NaN changes no slot's state either.
+        """
         if not warm.context.keeps_state(warm.version):
             return {}
+        if skipped:
+            return warm.record.slots
         return {**warm.record.slots, **{slot.shard: slot.state for slot in slots if slot.state is not None}}
 
     def _launch(self, warm: WarmRun, *, after: int, fresh: bool) -> int:

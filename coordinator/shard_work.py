@@ -18,6 +18,7 @@ from coordinator import gradient, local_steps
 from coordinator.admission import START_DIRECTORY, Admission
 from coordinator.compression import Codec, parse
 from coordinator.config import TrainingConfig
+from coordinator.determinism import pinned
 from coordinator.recipe import ResolvedRecipe
 from coordinator.replica import Replica
 from coordinator.shards import Plan
@@ -96,7 +97,8 @@ def work(
     else:
         indices = plan.indices(step, shard)
         found = gradient.compute(replica, recipe, config, dataset, indices, step, shard)
-    encoded = codec.encode(found.gradients, before.get("residual"))
+    with pinned(config.threads, config.deterministic, replica.device):
+        encoded = codec.encode(found.gradients, before.get("residual"))
     if codec.stateful:
         kept["residual"] = encoded.residual
     return ShardWork(
@@ -113,4 +115,6 @@ def decoded(
     payload: Mapping[str, Tensor], replica: Replica, compression: str, allowed: tuple[str, ...] | None
 ) -> dict[str, Tensor]:
     """The gradients that a payload stands for, in the parameters' shapes and dtypes."""
-    return codec_of(compression, allowed).decode(payload, replica.parameters)
+    config = replica.config
+    with pinned(config.threads, config.deterministic, replica.device):
+        return codec_of(compression, allowed).decode(payload, replica.parameters)
