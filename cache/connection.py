@@ -21,7 +21,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from cache.errors import CacheError, CacheUnreachable
 from cache.sentinel import SentinelUrl, is_sentinel
@@ -115,6 +115,21 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
         ) from error
 
 
+class PrimaryConnection(SentinelManagedConnection):
+    """Asks the sentinels again whenever it has to reconnect.
+
+    redis-py asks them when a connection is taken from the pool, but a command that is sent again over
+    the connection that it already holds reconnects to the old address (redis-py 8.1): after a failover
+    such a command would wait for a server that is gone until its patience ends.
+    """
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """See redis-py; one try, since the command's own policy tries again."""
+        if self._sock is None:
+            self.connect_to(self.connection_pool.get_master_address())  # type: ignore[no-untyped-call]
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+
 def _primary(url: str, tries: int) -> redis.Redis:
     """A client of whatever primary the sentinels name at each new connection."""
     try:
@@ -130,6 +145,7 @@ def _primary(url: str, tries: int) -> redis.Redis:
         redis.Redis,
         sentinel.master_for(
             found.service,
+            connection_class=PrimaryConnection,
             db=found.db,
             username=found.username,
             password=found.password,

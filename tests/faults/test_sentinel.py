@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.connection import connect
 from cache.errors import CacheUnreachable
 from coordinator import LocalCluster, Master, TrainingConfig
 from coordinator.broker import celery_url, transport_options
@@ -91,6 +92,15 @@ def test_a_failover_changes_no_bit(
     assert answers(port, "SENTINEL", "get-master-addr-by-name", SERVICE) != was, "the failover happened"
     assert ok
     assert found == undisturbed
+
+
+def test_a_command_under_way_finds_the_new_primary(watched: tuple[EmbeddedServer, int]) -> None:
+    """Over the connection that it holds already, not only over one that is made afterwards."""
+    primary, port = watched
+    with connect(f"sentinel://127.0.0.1:{port}/{SERVICE}/0", patience_seconds=30).client() as held:
+        was = held.info("server")["process_id"]
+        primary.kill()
+        assert held.info("server")["process_id"] != was
 
 
 def test_a_sentinel_url_is_spelled_for_celery() -> None:
