@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +30,12 @@ from cache.ledger import Ledger
 from cache.records import Head, LedgerEntry, SlotReceipt, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
 from coordinator import activity
-from coordinator.aggregate import Accumulator
 from coordinator.client import short_traceback
 from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport
 from coordinator.services import Services
-from coordinator.shard_work import decoded
 from coordinator.step import Sender
+from coordinator.step_sum import StepSum
 from coordinator.takeover import TakeOver
 from coordinator.task_names import private_queue
 from coordinator.upkeep import Upkeep
@@ -195,9 +195,7 @@ class TrainingServer:
             return None
         slots = [present[shard] for shard in range(shards)]
         self.fault("server.before_apply")
-        config = plan.config_at(step)
-        if config != warm.trainer.config:
-            warm.trainer.adopt(warm.context.recipe, config)
+        self._adopt(warm)
         report, loss = self._update(warm, slots)
         self.fault("server.after_apply")
         flat = warm.trainer.replica.pack(warm.flat)
@@ -253,24 +251,50 @@ class TrainingServer:
         examples = sum(slot.examples for slot in slots)
         loss = sum(slot.loss * slot.examples for slot in slots) / examples
         bad = [s.shard for s in slots if not (math.isfinite(s.loss) and math.isfinite(s.grad_norm))]
-        held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
-        accumulator = Accumulator(held, examples)
-        for slot in slots:
-            try:
-                payload, buffers = self.services.gradients.get(slot)
-            except (ChunkMissing, ChunkCorrupt):
-                warm.ledger.drop_slot(warm.version, slot.shard, nonce=slot.nonce, token=warm.token)
-                raise
-            allowed = self.services.settings.allowed_modules
-            gradients = decoded(payload, trainer.replica, slot.compression, allowed)
-            accumulator.add(gradients, buffers, slot.examples)
-        mean = accumulator.result()
+        self._take_landed(warm, {slot.shard: slot for slot in slots})
+        assert warm.sum is not None
+        mean, warm.sum = warm.sum.result(), None
         try:
             report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
             where = f"in shards {bad}" if bad else "in the average only"
             raise NonFinite(f"run {warm.run!r}: {error} The NaN or infinity arose {where}.") from error
         return report, loss
+
+    def _take_landed(self, warm: WarmRun, present: Mapping[int, SlotRecord]) -> int:
+        """Add slots of the present step to its sum, in slot order, as far as they have landed.
+
+        Args:
+            present: shard -> slot of step `warm.version`, at least those that are in the sum already.
+
+        Returns:
+            How many slots are in the sum.
+        """
+        step = warm.version
+        if warm.sum is None or warm.sum.step != step or not warm.sum.agrees(present):
+            plan = warm.context.plan()
+            self._adopt(warm)
+            warm.sum = StepSum(
+                step,
+                plan.shards_in(step),
+                plan.examples(step),
+                warm.trainer,
+                self.services.gradients,
+                allowed=self.services.settings.allowed_modules,
+            )
+        while (slot := present.get(warm.sum.taken)) is not None:
+            try:
+                warm.sum.add(slot)
+            except (ChunkMissing, ChunkCorrupt):
+                warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token)
+                raise
+        return warm.sum.taken
+
+    def _adopt(self, warm: WarmRun) -> None:
+        """Follow a switch of the config that holds from the present step on."""
+        config = warm.context.plan().config_at(warm.version)
+        if config != warm.trainer.config:
+            warm.trainer.adopt(warm.context.recipe, config)
 
     def _refused(self, warm: WarmRun, verdict: str, step: int) -> None:
         """The commit was not taken; what this process holds is ahead of the head."""

@@ -12,6 +12,7 @@ from cache.records import VersionRecord
 from coordinator.checkpoint import CheckpointStore
 from coordinator.optimize import Trainer
 from coordinator.services import RunContext
+from coordinator.step_sum import StepSum
 
 NEVER = -1
 
@@ -35,6 +36,7 @@ class WarmRun:
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
         flat: buffer that versions are packed into.
+        sum: the sum of the present step, as far as its slots have landed; None before the first.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
     """
@@ -53,6 +55,7 @@ class WarmRun:
     nbytes: int = 0
     shared: bool = False
     flat: torch.Tensor | None = field(default=None, repr=False)
+    sum: StepSum | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cache.chunks import MemoryChunkStore
+from cache.errors import ChunkMissing, InvalidInput
+from cache.gradients import GradientStore
+from cache.memory import MemoryLedger, MemoryPlane
+from cache.records import SlotRecord
+from cache.tiered import TieredStore
+from coordinator.aggregate import Accumulator
+from coordinator.config import TrainingConfig
+from coordinator.optimize import Trainer
+from coordinator.step_sum import StepSum
+from tests.support import models
+from tests.support.inprocess import resolved, same
+
+SIZES = [3, 1, 4]
+
+
+class Landed:
+    """Three slots of one step, stored."""
+
+    def __init__(self) -> None:
+        self.trainer = Trainer.build(resolved(models.mlp(size=8)), TrainingConfig())
+        self.store = GradientStore(TieredStore(MemoryChunkStore(), None))
+        self.ledger = MemoryLedger(MemoryPlane(), "r")
+        self.tensors = [
+            {name: torch.randn(p.shape) for name, p in self.trainer.replica.parameters.items()} for _ in SIZES
+        ]
+        self.slots = [self.slot(shard) for shard in range(len(SIZES))]
+
+    def slot(self, shard: int) -> SlotRecord:
+        stored = self.store.put(self.ledger, 0, shard, self.tensors[shard])
+        return SlotRecord(
+            shard=shard, digest=stored.digest, nonce=stored.nonce, blob=stored.blob, manifest=stored.manifest,
+            buffers=(), examples=SIZES[shard], loss=1.0, grad_norm=1.0, worker="w", attempt=1, seconds=0.1,
+        )  # fmt: skip
+
+    def sum(self) -> StepSum:
+        return StepSum(0, len(SIZES), sum(SIZES), self.trainer, self.store, allowed=("*",))
+
+
+def test_slots_summed_as_they_land_have_the_bits_of_a_sum_at_the_end() -> None:
+    landed, total = Landed(), Accumulator({}, sum(SIZES))
+    for tensors, size in zip(landed.tensors, SIZES, strict=True):
+        total.add(tensors, {}, size)
+    step = landed.sum()
+    for slot in landed.slots:
+        assert not step.complete
+        step.add(slot)
+    assert step.complete
+    expected, found = total.result().gradients, step.result().gradients
+    assert all(same(found[name], expected[name]) for name in expected)
+
+
+def test_an_unfinished_sum_has_no_result() -> None:
+    landed = Landed()
+    step = landed.sum()
+    step.add(landed.slots[0])
+    with pytest.raises(InvalidInput, match="of the step's"):
+        step.result()
+
+
+def test_a_slot_that_was_written_anew_makes_the_sum_void() -> None:
+    landed = Landed()
+    step = landed.sum()
+    step.add(landed.slots[0])
+    assert step.agrees({0: landed.slots[0], 2: landed.slots[2]})
+    assert not step.agrees({0: replace(landed.slots[0], nonce="another")})
+    assert not step.agrees({1: landed.slots[1]})
+
+
+def test_a_slot_without_bytes_leaves_the_sum_as_it_was() -> None:
+    landed = Landed()
+    step = landed.sum()
+    landed.store.delete([landed.slots[0].blob])
+    with pytest.raises(ChunkMissing):
+        step.add(landed.slots[0])
+    assert step.taken == 0
+    step.add(landed.slot(0))
+    assert step.taken == 1
