@@ -14,7 +14,8 @@ from typing import Any
 
 from cache.errors import ConfigError
 
-_PRECISIONS = ("fp32", "bf16")
+_PRECISIONS = ("fp32", "bf16", "fp16")
+_MEMORY_FORMATS = ("contiguous", "channels_last")
 _NONFINITE = ("stop", "skip")
 _SKEW = ("refuse", "admit")
 _MAX_SEED = (1 << 63) - 1
@@ -38,8 +39,9 @@ class TrainingConfig:
             do not depend on who is fast.
         compression: how gradients travel: "none", or a codec with error feedback such as "fp16",
             "int8", "topk:0.01" or "powersgd:2". See docs/compression.md.
-        precision: "fp32", or "bf16" for torch.autocast to bfloat16 around forward and loss
-            (parameters, gradients and optimizer state keep their own dtype).
+        precision: "fp32", or "bf16" or "fp16" for torch.autocast to bfloat16 or float16 around
+            forward and loss (parameters, gradients and optimizer state keep their own dtype). With
+            "fp16" the loss is scaled; see `coordinator.loss_scale` and docs/precision.md.
         clip_norm: largest global L2 norm of the averaged gradient, greater than 0; None: no
             clipping.
         threads: intra-op threads of torch while a shard is computed, at least 1. Another count
@@ -57,6 +59,14 @@ class TrainingConfig:
         max_attempts: tries of one shard before the run stops, at least 1.
         skew: whether a worker whose copy of the recipe's sources differs from the submitter's
             is refused ("refuse") or takes part all the same ("admit").
+        loss_scale: what the loss of "fp16" is multiplied by at first, greater than 0. A step whose
+            gradients overflow is skipped and halves it.
+        loss_scale_interval: steps in a row without an overflow after which the loss scale is
+            doubled, at least 1.
+        memory_format: "contiguous", or "channels_last" for convolutions' weights and 4-D inputs
+            in that order while shards are computed; what is stored keeps its layout.
+        compile: whether shards are computed by torch.compile's kernels. Every worker that computes
+            needs the same compiler; see docs/precision.md.
 
     Raises:
         ConfigError: a value is out of range; the message names field, value and range.
@@ -84,28 +94,29 @@ class TrainingConfig:
     shard_timeout_seconds: float | None = None
     max_attempts: int = 3
     skew: str = "refuse"
+    loss_scale: float = 65536.0
+    loss_scale_interval: int = 2000
+    memory_format: str = "contiguous"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "shards", "local_steps", "threads"):
             self._integer(name, minimum=1)
-        for name in ("checkpoint_every", "keep_checkpoints", "max_attempts"):
+        for name in ("checkpoint_every", "keep_checkpoints", "max_attempts", "loss_scale_interval"):
             self._integer(name, minimum=1)
         self._integer("evaluate_every", minimum=1, optional=True)
         self._integer("seed", minimum=0, maximum=_MAX_SEED)
         self._integer("staleness", minimum=0)
-        self._positive("clip_norm")
-        self._positive("shard_timeout_seconds")
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError(f"deterministic must be True or False, not {self.deterministic!r}.")
+        self._positive("clip_norm", optional=True)
+        self._positive("shard_timeout_seconds", optional=True)
+        self._positive("loss_scale")
+        for name in ("deterministic", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         self._choice("nonfinite", _NONFINITE)
         self._choice("skew", _SKEW)
-        if self.precision == "fp16":
-            raise ConfigError(
-                "precision='fp16' is not supported: it needs loss scaling, whose state would tie a gradient "
-                "to "
-                "the steps before it; use 'bf16', which needs none, or 'fp32'."
-            )
         self._choice("precision", _PRECISIONS)
+        self._choice("memory_format", _MEMORY_FORMATS)
         if self.compression != "none":
             from coordinator.compression import check  # loads torch
 
@@ -129,11 +140,11 @@ class TrainingConfig:
             raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
         object.__setattr__(self, name, number)
 
-    def _positive(self, name: str) -> None:
+    def _positive(self, name: str, *, optional: bool = False) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and optional:
             return
-        accepted = "a finite number greater than 0, or None"
+        accepted = "a finite number greater than 0" + (", or None" if optional else "")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
         if not math.isfinite(value) or value <= 0:

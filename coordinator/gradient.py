@@ -24,9 +24,12 @@ from torch.utils.data import TensorDataset, default_collate
 from cache.errors import InvalidInput
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned, seed_everything
+from coordinator.loss_scale import LossScale, unscale
 from coordinator.recipe import ResolvedRecipe
 from coordinator.replica import Replica
 from coordinator.shards import derive_seed
+
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 IndexArray = Sequence[int] | npt.NDArray[np.int64]
 
@@ -115,7 +118,9 @@ def compute(
         raise InvalidInput(f"shard {shard} of step {step} has no examples.")
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
-        value = forward_backward(replica, resolved, config, dataset, indices, (step, shard))
+        value = forward_backward(
+            replica, resolved, config, dataset, indices, (step, shard), replica.loss_scale
+        )
         gradients = take_gradients(replica)
         with _during("collecting buffers"):
             buffers = replica.changed_buffers()
@@ -131,11 +136,13 @@ def forward_backward(
     dataset: Any,
     indices: IndexArray,
     place: tuple[int, ...],
+    scale: LossScale | None = None,
 ) -> float:
     """Load a batch, run forward and backward, and return the loss; the gradients are in the parameters.
 
     Called with the process pinned. Arguments as in `compute`; `place` seeds the two phases, `(step,
-    shard)` or with local steps `(step, shard, local step)`.
+    shard)` or with local steps `(step, shard, local step)`; `scale` multiplies the loss that the
+    backward starts from, and the gradients are divided by it.
     """
     seed_everything(derive_seed(config.seed, "data", *place))
     batch = load_batch(dataset, indices, resolved.collate)
@@ -145,7 +152,9 @@ def forward_backward(
         loss = _loss(resolved, model, to_device(batch, replica.device))
     _require_loss(loss)
     with _during("computing the backward"):
-        loss.backward()
+        (loss if scale is None else loss.float() * scale.scale).backward()
+    if scale is not None:
+        unscale(replica.parameters.items(), scale)
     return float(loss.detach())
 
 
@@ -399,9 +408,8 @@ def norm_of(gradients: Mapping[str, Tensor]) -> float:
 
 
 def _autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:
-    if config.precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    half = _HALVES.get(config.precision)
+    return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
 
 
 @contextmanager

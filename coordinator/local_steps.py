@@ -18,7 +18,7 @@ them unequal; with a clip norm, each inner gradient is clipped, not the pseudo-g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache.errors import NonFinite
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned
 from coordinator.gradient import IndexArray, ShardGradient, forward_backward, norm_of
+from coordinator.loss_scale import LossScale, at_start, exhausted
 from coordinator.optimize import build_optimizer, restore_optimizer
 from coordinator.recipe import ResolvedRecipe
 from coordinator.replica import Replica
@@ -46,7 +48,7 @@ class LocalSteps:
 
     Attributes:
         gradient: pseudo-gradients as `gradients`; loss is the mean over the local steps.
-        state: tree of the inner optimizer's and scheduler's state.
+        state: tree of the inner optimizer's, the scheduler's and fp16's loss scale's state.
     """
 
     gradient: ShardGradient
@@ -87,13 +89,20 @@ def compute(
             optimizer, scheduler = build_optimizer(resolved, config, replica)
             if state is not None:
                 restore_optimizer(optimizer, scheduler, state)
+            scale = at_start(config) if state is None else _scale_of(state)
             finite = True
             for number, part in enumerate(parts):
-                loss = forward_backward(replica, resolved, config, dataset, part, (step, shard, number))
+                place = (step, shard, number)
+                loss = forward_backward(replica, resolved, config, dataset, part, place, scale)
                 total += loss * len(part)
                 norm = _clip(replica, config.clip_norm)
-                finite = finite and math.isfinite(loss) and math.isfinite(norm)
-                optimizer.step()
+                overflow = scale is not None and not math.isfinite(norm)
+                finite = finite and math.isfinite(loss) and (overflow or math.isfinite(norm))
+                if not overflow:
+                    optimizer.step()
+                if scale is not None:
+                    _check_scale(config, scale, loss, overflow=overflow)
+                    scale = scale.after(overflow=overflow, interval=config.loss_scale_interval)
                 optimizer.zero_grad(set_to_none=True)
             if scheduler is not None:
                 scheduler.step()
@@ -102,6 +111,7 @@ def compute(
             kept = {
                 "optimizer": optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
+                **({} if scale is None else {"loss_scale": scale.tensor()}),
             }
             norm = norm_of(moved)
     finally:
@@ -109,6 +119,18 @@ def compute(
         replica.restore()
     finite = finite and math.isfinite(norm)
     return LocalSteps(ShardGradient(moved, buffers, total / examples, norm, examples, finite), kept)
+
+
+def _scale_of(state: Mapping[str, Any]) -> LossScale | None:
+    return LossScale.of(state["loss_scale"]) if "loss_scale" in state else None
+
+
+def _check_scale(config: TrainingConfig, scale: LossScale, loss: float, *, overflow: bool) -> None:
+    if overflow and math.isfinite(loss) and exhausted(config, scale, loss):
+        raise NonFinite(
+            f"the gradients of a local step overflow at a loss scale of {scale.scale:g}, which is not the "
+            "scale's doing; lower the learning rate, set clip_norm, or set nonfinite='skip'."
+        )
 
 
 def _clip(replica: Replica, clip_norm: float | None) -> float:

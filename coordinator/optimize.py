@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned, seed_everything
+from coordinator.loss_scale import exhausted
 from coordinator.recipe import ResolvedRecipe
 from coordinator.replica import Replica
 from coordinator.shards import derive_seed
@@ -114,8 +115,9 @@ class Trainer:
             finite: whether all shards reported finite values.
 
         Returns:
-            The figures of the update. With nonfinite="skip" a step that is not finite changes
-            neither parameters nor buffers nor optimizer state; the scheduler steps all the same.
+            The figures of the update. With nonfinite="skip", or where fp16's gradients overflow, a
+            step that is not finite changes neither parameters nor buffers nor optimizer state; the
+            scheduler steps all the same, and the loss scale falls.
 
         Raises:
             NonFinite: loss or gradient is not finite and the config says "stop"; nothing changed.
@@ -133,7 +135,7 @@ class Trainer:
                 norm = self._total_norm()
                 clip = self._clip_norm
                 skipped = not (finite and math.isfinite(loss) and math.isfinite(float(norm)))
-                if skipped and self.config.nonfinite == "stop":
+                if skipped and self._must_stop(loss):
                     raise NonFinite(
                         f"step {step} has loss {loss} and gradient norm {float(norm)}; lower the learning "
                         f"rate, set "
@@ -143,6 +145,7 @@ class Trainer:
                 if not skipped:
                     self._update(norm, buffers, step)
                 self._step_scheduler(step, loss, quiet=skipped)
+                self._step_loss_scale(overflow=skipped)
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
         return ApplyReport(float(norm), clipped, skipped, lr)
@@ -212,6 +215,20 @@ class Trainer:
         with torch.no_grad():
             for name, value in buffers.items():
                 self.replica.buffers[name].copy_(value)
+
+    def _must_stop(self, loss: float) -> bool:
+        """Whether a step that is not finite ends the run; an overflow of fp16 need not."""
+        scale = self.replica.loss_scale
+        if scale is None or self.config.local_steps > 1:
+            return self.config.nonfinite == "stop"
+        return exhausted(self.config, scale, loss)
+
+    def _step_loss_scale(self, *, overflow: bool) -> None:
+        """Move the version's loss scale on; with local steps each slot has its own, and this one rests."""
+        scale = self.replica.loss_scale
+        if scale is not None and self.config.local_steps == 1:
+            interval = self.config.loss_scale_interval
+            self.replica.loss_scale = scale.after(overflow=overflow, interval=interval)
 
     def _step_scheduler(self, step: int, loss: float, *, quiet: bool) -> None:
         if self.scheduler is None:

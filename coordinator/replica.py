@@ -18,6 +18,7 @@ from cache.codec import Manifest, layout, pack, views
 from cache.errors import InvalidInput, ManifestMismatch
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned, seed_everything
+from coordinator.loss_scale import ENTRY, LossScale, at_start
 from coordinator.recipe import ResolvedRecipe
 from coordinator.shards import derive_seed
 
@@ -39,7 +40,8 @@ class Replica:
         device: where the model lives.
         parameters: name -> parameter, tied ones once, frozen ones included.
         buffers: name -> buffer tensor, tied ones once.
-        manifest: layout of a version: parameters, then buffers.
+        loss_scale: the version's loss scale; None where the precision needs none.
+        manifest: layout of a version: parameters, then buffers, then the loss scale.
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
         loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
@@ -51,6 +53,7 @@ class Replica:
         self.device = device
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        self.loss_scale: LossScale | None = at_start(config)
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
         self.loaded: int | None = None
@@ -88,6 +91,8 @@ class Replica:
         """Return name -> tensor of the whole state, parameters first; the live tensors, detached."""
         state = {name: parameter.detach() for name, parameter in self.parameters.items()}
         state.update(self.buffers)
+        if self.loss_scale is not None:
+            state[ENTRY] = self.loss_scale.tensor()
         return state
 
     def nbytes(self) -> int:
@@ -137,6 +142,8 @@ class Replica:
             parameter.copy_(self._version[name])
         self._counters = [parameter._version for parameter in self.parameters.values()]
         self.reset_buffers()
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale.of(self._version[ENTRY])
 
     @torch.no_grad()
     def reset_buffers(self) -> None:

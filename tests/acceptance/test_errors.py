@@ -141,7 +141,7 @@ def test_a_recipe_that_cannot_travel(master: Master, case: str) -> None:
         ({"epochs": 0}, r"epochs must be an integer, at least 1, not 0"),
         ({"batch_size": 2.5}, r"batch_size must be an integer, at least 1, not 2.5"),
         ({"clip_norm": -1.0}, r"clip_norm must be a finite number greater than 0, or None, not -1.0"),
-        ({"precision": "fp16"}, r"precision='fp16' is not supported.*'bf16'"),
+        ({"precision": "fp8"}, r"precision must be one of 'fp32', 'bf16', 'fp16', not 'fp8'"),
         ({"nonfinite": "ignore"}, r"nonfinite must be one of 'stop', 'skip', not 'ignore'"),
     ],
 )

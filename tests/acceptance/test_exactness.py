@@ -79,6 +79,11 @@ CASES: dict[str, Case] = {
         models.mlp(scheduler=models.lambda_scheduler), _config(), reference.accumulate
     ),
     "bfloat16 autocast": Case(models.gpt(32), _config(precision="bf16"), reference.average),
+    "float16 autocast, with overflows": Case(
+        models.gpt(32),
+        _config(precision="fp16", loss_scale_interval=2),
+        reference.average,
+    ),
     "two threads": Case(models.cnn(16), _config(threads=2), reference.accumulate),
     "a NaN that is skipped": Case(
         models.mlp(
@@ -139,6 +144,8 @@ def test_the_cases_are_what_they_say() -> None:
     odd = expected("unused, frozen, integer, bool, non-persistent").module
     assert "projection" in reference.all_bits(odd) and "projection" not in odd.state_dict()
     assert int(odd.get_buffer("calls")) == 10
+    half = expected("float16 autocast, with overflows")
+    assert half.skipped == [2, 5] and set(half.scales) == {2.0**16, 2.0**17}
     gpt = expected("gpt with tied embeddings, AdamW, warm-up, clipping").module
     assert gpt.get_parameter("embed.weight") is gpt.get_submodule("head").weight
     assert len(set(expected("scheduler that looks at the loss").lrs)) > 1

@@ -12,9 +12,12 @@ import torch
 
 from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
 from coordinator.embedded import EmbeddedServer
+from coordinator.local_steps import diloco
 from tests.support import models
 from tests.support.waiting import wait_until
 
+HALF = {"precision": "fp16", "loss_scale": 2.0**18, "loss_scale_interval": 3}
+"""A loss scale that overflows at first and again and again, so that steps are skipped."""
 MODES: dict[str, dict[str, Any]] = {
     "int8": {"compression": "int8"},
     "fp16": {"compression": "fp16"},
@@ -24,12 +27,21 @@ MODES: dict[str, dict[str, Any]] = {
     "stale": {"staleness": 2},
     "local-topk": {"local_steps": 2, "compression": "topk:0.1"},
     "stale-powersgd": {"staleness": 1, "compression": "powersgd:1"},
+    "diloco": {"local_steps": 3, "epochs": 6},
+    "half-topk": {**HALF, "compression": "topk:0.1"},
+    "half-local": {**HALF, "local_steps": 3},
+    "half-stale": {**HALF, "staleness": 1},
 }
 
 
 def recipe(**changes: Any) -> Recipe:
     """An MLP with dropout under AdamW, whose state has to come along everywhere."""
     return models.mlp(size=96, optimizer=partial(torch.optim.AdamW, lr=1e-2), **changes)
+
+
+def recipe_of(mode: str) -> Recipe:
+    """The recipe that a mode is tried on: DiLoCo has an outer optimizer with momentum."""
+    return recipe(outer_optimizer=diloco) if mode == "diloco" else recipe()
 
 
 def config(**fields: Any) -> TrainingConfig:
@@ -65,7 +77,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 def alone(fleet: LocalCluster) -> dict[str, bytes]:
     """The bits of each mode with one Client; then a second one joins."""
     master = master_of(fleet)
-    found = {name: bits(trained(master, f"{name}-1", recipe(), config(**how))) for name, how in MODES.items()}
+    found = {
+        name: bits(trained(master, f"{name}-1", recipe_of(name), config(**how)))
+        for name, how in MODES.items()
+    }
     fleet.add_worker()
     fleet.wait_ready()
     return found
@@ -75,7 +90,7 @@ def alone(fleet: LocalCluster) -> dict[str, bytes]:
 def test_a_mode_has_the_same_bits_with_one_client_and_with_two(
     fleet: LocalCluster, alone: dict[str, bytes], name: str
 ) -> None:
-    run = trained(master_of(fleet), f"{name}-2", recipe(), config(**MODES[name]))
+    run = trained(master_of(fleet), f"{name}-2", recipe_of(name), config(**MODES[name]))
     assert bits(run) == alone[name]
 
 
@@ -87,14 +102,22 @@ def test_a_training_server_that_dies_restores_the_slots_states(
     fleet: LocalCluster, alone: dict[str, bytes]
 ) -> None:
     master = master_of(fleet)
-    for name in ("local-topk", "stale-powersgd"):
-        run = master.submit(recipe(), config(**MODES[name]), name=f"{name}-killed")
+    for name in ("local-topk", "stale-powersgd", "diloco", "half-topk", "half-local", "half-stale"):
+        run = master.submit(recipe_of(name), config(**MODES[name]), name=f"{name}-killed")
         wait_until(lambda run=run: run.status().version >= 5, 30, "the fifth step")
         fleet.processes["server"].kill()
         fleet.restart("server")
         run.wait(timeout=90)
         assert run.verify().ok
         assert bits(run) == alone[name], name
+
+
+def test_overflows_are_skipped_and_computed_again_alike(fleet: LocalCluster) -> None:
+    run = trained(master_of(fleet), "half-audited", recipe(), config(**HALF))
+    history = run.history()
+    skipped = [report.step for report in history if report.skipped]
+    assert 2 <= len(skipped) < len(history) - 2
+    assert run.verify(reexecute=[skipped[-1], len(history) - 1]).ok
 
 
 def test_a_client_that_dies_takes_no_residual_with_it(fleet: LocalCluster, alone: dict[str, bytes]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from coordinator import Audit, LocalCluster, Master, Recipe, Run, TrainingConfig
 from coordinator.faults import fired, parse
 from coordinator.local import WorkerProcess
+from coordinator.local_steps import diloco
 from tests.support import models
 from tests.support.waiting import wait_until
 
@@ -24,8 +25,8 @@ WAIT_SECONDS = 90.0
 
 
 def recipe(**changes: Any) -> Recipe:
-    """Dropout, AdamW and an evaluation: 15 steps with `CONFIG`."""
-    return models.mlp(size=40, **changes)
+    """Dropout, AdamW and an evaluation: 15 steps with `CONFIG`. Local steps are DiLoCo's."""
+    return models.mlp(size=40, **{"outer_optimizer": diloco, **changes})
 
 
 def digest(run: Run) -> str:

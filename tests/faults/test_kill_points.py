@@ -15,17 +15,26 @@ MODES: dict[str, dict[str, Any]] = {
     "compression": {"compression": "topk:0.1"},
     "local steps": {"local_steps": 2, "epochs": 6},
     "staleness": {"staleness": 1},
-    "all": {"compression": "topk:0.1", "local_steps": 2, "staleness": 2, "epochs": 6},
+    "fp16": {"precision": "fp16", "loss_scale": 2.0**18, "loss_scale_interval": 2},
+    "all": {
+        "compression": "topk:0.1",
+        "local_steps": 2,
+        "staleness": 2,
+        "epochs": 6,
+        "precision": "fp16",
+        "loss_scale_interval": 2,
+    },
 }
-"""What a slot may carry from step to step: residuals, inner optimizers, steps in flight."""
+"""What a version or a slot may carry from step to step: loss scales, residuals, inner optimizers, steps in
+flight. The laboratory's local steps are DiLoCo's: the outer optimizer has a momentum."""
 
 PLANS = (
     ("plain", "server.before_acquire:1:kill"),
     ("plain", "server.after_acquire:1:kill"),
     ("plain", "server.before_initialise:1:kill"),
     ("plain", "server.after_initialise:1:kill"),
-    ("plain", "server.before_apply:2:kill;client.before_begin:4:kill"),
-    ("plain", "server.after_apply:2:kill;client.after_begin:4:kill"),
+    ("fp16", "server.before_apply:2:kill;client.before_begin:4:kill"),
+    ("fp16", "server.after_apply:2:kill;client.after_begin:4:kill"),
     ("compression", "server.after_publish:2:kill;client.before_put:4:kill"),
     # Killed before the optimizer state of the new version is stored: the next server rolls the head back.
     ("all", "server.after_commit:4:kill;server.before_rollback:1:kill;server.after_rollback:1:kill"),
@@ -33,10 +42,10 @@ PLANS = (
     ("all", "sender.mid_launch:3:kill"),
     ("local steps", "server.after_launch:3:kill;client.after_slot:4:kill"),
     ("plain", "server.before_checkpoint:2:kill;client.before_part:1:kill"),
-    ("plain", "server.mid_checkpoint:2:kill;client.after_part:2:kill"),
+    ("fp16", "server.mid_checkpoint:2:kill;client.after_part:2:kill"),
     ("plain", "server.after_checkpoint:2:kill"),
     ("plain", "server.before_state:3:kill"),
-    ("plain", "server.after_state:3:kill"),
+    ("fp16", "server.after_state:3:kill"),
     ("plain", "server.before_finish:1:kill"),
     ("plain", "server.after_finish:1:kill"),
     ("plain", "supervisor.before_look:1:kill"),

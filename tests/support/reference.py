@@ -13,7 +13,8 @@ loops follow the documented contract alone:
   shard's mean loss;
 - every shard's forward starts from the buffers of the step's version; afterwards a floating buffer is
   b_0 + sum over k > 0 of n_k / N (b_k - b_0), and any other the value of the first shard that changed it;
-- with nonfinite="skip" a step with a NaN or infinity leaves everything alone but the scheduler.
+- with nonfinite="skip" a step with a NaN or infinity leaves everything alone but the scheduler;
+- with precision="fp16" torch's own GradScaler scales, unscales and skips.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class Reference:
         losses: count-weighted mean loss of each step.
         skipped: the steps that were left out.
         lrs: learning rate of each parameter group, for each step.
+        scales: loss scale after each step.
     """
 
     module: nn.Module
     losses: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     lrs: list[tuple[float, ...]] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
 
     @property
     def bits(self) -> Bits:
@@ -122,6 +125,12 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
     result = Reference(model)
     plan = Plan(len(data), config)
     parameters = list(model.parameters())
+    scaler = torch.amp.GradScaler(
+        "cpu",
+        enabled=config.precision == "fp16",
+        init_scale=config.loss_scale,
+        growth_interval=config.loss_scale_interval,
+    )
     for step in range(plan.total_steps):
         shards = range(plan.shards_in(step))
         count = plan.examples(step)
@@ -140,9 +149,9 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
                 _seed(derive_seed(config.seed, "model", step, shard))
                 loss = _loss(recipe, config, model.train(), batch)
                 if scaled_loss:
-                    (loss * weight).backward()
+                    scaler.scale(loss * weight).backward()
                 else:
-                    loss.backward()
+                    scaler.scale(loss).backward()
                     total = [_add(old, p.grad, weight) for old, p in zip(total, parameters, strict=True)]
                     optimizer.zero_grad()
                     model.zero_grad()
@@ -151,6 +160,7 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
         if not scaled_loss:
             for parameter, gradient in zip(parameters, total, strict=True):
                 parameter.grad = gradient
+        scaler.unscale_(optimizer)
         _set_buffers(model, before)
         result.losses.append(mean / count)
         result.lrs.append(tuple(float(group["lr"]) for group in optimizer.param_groups))
@@ -162,11 +172,13 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
                 _seed(derive_seed(config.seed, "update", step))
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                optimizer.step()
+                scaler.step(optimizer)
             _set_buffers(model, _averaged(before, after))
         else:
-            assert config.nonfinite == "skip", f"step {step} is not finite"
+            assert config.nonfinite == "skip" or scaler.is_enabled(), f"step {step} is not finite"
             result.skipped.append(step)
+        scaler.update()
+        result.scales.append(scaler.get_scale())
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler.step(result.losses[-1])
         elif scheduler is not None:
@@ -196,8 +208,8 @@ def _read(recipe: Recipe, data: Any, indices: list[int]) -> Any:
 
 
 def _loss(recipe: Recipe, config: TrainingConfig, model: nn.Module, batch: Any) -> Tensor:
-    half = torch.autocast("cpu", dtype=torch.bfloat16) if config.precision == "bf16" else nullcontext()
-    with half:
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    with nullcontext() if half is None else torch.autocast("cpu", dtype=half):
         if recipe.step is not None:
             return recipe.step(model, batch)  # type: ignore[operator,no-any-return]
         inputs, targets = batch
