@@ -5,8 +5,8 @@
 
 Each round runs every method once, in random order, against the same server and with the same bytes. A
 ratio is taken within a round, the chunk store's rate over that of a bare socket: of two, one value per
-blob (up to the protocol's limit) and the same chunks pipelined, the one with the better median. Shown are the median and the worst
-of the rounds. Bias against the chunk store: it computes and checks a checksum of every byte each way,
+blob (up to the protocol's limit) and the same chunks pipelined, the one with the better median. Shown are
+the median and the worst of the rounds. Bias against the chunk store: it computes and checks a checksum of every byte each way,
 the bare sockets none; it sets a TTL. Bias for nobody: both send from, and receive into, memory that has
 been touched before. Plain SET/GET through redis-py and `torch.save` through it are beside them; at 400
 MB and more these take many seconds, so each is measured once.

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from cache.blob import BlobRef as BlobRef
 from cache.blob import as_bytes, chunk_count, split
+from cache.cluster import node_of
 from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
-from cache.node import Node, Problem, reset_after_fork
+from cache.node import Problem, reset_after_fork
 from cache.ring import Ring
-from cache.wire import Address
 
 CHUNK_NBYTES = 1 << 19
 """Half a MiB: still in the processor's cache when it is checked, and few enough keys for 1.6 GB."""
@@ -82,7 +82,8 @@ class ChunkStore:
     nodes of the ring. Threads may share a store; a forked child opens its own connections.
 
     Args:
-        urls: redis://, rediss:// or unix:// URL of each node. A node is known to the ring by its
+        urls: redis://, rediss:// or unix:// URL of each node; a whole Redis Cluster may be one node
+            (redis+cluster://HOST:PORT,HOST:PORT, see `cache.cluster`). A node is known to the ring by its
             URL without credentials, or by the URL's #fragment, so every process must be given the
             same ones, in any order.
         chunk_nbytes: length of each chunk, in bytes.
@@ -110,8 +111,11 @@ class ChunkStore:
         timeout_seconds: float = 30.0,
         patience_seconds: float = 0.0,
     ) -> None:
-        addresses = [Address.parse(url) for url in urls]
-        names = [address.label for address in addresses]
+        nodes = [
+            node_of(url, connect_timeout_seconds=connect_timeout_seconds, timeout_seconds=timeout_seconds)
+            for url in urls
+        ]
+        names = [node.label for node in nodes]
         if len(set(names)) != len(names):
             raise InvalidInput(f"the same cache node is listed twice: {', '.join(names)}")
         if chunk_nbytes < 1 or replicas < 0 or connections < 1:
@@ -119,12 +123,7 @@ class ChunkStore:
         self.chunk_nbytes = chunk_nbytes
         self.counters = Counters()
         self._ring = Ring(dict(zip(names, weights or [1.0] * len(names), strict=True)))
-        self._nodes = {
-            address.label: Node(
-                address, connect_timeout_seconds=connect_timeout_seconds, timeout_seconds=timeout_seconds
-            )
-            for address in addresses
-        }
+        self._nodes = {node.label: node for node in nodes}
         self._only = self._nodes[names[0]] if len(names) == 1 else None
         self._copies = min(1 + replicas, len(names))
         self._connections = connections

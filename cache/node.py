@@ -6,6 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Protocol, TypeVar
@@ -13,15 +14,14 @@ from typing import Protocol, TypeVar
 import xxhash
 
 from cache.errors import CacheError, CacheUnreachable
-from cache.wire import Address, Connection, ServerRefused, command, get_command, set_command
+from cache.wire import Address, Connection, Reply, ServerRefused, command, get_command, set_command
 
 _SENT_AT_ONCE_NBYTES = 4 << 20
+_TOLD_AT_ONCE_NBYTES = 1 << 20
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
 
-_CLUSTER = (
-    "; it is part of a Redis Cluster: list plain nodes in TORCHORD_CACHE_URLS, torchord spreads the chunks"
-)
+_CLUSTER = "; it is part of a Redis Cluster: name it as redis+cluster://HOST:PORT"
 _HINTS = {
     "OOM": "; it is full: raise its maxmemory, or let finished runs expire",
     "READONLY": "; it is a replica: name the primary in the URL",
@@ -36,6 +36,8 @@ _HINTS = {
     "MASTERDOWN": "; it is a replica that lost its primary: name the primary in the URL",
     "MISCONF": "; it cannot persist and refuses writes: look at its log and its disk",
 }
+_REFERRALS = ("MOVED", "ASK", "TRYAGAIN")
+_ASKING = command("ASKING")
 _PASSING = ("LOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
 T = TypeVar("T")
@@ -72,6 +74,26 @@ class Problem(Enum):
     CORRUPT = "corrupt"
 
 
+@dataclass(slots=True)
+class Referrals:
+    """How a member of a Redis Cluster is asked: what it refers elsewhere is noted and is no error.
+
+    Attributes:
+        asking: say before each command that the node is asked though it does not own the slot yet.
+        found: index of the key -> the node's reply, "MOVED 3999 10.0.0.2:6379" or the like.
+    """
+
+    asking: bool = False
+    found: dict[int, str] = field(default_factory=dict)
+
+    def noted(self, index: int, refusal: ServerRefused) -> bool:
+        """Note a referral; False if the refusal is none."""
+        if str(refusal).partition(" ")[0] not in _REFERRALS:
+            return False
+        self.found[index] = str(refusal)
+        return True
+
+
 class Node:
     """One server.
 
@@ -102,23 +124,30 @@ class Node:
         items: Sequence[tuple[bytes, memoryview]],
         ttl_seconds: int,
         sent: Callable[[int, int], None] | None = None,
+        referrals: Referrals | None = None,
     ) -> None:
         """Set each key to its value, from the value's own memory.
 
         Args:
             items: key and value.
             ttl_seconds: lifetime of the keys.
-            sent: called with a range of items after each few MiB, while the server works on them;
-                from the first item again if a broken connection made the operation start anew.
+            sent: called with a range of items of about a MiB, in order, while the server has enough to
+                do; from the first item again if a broken connection made the operation start anew.
+            referrals: for a member of a Redis Cluster.
 
         Raises:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses, for a reason that the message tells.
         """
-        self._run("write", items[0][0], partial(_store, items=items, ttl_seconds=ttl_seconds, sent=sent))
+        operation = partial(_store, items=items, ttl_seconds=ttl_seconds, sent=sent, referrals=referrals)
+        self._run("write", items[0][0], operation)
 
     def load(
-        self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[memoryview],
+        sums: Sequence[str],
+        referrals: Referrals | None = None,
     ) -> dict[int, Problem]:
         """Read each key into its memory and check it.
 
@@ -126,6 +155,7 @@ class Node:
             keys: of equally long values; only the last one may be shorter.
             parts: for each key memory of exactly the value's length.
             sums: for each key the expected xxh3_64, 16 hexadecimal digits.
+            referrals: for a member of a Redis Cluster.
 
         Returns:
             Index -> what is wrong, for the keys whose memory was not filled as expected.
@@ -134,20 +164,36 @@ class Node:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses.
         """
-        return self._run("read", keys[0], partial(_load, keys=keys, parts=parts, sums=sums))
+        return self._run(
+            "read", keys[0], partial(_load, keys=keys, parts=parts, sums=sums, referrals=referrals)
+        )
 
-    def delete(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes], referrals: Referrals | None = None) -> None:
         """Delete keys; absent ones are no error.
+
+        Args:
+            referrals: for a member of a Redis Cluster, which takes at most a few hundred keys at a time.
 
         Raises:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses.
         """
+        if referrals is not None:
+            operation = partial(_each, requests=[command("UNLINK", key) for key in keys], referrals=referrals)
+            self._run("delete", keys[0], operation)
+            return
         for first in range(0, len(keys), _KEYS_AT_ONCE):
             group = keys[first : first + _KEYS_AT_ONCE]
             self._run("delete", group[0], partial(_unlink, keys=group))
 
-    def expire(self, keys: Sequence[bytes], ttl_seconds: int, *, extend: bool = False) -> list[bool]:
+    def expire(
+        self,
+        keys: Sequence[bytes],
+        ttl_seconds: int,
+        *,
+        extend: bool = False,
+        referrals: Referrals | None = None,
+    ) -> list[bool]:
         """Set the remaining life of keys; tells of each whether it exists.
 
         With `extend`, a life that is longer already stays; the server must then be Valkey, or Redis
@@ -160,7 +206,9 @@ class Node:
         found: list[bool] = []
         for first in range(0, len(keys), _KEYS_AT_ONCE):
             group = keys[first : first + _KEYS_AT_ONCE]
-            operation = partial(_expire, keys=group, ttl_seconds=ttl_seconds, extend=extend)
+            operation = partial(
+                _expire, keys=group, ttl_seconds=ttl_seconds, extend=extend, first=first, referrals=referrals
+            )
             found += self._run("touch", group[0], operation)
         return found
 
@@ -231,25 +279,73 @@ def _store(
     items: Sequence[tuple[bytes, memoryview]],
     ttl_seconds: int,
     sent: Callable[[int, int], None] | None,
+    referrals: Referrals | None,
 ) -> None:
     window_nbytes = connection.window_nbytes + _SENT_AT_ONCE_NBYTES
     waiting_nbytes = 0
     answered = 0
+    told = stop = 0
+    before = [_ASKING] if referrals is not None and referrals.asking else []
+
+    def tell() -> bool:
+        nonlocal told
+        first, nbytes = told, 0
+        while told < stop and nbytes < _TOLD_AT_ONCE_NBYTES:
+            nbytes += len(items[told][1])
+            told += 1
+        if sent is not None and told > first:
+            sent(first, told)
+        return told > first
+
     for first, stop in _groups(items):
         buffers: list[bytes | memoryview] = []
         for key, value in items[first:stop]:
+            buffers += before
             buffers += set_command(key, value, ttl_seconds)
             waiting_nbytes += len(value)
-        connection.send(buffers)
-        if sent is not None:
-            sent(first, stop)
+        connection.send(buffers, tell)
         while waiting_nbytes > window_nbytes:
             waiting_nbytes -= len(items[answered][1])
+            _reply(connection, answered, stop, referrals)
             answered += 1
-            _acknowledge(connection, stop - answered)
-    while answered < len(items):
-        answered += 1
-        _acknowledge(connection, len(items) - answered)
+    while tell():
+        pass
+    for i in range(answered, len(items)):
+        _reply(connection, i, len(items), referrals)
+
+
+def _reply(connection: Connection, index: int, stop: int, referrals: Referrals | None) -> Reply:
+    """Read the reply to one of the commands that were sent, up to `stop`.
+
+    If it is a refusal, also those behind it, so that the connection stays in step; if it is a referral,
+    note it.
+    """
+    asking = referrals is not None and referrals.asking
+    if asking:
+        _skip(connection)
+    try:
+        return connection.reply()
+    except ServerRefused as refusal:
+        if referrals is not None and referrals.noted(index, refusal):
+            return None
+        for _ in range((1 + asking) * (stop - index - 1)):
+            _skip(connection)
+        raise
+
+
+def _skip(connection: Connection) -> None:
+    with contextlib.suppress(ServerRefused):
+        connection.reply()
+
+
+def _each(connection: Connection, requests: Sequence[bytes], referrals: Referrals) -> None:
+    """Send small commands, some hundreds at a time, and read their replies."""
+    before = _ASKING if referrals.asking else b""
+    for first in range(0, len(requests), _KEYS_AT_ONCE):
+        group = requests[first : first + _KEYS_AT_ONCE]
+        connection.send([b"".join(before + request for request in group)])
+        for i in range(first, first + len(group)):
+            _reply(connection, i, first + len(group), referrals)
 
 
 def _groups(items: Sequence[tuple[bytes, memoryview]]) -> Iterator[tuple[int, int]]:
@@ -262,34 +358,35 @@ def _groups(items: Sequence[tuple[bytes, memoryview]]) -> Iterator[tuple[int, in
             first, nbytes = i, 0
 
 
-def _acknowledge(connection: Connection, behind: int) -> None:
-    """Read one reply; if it is a refusal, also those behind it, so that the connection stays in step."""
-    try:
-        connection.reply()
-    except ServerRefused:
-        for _ in range(behind):
-            with contextlib.suppress(ServerRefused):
-                connection.reply()
-        raise
-
-
 def _load(
-    connection: Connection, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
+    connection: Connection,
+    keys: Sequence[bytes],
+    parts: Sequence[memoryview],
+    sums: Sequence[str],
+    referrals: Referrals | None,
 ) -> dict[int, Problem]:
     asked = max(1, connection.window_nbytes // max(1, len(parts[0])))
-    connection.ask(b"".join([get_command(key) for key in keys[:asked]]))
+    asking = referrals is not None and referrals.asking
+    before = _ASKING if asking else b""
+    connection.ask(b"".join([before + get_command(key) for key in keys[:asked]]))
     problems: dict[int, Problem] = {}
     for i, part in enumerate(parts):
         digest = xxhash.xxh3_64()
+        nbytes = None
+        if asking:
+            _skip(connection)
         try:
             nbytes = connection.reply_into(part, digest.update)
-        except ServerRefused:
-            for later in parts[i + 1 : asked]:
-                with contextlib.suppress(ServerRefused):
-                    connection.reply_into(later)
-            raise
+        except ServerRefused as refusal:
+            if referrals is None or not referrals.noted(i, refusal):
+                for later in parts[i + 1 : asked]:
+                    if asking:
+                        _skip(connection)
+                    with contextlib.suppress(ServerRefused):
+                        connection.reply_into(later)
+                raise
         if asked < len(keys):
-            connection.ask(get_command(keys[asked]))
+            connection.ask(before + get_command(keys[asked]))
             asked += 1
         if nbytes is None:
             problems[i] = Problem.MISSING
@@ -303,20 +400,23 @@ def _unlink(connection: Connection, keys: Sequence[bytes]) -> None:
     connection.reply()
 
 
-def _expire(connection: Connection, keys: Sequence[bytes], ttl_seconds: int, extend: bool) -> list[bool]:
+def _expire(
+    connection: Connection,
+    keys: Sequence[bytes],
+    ttl_seconds: int,
+    extend: bool,
+    first: int,
+    referrals: Referrals | None,
+) -> list[bool]:
+    """Set lives; `first` is the index of the first key among all, for referrals."""
     seconds = str(ttl_seconds)
+    before = _ASKING if referrals is not None and referrals.asking else b""
     if extend:  # EXPIRE ... GT answers 0 for a longer life, too, so it does not tell whether the key exists
-        requests = [command("EXPIRE", key, seconds, "GT") + command("EXISTS", key) for key in keys]
+        connection.send([b"".join(before + command("EXPIRE", key, seconds, "GT") for key in keys)])
+        for i in range(len(keys)):
+            _reply(connection, first + i, first + len(keys), referrals)
+        requests = [command("EXISTS", key) for key in keys]
     else:
         requests = [command("EXPIRE", key, seconds) for key in keys]
-    connection.send([b"".join(requests)])
-    replies: list[bool] = []
-    refusal: ServerRefused | None = None
-    for _ in range((1 + extend) * len(keys)):
-        try:
-            replies.append(connection.reply() == 1)
-        except ServerRefused as error:
-            refusal = refusal or error
-    if refusal is not None:
-        raise refusal
-    return replies[extend :: 1 + extend]
+    connection.send([b"".join(before + request for request in requests)])
+    return [_reply(connection, first + i, first + len(keys), referrals) == 1 for i in range(len(keys))]

@@ -19,7 +19,8 @@ class Settings:
 
     Attributes:
         url: Redis URL of broker, control plane and, by default, of the tensors.
-        cache_urls: Redis URLs of the tensor nodes; empty means `url` alone.
+        cache_urls: URLs of the tensor nodes, each of which may be a whole Redis Cluster
+            (redis+cluster://HOST:PORT,HOST:PORT); empty means `url` alone.
         checkpoint_dir: directory or fsspec URL under which each run has a folder.
         allowed_modules: module prefixes that a worker may import recipes from; None means
             what lies under the directory that the worker was started in, and `torch`.
@@ -50,6 +51,17 @@ def _words(value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
+def _urls(value: str) -> tuple[str, ...]:
+    """URLs between commas; a part without "://" belongs to the URL before it, which lists several hosts."""
+    urls: list[str] = []
+    for word in _words(value):
+        if "://" in word or not urls:
+            urls.append(word)
+        else:
+            urls[-1] += f",{word}"
+    return tuple(urls)
+
+
 def from_environment() -> Settings:
     """Read TORCHORD_* once and return it as a value.
 
@@ -60,7 +72,7 @@ def from_environment() -> Settings:
     allowed = env.get("TORCHORD_ALLOWED_MODULES")
     return Settings(
         url=env.get("CELERY_BROKER_URL") or env.get("TORCHORD_URL") or DEFAULT_URL,
-        cache_urls=_words(env.get("TORCHORD_CACHE_URLS", "")),
+        cache_urls=_urls(env.get("TORCHORD_CACHE_URLS", "")),
         checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
         allowed_modules=None if allowed is None else _words(allowed),
         host_cache=env.get("TORCHORD_HOST_CACHE", "on").lower() not in ("off", "0", "no", "false"),

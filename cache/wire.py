@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from cache.errors import InvalidInput
@@ -27,7 +28,10 @@ _PIECE_NBYTES = 1 << 18  # received at once: still in the processor's cache when
 _LEAST_WINDOW_NBYTES, _MOST_WINDOW_NBYTES = 2 << 20, 32 << 20
 _LINK_NBYTES_PER_SECOND = 1.25e9  # of a 10 Gbit/s link
 
-Reply = str | int | bytes | None
+_MOST_REPLY_NBYTES = 64 << 20  # of what is read into new memory; values have memory of their own
+_MOST_REPLY_ITEMS = 1 << 20
+
+Reply: TypeAlias = "str | int | bytes | list[Reply] | None"
 
 
 class ServerRefused(Exception):
@@ -89,7 +93,7 @@ class Address:
             )
             unix = scheme == "unix"
             if scheme not in ("redis", "rediss", "unix") or (unix and not parts.path):
-                raise ValueError("it must begin with redis://, rediss:// or unix:///")
+                raise ValueError("it must begin with redis://, rediss://, unix:/// or redis+cluster://")
             host = "" if unix else parts.hostname or "localhost"
             port = 0 if unix else parts.port or 6379
             db = int(
@@ -145,8 +149,15 @@ class Connection:
             self.close()
             raise
 
-    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Send buffers one after the other, each from its own memory."""
+    def send(
+        self, buffers: Sequence[bytes | memoryview], meanwhile: Callable[[], bool] | None = None
+    ) -> None:
+        """Send buffers one after the other, each from its own memory.
+
+        Args:
+            meanwhile: called while the kernel takes no more, so that the server has enough to do; it
+                does a little work (some tens of microseconds) and tells whether there was any.
+        """
         if self._tls:
             for buffer in buffers:
                 self._socket.sendall(buffer)
@@ -154,7 +165,16 @@ class Connection:
         for first in range(0, len(buffers), _MOST_BUFFERS):
             rest: Sequence[bytes | memoryview] = buffers[first : first + _MOST_BUFFERS]
             while rest:
-                rest = _after(rest, self._within_timeout_sendmsg(rest))
+                if meanwhile is None:
+                    count = self._within_timeout_sendmsg(rest)
+                else:
+                    try:
+                        count = self._socket.sendmsg(rest, [], socket.MSG_DONTWAIT)
+                    except BlockingIOError:
+                        if not meanwhile():
+                            meanwhile = None
+                        continue
+                rest = _after(rest, count)
 
     def ask(self, request: bytes) -> None:
         """Send one small buffer."""
@@ -164,7 +184,7 @@ class Connection:
             raise TimeoutError("the server takes no more data") from error
 
     def reply(self) -> Reply:
-        """Read one reply: text, a number, bytes, or None for nil.
+        """Read one reply: text, a number, bytes, None for nil, or a list of these.
 
         Raises:
             ServerRefused: the server answered with an error.
@@ -178,15 +198,17 @@ class Connection:
         if kind == b"-":
             raise ServerRefused(text.decode(errors="replace"))
         if kind == b":":
-            return int(text)
+            return _number(line)
         if kind == b"$":
-            nbytes = int(text)
+            nbytes = _number(line, _MOST_REPLY_NBYTES)
             if nbytes < 0:
                 return None
             value = bytearray(nbytes)
             self._value_into(memoryview(value))
             return bytes(value)
-        raise ConnectionError(f"unexpected reply {line[:32]!r}: is that a Redis-compatible server?")
+        if kind == b"*":
+            return [self.reply() for _ in range(_number(line, _MOST_REPLY_ITEMS))]
+        raise _unexpected(line)
 
     def reply_into(
         self, part: memoryview, received: Callable[[memoryview], object] | None = None
@@ -217,8 +239,8 @@ class Connection:
         if line[:1] == b"-":
             raise ServerRefused(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
-            raise ConnectionError(f"unexpected reply {line[:32]!r}: is that a Redis-compatible server?")
-        nbytes = int(line[1:])
+            raise _unexpected(line)
+        nbytes = _number(line)
         if nbytes < 0:
             return None
         if nbytes == len(part):
@@ -346,6 +368,21 @@ def set_command(key: bytes, value: memoryview, ttl_seconds: int) -> tuple[bytes,
     return head, value, b"\r\n$2\r\nEX\r\n$%d\r\n%s\r\n" % (len(ttl), ttl)
 
 
+def _number(line: bytes, most: int | None = None) -> int:
+    """The number in a reply's first line; a length is at most `most`."""
+    try:
+        number = int(line[1:])
+    except ValueError:
+        raise _unexpected(line) from None
+    if most is not None and number > most:
+        raise _unexpected(line)
+    return number
+
+
+def _unexpected(line: bytes) -> ConnectionError:
+    return ConnectionError(f"unexpected reply {line[:32]!r}: is that a Redis-compatible server?")
+
+
 def _after(buffers: Sequence[bytes | memoryview], sent: int) -> Sequence[bytes | memoryview]:
     """Return what is left of `buffers` after their first `sent` bytes."""
     for i, buffer in enumerate(buffers):
@@ -368,10 +405,9 @@ def _primary_of(address: Address, timeout_seconds: float) -> tuple[str, int]:
             connection = Connection(sentinel, timeout_seconds, timeout_seconds)
             try:
                 connection.send([command("SENTINEL", "get-master-addr-by-name", address.service)])
-                if connection._line() == b"*2":
-                    where, at = connection.reply(), connection.reply()
-                    assert isinstance(where, bytes) and isinstance(at, bytes)
-                    return where.decode(), int(at)
+                match connection.reply():
+                    case [bytes() as where, bytes() as at]:
+                        return where.decode(), int(at)
                 last = f"sentinel {host}:{port} watches no service {address.service!r}"
             finally:
                 connection.close()
