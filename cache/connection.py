@@ -95,6 +95,11 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
     tries = max(1, round(patience_seconds / _BACKOFF_CAP_SECONDS))
     if is_sentinel(url):
         return _primary(url, tries)
+    if "+cluster://" in url:
+        raise CacheUnreachable(
+            f"{masked(url)!r} names a Redis Cluster, which Celery cannot use as a broker: give "
+            "TORCHORD_URL a single server or sentinel://, and TORCHORD_CACHE_URLS the cluster"
+        )
     tcp: dict[str, Any] = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "socket_keepalive": True}
     try:
         return redis.Redis.from_url(

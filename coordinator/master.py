@@ -31,7 +31,8 @@ class Master:
     Args:
         url: Redis URL of broker and control plane; default TORCHORD_URL, then
             redis://localhost:6379/0.
-        cache_urls: Redis URLs of the tensor nodes; default TORCHORD_CACHE_URLS, then `url`.
+        cache_urls: URLs of the tensor nodes, servers or a Redis Cluster (redis+cluster://HOST:PORT);
+            default TORCHORD_CACHE_URLS, then `url`.
         checkpoint_dir: where the training server keeps checkpoints, if this process can see it;
             default TORCHORD_CHECKPOINT_DIR, then ./checkpoints.
 

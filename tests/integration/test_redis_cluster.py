@@ -228,6 +228,14 @@ def test_a_plain_server_is_no_cluster_and_a_cluster_no_plain_server(
         ChunkStore([f"redis+cluster://127.0.0.1:{free_port()}"]).put("t:x", blob(10), ttl_seconds=60)
 
 
+def test_a_cluster_cannot_be_the_broker() -> None:
+    with pytest.raises(
+        CacheUnreachable, match=r"Celery cannot use as a broker.*TORCHORD_CACHE_URLS"
+    ) as caught:
+        Master("redis+cluster://me:secret@127.0.0.1:7000")
+    assert "secret" not in str(caught.value)
+
+
 # --- a primary that dies ---------------------------------------------------------------------
 
 
