@@ -4,12 +4,13 @@
     python -m benchmarks.bench_cache --sizes 45 --only Valkey # one row; the others in the file are kept
 
 Each round runs every method once, in random order, against the same server and with the same bytes. A
-ratio is taken within a round, the chunk store's rate over that of a bare socket: of two, one value per
-blob (up to the protocol's limit) and the same chunks pipelined, the one with the better median. Shown are
-the median and the worst of the rounds. Bias against the chunk store: it computes and checks a checksum of every byte each way,
-the bare sockets none; it sets a TTL. Bias for nobody: both send from, and receive into, memory that has
-been touched before. Plain SET/GET through redis-py and `torch.save` through it are beside them; at 400
-MB and more these take many seconds, so each is measured once.
+ratio is taken within a round: the chunk store's rate over that of a bare socket, of two (one value per
+blob, up to the protocol's limit, and the same chunks pipelined) the one with the better median. Shown are
+the median and the worst of the rounds. Bias against the chunk store: it computes and checks a checksum of
+every byte each way, and sets a TTL; the bare sockets do not. "Checked socket" is the bare socket with the
+same checksums, which says how much of the difference they are. Bias for nobody: all send from, and
+receive into, memory that has been touched before. Plain SET/GET through redis-py, and `torch.save` through
+it, are beside them; at 400 MB and more these take many seconds, so each is measured once.
 
 Client and server share the machine with whatever else runs on it. A sample during which other
 processes used more than a tenth of one processor is taken again, for up to --patience seconds a
@@ -96,7 +97,7 @@ class Bare:
             filled += self.socket.recv_into(out[filled:])
         self.expect(b"\r\n")
 
-    def set_chunks(self, key: bytes, value: memoryview, at_once: int) -> None:
+    def set_chunks(self, key: bytes, value: memoryview, at_once: int, check: bool = False) -> None:
         count = -(-len(value) // CHUNK_NBYTES)
         for first in range(0, count, at_once):
             buffers: list[bytes | memoryview] = []
@@ -105,9 +106,12 @@ class Bare:
                 head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, len(part))
                 buffers += [head, part, b"\r\n$2\r\nEX\r\n$4\r\n%d\r\n" % TTL]
             self.send(buffers)
+            if check:
+                for part in buffers[1::3]:
+                    xxhash.xxh3_64_hexdigest(part)
         self.expect(b"+OK\r\n" * count)
 
-    def get_chunks(self, key: bytes, out: memoryview, window: int) -> None:
+    def get_chunks(self, key: bytes, out: memoryview, window: int, check: bool = False) -> None:
         count = -(-len(out) // CHUNK_NBYTES)
         names = [b"%s:%d" % (key, i) for i in range(count)]
         asks = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name) for name in names]
@@ -124,6 +128,8 @@ class Bare:
             assert self.tail[: len(after)] == after
             if i + window < count:
                 self.send([asks[i + window]])
+            if check:
+                xxhash.xxh3_64_hexdigest(part)
 
 
 # --- servers -------------------------------------------------------------------------------
@@ -191,6 +197,8 @@ def methods(port: int, nbytes: int) -> dict[str, Callable[[], None]]:
         "out: chunk store": lambda: store.put("ours", sent, ttl_seconds=TTL),
         "in: bare socket, chunks": lambda: bare.get_chunks(b"ours", target, 4),
         "in: chunk store": lambda: store.get(ref, got),
+        "out: checked socket, chunks": lambda: bare.set_chunks(b"ours", source, 4, check=True),
+        "in: checked socket, chunks": lambda: bare.get_chunks(b"ours", target, 4, check=True),
     }
     check(found["in: bare socket, chunks"])
     check(found["in: chunk store"])
@@ -385,10 +393,13 @@ def row(
     bare = mine[max((m for m in mine if m.startswith("bare")), key=lambda method: median[method])]
     ratios = [ours / best for ours, best in zip(mine["chunk store"], bare, strict=True)]
     ratio, worst = statistics.median(ratios), min(ratios)
+    checked = statistics.median(
+        ours / other for ours, other in zip(mine["chunk store"], mine["checked socket, chunks"], strict=True)
+    )
     words = ", ".join(f"{m} {r:.2f}" for m, r in median.items() if m != "chunk store")
     print(
         f"{server_name:14} {size:5} {way:4} {statistics.median(bare):6.2f} {median['chunk store']:6.2f} "
-        f"{ratio:6.2f} {worst:6.2f}  {words}; {disturbed} of {sum(map(len, rates.values()))} samples "
+        f"{ratio:6.2f} {worst:6.2f} {checked:7.2f}  {words}; {disturbed} of {sum(map(len, rates.values()))} samples "
         f"disturbed; extra {extra.get(way, float('nan')):.1f} MB",
         flush=True,
     )
@@ -400,6 +411,7 @@ def row(
         "samples_disturbed": disturbed,
         "ratio_to_bare_socket": round(ratio, 3),
         "ratio_in_the_worst_round": round(worst, 3),
+        "ratio_to_checked_socket": round(checked, 3),
         "extra_memory_megabytes": round(extra.get(way, float("nan")), 1),
         "gigabytes_per_second": {method: round(rate, 3) for method, rate in median.items()},
     }
