@@ -399,8 +399,8 @@ def row(
     words = ", ".join(f"{m} {r:.2f}" for m, r in median.items() if m != "chunk store")
     print(
         f"{server_name:14} {size:5} {way:4} {statistics.median(bare):6.2f} {median['chunk store']:6.2f} "
-        f"{ratio:6.2f} {worst:6.2f} {checked:7.2f}  {words}; {disturbed} of {sum(map(len, rates.values()))} samples "
-        f"disturbed; extra {extra.get(way, float('nan')):.1f} MB",
+        f"{ratio:6.2f} {worst:6.2f} {checked:7.2f}  {words}; {disturbed} of "
+        f"{sum(map(len, rates.values()))} samples disturbed; extra {extra.get(way, float('nan')):.1f} MB",
         flush=True,
     )
     return {
