@@ -208,7 +208,9 @@ def methods(port: int, nbytes: int) -> dict[str, Callable[[], None]]:
         found["out: redis-py SET"] = lambda: client.set("one", source, ex=TTL)
         found["in: redis-py GET"] = lambda: client.get("one")
         found["out: torch.save, redis-py SET"] = lambda: client.set("saved", saved({"x": sent}), ex=TTL)
-        found["in: torch.load, redis-py GET"] = lambda: torch.load(io.BytesIO(client.get("saved")))
+        found["in: torch.load, redis-py GET"] = lambda: torch.load(
+            io.BytesIO(client.get("saved")), weights_only=True
+        )
         found["out: bare socket, one value"]()
         check(found["in: bare socket, one value"])
         found["out: torch.save, redis-py SET"]()
