@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import redis
 
@@ -24,7 +24,7 @@ from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord,
 from cache.scripts import source
 
 BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped", "skewed"]
-SlotVerdict = Literal["written", "duplicate", "divergent", "late", "early", "stopped"]
+SlotVerdict = Literal["written", "group", "spare", "duplicate", "divergent", "late", "early", "stopped"]
 CommitVerdict = Literal["ok", "fenced", "stale", "incomplete", "stopped", "diverged"]
 
 
@@ -47,6 +47,20 @@ class Lease:
     open: bool
     delivery: str = ""
     since: float = 0.0
+
+
+class Group(NamedTuple):
+    """The slots that one partial sum adds up.
+
+    Attributes:
+        slot: number of the partial sum.
+        first: the first slot that goes into it.
+        last: the last one.
+    """
+
+    slot: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,11 +366,18 @@ class Ledger:
             )
 
     def write_slot(
-        self, step: int, slot: SlotRecord, *, incarnation: str | None = None, version: int | None = None
+        self,
+        step: int,
+        slot: SlotRecord,
+        *,
+        incarnation: str | None = None,
+        version: int | None = None,
+        into: Group | None = None,
     ) -> tuple[SlotVerdict, int]:
-        """Write a gradient slot once; its bytes are already stored.
+        """Write a gradient slot, or a partial sum's, once; its bytes are already stored.
 
         Args:
+            into: the partial sum that the slot goes into, None for none.
             version: what it was computed at; None: the version of the step's own number.
             incarnation: what `begin_shard` answered: another run of the same name takes no slot of
                 this one. None if that is not known.
@@ -377,6 +398,7 @@ class Ledger:
                     keys.WORK_TTL_SECONDS,
                     revision(incarnation or ""),
                     step if version is None else version,
+                    *(("", "", "") if into is None else into),
                 ],
             )
         return verdict, int(present)
@@ -451,6 +473,17 @@ class Ledger:
             found = cast(dict[str, str], self.client.hgetall(self.keys.slots(step)))
         return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(found.items())}
 
+    def some_slots(self, step: int, numbers: Iterable[int]) -> tuple[dict[int, SlotRecord], int]:
+        """Chosen slots, where they are written, and how many slots of the step are written in all."""
+        wanted = list(numbers)
+        with self._during(f"read slots of step {step}"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hmget(self.keys.slots(step), [str(number) for number in wanted])
+            pipe.hlen(self.keys.slots(step))
+            texts, present = cast(tuple[list[str | None], int], pipe.execute())
+        found = {n: SlotRecord.from_json(text) for n, text in zip(wanted, texts, strict=True) if text}
+        return found, int(present)
+
     def slots_present(self, step: int) -> set[int]:
         """Which shards of a step are written."""
         with self._during(f"count the slots of step {step}"):
@@ -518,16 +551,33 @@ class Ledger:
             "ok", tuple(int(v) for v in reply[1:bar]), frozenset(int(v) for v in reply[bar + 1 :])
         )
 
-    def drop_slot(self, step: int, shard: int, *, nonce: str, token: int) -> str:
+    def drop_slot(
+        self,
+        step: int,
+        shard: int,
+        *,
+        nonce: str,
+        token: int | None,
+        into: int | None = None,
+        below: Iterable[int] = (),
+    ) -> str:
         """Open a slot again whose bytes are lost; returns "ok", "fenced" or "stale".
 
         Args:
             nonce: of the slot that was read, so that a newer one stays.
+            token: the training server's fencing token; None for a Client that adds slots up.
+            into: the partial sum that the Client was to make.
+            below: the slots that this one was made from, whose bytes are gone, too.
         """
         names = self.keys
         with self._during(f"open slot {shard} of step {step} again"):
             reply = self._script(
-                "drop_slot", [names.head, names.slots(step), names.leases(step)], [token, step, shard, nonce]
+                "drop_slot",
+                [names.head, names.slots(step), names.leases(step)],
+                [
+                    *("" if token is None else token, step, shard, nonce),
+                    *("" if into is None else into, *below),
+                ],
             )
         return cast(str, reply)
 

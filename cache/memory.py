@@ -19,7 +19,7 @@ import redis
 
 from cache import keys
 from cache.errors import CacheError, RunNotFound
-from cache.ledger import BeginVerdict, Committed, Event, Lease, Ledger, SlotVerdict
+from cache.ledger import BeginVerdict, Committed, Event, Group, Lease, Ledger, SlotVerdict
 from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revised, revision
 from cache.workers import Registry, WorkerInfo
 
@@ -367,7 +367,13 @@ class MemoryLedger(Ledger):
             return True
 
     def write_slot(
-        self, step: int, slot: SlotRecord, *, incarnation: str | None = None, version: int | None = None
+        self,
+        step: int,
+        slot: SlotRecord,
+        *,
+        incarnation: str | None = None,
+        version: int | None = None,
+        into: Group | None = None,
     ) -> tuple[SlotVerdict, int]:
         """See `Ledger.write_slot`."""
         plane, names = self.plane, self.keys
@@ -387,15 +393,24 @@ class MemoryLedger(Ledger):
             there = slots.get(str(slot.shard))
             if there is None:
                 plane.hset(names.slots(step), {str(slot.shard): slot.to_json()}, keys.WORK_TTL_SECONDS)
-                return "written", len(slots) + 1
+                return self._written(step, into), len(slots) + 1
             first = json.loads(there)
             if first["nonce"] == slot.nonce:
-                return "written", len(slots)
+                return self._written(step, into), len(slots)
             plane.hincr(names.head, "duplicates")
             if first["digest"] != slot.digest:
                 plane.hincr(names.head, "divergent")
                 return "divergent", len(slots)
             return "duplicate", len(slots)
+
+    def _written(self, step: int, into: Group | None) -> SlotVerdict:
+        slots = self.plane.hash(self.keys.slots(step))
+        if into is None:
+            return "written"
+        if str(into.slot) in slots:
+            return "spare"
+        inputs = range(into.first, into.last + 1)
+        return "group" if all(str(slot) in slots for slot in inputs) else "written"
 
     # --- the training server's side ---------------------------------------------------------
 
@@ -472,6 +487,11 @@ class MemoryLedger(Ledger):
         found = self.plane.hash(self.keys.slots(step))
         return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(found.items())}
 
+    def some_slots(self, step: int, numbers: Iterable[int]) -> tuple[dict[int, SlotRecord], int]:
+        """See `Ledger.some_slots`."""
+        found = self.slots(step)
+        return {number: found[number] for number in numbers if number in found}, len(found)
+
     def slots_present(self, step: int) -> set[int]:
         """See `Ledger.slots_present`."""
         return {int(shard) for shard in self.plane.hash(self.keys.slots(step))}
@@ -484,18 +504,32 @@ class MemoryLedger(Ledger):
             result[int(shard)] = Lease(shard=int(shard), **fields)
         return result
 
-    def drop_slot(self, step: int, shard: int, *, nonce: str, token: int) -> str:
+    def drop_slot(
+        self,
+        step: int,
+        shard: int,
+        *,
+        nonce: str,
+        token: int | None,
+        into: int | None = None,
+        below: Iterable[int] = (),
+    ) -> str:
         """See `Ledger.drop_slot`."""
         plane, names = self.plane, self.keys
         with plane.changed:
-            if not self._holds(token):
+            if token is not None and not self._holds(token):
                 return "fenced"
-            there = plane.hash(names.slots(step)).get(str(shard))
-            if int(self._head["version"]) != step or there is None or json.loads(there)["nonce"] != nonce:
+            slots, version = plane.hash(names.slots(step)), int(self._head.get("version", -1))
+            if version < 0 or version > step or (token is not None and version != step):
                 return "stale"
-            plane.hdel(names.slots(step), shard)
-            plane.hdel(names.leases(step), shard)
-            plane.hdel(names.head, "launched", "called")
+            there = slots.get(str(shard))
+            if there is None or json.loads(there)["nonce"] != nonce or str(into) in slots:
+                return "stale"
+            for slot in (shard, *below):
+                plane.hdel(names.slots(step), slot)
+                plane.hdel(names.leases(step), slot)
+            if token is not None:
+                plane.hdel(names.head, "launched", "called")
             return "ok"
 
     def commit(

@@ -54,11 +54,54 @@ def canonical(value: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class SlotRecord:
-    """One written gradient slot.
+class SlotReceipt:
+    """What the ledger keeps of a slot after its bytes are gone."""
+
+    shard: int
+    digest: str
+    examples: int
+    loss: float
+    worker: str
+    attempt: int
+    seconds: float
+    nbytes: int
+    environment: str = ""
+    fetched: str = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class SumRecord:
+    """What belongs to a partial sum beside its tensors.
 
     Attributes:
-        shard: number of the shard in its global step.
+        receipts: of the shards in it, in slot order.
+        sums: of the partial sums that it was made from, in slot order; its own is not among them.
+        nonfinite: the shards whose loss or gradient was NaN or infinite.
+        notes: what its tensors stand for (coordinator.partial).
+    """
+
+    receipts: tuple[SlotReceipt, ...]
+    sums: tuple[SlotReceipt, ...] = ()
+    nonfinite: tuple[int, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SumRecord:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(
+            receipts=tuple(SlotReceipt(**receipt) for receipt in fields["receipts"]),
+            sums=tuple(SlotReceipt(**receipt) for receipt in fields["sums"]),
+            nonfinite=tuple(fields["nonfinite"]),
+            notes=fields["notes"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """One written slot: a shard's gradient, or a partial sum.
+
+    Attributes:
+        shard: number of the shard in its global step; partial sums are numbered on from the last shard.
         digest: checksum of the stored bytes (gradients, then changed buffers).
         nonce: which attempt wrote it; names its chunks.
         blob: where the bytes are.
@@ -74,6 +117,7 @@ class SlotRecord:
         compression: how the gradients are encoded (`TrainingConfig.compression`).
         state: what the slot keeps for its next step, None if nothing.
         fetched: which tier the worker had the parameters from: "process", "host" or "store".
+        total: of a partial sum, what it sums up; None for a gradient.
     """
 
     shard: int
@@ -92,6 +136,7 @@ class SlotRecord:
     compression: str = "none"
     state: StateRecord | None = None
     fetched: str = "process"
+    total: SumRecord | None = None
 
     def to_json(self) -> str:
         """Text for the slots hash."""
@@ -99,6 +144,7 @@ class SlotRecord:
         fields["blob"] = self.blob.to_json()
         fields["buffers"] = list(self.buffers)
         fields["state"] = None if self.state is None else self.state.as_dict()
+        fields["total"] = None if self.total is None else asdict(self.total)
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
@@ -108,7 +154,23 @@ class SlotRecord:
         fields["blob"] = BlobRef.from_json(fields["blob"])
         fields["buffers"] = tuple(fields["buffers"])
         fields["state"] = None if fields["state"] is None else StateRecord.from_dict(fields["state"])
+        fields["total"] = SumRecord.from_dict(fields["total"]) if fields.get("total") else None
         return cls(**fields)
+
+    def receipt(self) -> SlotReceipt:
+        """What the ledger keeps of it."""
+        return SlotReceipt(
+            shard=self.shard,
+            digest=self.digest,
+            examples=self.examples,
+            loss=self.loss,
+            worker=self.worker,
+            attempt=self.attempt,
+            seconds=self.seconds,
+            nbytes=self.blob.nbytes,
+            environment=self.environment,
+            fetched=self.fetched,
+        )
 
     def blobs(self) -> list[BlobRef]:
         """All bytes that the slot points to."""
@@ -191,22 +253,6 @@ class VersionRecord:
             state=None if state is None else StateRecord.from_dict(state),
             slots={int(shard): StateRecord.from_dict(value) for shard, value in fields["slots"].items()},
         )
-
-
-@dataclass(frozen=True, slots=True)
-class SlotReceipt:
-    """What the ledger keeps of a slot after its bytes are gone."""
-
-    shard: int
-    digest: str
-    examples: int
-    loss: float
-    worker: str
-    attempt: int
-    seconds: float
-    nbytes: int
-    environment: str = ""
-    fetched: str = "process"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ class TrainingConfig:
         shards: gradient tasks in one step, at least 1; a step with fewer examples than this
             (the ragged end of an epoch, or a small batch) has one shard per example instead.
             The bits of a run depend on it, on the number of workers they do not.
+        fan_in: tensors that are summed in one place, at least 2. A step with more shards has them
+            summed in groups by the workers, in a tree fixed by the shards' numbers, so that the
+            training server reads at most this many tensors. The bits of a run with more shards than
+            this depend on it. See docs/protocol.md, "Partial sums".
         seed: root of all randomness of the run, 0 to 2**63 - 1.
         local_steps: optimizer steps that a shard takes by itself between two aggregations, each
             on its part of a batch; 1 is exact synchronous SGD. See `coordinator.local_steps`.
@@ -79,6 +83,7 @@ class TrainingConfig:
     epochs: int = 1
     batch_size: int = 256
     shards: int = 4
+    fan_in: int = 8
     seed: int = 0
     local_steps: int = 1
     staleness: int = 0
@@ -104,6 +109,7 @@ class TrainingConfig:
             self._integer(name, minimum=1)
         for name in ("checkpoint_every", "keep_checkpoints", "max_attempts", "loss_scale_interval"):
             self._integer(name, minimum=1)
+        self._integer("fan_in", minimum=2)
         self._integer("evaluate_every", minimum=1, optional=True)
         self._integer("seed", minimum=0, maximum=_MAX_SEED)
         self._integer("staleness", minimum=0)

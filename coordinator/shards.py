@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from cache.errors import InvalidInput
 from coordinator.config import TrainingConfig
+from coordinator.fan_in import FanIn, fan_in
 
 Indices = npt.NDArray[np.int64]
 
@@ -203,6 +204,10 @@ class Plan:
     def shards_in(self, step: int) -> int:
         """Return how many shards the step has: `config.shards`, or one an example if those are fewer."""
         return min(self.config_at(step).shards, self.batch_sizes(step)[0])
+
+    def fan_in(self, step: int) -> FanIn:
+        """Return the slots of the step: its shards, and the partial sums where those are many."""
+        return fan_in(self.shards_in(step), self.config_at(step).fan_in)
 
     def shard_sizes(self, step: int) -> list[int]:
         """Return the example count of each shard of the step, in shard order; none is 0."""
