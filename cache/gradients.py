@@ -43,19 +43,30 @@ class GradientStore:
         self.chunks = chunks
 
     def put(
-        self, ledger: Ledger, step: int, shard: int, tensors: Mapping[str, torch.Tensor]
+        self,
+        ledger: Ledger,
+        step: int,
+        shard: int,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        for_server: bool = True,
     ) -> StoredGradient:
         """Store the tensors of one attempt, on this host alone if the training server is here too.
 
         What is on one host alone can be lost with it; the shard is then computed again.
 
         Args:
+            for_server: whether the training server reads them; if not, a Client does, on any host.
             tensors: name -> gradient or buffer, any dtype and shape, on CPU.
         """
         nonce = uuid.uuid4().hex[:12]
         manifest = layout(tensors)
         key = ledger.keys.gradient_blob(step, shard, nonce)
-        near = self.chunks.tiered(manifest.nbytes) and ledger.server_memory() == self.chunks.memory_id
+        near = (
+            for_server
+            and self.chunks.tiered(manifest.nbytes)
+            and ledger.server_memory() == self.chunks.memory_id
+        )
         put = self.chunks.put_local if near else self.chunks.put
         blob = put(key, pack(tensors, manifest), ttl_seconds=keys.WORK_TTL_SECONDS)
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)

@@ -8,6 +8,11 @@ def gradient(run: str, step: int, shard: int) -> str:
     return f"{run}: gradient of shard {shard}, step {step}"
 
 
+def partial_sum(run: str, step: int, slot: int) -> str:
+    """A Client at one partial sum."""
+    return f"{run}: partial sum {slot}, step {step}"
+
+
 def update(run: str, step: int) -> str:
     """A training server at one run."""
     return f"{updates(run)}step {step}"

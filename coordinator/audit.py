@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cache.records import GENESIS, Head, LedgerEntry, VersionRecord
+from coordinator.roots import PARTIAL_SUMS
 from coordinator.shards import Plan
 
 
@@ -22,6 +23,7 @@ class Audit:
         divergent: ignored duplicates whose bytes differed from the applied ones (a broken purity).
         replayed: steps computed a second time after a training server's death.
         workers: worker id -> slots of its that were applied.
+        partial_sums: sums over part of a step's shards that went into a version, each exactly once.
         problems: each discrepancy in one sentence, first one first.
         reexecuted: steps that were computed again and compared, byte for byte.
     """
@@ -35,12 +37,14 @@ class Audit:
     workers: dict[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     reexecuted: tuple[int, ...] = ()
+    partial_sums: int = 0
 
     def __str__(self) -> str:
         verdict = "clean" if self.ok else f"NOT clean: {self.problems[0]}"
         text = (
             f"ledger audit {verdict}: {self.steps} steps, {self.slots} gradient slots applied once each, "
-            f"{self.duplicates_ignored} duplicates ignored, {self.replayed} steps replayed"
+            + (f"through {self.partial_sums} partial sums, " if self.partial_sums else "")
+            + f"{self.duplicates_ignored} duplicates ignored, {self.replayed} steps replayed"
         )
         return f"{text}, {len(self.reexecuted)} steps computed again" if self.reexecuted else text
 
@@ -66,7 +70,7 @@ def audit(
             if first.to_json() != entry.to_json():  # as text: NaN equals NaN
                 problems.append(f"version {entry.version} has two entries that differ")
     chain = GENESIS
-    slots = 0
+    slots = sums = 0
     workers: dict[str, int] = {}
     for version in range(1, head.version + 1):
         found = by_version.get(version)
@@ -77,6 +81,7 @@ def audit(
         problems.extend(_entry_problems(found, chain, plan))
         chain = found.chain
         slots += len(found.slots)
+        sums += len(found.notes.get(PARTIAL_SUMS, []))
         for slot in found.slots:
             workers[slot.worker] = workers.get(slot.worker, 0) + 1
     if head.version and chain != head.chain and not problems:
@@ -99,6 +104,7 @@ def audit(
         replayed=head.replayed,
         workers=workers,
         problems=tuple(problems),
+        partial_sums=sums,
     )
 
 
@@ -124,4 +130,7 @@ def _entry_problems(entry: LedgerEntry, chain: str, plan: Plan | None) -> list[s
         found.append(f"{name} applied {examples} examples by shard instead of {plan.shard_sizes(step)}")
     elif entry.examples != plan.examples(step):
         found.append(f"{name} applied {entry.examples} examples instead of {plan.examples(step)}")
+    sums, expected = [each[0] for each in entry.notes.get(PARTIAL_SUMS, [])], plan.fan_in(step).partials
+    if sums != list(expected):
+        found.append(f"{name} applied the partial sums {sums} instead of {list(expected)}, once each")
     return found

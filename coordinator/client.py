@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ from coordinator.faults import Hook, nothing
 from coordinator.services import RunContext, Services, device
 from coordinator.shard_work import ShardWork, work
 from coordinator.shards import shown
-from coordinator.step import Sender
+from coordinator.slot_writer import SlotWriter
+from coordinator.step import Join, Sender
 from coordinator.task_names import UPDATES
 
 log = logging.getLogger(__name__)
 
 _FRAMES_SHOWN = 4
+UNWRITTEN = ("early", "input lost")  # what `Client.at_slot` is told when there is nothing to write yet
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
 
 
@@ -97,6 +99,7 @@ class Client:
         self.sender = sender
         self.fault = fault
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
+        self.writer = SlotWriter(services, sender, fault)
         self._refusals = 0
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
@@ -109,7 +112,7 @@ class Client:
         shard: int,
         *,
         delivery: str,
-        in_chord: bool,
+        join: Join | None = None,
         backup: bool = False,
         version: int | None = None,
     ) -> dict[str, Any]:
@@ -118,7 +121,8 @@ class Client:
         Args:
             version: what it is computed at; None: the version of the step's own number.
             delivery: id of the Celery task.
-            in_chord: whether Celery itself will call the update when all shards are in.
+            join: the chord that the task belongs to: then Celery itself calls the update when all of
+                the step's tasks are done.
             backup: compute even if a live worker is at the shard.
 
         Returns:
@@ -127,52 +131,71 @@ class Client:
         Raises:
             ShardFailed: if the recipe's own code raised; the run has failed with its message.
         """
-        worker = self.heartbeat.info.id
-        ledger = self.services.ledger(run)
+        receipt = {"run": run, "step": step, "shard": shard, "version": step if version is None else version}
         self.fault("client.before_begin")
+
+        def compute(attempt: int, incarnation: str) -> dict[str, Any]:
+            self.fault("client.after_begin")
+            return self._compute(receipt, step, shard, attempt, incarnation, join)
+
+        doing = activity.gradient(run, step, shard)
+        return self.at_slot(receipt, shard, doing, compute, delivery=delivery, backup=backup)
+
+    def at_slot(
+        self,
+        receipt: dict[str, Any],
+        slot: int,
+        doing: str,
+        compute: Callable[[int, str], dict[str, Any]],
+        *,
+        delivery: str,
+        backup: bool,
+    ) -> dict[str, Any]:
+        """Take the lease of a slot, compute it, and hand it back if that fails.
+
+        Args:
+            receipt: run, step and version, and what else Flower shows in any case.
+            slot: a shard's number or a partial sum's.
+            doing: what the heartbeat says meanwhile.
+            compute: attempt, incarnation -> the receipt of the slot that it has written, or of why not.
+        """
+        run, step, worker = receipt["run"], receipt["step"], self.heartbeat.info.id
+        receipt["worker"] = worker
+        ledger = self.services.ledger(run)
         verdict, attempt, incarnation = ledger.begin_shard(
             step,
-            shard,
+            slot,
             worker=worker,
             delivery=delivery,
             backup=backup,
             environment=self.heartbeat.info.environment,
-            version=version,
+            version=receipt["version"],
         )
-        receipt: dict[str, Any] = {
-            "run": run,
-            "step": step,
-            "shard": shard,
-            "version": step if version is None else version,
-            "status": verdict,
-            "worker": worker,
-        }
         if verdict == "skewed":
-            return self._refuse(receipt, self._unlike(run, ledger.head()))
+            return self._refuse({**receipt, "status": verdict}, self._unlike(run, ledger.head()))
         if verdict != "compute":
-            log.info("step %d shard %d of run %s: %s, nothing to do", step, shard, run, verdict)
-            return receipt
-        self.heartbeat.doing(activity.gradient(run, step, shard))
-        self._at[threading.get_ident()] = (run, step, shard, delivery)
+            log.info("step %d slot %d of run %s: %s, nothing to do", step, slot, run, verdict)
+            return {**receipt, "status": verdict}
+        self.heartbeat.doing(doing)
+        self._at[threading.get_ident()] = (run, step, slot, delivery)
         written = False
         try:
-            self.fault("client.after_begin")
-            receipt = self._compute(receipt, step, shard, attempt, incarnation, in_chord)
-            written = True
-            return receipt
+            done = compute(attempt, incarnation)
+            written = done["status"] not in UNWRITTEN
+            return done
         except Skewed as error:
-            self._end_lease(run, step, shard, delivery)
+            self._end_lease(run, step, slot, delivery)
             return self._refuse(receipt, str(error))
         except CacheError as error:
-            # Not the recipe's fault: the shard goes back at once and the supervisor sends it again.
-            log.warning("step %d shard %d of run %s goes back: %s", step, shard, run, error)
+            # Not the recipe's fault: the slot goes back at once and the supervisor sends it again.
+            log.warning("step %d slot %d of run %s goes back: %s", step, slot, run, error)
             if isinstance(error, (VersionMissing, ChunkMissing, ChunkCorrupt)):
                 self._report_loss(run, step)
             return {**receipt, "status": "handed back", "error": str(error)}
         finally:
             self._at.pop(threading.get_ident(), None)
             if not written:
-                self._end_lease(run, step, shard, delivery)
+                self._end_lease(run, step, slot, delivery)
             self.heartbeat.doing("")
 
     def _end_lease(self, run: str, step: int, shard: int, delivery: str) -> None:
@@ -208,7 +231,9 @@ class Client:
             log.error("%s", reason)
             self.services.ledger(run).emit("refused", {"worker": self.heartbeat.info.id, "reason": reason})
             self._refusals = 0
-        if "shard" in receipt:
+        if "slot" in receipt:
+            self.sender.partial_sum(run, receipt["step"], receipt["slot"], version=receipt["version"])
+        elif "shard" in receipt:
             self.sender.gradient(run, receipt["step"], receipt["shard"], version=receipt["version"])
         else:
             self.sender.evaluation(run, receipt["version"], [receipt["part"]], receipt["parts"])
@@ -226,7 +251,13 @@ class Client:
             self._end_lease(run, step, shard, delivery)
 
     def _compute(
-        self, receipt: dict[str, Any], step: int, shard: int, attempt: int, incarnation: str, in_chord: bool
+        self,
+        receipt: dict[str, Any],
+        step: int,
+        shard: int,
+        attempt: int,
+        incarnation: str,
+        join: Join | None,
     ) -> dict[str, Any]:
         run, worker = receipt["run"], receipt["worker"]
         ledger = self.services.ledger(run)
@@ -237,7 +268,10 @@ class Client:
         done = self._work(context, step, shard)
         seconds = time.perf_counter() - began
         self.fault("client.before_put")
-        stored = self.services.gradients.put(ledger, step, shard, {**done.payload, **done.buffers})
+        near = context.plan().fan_in(step).parent(shard) is None
+        stored = self.services.gradients.put(
+            ledger, step, shard, {**done.payload, **done.buffers}, for_server=near
+        )
         state = None
         if done.state is not None:
             state = self.services.gradients.put_state(ledger, step, shard, *tree.flatten(done.state))
@@ -260,15 +294,8 @@ class Client:
             state=state,
             fetched=self._fetched.source,
         )
-        verdict, present = ledger.write_slot(
-            step, slot, incarnation=incarnation, version=context.plan().version_for(step)
-        )
+        verdict = self.writer.write(context, step, slot, incarnation=incarnation, join=join)
         self.fault("client.after_slot")
-        if verdict != "written":
-            log.info("step %d shard %d of run %s: slot %s", step, shard, run, verdict)
-            self.services.gradients.delete(slot.blobs())
-        elif present == context.plan().shards_in(step) and (not in_chord or ledger.called(step)):
-            self.sender.advance(run, queue=ledger.head().queue or UPDATES)
         return {
             **receipt,
             "status": verdict,
@@ -297,7 +324,8 @@ class Client:
         except CacheError:
             raise
         except Exception as error:
-            raise self._failed(context, error, step=step, shard=shard, samples=samples) from error
+            place = f"shard {shard} of step {step} (samples {shown(samples)})"
+            raise self.failed(context, error, step=step, shard=shard, place=place, samples=samples) from error
 
     def _slot_state(self, context: RunContext, version: int, shard: int) -> Any:
         """What the shard's slot kept at a version, None if nothing."""
@@ -307,12 +335,24 @@ class Client:
         kept = record.slots.get(shard)
         return None if kept is None else tree.unflatten(*self.services.gradients.get_state(kept))
 
-    def _failed(
-        self, context: RunContext, error: Exception, *, step: int, shard: int, samples: Sequence[int]
+    def failed(
+        self,
+        context: RunContext,
+        error: Exception,
+        *,
+        step: int,
+        shard: int,
+        place: str,
+        samples: Sequence[int] = (),
     ) -> ShardFailed:
-        """Record that the recipe's own code raised, and return the error to raise."""
+        """Record that the recipe's own code raised, and return the error to raise.
+
+        Args:
+            shard: number of the slot that it raised for; the run goes on if that is written.
+            place: what the slot is, for people.
+            samples: dataset indices that went into it.
+        """
         kind = type(error).__name__
-        place = f"shard {shard} of step {step} (samples {shown(samples)})"
         message = f"{place} failed on worker {self.heartbeat.info.id}: {kind}: {error}{noted(error)}"
         reason = {
             "kind": kind,

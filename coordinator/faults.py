@@ -59,6 +59,13 @@ POINTS = (
     "client.before_put",  # gradient computed, not stored
     "client.after_put",  # stored, slot not written
     "client.after_slot",  # slot written, task not acknowledged
+    "adder.before_begin",  # partial sum taken from the queue, no lease
+    "adder.after_begin",  # lease taken
+    "adder.before_put",  # inputs added up, nothing stored
+    "adder.after_put",  # stored, slot not written
+    "adder.after_slot",  # slot written, inputs not deleted
+    "adder.after_delete",  # inputs deleted, task not acknowledged
+    "writer.before_send",  # last input of a partial sum written, the sum not sent
     "client.before_part",  # part of an evaluation computed, not written
     "client.after_part",
     "supervisor.before_look",  # elected, about to look

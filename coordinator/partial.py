@@ -109,7 +109,9 @@ class PartialSum:
             )
 
     @torch.no_grad()
-    def add_shard(self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: int) -> None:
+    def add_shard(
+        self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: int
+    ) -> None:
         """Add a shard; arguments as those of `Accumulator.add`.
 
         Raises:
@@ -193,7 +195,7 @@ class PartialSum:
 
 
 def _from(base: Tensor, value: Tensor) -> Tensor:
-    """value - base, and 0 where they are equal, infinities too."""
+    """How far value is from base, 0 where they are equal, infinities too."""
     wide = _wide(value)
     return torch.where(wide == base, torch.zeros_like(base), wide - base)
 

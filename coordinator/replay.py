@@ -20,12 +20,13 @@ from cache.codec import layout, pack
 from cache.errors import CheckpointError, InvalidInput, ShardFailed, TorchordError
 from cache.records import LedgerEntry, SlotReceipt, StateRecord
 from coordinator import tree
-from coordinator.aggregate import Accumulator
+from coordinator.aggregate import Accumulator, Aggregate
 from coordinator.checkpoint import CheckpointStore
 from coordinator.client import combined_digest, environment
 from coordinator.determinism import pinned
 from coordinator.gradient import open_dataset
 from coordinator.optimize import Trainer
+from coordinator.partial import Partial, PartialSum
 from coordinator.recipe import ResolvedRecipe
 from coordinator.replica import Replica
 from coordinator.services import device
@@ -178,12 +179,7 @@ class Replay:
         for shard, (result, slot) in enumerate(zip(done, entry.slots, strict=True)):
             problems += self._compared(step, shard, result, slot)
         examples = sum(result.examples for result in done)
-        held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
-        accumulator = Accumulator(held, examples)
-        for result in done:
-            gradients = decoded(result.payload, trainer.replica, config.compression, self.allowed)
-            accumulator.add(gradients, result.buffers, result.examples)
-        mean = accumulator.result()
+        mean = self._average(step, done, examples)
         loss = sum(result.loss * result.examples for result in done) / examples
         finite = all(_finite(result) for result in done)
         report = trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
@@ -199,6 +195,34 @@ class Replay:
                 "process's"
             )
         return problems
+
+    def _average(self, step: int, done: list[ShardWork], examples: int) -> Aggregate:
+        """The average of the step's shards, in the order in which the step's tree sums them."""
+        assert self._trainer is not None
+        replica, compression = self._trainer.replica, self.plan.config_at(step).compression
+        tree = self.plan.fan_in(step)
+        held = {name: buffer.cpu() for name, buffer in replica.buffers.items()}
+        if not tree.partials:
+            accumulator = Accumulator(held, examples)
+            for result in done:
+                gradients = decoded(result.payload, replica, compression, self.allowed)
+                accumulator.add(gradients, result.buffers, result.examples)
+            return accumulator.result()
+        sums: dict[int, Partial] = {}
+        for slot in tree.partials:
+            total = PartialSum(examples)
+            for number in tree.inputs(slot):
+                if number >= tree.shards:
+                    total.add(sums.pop(number))
+                    continue
+                result = done[number]
+                gradients = decoded(result.payload, replica, compression, self.allowed)
+                total.add_shard(gradients, result.buffers, result.examples)
+            sums[slot] = total.result()
+        whole = PartialSum(examples)
+        for root in tree.roots:
+            whole.add(sums[root])
+        return whole.average(held)
 
     def _shard(self, step: int, shard: int) -> ShardWork:
         version = self.plan.version_for(step)

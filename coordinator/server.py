@@ -27,12 +27,13 @@ from cache.errors import (
     TorchordError,
 )
 from cache.ledger import Ledger
-from cache.records import Head, LedgerEntry, SlotReceipt, SlotRecord, StateRecord, revision
+from cache.records import Head, LedgerEntry, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
 from coordinator import activity
 from coordinator.client import short_traceback
 from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport
+from coordinator.roots import PARTIAL_SUMS, loss_of, nonfinite, receipts_of, roots_of
 from coordinator.services import Services
 from coordinator.step import Sender
 from coordinator.step_sum import StepSum
@@ -189,11 +190,12 @@ class TrainingServer:
         """Apply and commit the present step if every slot is there; None if one is missing."""
         step = warm.version
         plan = warm.context.plan()
-        shards = plan.shards_in(step)
-        present = warm.ledger.slots(step)
-        if len(present) < shards:
+        tree = plan.fan_in(step)
+        present = roots_of(warm.ledger, step, tree)
+        if present is None:
             return None
-        slots = [present[shard] for shard in range(shards)]
+        slots = [present[root] for root in tree.roots]
+        receipts, sums = receipts_of(slots)
         self.fault("server.before_apply")
         self._adopt(warm)
         report, loss = self._update(warm, slots)
@@ -205,7 +207,7 @@ class TrainingServer:
         now = time.time()
         entry = LedgerEntry(
             version=step + 1,
-            slots=tuple(_receipt(slot) for slot in slots),
+            slots=tuple(receipts),
             parameters=draft.digest,
             loss=loss,
             grad_norm=report.grad_norm,
@@ -217,13 +219,21 @@ class TrainingServer:
             skipped=report.skipped,
             lr=tuple(report.lr),
             previous=warm.chain,
-            notes={"switch": plan.switches[step]} if step in plan.switches else {},
+            notes={
+                **({"switch": plan.switches[step]} if step in plan.switches else {}),
+                **({PARTIAL_SUMS: sums} if tree.partials else {}),
+            },
         ).sealed()
         record = replace(
             draft, chain=entry.chain, slots=self._slot_states(warm, slots, skipped=report.skipped)
         )
         committed = warm.ledger.commit(
-            step=step, token=warm.token, shards=shards, entry=entry, record=record, event=_step_event(entry)
+            step=step,
+            token=warm.token,
+            shards=tree.total,
+            entry=entry,
+            record=record,
+            event=_step_event(entry),
         )
         self.fault("server.after_commit")
         if committed.verdict != "ok":
@@ -240,7 +250,7 @@ class TrainingServer:
             "loss": loss,
             "grad_norm": report.grad_norm,
             "examples": entry.examples,
-            "nbytes": sum(slot.blob.nbytes for slot in slots),
+            "nbytes": sum(receipt.nbytes for receipt in receipts),
             "skipped": report.skipped,
             "worker": self.heartbeat.info.id,
         }
@@ -248,9 +258,7 @@ class TrainingServer:
     def _update(self, warm: WarmRun, slots: list[SlotRecord]) -> tuple[ApplyReport, float]:
         """Average the slots in slot order and step the optimizer."""
         trainer = warm.trainer
-        examples = sum(slot.examples for slot in slots)
-        loss = sum(slot.loss * slot.examples for slot in slots) / examples
-        bad = [s.shard for s in slots if not (math.isfinite(s.loss) and math.isfinite(s.grad_norm))]
+        loss, bad = loss_of(slots), nonfinite(slots)
         self._take_landed(warm, {slot.shard: slot for slot in slots})
         assert warm.sum is not None
         mean, warm.sum = warm.sum.result(), None
@@ -265,7 +273,7 @@ class TrainingServer:
         """Add slots of the present step to its sum, in slot order, as far as they have landed.
 
         Args:
-            present: shard -> slot of step `warm.version`, at least those that are in the sum already.
+            present: number -> root slot of step `warm.version`, at least those that are in the sum already.
 
         Returns:
             How many slots are in the sum.
@@ -276,17 +284,18 @@ class TrainingServer:
             self._adopt(warm)
             warm.sum = StepSum(
                 step,
-                plan.shards_in(step),
+                plan.fan_in(step),
                 plan.examples(step),
                 warm.trainer,
                 self.services.gradients,
                 allowed=self.services.settings.allowed_modules,
             )
-        while (slot := present.get(warm.sum.taken)) is not None:
+        while (slot := present.get(warm.sum.wanted)) is not None:
             try:
                 warm.sum.add(slot)
             except (ChunkMissing, ChunkCorrupt):
-                warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token)
+                below = warm.context.plan().fan_in(step).below(slot.shard)
+                warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
                 raise
         return warm.sum.taken
 
@@ -319,6 +328,9 @@ class TrainingServer:
             return {}
         if skipped:
             return warm.record.slots
+        if slots[0].total is not None:
+            shards = warm.context.plan().shards_in(warm.version)
+            slots = [slot for slot in warm.ledger.slots(warm.version).values() if slot.shard < shards]
         return {**warm.record.slots, **{slot.shard: slot.state for slot in slots if slot.state is not None}}
 
     def _launch(self, warm: WarmRun, *, after: int, fresh: bool) -> int:
@@ -337,15 +349,16 @@ class TrainingServer:
         for step in plan.window(warm.version):
             if step <= after:
                 continue
-            missing = set(range(plan.shards_in(step)))
-            if not fresh:
-                missing -= warm.ledger.slots_present(step)
+            present = set() if fresh else warm.ledger.slots_present(step)
             self.fault("server.before_launch")
-            if missing:
-                version = plan.version_for(step)
-                self.sender.step(warm.run, step, sorted(missing), version=version, callback_queue=self.queue)
-            else:
-                self.sender.advance(warm.run, queue=self.queue)
+            self.sender.missing(
+                warm.run,
+                step,
+                plan.fan_in(step),
+                present,
+                version=plan.version_for(step),
+                callback_queue=self.queue,
+            )
             self.fault("server.after_launch")
             warm.ledger.mark_launched(step, token=warm.token)
             after = step
@@ -496,21 +509,6 @@ class TrainingServer:
 def evaluation_parts(size: int, shards: int) -> int:
     """Into how many tasks an evaluation of `size` samples is split: fixed by the run alone."""
     return max(1, min(size, max(shards, -(-size // _EVALUATION_PART))))
-
-
-def _receipt(slot: SlotRecord) -> SlotReceipt:
-    return SlotReceipt(
-        shard=slot.shard,
-        digest=slot.digest,
-        examples=slot.examples,
-        loss=slot.loss,
-        worker=slot.worker,
-        attempt=slot.attempt,
-        seconds=slot.seconds,
-        nbytes=slot.blob.nbytes,
-        environment=slot.environment,
-        fetched=slot.fetched,
-    )
 
 
 def _step_event(entry: LedgerEntry) -> dict[str, Any]:

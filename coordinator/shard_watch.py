@@ -1,4 +1,7 @@
-"""One look at the shards of a run's present step: which are lost, which are late, which are hopeless."""
+"""One look at the slots of a run's present step: which are lost, which are late, which are hopeless.
+
+A slot is a shard's or a partial sum's; one of the latter is looked for once its inputs are there.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,13 @@ class ShardWatch:
         self.memory = memory
         self.run = ledger.run
         self.step = step
+        self.tree = plan.fan_in(step)
 
     def look(self, registry: Registry, sender: Sender) -> None:
-        """Check every shard that lacks a slot once."""
+        """Check every slot that could be written and is not, once."""
         present = self.ledger.slots_present(self.step)
-        missing = [shard for shard in range(self.plan.shards_in(self.step)) if shard not in present]
+        missing = [shard for shard in range(self.tree.shards) if shard not in present]
+        missing += self.tree.ready(present)
         if not missing:
             return
         leases = self.ledger.leases(self.step)
@@ -99,7 +104,7 @@ class ShardWatch:
                     "look at that worker's log (out of memory? a crash in native code?)",
                 )
             return ""
-        if activity.gradient(self.run, self.step, lease.shard) not in holder.tasks:
+        if self._doing(lease.shard) not in holder.tasks:
             # It took the shard and is not at it: it could not hand it back, or Redis lost what it wrote.
             if self.memory.lasting(("idle", *key), ASTRAY_SECONDS):
                 self._end(lease, counts=False)
@@ -107,8 +112,8 @@ class ShardWatch:
         if limit is not None and self._held_seconds(lease) > limit:
             if lease.attempt < self.plan.config.max_attempts:
                 log.warning(
-                    "run %s: shard %d of step %d is overdue on %s",
-                    self.run, lease.shard, self.step, lease.worker,
+                    "run %s: %s of step %d is overdue on %s",
+                    self.run, self._named(lease.shard), self.step, lease.worker,
                 )  # fmt: skip
                 self._end(lease, counts=True)
             else:
@@ -122,10 +127,23 @@ class ShardWatch:
 
     def _holds_everybody(self, lease: Lease, key: tuple[object, ...], limit: float) -> bool:
         """Whether all Clients have been at this one shard, in vain, for longer than they may."""
-        task = activity.gradient(self.run, self.step, lease.shard)
+        task = self._doing(lease.shard)
         clients = [info for info in self.alive.values() if GRADIENTS in info.queues and info.environment]
         stuck = bool(clients) and all(task in info.tasks for info in clients)
         return stuck and self.memory.lasting(("everybody", *key), limit)
+
+    def _doing(self, slot: int) -> str:
+        """What the heartbeat of a worker at a slot says."""
+        name = activity.gradient if slot < self.tree.shards else activity.partial_sum
+        return name(self.run, self.step, slot)
+
+    def _named(self, slot: int) -> str:
+        return f"shard {slot}" if slot < self.tree.shards else f"partial sum {slot}"
+
+    def _send(self, sender: Sender, slot: int, *, backup: bool = False) -> None:
+        version = self.plan.version_for(self.step)
+        send = sender.gradient if slot < self.tree.shards else sender.partial_sum
+        send(self.run, self.step, slot, version=version, backup=backup)
 
     def _held_seconds(self, lease: Lease) -> float:
         return self.memory.lasted((self.run, "held", self.step, lease.shard, lease.worker, lease.attempt))
@@ -147,16 +165,15 @@ class ShardWatch:
         if not due:
             return
         waiting = {
-            arguments.get("shard")
+            arguments.get("shard", arguments.get("slot"))
             for arguments in registry.queued(GRADIENTS)
             if (arguments.get("run"), arguments.get("step")) == (self.run, self.step)
         }
         for shard in due:
             if shard not in waiting:
-                log.warning(
-                    "run %s: shard %d of step %d is sent again: %s", self.run, shard, self.step, lost[shard]
-                )
-                sender.gradient(self.run, self.step, shard, version=self.plan.version_for(self.step))
+                name = self._named(shard)
+                log.warning("run %s: %s of step %d is sent again: %s", self.run, name, self.step, lost[shard])
+                self._send(sender, shard)
 
     # --- what is late -----------------------------------------------------------------------
 
@@ -169,31 +186,43 @@ class ShardWatch:
         late = [(seconds, lease) for seconds, lease in held if seconds > BACKUP_AT_LEAST_SECONDS]
         if not idle or not late:
             return
-        usual = self._usual_seconds()
+        usual: dict[bool, float | None] = {}
         for seconds, lease in sorted(late, key=lambda item: item[0], reverse=True)[:idle]:
-            if usual is None or seconds <= BACKUP_FACTOR * usual:
-                return
+            shard = lease.shard < self.tree.shards
+            if shard not in usual:
+                usual[shard] = self._usual_seconds(shards=shard)
+            enough = usual[shard]
+            if enough is None or seconds <= BACKUP_FACTOR * enough:
+                continue
             if self.memory.due((self.run, "backup", self.step, lease.shard), float("inf")):
                 log.info(
-                    "run %s: backup of shard %d of step %d, %.1f s on %s",
-                    self.run, lease.shard, self.step, seconds, lease.worker,
+                    "run %s: backup of %s of step %d, %.1f s on %s",
+                    self.run, self._named(lease.shard), self.step, seconds, lease.worker,
                 )  # fmt: skip
-                version = self.plan.version_for(self.step)
-                sender.gradient(self.run, self.step, lease.shard, version=version, backup=True)
+                self._send(sender, lease.shard, backup=True)
 
-    def _usual_seconds(self) -> float | None:
-        """What a shard takes: the median of this step's, or of the one before; None if neither is known."""
-        times = [slot.seconds for slot in self.ledger.slots(self.step).values()]
-        if not times:
+    def _usual_seconds(self, *, shards: bool) -> float | None:
+        """What a shard, or a partial sum, takes: the median of this step's.
+
+        If there is none: for a shard that of the step before, for a partial sum that of this step's
+        shards. None if that is not known either.
+        """
+        slots = self.ledger.slots(self.step).values()
+        times = [slot.seconds for slot in slots if (slot.total is None) == shards]
+        if not times and shards:
             times = [slot.seconds for e in self.ledger.entries(self.step, self.step) for slot in e.slots]
+        times = times or [slot.seconds for slot in slots]
         return statistics.median(times) if times else None
 
     # --- what is hopeless -------------------------------------------------------------------
 
     def _give_up(self, lease: Lease, what: str, advice: str) -> None:
         """Stop the run: this shard fails wherever it is tried. The step's other slots are kept."""
-        samples = [int(i) for i in self.plan.indices(self.step, lease.shard)]
-        message = f"shard {lease.shard} of step {self.step} (samples {shown(samples)}) {what}; {advice}"
+        samples, of = [], ""
+        if lease.shard < self.tree.shards:
+            samples = [int(i) for i in self.plan.indices(self.step, lease.shard)]
+            of = f" (samples {shown(samples)})"
+        message = f"{self._named(lease.shard)} of step {self.step}{of} {what}; {advice}"
         self.ledger.transition(
             "failed",
             allowed=("running",),

@@ -16,7 +16,11 @@ from kombu.exceptions import OperationalError
 from cache.connection import masked
 from cache.errors import CacheUnreachable
 from coordinator import task_names
+from coordinator.fan_in import FanIn
+from coordinator.front import push_front
 from coordinator.template import StepTemplate, push
+
+Join = tuple[str, dict[str, Any]]  # a chord, as (group id, callback)
 
 _PUBLISH = {"retry": True, "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0}}
 
@@ -91,13 +95,77 @@ class Sender:
             queue=task_names.GRADIENTS,
         )
 
+    def partial_sum(
+        self,
+        run: str,
+        step: int,
+        slot: int,
+        *,
+        version: int,
+        join: Join | None = None,
+        backup: bool = False,
+    ) -> None:
+        """Publish a partial sum whose inputs are there, before the gradients that are queued.
+
+        Args:
+            version: what the step is computed at.
+            join: the step's chord, whose size counts the partial sum; None: outside a chord.
+            backup: compute beside a live holder.
+
+        Raises:
+            CacheUnreachable: if the broker does not take it.
+        """
+        kwargs = {"run": run, "step": step, "slot": slot, "version": version, "backup": backup}
+        options: dict[str, Any] = {"kwargs": kwargs, "ignore_result": True, "queue": task_names.GRADIENTS}
+        if join is not None:
+            options |= {"group_id": join[0], "group_index": slot, "chord": join[1]}
+        try:
+            if self._one_server:
+                push_front(self.app, task_names.PARTIAL_SUM, **options)
+            else:
+                self.app.send_task(task_names.PARTIAL_SUM, **options, **_PUBLISH)
+        except self._connection_errors as error:
+            raise self._unreachable(f"send a partial sum of run {run!r}", error) from error
+
+    def missing(
+        self, run: str, step: int, tree: FanIn, present: set[int], *, version: int, callback_queue: str
+    ) -> None:
+        """Publish what a step still needs: its chord, partial sums that can be made, or the update.
+
+        Args:
+            tree: the step's slots.
+            present: those that are written.
+            version: what the step is computed at.
+            callback_queue: private queue of the training server that holds the run.
+
+        Raises:
+            CacheUnreachable: if the broker does not take it.
+        """
+        shards = [shard for shard in range(tree.shards) if shard not in present]
+        ready = tree.ready(present)
+        if shards:
+            later = sum(slot not in present for slot in tree.partials) - len(ready)
+            self.step(run, step, shards, callback_queue=callback_queue, version=version, joining=later)
+        for slot in ready:
+            self.partial_sum(run, step, slot, version=version)
+        if not shards and not ready:
+            self.advance(run, queue=callback_queue)
+
     def step(
-        self, run: str, step: int, shards: Sequence[int], *, callback_queue: str, version: int | None = None
+        self,
+        run: str,
+        step: int,
+        shards: Sequence[int],
+        *,
+        callback_queue: str,
+        version: int | None = None,
+        joining: int = 0,
     ) -> None:
         """Publish a global step: a chord of gradient tasks with the update as its callback.
 
         Args:
             version: what it is computed at; None: the version of the step's own number.
+            joining: partial sums that will be published later and belong to the chord, too.
             shards: the shards that still lack a slot.
             callback_queue: private queue of the training server that holds the run.
 
@@ -106,7 +174,7 @@ class Sender:
         """
         version = step if version is None else version
         if not self._one_server:
-            self._canvas_step(run, step, version, shards, callback_queue)
+            self._canvas_step(run, step, version, shards, callback_queue, joining)
             return
         key = (run, callback_queue)
         if key not in self._templates:
@@ -121,12 +189,18 @@ class Sender:
                 body_queue=callback_queue,
             )
         try:
-            push(self.app, self._templates[key], step, version, shards, fault=self.fault)
+            push(self.app, self._templates[key], step, version, shards, joining=joining, fault=self.fault)
         except self._connection_errors as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
     def _canvas_step(
-        self, run: str, step: int, version: int, shards: Sequence[int], callback_queue: str
+        self,
+        run: str,
+        step: int,
+        version: int,
+        shards: Sequence[int],
+        callback_queue: str,
+        joining: int,
     ) -> None:
         """The same chord by Celery's canvas, for brokers and backends that are not one plain Redis.
 
@@ -151,7 +225,11 @@ class Sender:
             argsrepr="(receipts,)",
         )
         try:
-            chord(header, app=self.app)(body)
+            launched = chord(header, app=self.app)(body)
+            if joining:
+                # Celery knows the headers that it sent. Should they all end before this: the callback
+                # comes early, which changes nothing, and who writes the last slot calls the server.
+                self.app.backend.set_chord_size(launched.parent.id, len(shards) + joining)
         except OperationalError as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 

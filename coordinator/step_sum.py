@@ -1,7 +1,8 @@
 """The sum of one step, taken slot by slot as the slots land.
 
-Slots may land in any order; they are added in slot order, each as soon as those before it are in.
-So most of the sum is done when the last slot lands, and its bits are those of a sum done at the end.
+What is summed here are the roots of the step's tree: its shards, or partial sums of them. They may land
+in any order; they are added in slot order, each as soon as those before it are in. So most of the sum is
+done when the last one lands, and its bits are those of a sum done at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from cache.gradients import GradientStore
 from cache.records import SlotRecord
 from coordinator.aggregate import Accumulator, Aggregate
 from coordinator.determinism import pinned
+from coordinator.fan_in import FanIn
 from coordinator.optimize import Trainer
+from coordinator.partial import Partial, PartialSum
 from coordinator.shard_work import decoded
 
 
@@ -21,7 +24,7 @@ class StepSum:
 
     Args:
         step: the global step.
-        shards: how many slots the step has.
+        tree: the step's slots, from the plan; its roots are summed here.
         examples: examples of all slots together, from the plan.
         trainer: holds the version that the step starts from.
         gradients: where the slots' bytes are.
@@ -31,7 +34,7 @@ class StepSum:
     def __init__(
         self,
         step: int,
-        shards: int,
+        tree: FanIn,
         examples: int,
         trainer: Trainer,
         gradients: GradientStore,
@@ -39,40 +42,53 @@ class StepSum:
         allowed: tuple[str, ...] | None,
     ) -> None:
         self.step = step
-        self.shards = shards
+        self.roots = tree.roots
         self._trainer = trainer
         self._gradients = gradients
         self._allowed = allowed
         held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
+        self._held = held
         self._accumulator = Accumulator(held, examples)
+        self._sums = PartialSum(examples) if tree.partials else None  # used in the accumulator's place
         self._taken: list[str] = []  # the nonce of each slot that is in the sum, in slot order
 
     @property
     def taken(self) -> int:
-        """How many slots are in the sum: the first so many. The next one to add has this number."""
+        """How many slots are in the sum: the first so many of its roots."""
         return len(self._taken)
+
+    @property
+    def wanted(self) -> int:
+        """The number of the next slot to add."""
+        return self.roots.start + len(self._taken)
 
     @property
     def complete(self) -> bool:
         """Whether every slot is in the sum."""
-        return self.taken == self.shards
+        return self.taken == len(self.roots)
 
     def agrees(self, present: Mapping[int, SlotRecord]) -> bool:
         """Whether the slots in the sum are still the ledger's; if not, make a new sum."""
         return all(
-            shard in present and present[shard].nonce == nonce for shard, nonce in enumerate(self._taken)
+            slot in present and present[slot].nonce == nonce
+            for slot, nonce in zip(self.roots, self._taken, strict=False)
         )
 
     def add(self, slot: SlotRecord) -> None:
-        """Add the next slot: the one whose number is `taken`.
+        """Add the next slot: the one whose number is `wanted`.
 
         Raises:
             ChunkMissing, ChunkCorrupt: its bytes are lost; nothing was added.
         """
-        assert slot.shard == self.taken, "slots are added in slot order"
+        assert slot.shard == self.wanted, "slots are added in slot order"
         payload, buffers = self._gradients.get(slot)
         replica = self._trainer.replica
         config = replica.config
+        if self._sums is not None and slot.total is not None:
+            with pinned(config.threads, config.deterministic, replica.device):
+                self._sums.add(Partial.of(payload, slot.total.notes, slot.examples))
+            self._taken.append(slot.nonce)
+            return
         gradients = decoded(payload, replica, slot.compression, self._allowed)
         with pinned(config.threads, config.deterministic, replica.device):
             self._accumulator.add(gradients, buffers, slot.examples)
@@ -84,4 +100,6 @@ class StepSum:
         Raises:
             InvalidInput: a slot is missing.
         """
+        if self._sums is not None:
+            return self._sums.average(self._held)
         return self._accumulator.result()

@@ -195,8 +195,8 @@ class Supervisor:
             return not ledger.pending_evaluations()
         if head.launched is None or head.launched < self._plan(ledger, head).window(head.version)[-1]:
             return True
-        shards = self._plan(ledger, head).shards_in(head.version)
-        return len(ledger.slots_present(head.version)) >= shards
+        slots = self._plan(ledger, head).fan_in(head.version).total
+        return len(ledger.slots_present(head.version)) >= slots
 
     def _advance(self, run: str, queue: str, why: tuple[object, ...]) -> None:
         """Call a training server, unless a call waits in the queue."""

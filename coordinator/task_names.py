@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMPUTE_GRADIENT = "tasks.compute_gradient"
+PARTIAL_SUM = "tasks.partial_sum"
 APPLY_UPDATE = "tasks.apply_update"
 ADVANCE = "tasks.advance"
 EVALUATE = "tasks.evaluate"

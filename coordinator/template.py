@@ -119,6 +119,7 @@ def push(
     version: int,
     shards: Sequence[int],
     *,
+    joining: int = 0,
     fault: Callable[[str], None] | None = None,
 ) -> None:
     """Publish one step in one round trip: the chord's size, then its messages.
@@ -127,13 +128,14 @@ def push(
     not be counted.
 
     Args:
+        joining: header tasks that are published later: the step's partial sums.
         fault: if given, the first message goes in a round trip of its own and `fault` is called
             between the two; tests use it to die in the middle of a launch.
     """
     group, messages = template.render(step, version, shards)
     backend = cast(Any, app.backend)
     pipe = backend.client.pipeline(transaction=False)
-    pipe.set(backend.get_key_for_group(group, ".s"), len(messages), ex=int(backend.expires))
+    pipe.set(backend.get_key_for_group(group, ".s"), len(messages) + joining, ex=int(backend.expires))
     if fault is not None and len(messages) > 1:
         pipe.lpush(template.queue, messages.pop(0))
         pipe.execute()

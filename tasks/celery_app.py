@@ -17,6 +17,7 @@ from coordinator.task_names import (
     COMPUTE_GRADIENT,
     EVALUATE,
     GRADIENTS,
+    PARTIAL_SUM,
     PREDICT,
     UPDATES,
 )
@@ -46,6 +47,7 @@ app = Celery(
     "torchord",
     include=[
         "tasks.compute_gradient",
+        "tasks.partial_sum",
         "tasks.apply_update",
         "tasks.evaluate",
         "tasks.predict",
@@ -73,6 +75,7 @@ app.conf.update(
     task_default_routing_key=GRADIENTS,
     task_routes={
         COMPUTE_GRADIENT: {"queue": GRADIENTS},
+        PARTIAL_SUM: {"queue": GRADIENTS},
         EVALUATE: {"queue": GRADIENTS},
         PREDICT: {"queue": GRADIENTS},
         APPLY_UPDATE: {"queue": UPDATES},

@@ -18,6 +18,7 @@ def compute_gradient(
     Safe to run twice: the gradient is a function of (run, version, shard) alone, and the slot is
     written once; a duplicate, early or late delivery changes nothing but a counter.
     """
+    from tasks.partial_sum import joined
     from tasks.worker import process
 
     return process().client.compute_gradient(
@@ -25,7 +26,7 @@ def compute_gradient(
         step,
         shard,
         delivery=self.request.id,
-        in_chord=self.request.chord is not None,
+        join=joined(self.request),
         backup=backup,
         version=version,
     )

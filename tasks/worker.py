@@ -40,6 +40,7 @@ class Process:
     """
 
     def __init__(self, node: str, queues: tuple[str, ...]) -> None:
+        from coordinator.adder import Adder
         from coordinator.client import Client
         from coordinator.server import TrainingServer
         from coordinator.services import Services
@@ -51,6 +52,7 @@ class Process:
         self.sender = Sender(app, fault=fault if settings.faults else None)
         self.heartbeat = Heartbeat(self.services.registry, new_info(node, queues))
         self.client = Client(self.services, self.heartbeat, self.sender, fault=fault)
+        self.adder = Adder(self.client)
         self.server = TrainingServer(self.services, self.heartbeat, self.sender, fault=fault)
         self.supervisor: Supervisor | None = None
         self.heartbeat.start()

@@ -346,7 +346,7 @@ class Shuffle:
     def _deliver(self, message: Any, client: Client, delivery: str, *, backup: bool) -> None:
         step, shard, version, chord = message
         receipt = client.compute_gradient(
-            self.run.name, step, shard, version=version, delivery=delivery, in_chord=True, backup=backup
+            self.run.name, step, shard, version=version, delivery=delivery, join=("group", {}), backup=backup
         )
         self.verdicts[receipt["status"]] += 1
         self.post.counted(shard, chord)

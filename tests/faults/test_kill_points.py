@@ -24,6 +24,15 @@ MODES: dict[str, dict[str, Any]] = {
         "precision": "fp16",
         "loss_scale_interval": 2,
     },
+    "tree": {"shards": 8, "fan_in": 2},
+    "deep tree, all": {
+        "shards": 8,
+        "fan_in": 2,
+        "compression": "topk:0.1",
+        "local_steps": 2,
+        "staleness": 1,
+        "epochs": 6,
+    },
 }
 """What a version or a slot may carry from step to step: loss scales, residuals, inner optimizers, steps in
 flight. The laboratory's local steps are DiLoCo's: the outer optimizer has a momentum."""
@@ -49,6 +58,15 @@ PLANS = (
     ("plain", "server.before_finish:1:kill"),
     ("plain", "server.after_finish:1:kill"),
     ("plain", "supervisor.before_look:1:kill"),
+    # With a fan-in of 2, eight shards are summed by four partial sums, and those by two more.
+    ("tree", "adder.before_begin:4:kill"),
+    ("tree", "adder.after_begin:4:kill;server.after_launch:3:kill"),
+    ("deep tree, all", "adder.before_put:4:kill;adder.after_slot:7:kill"),
+    ("tree", "adder.after_put:4:kill;server.before_apply:2:kill"),
+    ("tree", "adder.after_slot:4:kill;server.after_publish:2:kill"),
+    ("deep tree, all", "adder.after_delete:4:kill;server.after_commit:3:kill"),
+    ("tree", "writer.before_send:4:kill"),
+    ("deep tree, all", "writer.before_send:9:kill;client.after_put:12:kill;sender.mid_launch:3:kill"),
 )
 
 
@@ -59,6 +77,8 @@ def test_killed_at(lab: Laboratory, mode: str, plan: str) -> None:
     with lab.faults(plan):
         run = lab.submit(config)
         lab.check(run, reference=reference)
+    if "tree" in mode:
+        assert run.verify().partial_sums == 6 * run.status().version, "six of each step, once each"
     if mode != "plain":
         assert run.verify(reexecute=[run.status().version - 1]).ok
 

@@ -10,9 +10,12 @@ loops follow the documented contract alone:
   ("update", step) before the optimizer steps;
 - one torch thread, deterministic algorithms;
 - the step's gradient is the sum over the shards, in shard order, of n_k / N times the gradient of the
-  shard's mean loss;
+  shard's mean loss; with more shards than `fan_in`, they are summed so in contiguous groups, the sums of
+  the groups in contiguous groups, and so on, until no more than `fan_in` are left to be summed in order;
 - every shard's forward starts from the buffers of the step's version; afterwards a floating buffer is
   b_0 + sum over k > 0 of n_k / N (b_k - b_0), and any other the value of the first shard that changed it;
+  in groups, each keeps its own b_0 and sum over the shards that changed the buffer, which shift to the
+  first group's b_0 where they meet; the shards that did not change it come last, with the old value;
 - with nonfinite="skip" a step with a NaN or infinity leaves everything alone but the scheduler;
 - with precision="fp16" torch's own GradScaler scales, unscales and skips.
 """
@@ -136,7 +139,7 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
         count = plan.examples(step)
         before = _buffers(model)
         after: list[tuple[float, dict[str, Tensor]]] = []
-        total: list[Tensor | None] = [None] * len(parameters)
+        found: list[list[Tensor | None]] = []
         mean = 0.0
         optimizer.zero_grad()
         for shard in shards:
@@ -152,14 +155,15 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
                     scaler.scale(loss * weight).backward()
                 else:
                     scaler.scale(loss).backward()
-                    total = [_add(old, p.grad, weight) for old, p in zip(total, parameters, strict=True)]
+                    found.append([p.grad for p in parameters])
                     optimizer.zero_grad()
                     model.zero_grad()
             mean += loss.item() * len(indices)
             after.append((weight, _buffers(model)))
         if not scaled_loss:
-            for parameter, gradient in zip(parameters, total, strict=True):
-                parameter.grad = gradient
+            weights = [weight for weight, _ in after]
+            for index, parameter in enumerate(parameters):
+                parameter.grad = _sum([grads[index] for grads in found], weights, config.fan_in)
         scaler.unscale_(optimizer)
         _set_buffers(model, before)
         result.losses.append(mean / count)
@@ -173,7 +177,11 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 scaler.step(optimizer)
-            _set_buffers(model, _averaged(before, after))
+            if len(after) > config.fan_in:
+                sizes = plan.shard_sizes(step)
+                _set_buffers(model, _averaged_in_groups(before, after, sizes, config.fan_in))
+            else:
+                _set_buffers(model, _averaged(before, after))
         else:
             assert config.nonfinite == "skip" or scaler.is_enabled(), f"step {step} is not finite"
             result.skipped.append(step)
@@ -220,6 +228,67 @@ def _add(total: Tensor | None, gradient: Tensor | None, weight: float) -> Tensor
     if gradient is None:
         return total
     return gradient * weight if total is None else total.add(gradient, alpha=weight)
+
+
+def _groups(items: list[Any], fan_in: int) -> list[list[Any]]:
+    """Contiguous groups of at most `fan_in`, as few as that takes, as even as can be, larger ones first."""
+    return [
+        [items[int(i)] for i in places]
+        for places in np.array_split(np.arange(len(items)), -(-len(items) // fan_in))
+    ]
+
+
+def _sum(gradients: list[Tensor | None], weights: list[float], fan_in: int) -> Tensor | None:
+    """The weighted sum of the shards' gradients, group by group."""
+
+    def chain(pairs: list[tuple[Tensor | None, float]]) -> Tensor | None:
+        total: Tensor | None = None
+        for gradient, weight in pairs:
+            total = _add(total, gradient, weight)
+        return total
+
+    level: list[tuple[Tensor | None, float]] = list(zip(gradients, weights, strict=True))
+    while len(level) > fan_in:
+        level = [(chain(group), 1.0) for group in _groups(level, fan_in)]
+    return chain(level)
+
+
+def _averaged_in_groups(
+    before: dict[str, Tensor], after: list[tuple[float, dict[str, Tensor]]], sizes: list[int], fan_in: int
+) -> dict[str, Tensor]:
+    new, count = {}, sum(sizes)
+    for name, old in before.items():
+        level: list[Any] = [
+            None if torch.equal(values[name], old) else (values[name], torch.zeros_like(old), size)
+            for size, (_, values) in zip(sizes, after, strict=True)
+        ]
+        if not old.is_floating_point():
+            new[name] = next((item[0] for item in level if item is not None), old)
+            continue
+        while len(level) > fan_in:
+            level = [_shifted(group, count) for group in _groups(level, fan_in)]
+        whole = _shifted(level, count)
+        if whole is None:
+            new[name] = old
+            continue
+        base, moved, examples = whole
+        if examples < count:
+            moved = moved.add(old - base, alpha=(count - examples) / count)
+        new[name] = base + moved
+    return new
+
+
+def _shifted(items: list[Any], count: int) -> Any:
+    """(first value, weighted deviations from it, examples) of a group's members that changed the buffer."""
+    there = [item for item in items if item is not None]
+    if not there:
+        return None
+    base, moved, examples = there[0][0], there[0][1].clone(), there[0][2]
+    for value, own, size in there[1:]:
+        moved.add_(own)
+        moved.add_(value - base, alpha=size / count)
+        examples += size
+    return base, moved, examples
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

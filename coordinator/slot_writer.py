@@ -1,0 +1,73 @@
+"""What a Client does once a slot's bytes are stored: write the slot, and send what it makes possible."""
+
+from __future__ import annotations
+
+import logging
+
+from cache.ledger import Group, SlotVerdict
+from cache.records import SlotRecord
+from coordinator.fan_in import FanIn
+from coordinator.faults import Hook
+from coordinator.services import RunContext, Services
+from coordinator.step import Join, Sender
+from coordinator.task_names import UPDATES
+
+log = logging.getLogger(__name__)
+
+WRITTEN: tuple[SlotVerdict, ...] = ("written", "group", "spare")
+
+
+def group_of(tree: FanIn, slot: int) -> Group | None:
+    """The partial sum that a slot goes into, as the ledger is told; None for a root."""
+    parent = tree.parent(slot)
+    if parent is None:
+        return None
+    inputs = tree.inputs(parent)
+    return Group(parent, inputs[0], inputs[-1])
+
+
+class SlotWriter:
+    """Writes slots for one worker process.
+
+    Args:
+        services: connections and stores of the process.
+        sender: for the partial sum that a slot makes possible, or the update of a complete step.
+        fault: called with the name of each point of the protocol.
+    """
+
+    def __init__(self, services: Services, sender: Sender, fault: Hook) -> None:
+        self.services = services
+        self.sender = sender
+        self.fault = fault
+
+    def write(
+        self,
+        context: RunContext,
+        step: int,
+        slot: SlotRecord,
+        *,
+        incarnation: str,
+        join: Join | None,
+    ) -> SlotVerdict:
+        """Write a slot, and send what can be done now that it is there.
+
+        Args:
+            slot: a gradient's or a partial sum's; its bytes are stored.
+            incarnation: what `begin_shard` answered.
+            join: the chord that the writing task belongs to.
+        """
+        plan, ledger = context.plan(), self.services.ledger(context.run)
+        tree, version = plan.fan_in(step), plan.version_for(step)
+        into = group_of(tree, slot.shard)
+        verdict, present = ledger.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
+        if verdict not in WRITTEN:
+            log.info("step %d slot %d of run %s: %s", step, slot.shard, context.run, verdict)
+            self.services.gradients.delete(slot.blobs())
+        elif verdict == "spare":
+            self.services.gradients.delete([slot.blob])
+        elif verdict == "group" and into is not None:
+            self.fault("writer.before_send")
+            self.sender.partial_sum(context.run, step, into.slot, version=version, join=join)
+        if verdict in WRITTEN and present == tree.total and (join is None or ledger.called(step)):
+            self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
+        return verdict

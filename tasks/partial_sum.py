@@ -1,0 +1,31 @@
+"""The Client's other task of a step: one partial sum, where a step has more shards than its fan-in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache.errors import TorchordError
+from coordinator.task_names import PARTIAL_SUM
+from tasks.celery_app import app
+
+
+@app.task(bind=True, name=PARTIAL_SUM, throws=(TorchordError,))
+def partial_sum(
+    self: Any, *, run: str, step: int, slot: int, version: int, backup: bool = False
+) -> dict[str, Any]:
+    """Add up the inputs of one slot of the step's tree and write the slot.
+
+    Safe to run twice: the sum is a function of (run, step, slot) alone, in an order fixed by slot
+    numbers, and the slot is written once. It waits for nothing: it is sent when its inputs are there,
+    and ends at once if one is missing.
+    """
+    from tasks.worker import process
+
+    return process().adder.partial_sum(
+        run, step, slot, delivery=self.request.id, join=joined(self.request), backup=backup, version=version
+    )
+
+
+def joined(request: Any) -> tuple[str, dict[str, Any]] | None:
+    """The chord that a task belongs to, as (group id, callback), None if it belongs to none."""
+    return None if request.chord is None else (request.group, dict(request.chord))
