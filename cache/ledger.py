@@ -474,7 +474,7 @@ class Ledger:
         return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(found.items())}
 
     def some_slots(self, step: int, numbers: Iterable[int]) -> tuple[dict[int, SlotRecord], int]:
-        """Chosen slots, where they are written, and how many slots of the step are written in all."""
+        """Chosen slots (at least one), where they are written, and how many of the step are in all."""
         wanted = list(numbers)
         with self._during(f"read slots of step {step}"):
             pipe = self.client.pipeline(transaction=True)

@@ -200,7 +200,7 @@ class Sender:
         version: int,
         shards: Sequence[int],
         callback_queue: str,
-        joining: int,
+        joining: int = 0,
     ) -> None:
         """The same chord by Celery's canvas, for brokers and backends that are not one plain Redis.
 

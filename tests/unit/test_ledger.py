@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from redis.retry import Retry
 from cache import keys
 from cache.connection import connect
 from cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
-from cache.ledger import Ledger
+from cache.ledger import Group, Ledger
 from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
 from cache.records import GENESIS, Head, LedgerEntry
 from cache.workers import Registry
@@ -513,6 +514,64 @@ def test_text_of_any_kind_survives_the_scripts(plane: Plane, running: Ledger) ->
     assert begin(running, worker="w1") == ("held", 1, "life")
     running.end_lease(0, 0, worker=id, delivery=f"{id}:0")
     assert running.leases(0)[0].worker == id
+
+
+# --- partial sums ---------------------------------------------------------------------------------
+
+SUM = Group(3, 0, 1)  # slot 3 adds up the slots 0 and 1
+
+
+def test_who_writes_the_last_input_of_a_sum_is_told_so(running: Ledger) -> None:
+    assert running.write_slot(0, slot(0, 1), into=SUM) == ("written", 1)
+    assert running.write_slot(0, slot(0, 2), into=Group(4, 2, 2)) == ("group", 2)
+    assert running.write_slot(0, slot(0, 0), into=SUM) == ("group", 3)
+    assert running.write_slot(0, slot(0, 0), into=SUM) == ("group", 3), "asked again by the same attempt"
+    assert running.write_slot(0, slot(0, 0, "second"), into=SUM) == ("duplicate", 3)
+
+
+def test_an_input_that_comes_after_its_sum_is_not_needed(plane: Plane, running: Ledger) -> None:
+    running.write_slot(0, slot(0, 3))
+    assert running.write_slot(0, slot(0, 0), into=SUM) == ("spare", 2)
+    assert only_counters_change(plane, lambda: running.write_slot(0, slot(0, 0), into=SUM)) == ("spare", 2)
+
+
+def test_some_slots_and_how_many_there_are(running: Ledger) -> None:
+    for shard in (0, 2, 5):
+        running.write_slot(0, slot(0, shard))
+    found, present = running.some_slots(0, [2, 3])
+    assert (list(found), found[2], present) == ([2], slot(0, 2), 3)
+    assert running.some_slots(1, [0]) == ({}, 0)
+
+
+def test_a_sum_whose_bytes_are_lost_is_opened_with_what_it_was_made_from(running: Ledger) -> None:
+    token = running.head().token
+    for shard in (0, 1, 2, 3):
+        begin(running, shard=shard)
+        running.write_slot(0, slot(0, shard, f"n{shard}"))
+    assert running.drop_slot(0, 3, nonce="n3", token=token, below=[0, 1]) == "ok"
+    assert (running.slots_present(0), set(running.leases(0))) == ({2}, {2})
+    assert running.head().launched is None, "so the training server launches what is missing"
+
+
+def test_a_client_opens_an_input_whose_bytes_are_lost(plane: Plane, running: Ledger) -> None:
+    for shard in (0, 1, 2):
+        begin(running, shard=shard)
+        running.write_slot(0, slot(0, shard, f"n{shard}"))
+    drop = partial(running.drop_slot, 0, token=None, into=3)
+    assert only_counters_change(plane, lambda: drop(1, nonce="of another attempt")) == "stale"
+    assert drop(1, nonce="n1", below=[0]) == "ok"
+    assert (running.slots_present(0), set(running.leases(0))) == ({2}, {2})
+    assert running.head().launched == 0, "the step stays launched: the Client sends what it opened"
+    running.write_slot(0, slot(0, 3))
+    assert only_counters_change(plane, lambda: drop(2, nonce="n2")) == "stale", "the sum is made"
+    assert plane.ledger("gone").drop_slot(0, 0, nonce="n", token=None, into=3) == "stale"
+
+
+def test_a_client_opens_no_slot_of_a_step_that_is_committed(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    running.write_slot(0, slot(0, 0))
+    commit(running, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
+    assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="n", token=None)) == "stale"
 
 
 # --- commit ---------------------------------------------------------------------------------------
@@ -1086,6 +1145,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
         token=token, manifest={}, record=record(1), dataset_size=9, evaluation_size=0, total_steps=3
     ),
     "slots": lambda ledger, token: ledger.slots(1),
+    "some_slots": lambda ledger, token: ledger.some_slots(1, [0, 7]),
     "slots_present": lambda ledger, token: ledger.slots_present(1),
     "leases": lambda ledger, token: ledger.leases(1),
     "drop_slot": lambda ledger, token: ledger.drop_slot(1, 0, nonce="n", token=token),
