@@ -3,6 +3,7 @@
 | name | model | global batch |
 | --- | --- | --- |
 | noop | a linear map of two inputs: all that is left of a step is what the queue costs | K examples |
+| small | 784-128-10, ReLU: gradients of 0.4 MB | K examples |
 | mlp | 784-512-512-10, ReLU | 256 |
 | cnn | conv 1-32-64 (3x3, padded, ReLU, 2x2 max pool each), 3136-128-10 | 256 |
 | gpt | 6 layers, width 384, 6 heads, context 128, vocabulary 256 | 16 sequences |
@@ -30,6 +31,11 @@ def noop_model() -> nn.Module:
 def noop_data(size: int) -> TensorDataset:
     """Zeros, `size` examples."""
     return TensorDataset(torch.zeros(size, 2), torch.zeros(size, 1))
+
+
+def small_model() -> nn.Module:
+    """784-128-10: 0.1 million parameters."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def mlp_model() -> nn.Module:
@@ -129,6 +135,9 @@ def recipe(name: str, *, examples: int) -> Recipe:
             dataset=partial(noop_data, size=examples),
             loss=functional.mse_loss,
             optimizer=partial(torch.optim.SGD, lr=0.01),
+        ),
+        "small": lambda: Recipe(
+            model=small_model, dataset=partial(images, size=examples), loss=cross_entropy, optimizer=SGD
         ),
         "mlp": lambda: Recipe(
             model=mlp_model, dataset=partial(images, size=examples), loss=cross_entropy, optimizer=SGD

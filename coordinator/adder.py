@@ -23,7 +23,6 @@ from coordinator.determinism import pinned
 from coordinator.partial import Partial, PartialSum
 from coordinator.services import RunContext, device
 from coordinator.shard_work import codec_of
-from coordinator.slot_writer import WRITTEN
 from coordinator.step import Join
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ class Adder:
         )
         verdict = self.client.writer.write(context, step, record, incarnation=incarnation, join=join)
         self.fault("adder.after_slot")
-        if verdict in WRITTEN:
+        if verdict == "written":
             self.services.gradients.delete(each.blob for each in inputs)
         self.fault("adder.after_delete")
         return {
@@ -228,4 +227,5 @@ class Adder:
         if verdict == "ok":
             for shard in (each for each in (number, *below) if each < tree.shards):
                 self.client.sender.gradient(run, step, shard, version=version)
-        return {**receipt, "status": "input lost", "error": str(lost)}
+        # Stale: the sum was made meanwhile and its inputs deleted, or somebody else opened them.
+        return {**receipt, "status": "input lost" if verdict == "ok" else "overtaken", "error": str(lost)}

@@ -43,7 +43,11 @@ from coordinator.task_names import UPDATES
 log = logging.getLogger(__name__)
 
 _FRAMES_SHOWN = 4
-UNWRITTEN = ("early", "input lost")  # what `Client.at_slot` is told when there is nothing to write yet
+UNWRITTEN = (
+    "early",
+    "input lost",
+    "overtaken",
+)  # what `Client.at_slot` is told when there is nothing to write yet
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
 
 

@@ -1,4 +1,4 @@
-"""What a training server reads of a complete step: the roots of its tree, and what they say of its shards."""
+"""A training server's view of a step with a tree: what to send for it, and what its roots say of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from cache.ledger import Ledger
 from cache.records import SlotReceipt, SlotRecord
 from coordinator.fan_in import FanIn
+from coordinator.step import Sender
 
 PARTIAL_SUMS = "partial_sums"
 """In the notes of a ledger entry: [number, digest, worker, attempt] of each partial sum, in order."""
@@ -52,3 +53,36 @@ def nonfinite(roots: Sequence[SlotRecord]) -> list[int]:
         elif not (math.isfinite(root.loss) and math.isfinite(root.grad_norm)):
             found.append(root.shard)
     return found
+
+
+def send_missing(
+    sender: Sender,
+    run: str,
+    step: int,
+    tree: FanIn,
+    present: set[int],
+    *,
+    version: int,
+    callback_queue: str,
+) -> None:
+    """Publish what a step still needs: its chord, partial sums that can be made, or the update.
+
+    Args:
+        tree: the step's slots.
+        present: those that are written.
+        version: what the step is computed at.
+        callback_queue: private queue of the training server that holds the run.
+
+    Raises:
+        CacheUnreachable: if the broker does not take it.
+    """
+    shards = [shard for shard in range(tree.shards) if shard not in present]
+    ready = tree.ready(present)
+    later = sum(slot not in present for slot in tree.partials) - len(ready)
+    if shards:
+        joining = {"joining": later} if later else {}
+        sender.step(run, step, shards, version=version, callback_queue=callback_queue, **joining)
+    for slot in ready:
+        sender.partial_sum(run, step, slot, version=version)
+    if not shards and not ready:
+        sender.advance(run, queue=callback_queue)

@@ -33,7 +33,7 @@ from coordinator import activity
 from coordinator.client import short_traceback
 from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport
-from coordinator.roots import PARTIAL_SUMS, loss_of, nonfinite, receipts_of, roots_of
+from coordinator.roots import PARTIAL_SUMS, loss_of, nonfinite, receipts_of, roots_of, send_missing
 from coordinator.services import Services
 from coordinator.step import Sender
 from coordinator.step_sum import StepSum
@@ -351,7 +351,8 @@ class TrainingServer:
                 continue
             present = set() if fresh else warm.ledger.slots_present(step)
             self.fault("server.before_launch")
-            self.sender.missing(
+            send_missing(
+                self.sender,
                 warm.run,
                 step,
                 plan.fan_in(step),

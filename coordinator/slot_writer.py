@@ -55,6 +55,9 @@ class SlotWriter:
             slot: a gradient's or a partial sum's; its bytes are stored.
             incarnation: what `begin_shard` answered.
             join: the chord that the writing task belongs to.
+
+        Returns:
+            The ledger's verdict, "written" for every one that means so.
         """
         plan, ledger = context.plan(), self.services.ledger(context.run)
         tree, version = plan.fan_in(step), plan.version_for(step)
@@ -70,4 +73,4 @@ class SlotWriter:
             self.sender.partial_sum(context.run, step, into.slot, version=version, join=join)
         if verdict in WRITTEN and present == tree.total and (join is None or ledger.called(step)):
             self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
-        return verdict
+        return "written" if verdict in WRITTEN else verdict

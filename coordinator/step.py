@@ -16,7 +16,6 @@ from kombu.exceptions import OperationalError
 from cache.connection import masked
 from cache.errors import CacheUnreachable
 from coordinator import task_names
-from coordinator.fan_in import FanIn
 from coordinator.front import push_front
 from coordinator.template import StepTemplate, push
 
@@ -126,30 +125,6 @@ class Sender:
                 self.app.send_task(task_names.PARTIAL_SUM, **options, **_PUBLISH)
         except self._connection_errors as error:
             raise self._unreachable(f"send a partial sum of run {run!r}", error) from error
-
-    def missing(
-        self, run: str, step: int, tree: FanIn, present: set[int], *, version: int, callback_queue: str
-    ) -> None:
-        """Publish what a step still needs: its chord, partial sums that can be made, or the update.
-
-        Args:
-            tree: the step's slots.
-            present: those that are written.
-            version: what the step is computed at.
-            callback_queue: private queue of the training server that holds the run.
-
-        Raises:
-            CacheUnreachable: if the broker does not take it.
-        """
-        shards = [shard for shard in range(tree.shards) if shard not in present]
-        ready = tree.ready(present)
-        if shards:
-            later = sum(slot not in present for slot in tree.partials) - len(ready)
-            self.step(run, step, shards, callback_queue=callback_queue, version=version, joining=later)
-        for slot in ready:
-            self.partial_sum(run, step, slot, version=version)
-        if not shards and not ready:
-            self.advance(run, queue=callback_queue)
 
     def step(
         self,

@@ -25,6 +25,7 @@ from celery import Celery
 from cache.settings import Settings
 from cache.workers import Heartbeat, new_info
 from coordinator import Master, Run, TrainingConfig
+from coordinator.adder import Adder
 from coordinator.client import Client
 from coordinator.server import TrainingServer
 from coordinator.services import Services
@@ -241,29 +242,53 @@ class Post:
     """A `Sender` that keeps the messages, for a test to deliver when it likes, as often as it likes.
 
     Attributes:
-        gradients: waiting (step, shard, version, chord).
+        gradients: waiting (step, shard or partial sum, version, chord).
         callbacks: how many calls to the server wait.
         chords: the shards of each chord that were not delivered yet, as Celery counts them.
+        joining: of each chord, how many partial sums are still to be delivered.
+        sums: every (step, partial sum) that was sent.
     """
 
-    gradients: list[tuple[int, int, int | None, int]] = field(default_factory=list)
+    gradients: list[tuple[int, int, int | None, int | None]] = field(default_factory=list)
     callbacks: int = 0
     chords: list[set[int]] = field(default_factory=list)
+    joining: list[int] = field(default_factory=list)
+    sums: set[tuple[int, int]] = field(default_factory=set)
 
     def advance(self, run: str, *, queue: str = UPDATES) -> None:
         self.callbacks += 1
 
     def step(
-        self, run: str, step: int, shards: Iterable[int], *, callback_queue: str, version: int | None = None
+        self,
+        run: str,
+        step: int,
+        shards: Iterable[int],
+        *,
+        callback_queue: str,
+        version: int | None = None,
+        joining: int = 0,
     ) -> None:
         self.chords.append(set(shards))
+        self.joining.append(joining)
         self.gradients += [(step, shard, version, len(self.chords) - 1) for shard in self.chords[-1]]
 
-    def counted(self, shard: int, chord: int) -> None:
+    def gradient(self, run: str, step: int, shard: int, *, version: int | None = None) -> None:
+        self.gradients.append((step, shard, version, None))
+
+    def partial_sum(self, run: str, step: int, slot: int, *, version: int, join: Any = None) -> None:
+        self.sums.add((step, slot))
+        chord = None
+        if join is not None:
+            chord = join[1]["chord"]
+            self.chords[chord].add(slot)
+            self.joining[chord] -= 1
+        self.gradients.insert(0, (step, slot, version, chord))
+
+    def counted(self, shard: int, chord: int | None) -> None:
         """A header task of a chord has ended: the last one calls back."""
-        if shard in self.chords[chord]:
+        if chord is not None and shard in self.chords[chord]:
             self.chords[chord].remove(shard)
-            self.callbacks += not self.chords[chord]
+            self.callbacks += not self.chords[chord] and self.joining[chord] <= 0
 
 
 class Shuffle:
@@ -345,8 +370,10 @@ class Shuffle:
 
     def _deliver(self, message: Any, client: Client, delivery: str, *, backup: bool) -> None:
         step, shard, version, chord = message
-        receipt = client.compute_gradient(
-            self.run.name, step, shard, version=version, delivery=delivery, join=("group", {}), backup=backup
+        join = None if chord is None else ("group", {"chord": chord})
+        work = client.compute_gradient if (step, shard) not in self.post.sums else Adder(client).partial_sum
+        receipt = work(
+            self.run.name, step, shard, version=version, delivery=delivery, join=join, backup=backup
         )
         self.verdicts[receipt["status"]] += 1
         self.post.counted(shard, chord)
@@ -357,6 +384,14 @@ MODES: dict[str, dict[str, Any]] = {
     "local steps": {"local_steps": 2, "batch_size": 4},
     "compressed": {"compression": "topk:0.2"},
     "stale": {"staleness": 1},
+    "tree": {"shards": 6, "fan_in": 2},
+    "tree of all of them": {
+        "shards": 6,
+        "fan_in": 2,
+        "local_steps": 2,
+        "compression": "int8",
+        "staleness": 1,
+    },
     "all of them": {"local_steps": 2, "batch_size": 4, "compression": "int8", "staleness": 1},
 }
 
@@ -371,19 +406,46 @@ def test_shuffled_deliveries(redis_url: str, tmp_path: Path, mode: str, seed: in
     recipe = models.mlp(SIZE, evaluation=None, metrics=None)
     quiet = Shuffle(settings, master.submit(recipe, config, name="quiet"), None)
     expected = quiet.train()
-    if mode == "exact":
+    if mode in ("exact", "tree"):
         assert expected == reference.average(recipe, config).bits
-    slots = quiet.run.verify().slots
+    audit = quiet.run.verify()
+    slots = audit.slots + audit.partial_sums
+    assert bool(audit.partial_sums) == ("tree" in mode)
     assert quiet.verdicts == {"written": slots} and quiet.run.verify().duplicates_ignored == 0
 
     wild = Shuffle(settings, master.submit(recipe, config, name="wild"), random.Random(seed))
     assert wild.train() == expected
     audit = wild.run.verify()
-    assert audit.slots == wild.verdicts["written"] == slots
+    assert audit.slots + audit.partial_sums == wild.verdicts["written"] == slots
     counted = sum(wild.verdicts[verdict] for verdict in ("duplicate", "late", "held"))
     assert audit.duplicates_ignored == counted > 0
     assert audit.divergent == audit.replayed == 0
-    assert set(wild.verdicts) <= {"written", "duplicate", "late", "held", "early", "stopped"}, wild.verdicts
+    known = {"written", "duplicate", "late", "held", "early", "stopped"}
+    if "tree" in mode:
+        known.add("overtaken")
+    assert set(wild.verdicts) <= known, wild.verdicts
+
+
+@pytest.mark.parametrize(("number", "below"), [(3, 0), (10, 2), (13, 6)], ids=["shard", "sum", "root"])
+def test_lost_bytes_in_a_tree(redis_url: str, tmp_path: Path, number: int, below: int) -> None:
+    """They are made again, with all that they were made from, and the bits stay.
+
+    Eight shards with a fan-in of 2: the slots 8 to 11 sum two shards each, 12 and 13 two of those.
+    """
+    config = TrainingConfig(**{**CONFIG.to_json(), "shards": 8, "fan_in": 2})
+    settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
+    recipe = models.mlp(SIZE, evaluation=None, metrics=None)
+    run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, config, name="lost")
+    lab = Shuffle(settings, run, None)
+    ledger = run._ledger
+    while number not in ledger.slots_present(2):
+        lab._in_order()
+    lab.server.services.gradients.delete([ledger.slots(2)[number].blob])
+    assert lab.train() == reference.average(recipe, config).bits
+    audit = run.verify()
+    assert lab.verdicts["written"] == audit.slots + audit.partial_sums + 1 + below
+    assert lab.verdicts["input lost"] == (number != 13), "the training server finds that a root's are"
+    assert audit.divergent == audit.duplicates_ignored == 0
 
 
 def test_messages_say_what_a_duplicate_is_of(redis_url: str, sender: Any) -> None:

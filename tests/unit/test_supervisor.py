@@ -43,6 +43,10 @@ class Sent:
         self.messages.append(("backup" if backup else "gradient", step, shard))
         self.plane.push(GRADIENTS, {"run": run, "step": step, "shard": shard, "version": version})
 
+    def partial_sum(self, run: str, step: int, slot: int, *, version: int, backup: bool = False) -> None:
+        self.messages.append(("backup sum" if backup else "sum", step, slot))
+        self.plane.push(GRADIENTS, {"run": run, "step": step, "slot": slot, "version": version})
+
     def evaluation(self, run: str, version: int, parts: Any, of: int) -> None:
         self.messages.append(("evaluation", version, tuple(parts)))
         for part in parts:
@@ -537,3 +541,69 @@ def test_one_supervisor_acts_and_another_takes_its_place() -> None:
     wait_until(lambda: plane.get(keys.SUPERVISOR) == other, message="the other one to be elected")
     chosen[other].stop()
     assert plane.get(keys.SUPERVISOR) is None
+
+
+# --- partial sums: four shards with a fan-in of 2 are summed in the slots 4 and 5 --------------------
+
+
+@pytest.fixture
+def tree() -> Laboratory:
+    lab = Laboratory(replace(CONFIG, fan_in=2))
+    lab.queued()
+    assert lab.rounds(4) == []
+    lab.consume(GRADIENTS)
+    return lab
+
+
+def test_a_sum_is_sent_again_once_its_inputs_are_there(tree: Laboratory) -> None:
+    tree.begin(2, "w0")
+    tree.begin(3, "w1")
+    tree.write(0, 1)
+    assert tree.rounds(10) == [("sum", 0, 4)], "who wrote the last input died before it sent the sum"
+    assert tree.rounds(60) == [], "it waits in the queue"
+    tree.consume(GRADIENTS)
+    tree.write(4)
+    assert tree.rounds(10) == [], "the inputs of the other sum are under way"
+
+
+def test_a_sum_of_a_dead_worker_is_sent_again(tree: Laboratory) -> None:
+    tree.write(0, 1, 2, 3, 5)
+    tree.run.begin_shard(0, 4, worker="w0", delivery="d")
+    tree.doing("w0", activity.partial_sum(RUN, 0, 4))
+    assert tree.rounds(10) == []
+    tree.living.pop("w0")
+    assert tree.rounds(keys.WORKER_LEASE_MS / 1000 + POLL_SECONDS) == [("sum", 0, 4)]
+
+
+def test_a_slow_sum_gets_a_backup(tree: Laboratory) -> None:
+    tree.write(0, 1, 2, 3, seconds=0.1)
+    tree.write(5, seconds=0.2)
+    tree.run.begin_shard(0, 4, worker="w0", delivery="d")
+    tree.doing("w0", activity.partial_sum(RUN, 0, 4))
+    assert tree.rounds(10) == [("backup sum", 0, 4)]
+
+
+def test_a_step_with_a_tree_is_complete_when_its_sums_are_there(tree: Laboratory) -> None:
+    tree.write(0, 1, 2, 3, 5)
+    tree.run.begin_shard(0, 4, worker="w0", delivery="d")
+    tree.doing("w0", activity.partial_sum(RUN, 0, 4))
+    assert tree.rounds(10) == [], "the training server is not called for an incomplete step"
+    tree.write(4)
+    tree.doing("w0")
+    assert tree.rounds(3) == [("advance", OWN)]
+
+
+def test_a_sum_that_takes_its_workers_down_stops_the_run(tree: Laboratory) -> None:
+    tree.write(0, 1, 2, 3, 5)
+    for turn in range(CONFIG.max_attempts):
+        id = f"w{turn}"
+        tree.run.begin_shard(0, 4, worker=id, delivery=f"d{turn}")
+        tree.doing(id, activity.partial_sum(RUN, 0, 4))
+        tree.rounds(1)
+        tree.living.pop(id)
+        tree.rounds(4)
+        tree.consume(GRADIENTS)
+    tree.rounds(10)
+    head = tree.run.head()
+    assert head.status == "failed" and head.error is not None
+    assert "partial sum 4 of step 0 took its worker down 3 times in a row" in head.error["message"]
