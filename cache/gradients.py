@@ -68,7 +68,8 @@ class GradientStore:
             and ledger.server_memory() == self.chunks.memory_id
         )
         put = self.chunks.put_local if near else self.chunks.put
-        blob = put(key, pack(tensors, manifest), ttl_seconds=keys.WORK_TTL_SECONDS)
+        packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
+        blob = put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
 
     def put_state(

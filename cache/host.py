@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import xxhash
@@ -50,7 +51,12 @@ _SHARED_MEMORY = Path("/dev/shm")
 _PART = ".part"
 _IDENTITY = "identity"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.005
+_SWEEP_SECONDS = 1.0  # between two looks at what nobody uses, where a file is used again and none is made
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from cache.drafts import Drafts
 
 
 @dataclass(slots=True)
@@ -95,6 +101,8 @@ class HostTier:
         self._wait_seconds = wait_seconds
         self.directory = _usable_directory(directory)
         self._spare_nbytes = spare_nbytes if spare_nbytes is not None else _quarter(self.directory)
+        self._drafts = None if self.directory is None else _drafts(self.directory)
+        self._swept = 0.0
         self.sweep()
 
     def get(self, ref: BlobRef) -> Tensor | None:
@@ -178,6 +186,45 @@ class HostTier:
             self._warn("write", ref, error)
             return False
 
+    def draft(self, nbytes: int) -> Tensor | None:
+        """Memory of the tier to write a blob to in place, for `show`; see `cache.drafts`.
+
+        Returns:
+            uint8, 1-D, with any content; None if the tier cannot give it.
+        """
+        if self._drafts is None or not nbytes:
+            return None
+        try:
+            return self._roomy(lambda: self._drafts.take(nbytes))  # type: ignore[union-attr]
+        except OSError as error:
+            _log.warning("no memory in %s: %s; going on without", self.directory, error)
+            return None
+
+    def drafted(self, buffer: Tensor | memoryview) -> bool:
+        """Whether a buffer came from `draft` and is still the caller's."""
+        return isinstance(buffer, Tensor) and self._drafts is not None and self._drafts.owns(buffer)
+
+    def show(self, ref: BlobRef, buffer: Tensor) -> bool:
+        """Show a draft to the other processes of this host; it is not to be written to any more.
+
+        Returns:
+            Whether the blob is here now.
+        """
+        assert self._drafts is not None
+        try:
+            self._drafts.show(buffer, self._path(ref), lambda fd: self._keep(fd, 0.0, anew=True))
+            return True
+        except FileExistsError:
+            return True  # the same bytes under the same key
+        except OSError as error:
+            self._warn("show", ref, error)
+            return False
+
+    def give_back(self, buffer: Tensor) -> None:
+        """End the use of a draft, unless it was shown."""
+        if self._drafts is not None:
+            self._drafts.give_back(buffer)
+
     def discard(self, refs: Iterable[BlobRef]) -> None:
         """Remove blobs that nobody will ask for again; mappings of them stay valid."""
         if self.directory is None:
@@ -197,6 +244,7 @@ class HostTier:
         """
         if self.directory is None:
             return
+        self._swept = time.monotonic()
         try:
             now = time.time()
             kept_nbytes = 0
@@ -230,6 +278,8 @@ class HostTier:
 
     def close(self) -> None:
         """Remove what no process maps; call it when a worker ends. The tier may be used again."""
+        if self._drafts is not None:
+            self._drafts.close()
         self.sweep(keep_spares=False)
 
     def _path(self, ref: BlobRef) -> Path:
@@ -297,16 +347,22 @@ class HostTier:
         self.counters.misses += 1
         return tensor
 
-    def _with_room(self, write: Callable[[], None]) -> None:
+    def _with_room(self, write: Callable[[], T]) -> T:
         """Clean up, then write; where there is no space left, clean up for good and try again."""
         self.sweep()
+        return self._roomy(write)
+
+    def _roomy(self, write: Callable[[], T]) -> T:
+        """Write, having cleaned up not long ago; where there is no space left, clean up for good first."""
+        if time.monotonic() - self._swept > _SWEEP_SECONDS:
+            self.sweep()
         try:
-            write()
+            return write()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             self.sweep(keep_spares=False)
-            write()
+            return write()
 
     @contextmanager
     def _removing_unfinished(self, ref: BlobRef, part: int) -> Iterator[None]:
@@ -325,10 +381,15 @@ class HostTier:
         os.rename(self._part(ref), self._path(ref))
         fcntl.flock(part, fcntl.LOCK_SH)
 
-    def _keep(self, fd: int, seconds: float) -> None:
-        """Have a file kept for so long, at least as long as a spare, and no shorter than it was to be."""
+    def _keep(self, fd: int, seconds: float, *, anew: bool = False) -> None:
+        """Have a file kept for so long, at least as long as a spare, and no shorter than it was to be.
+
+        Args:
+            anew: its modification time says nothing yet.
+        """
         now = time.time()
-        os.utime(fd, (now, max(now + max(seconds, self._idle_seconds), os.fstat(fd).st_mtime)))
+        before = 0.0 if anew else os.fstat(fd).st_mtime
+        os.utime(fd, (now, max(now + max(seconds, self._idle_seconds), before)))
 
     def _warn(self, verb: str, ref: BlobRef, error: OSError) -> None:
         _log.warning("cannot %s blob %s in %s: %s; going on without", verb, ref.key, self.directory, error)
@@ -367,6 +428,16 @@ def _usable_directory(wanted: str | os.PathLike[str] | None) -> Path | None:
         except OSError as error:
             _log.warning("processes of this host cannot share fetched tensors in %s: %s", path, error)
     return None
+
+
+def _drafts(directory: Path) -> Drafts:
+    from cache.drafts import Drafts, tensor_of
+
+    def make(fd: int, nbytes: int) -> Tensor:
+        _reserve(fd, nbytes)
+        return tensor_of(memoryview(_map_shared(fd, nbytes)), nbytes)
+
+    return Drafts(directory, make)
 
 
 def _quarter(directory: Path | None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from cache.blob import BlobRef, as_bytes, checksums, split
@@ -85,11 +86,32 @@ class TieredStore:
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a blob for everybody, and show it to this host."""
-        ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
-        self._count(written_nbytes=ref.nbytes)
-        if self.host is not None and self.tiered(ref.nbytes):
-            self.host.publish(ref, buffer)
+        try:
+            ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
+            self._count(written_nbytes=ref.nbytes)
+            if self.host is not None and self.tiered(ref.nbytes):
+                self._show(ref, buffer)
+        finally:
+            if self.host is not None and isinstance(buffer, Tensor):
+                self.host.give_back(buffer)
         return ref
+
+    def draft(self, nbytes: int) -> Tensor:
+        """Memory to write a blob to that `put` or `put_local` is then given: the host's, if it may be.
+
+        Each call is to be followed by a put of this buffer, which is not to be written to afterwards.
+
+        Returns:
+            uint8, 1-D, with any content.
+        """
+        found = self.host.draft(nbytes) if self.host is not None and self.tiered(nbytes) else None
+        return torch.empty(nbytes, dtype=torch.uint8) if found is None else found
+
+    def _show(self, ref: BlobRef, buffer: Tensor | memoryview) -> bool:
+        assert self.host is not None
+        if isinstance(buffer, Tensor) and self.host.drafted(buffer):
+            return self.host.show(ref, buffer)
+        return self.host.publish(ref, buffer)
 
     def put_local(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Show a blob to this host alone; stored for everybody if the host's tier cannot take it.
@@ -100,7 +122,7 @@ class TieredStore:
             view = as_bytes(buffer)
             parts = split(view, CHUNK_NBYTES)
             ref = BlobRef(key, len(view), CHUNK_NBYTES, checksums(parts))
-            if self.host.publish(ref, buffer):
+            if self._show(ref, buffer):
                 self._count(local_nbytes=ref.nbytes)
                 return ref
         return self.put(key, buffer, ttl_seconds=ttl_seconds)

@@ -85,6 +85,7 @@ def compute(
     total = 0.0
     try:
         with pinned(config.threads, config.deterministic, replica.device):
+            replica.own()
             replica.restore()
             optimizer, scheduler = build_optimizer(resolved, config, replica)
             if state is not None:

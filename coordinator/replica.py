@@ -60,6 +60,8 @@ class Replica:
         self._homes = _homes(model, self.buffers)
         self._version: dict[str, Tensor] = {}
         self._counters: list[int] = []
+        self._attached = False
+        self._copies = device.type != "cpu"
 
     @classmethod
     def build(
@@ -117,6 +119,11 @@ class Replica:
         Raises:
             ManifestMismatch: the buffer has another size than this model's versions.
         """
+        self.own()
+        self._take(buffer)
+        self.restore()
+
+    def _take(self, buffer: Tensor) -> None:
         if buffer.numel() != self.manifest.nbytes:
             raise ManifestMismatch(
                 f"a version of this model has {self.manifest.nbytes} bytes, the one given has "
@@ -125,7 +132,44 @@ class Replica:
             )
         self.flat = buffer
         self._version = views(buffer, self.manifest)
-        self.restore()
+
+    @torch.no_grad()
+    def attach(self, buffer: Tensor) -> None:
+        """Take over a version without a copy: the parameters become views of the buffer.
+
+        For models that are only read, as in a plain step. A parameter that does not lie in memory as the
+        version does (another device, other strides) is copied; so is everything from the first time on
+        that something wrote to a parameter.
+
+        Args:
+            buffer: as for `load`; a write to a parameter goes to it.
+        """
+        if self._attached and self._written():
+            self._copies = True
+        if self._copies or not all(p.is_contiguous() for p in self.parameters.values()):
+            self.load(buffer)
+            return
+        self._take(buffer)
+        for name, parameter in self.parameters.items():
+            parameter.data = self._version[name]
+        self._attached = True
+        self._settle()
+
+    def spoilt(self) -> bool:
+        """Whether something wrote to an attached version; it has to be attached anew, from good bytes."""
+        return self._attached and self._written()
+
+    @torch.no_grad()
+    def own(self) -> None:
+        """Give the parameters memory of their own again, for whoever writes to them."""
+        if self._attached:
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.clone()
+            self._counters = [parameter._version for parameter in self.parameters.values()]
+            self._attached = False
+
+    def _written(self) -> bool:
+        return [parameter._version for parameter in self.parameters.values()] != self._counters
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a version given by name; see `load`.
@@ -140,6 +184,10 @@ class Replica:
         """Copy the loaded version into parameters and buffers once more."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self._version[name])
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows once the parameters hold a version."""
         self._counters = [parameter._version for parameter in self.parameters.values()]
         self.reset_buffers()
         if self.loss_scale is not None:
@@ -151,8 +199,7 @@ class Replica:
 
         Parameters are put back too if something wrote to them since; torch counts writes.
         """
-        counters = [parameter._version for parameter in self.parameters.values()]
-        if counters != self._counters:
+        if self._written():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self._version[name])
             self._counters = [parameter._version for parameter in self.parameters.values()]

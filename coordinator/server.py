@@ -153,8 +153,9 @@ class TrainingServer:
                 warm.ledger.mark_called(called, token=warm.token)
                 applied = self._apply(warm)
             if applied is None:
-                if self._launch(warm, after=launched, fresh=False) == launched:
-                    self.upkeep.keep_stored(warm)
+                last = self._launch(warm, after=launched, fresh=False)
+                if last == launched and receipt["status"] == "waiting":
+                    self.upkeep.keep_stored(warm)  # somebody called for another reason than a complete step
                 return receipt
             receipt = applied
             self._follow_switch(warm)
@@ -200,8 +201,7 @@ class TrainingServer:
         self._adopt(warm)
         report, loss = self._update(warm, slots)
         self.fault("server.after_apply")
-        flat = warm.trainer.replica.pack(warm.flat)
-        warm.flat = flat
+        flat = warm.trainer.replica.pack(self.services.chunks.draft(warm.trainer.replica.nbytes()))
         draft = self.services.parameters.publish(warm.ledger, step + 1, flat, chain="")
         self.fault("server.after_publish")
         now = time.time()

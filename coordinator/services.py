@@ -234,13 +234,13 @@ class RunContext:
     def replica_at(self, version: int) -> tuple[Replica, str]:
         """The replica, holding `version`, and which tier that came from: "process", "host" or "store"."""
         replica = self.replica()
-        if replica.loaded == version:
+        if replica.loaded == version and not replica.spoilt():
             self.services.parameters.hit()
             return replica, "process"
         replica.loaded = None
         ledger = self.services.ledger(self.run)
         _, flat, source = self.services.parameters.fetch(ledger, version, out=replica.flat)
-        replica.load(flat)
+        replica.attach(flat)
         replica.loaded = version
         return replica, source
 

@@ -92,12 +92,12 @@ class Upkeep:
             self.services.chunks.require_stored(warm.record.blob)
         except (ChunkCorrupt, ChunkMissing, VersionMissing) as error:
             log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
-            flat = warm.trainer.replica.pack(warm.flat)
+            flat = warm.trainer.replica.pack()
             record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
             record = replace(record, slots=warm.record.slots)
             if not warm.ledger.put_version(record, token=warm.token):
                 raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
-            warm.flat, warm.record, warm.state_version = flat, record, NEVER
+            warm.record, warm.state_version = record, NEVER
 
     # --- checkpoints --------------------------------------------------------------------------
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from cache.blob import BlobRef
 from cache.ledger import Ledger
 from cache.records import VersionRecord
@@ -35,7 +33,6 @@ class WarmRun:
         spilled: up to which version the ledger is on disk.
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
-        flat: buffer that versions are packed into.
         sum: the sum of the present step, as far as its slots have landed; None before the first.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
@@ -54,7 +51,6 @@ class WarmRun:
     spilled: int = 0
     nbytes: int = 0
     shared: bool = False
-    flat: torch.Tensor | None = field(default=None, repr=False)
     sum: StepSum | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()

@@ -597,3 +597,43 @@ def test_shards_agree_with_one_large_batch() -> None:
     for name, tensor in one.trainer.replica.state_tensors().items():
         torch.testing.assert_close(many.trainer.replica.state_tensors()[name], tensor, rtol=1e-5, atol=1e-6)
     assert many.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+# --- versions without a copy --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_attached_version_gives_the_bytes_of_a_loaded_one(name: str) -> None:
+    bench = Bench(RECIPES[name]())
+    version = bench.replica.pack()
+    bench.replica.load(version)
+    loaded, kept = bench.compute(), version.clone()
+    bench.replica.attach(version)
+    assert_equal(bench.compute(), loaded)
+    assert not bench.replica.spoilt() and same(version, kept)
+
+
+def test_attaching_copies_nothing_and_owning_lets_the_version_alone() -> None:
+    bench = Bench(models.mlp(size=8))
+    version = bench.replica.pack()
+    kept = version.clone()
+    bench.replica.attach(version)
+    first = next(iter(bench.replica.parameters.values()))
+    assert first.data_ptr() == version.data_ptr()
+    bench.replica.own()
+    with torch.no_grad():
+        first.add_(1.0)
+    assert same(version, kept) and not bench.replica.spoilt()
+
+
+def test_a_model_that_writes_to_its_parameters_is_attached_once_and_copied_from_then_on() -> None:
+    bench = Bench(models.mlp(size=8))
+    version = bench.replica.pack()
+    kept = version.clone()
+    bench.replica.attach(version)
+    first = next(iter(bench.replica.parameters.values()))
+    with torch.no_grad():
+        first.add_(1.0)
+    assert bench.replica.spoilt()
+    bench.replica.attach(kept)
+    assert first.data_ptr() != kept.data_ptr() and same(bench.replica.pack(), kept)
