@@ -20,13 +20,17 @@ class PowerSGD(TensorCodec):
 
     A tensor of two or more dimensions is taken as a matrix of its first dimension (n) by the
     product of the others (m); what has fewer dimensions, or would not get smaller, travels as it
-    is.
+    is. Where the two factors have no fewer numbers than the matrix, its own numbers are sent.
 
     Equation:
+        r = max(rank, floor(least / (n + m)))
         P = orthonormalised(V Q),   Q' = V^T P,   decode = P Q'^T
 
     Q' is sent and is also the next step's Q, which so turns towards the leading singular vectors.
     The first Q is pseudo-random from the parameter's name and shape.
+
+    `least` spends bytes where they are cheap: a rank costs n + m numbers, so what one more rank costs
+    in a large layer pays for many in a small one, whose gradient has no fewer directions.
 
     Paper:
         Vogels, Karimireddy and Jaggi, "PowerSGD: practical low-rank gradient compression for
@@ -36,10 +40,12 @@ class PowerSGD(TensorCodec):
         The paper averages P and Q over the workers in the midst of the iteration (all-reduce).
         Here a shard is encoded by itself, so each slot has its own P and Q, the average has a rank
         of up to shards * rank, and slots need not wait for each other. P is orthonormalised in
-        float64 by the modified Gram-Schmidt process. Columns of Q are scaled to a largest element
+        float64 by the Gram-Schmidt process, twice. Columns of Q are scaled to a largest element
         of 1 to 2 before use, which leaves the span of P as it is and keeps tiny gradients from
         underflow, and columns that vanish start anew. P and Q may be sent in fewer bits; what
-        that takes is in the error, too.
+        that takes is in the error, too; with 8 bits or fewer each column of Q' is first scaled by a
+        power of two to a largest element of 1 to 2, since the columns are as unequal as singular
+        values and share blocks. The paper has one rank for all matrices, here `least` raises it.
 
     Elements above the square root of the largest float (1.8e19 in float32) count as NaN.
 
@@ -49,15 +55,19 @@ class PowerSGD(TensorCodec):
     Args:
         rank: columns of P and Q, at least 1.
         values: number format of P and Q: "fp32", "fp16", "bf16", "int8", "int4" or "sign".
+        least: how many numbers a matrix may take before its rank is held down to `rank`, at least 0;
+            0: every matrix has the same rank.
         feedback: whether what the approximation leaves out is kept for the next step.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    def __init__(self, rank: int, values: str = "fp32", feedback: bool = True) -> None:
+    def __init__(self, rank: int, values: str = "fp32", least: int = 0, feedback: bool = True) -> None:
         self.rank = require_integer("rank", rank, minimum=1)
+        self.least = require_integer("least", least, minimum=0)
         self.numbers: NumberFormat = number_format(values)
+        self._levelled = values in ("int8", "int4", "sign")
         self.feedback = require_switch("feedback", feedback)
 
     @property
@@ -74,13 +84,21 @@ class PowerSGD(TensorCodec):
         if len(shape) < 2:
             return None
         rows, columns = _matrix(shape)
-        rank = min(self.rank, rows, columns)
+        rank = self._rank(rows, columns)
+        if rank == 0:
+            return self.numbers.layout(rows * columns, dtype)
         left = self.numbers.layout(rows * rank, dtype)
         right = self.numbers.layout(columns * rank, dtype)
         return {
             **{f"p.{part}": what for part, what in left.items()},
             **{f"q.{part}": what for part, what in right.items()},
+            **({"q.exponent": (torch.int8, (rank,))} if self._levelled else {}),
         }
+
+    def _rank(self, rows: int, columns: int) -> int:
+        """Return the rank of a matrix; 0 where two factors would have no fewer numbers than it."""
+        rank = max(self.rank, self.least // (rows + columns))
+        return rank if rank * (rows + columns) < rows * columns else 0
 
     def compress(
         self,
@@ -95,7 +113,10 @@ class PowerSGD(TensorCodec):
         """See `TensorCodec.compress`."""
         matrix = values.view(_matrix(tuple(values.shape)))
         rows, columns = matrix.shape
-        rank = min(self.rank, rows, columns)
+        rank = self._rank(rows, columns)
+        if rank == 0:
+            self.numbers.pack(values, peak, parts)
+            return Kept(self.numbers.subtract(parts, values) if error else None)
         start = _start(name, columns, rank, matrix)
         if "q" in state:
             held = expect("q", state["q"], (columns, rank), matrix.dtype).to(matrix.device)
@@ -104,7 +125,12 @@ class PowerSGD(TensorCodec):
             matrix = matrix.clone()  # to memory aligned like everybody's
         left = orthonormalised(matrix @ _scaled(start))
         right = matrix.T @ left
-        for prefix, factor in (("p.", left), ("q.", right)):
+        sent = right
+        if self._levelled:
+            exponents = _exponents(right)
+            parts["q.exponent"].copy_(exponents)
+            sent = torch.ldexp(right, -exponents)
+        for prefix, factor in (("p.", left), ("q.", sent)):
             self.numbers.pack(factor.T.contiguous(), peak_of(factor), _within(prefix, parts))
         if error:
             matrix -= self._product(parts, rows, columns, matrix.dtype)
@@ -112,19 +138,24 @@ class PowerSGD(TensorCodec):
 
     def expand(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See `TensorCodec.expand`."""
-        return self._product(parts, *_matrix(shape), dtype).view(shape)
+        rows, columns = _matrix(shape)
+        if self._rank(rows, columns) == 0:
+            return self.numbers.unpack(parts, rows * columns, dtype).view(shape)
+        return self._product(parts, rows, columns, dtype).view(shape)
 
     def _product(self, parts: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        rank = min(self.rank, rows, columns)
+        rank = self._rank(rows, columns)
         left = self.numbers.unpack(_within("p.", parts), rows * rank, dtype).view(rank, rows)
         right = self.numbers.unpack(_within("q.", parts), columns * rank, dtype).view(rank, columns)
+        if self._levelled:
+            right = torch.ldexp(right, parts["q.exponent"].to(torch.int32).view(-1, 1))
         return left.T @ right
 
 
 def orthonormalised(matrix: Tensor) -> Tensor:
     """Return the columns made orthonormal, from left to right; those that depend on others become 0.
 
-    Modified Gram-Schmidt in float64, each column projected twice.
+    Classical Gram-Schmidt in float64, each column projected twice, which is as good as the modified one.
 
     Args:
         matrix: shape (n, r), finite.
@@ -132,26 +163,31 @@ def orthonormalised(matrix: Tensor) -> Tensor:
     Returns:
         The same shape and dtype.
     """
-    done: list[Tensor] = []
-    for column in matrix.double().T:
+    found = torch.zeros(matrix.shape, dtype=torch.float64, device=matrix.device)
+    for number, column in enumerate(matrix.double().T):
         peak = float(column.abs().amax())
         if peak == 0.0 or not math.isfinite(peak):
-            done.append(column * (0.0 if peak == 0.0 else math.nan))
+            found[:, number] = 0.0 if peak == 0.0 else math.nan
             continue
         column = column / peak
         before = float(torch.linalg.vector_norm(column))
+        done = found[:, :number]
         for _ in range(2):
-            for other in done:
-                column = column - torch.dot(other, column) * other
+            column = column - done @ (done.T @ column)
         after = float(torch.linalg.vector_norm(column))
-        done.append(column / after if after > 1e-6 * before else torch.zeros_like(column))
-    return torch.stack(done, 1).to(matrix.dtype)
+        if after > 1e-6 * before:
+            found[:, number] = column / after
+    return found.to(matrix.dtype)
 
 
 def _scaled(matrix: Tensor) -> Tensor:
     """Return the columns, none of them 0, times powers of two that bring their peaks to [1, 2)."""
-    exponents = torch.frexp(matrix.abs().amax(0)).exponent.clamp(-120, 120)
-    return torch.ldexp(matrix, 1 - exponents)
+    return torch.ldexp(matrix, -_exponents(matrix))
+
+
+def _exponents(matrix: Tensor) -> Tensor:
+    """Return for each column the power of two that its peak is 1 to 2 times, from 2^-121 to 2^119."""
+    return torch.frexp(matrix.abs().amax(0)).exponent.clamp(-120, 120) - 1
 
 
 def _start(name: str, columns: int, rank: int, like: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ LOSSY = (
     "powersgd:1",
     "powersgd:3,values=bf16",
     "powersgd:2,values=int8",
+    "powersgd:1,values=int4,least=300",
     "powersgd:2,feedback=off",
 )
 # torch warns that complex32 is experimental, whatever one does with it.
@@ -587,6 +588,28 @@ def test_the_iteration_turns_towards_the_leading_directions() -> None:
     assert all(later <= earlier * 1.001 for earlier, later in itertools.pairwise(errors))
 
 
+def test_a_small_matrix_gets_a_higher_rank_or_is_sent_whole() -> None:
+    codec = parse("powersgd:1,least=600")
+    for shape, numbers in (((100, 200), 2 * 300), ((20, 100), 5 * 120), ((20, 25), 500), ((400, 400), 800)):
+        sent = codec.encode({"w": random(shape)}, None).payload
+        assert sum(part.numel() * part.element_size() for part in sent.values()) == 4 * numbers, shape
+    gradient = {"w": random((20, 5)) @ random((5, 100), seed=1)}
+    decoded = codec.decode(codec.encode(gradient, None).payload, gradient)["w"]
+    torch.testing.assert_close(decoded, gradient["w"], rtol=0, atol=1e-4)
+
+
+def test_columns_of_unequal_size_lose_no_levels_to_each_other() -> None:
+    """The second direction is a thousandth of the first and shares its block of levels."""
+    left, right = (torch.linalg.qr(random((60, 2), seed=seed)).Q for seed in (1, 2))
+    codec, kept = parse("powersgd:2,values=int8,feedback=off"), {}
+    gradient = {"w": left @ torch.diag(torch.tensor([1.0, 1e-3])) @ right.T}
+    for _ in range(4):
+        encoded = codec.encode(gradient, kept)
+        kept = encoded.residual
+    small = left.T @ codec.decode(encoded.payload, gradient)["w"] @ right
+    assert float(small[1, 1]) == pytest.approx(1e-3, rel=0.02)
+
+
 def test_a_direction_that_vanished_comes_back() -> None:
     codec = parse("powersgd:2,feedback=off")
     kept = codec.encode({"w": torch.zeros(30, 30)}, None).residual
@@ -672,8 +695,10 @@ def test_without_feedback_small_elements_never_arrive() -> None:
         ("topk:0.01,values=int8", 6 * 375 + 961 + 3000 + 4 * 3),
         ("topk:0.01,values=sign", 6 * 375 + 961 + 375 + 4 * 3),
         ("powersgd:2", 4 * 2 * (300 + 1000)),
-        ("powersgd:2,values=int8", 2 * (300 + 1000) + 4 * (1 + 2)),
-        ("powersgd:2,values=int4", 300 + 1000 + 4 * (1 + 2)),
+        ("powersgd:2,values=int8", 2 * (300 + 1000) + 4 * (1 + 2) + 2),
+        ("powersgd:2,values=int4", 300 + 1000 + 4 * (1 + 2) + 2),
+        ("powersgd:2,values=int8,least=6499", 4 * (300 + 1000) + 4 * (2 + 4) + 4),
+        ("powersgd:2,values=int8,least=400000", 300_000 + 4 * 293),
     ],
 )
 def test_payload_bytes(spec: str, nbytes: int) -> None:
