@@ -157,6 +157,10 @@ class RunKeys:
         """Chunk prefix of the parameters of one version."""
         return f"{PREFIX}:blob:{self.run}:parameters:{version}:{nonce}"
 
+    def delta_blob(self, version: int, nonce: str) -> str:
+        """Chunk prefix of how one version follows from the one before."""
+        return f"{PREFIX}:blob:{self.run}:delta:{version}:{nonce}"
+
     def state_blob(self, version: int, nonce: str) -> str:
         """Chunk prefix of the optimizer state of one version."""
         return f"{PREFIX}:blob:{self.run}:state:{version}:{nonce}"

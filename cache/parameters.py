@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from cache import keys
 from cache.codec import Manifest, layout, pack, views
 from cache.errors import CacheError, ChunkMissing, VersionMissing
 from cache.ledger import Ledger
-from cache.records import StateRecord, VersionRecord
+from cache.records import DeltaRecord, StateRecord, VersionRecord
 from cache.tiered import TieredStore
 
 
@@ -31,14 +31,16 @@ class FetchCounters:
         process_hits: the version was loaded already.
         host_hits: another process of this host had read it.
         host_nbytes: bytes of those.
+        deltas: differences to the version before that were read in the version's place.
         misses: the version was read from the chunk store.
         nbytes: bytes read from the chunk store.
-        seconds: time spent on both.
+        seconds: time spent on all of these.
     """
 
     process_hits: int = 0
     host_hits: int = 0
     host_nbytes: int = 0
+    deltas: int = 0
     misses: int = 0
     nbytes: int = 0
     seconds: float = 0.0
@@ -72,6 +74,64 @@ class ParameterCache:
         key = ledger.keys.parameters_blob(version, uuid.uuid4().hex[:12])
         blob = self.chunks.put(key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS)
         return VersionRecord(version, blob.digest, blob, chain)
+
+    def publish_delta(
+        self,
+        ledger: Ledger,
+        record: VersionRecord,
+        before: VersionRecord,
+        compression: str,
+        payload: Mapping[str, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+    ) -> VersionRecord:
+        """Store how a version follows from the one before and return the record that names it.
+
+        Args:
+            payload: the difference as a codec wrote it.
+            buffers: buffers that changed, whole.
+        """
+        tensors = {**payload, **buffers}
+        manifest = layout(tensors)
+        if not 0 < manifest.nbytes < record.blob.nbytes:
+            return record
+        key = ledger.keys.delta_blob(record.version, uuid.uuid4().hex[:12])
+        blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+        delta = DeltaRecord(before.digest, compression, manifest.to_json(), tuple(buffers), blob)
+        return replace(record, delta=delta)
+
+    def deltas(self, ledger: Ledger, version: int, *, base: str) -> list[VersionRecord] | None:
+        """The versions whose deltas lead from the parameters with the digest `base` to a version, in order.
+
+        None if there is no such chain, or a download of the version has fewer bytes. Empty if
+        the version has the very bytes of `base`.
+        """
+        found: list[VersionRecord] = []
+        nbytes = 0
+        while True:
+            record = ledger.version(version - len(found))
+            if record is None:
+                return None
+            if record.digest == base:
+                return found[::-1]
+            if record.delta is None:
+                return None
+            found.append(record)
+            nbytes += record.delta.blob.nbytes
+            if nbytes >= found[0].blob.nbytes:
+                return None
+            if record.delta.base == base:
+                return found[::-1]
+
+    def fetch_delta(self, delta: DeltaRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(difference as the codec wrote it, buffers) of a version, as views of one received buffer."""
+        began = time.perf_counter()
+        tensors = views(self.chunks.get(delta.blob), Manifest.from_json(delta.manifest))
+        buffers = {name: tensors.pop(name) for name in delta.buffers}
+        with self._lock:
+            c = self._counters
+            c = replace(c, deltas=c.deltas + 1, nbytes=c.nbytes + delta.blob.nbytes)
+            self._counters = replace(c, seconds=c.seconds + time.perf_counter() - began)
+        return tensors, buffers
 
     def publish_state(
         self, ledger: Ledger, record: VersionRecord, skeleton: Any, tensors: dict[str, torch.Tensor]

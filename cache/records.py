@@ -116,7 +116,8 @@ class SlotRecord:
         environment: what could change bits: torch version, device, threads, CPU capability.
         compression: how the gradients are encoded (`TrainingConfig.compression`).
         state: what the slot keeps for its next step, None if nothing.
-        fetched: which tier the worker had the parameters from: "process", "host" or "store".
+        fetched: which tier the worker had the parameters from: "process", "delta" (added to the version
+            that it held), "host" or "store".
         total: of a partial sum, what it sums up; None for a gradient.
     """
 
@@ -202,6 +203,36 @@ class StateRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaRecord:
+    """How a version follows from the one before, in fewer bytes than the version has.
+
+    Attributes:
+        base: digest of the parameters of the version before.
+        compression: how the difference is encoded (`TrainingConfig.parameter_compression`).
+        manifest: layout of the bytes (cache.codec.Manifest as JSON).
+        buffers: names in the manifest that are buffers, which travel whole.
+        blob: where the bytes are.
+    """
+
+    base: str
+    compression: str
+    manifest: dict[str, Any]
+    buffers: tuple[str, ...]
+    blob: BlobRef
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {**fields, "buffers": list(self.buffers), "blob": self.blob.to_json()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> DeltaRecord:
+        """The inverse of `as_dict`."""
+        blob = BlobRef.from_json(fields["blob"])
+        return cls(**{**fields, "buffers": tuple(fields["buffers"]), "blob": blob})
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRecord:
     """Where the parameters of one version are, and what else belongs to it.
 
@@ -212,6 +243,7 @@ class VersionRecord:
         chain: ledger chain of the version.
         state: optimizer state, if it was published.
         slots: shard -> slot state after the step that made this version.
+        delta: how it follows from the version before, if parameters are compressed.
     """
 
     version: int
@@ -220,11 +252,16 @@ class VersionRecord:
     chain: str
     state: StateRecord | None = None
     slots: dict[int, StateRecord] = field(default_factory=dict)
+    delta: DeltaRecord | None = None
+
+    def own_blobs(self) -> list[BlobRef]:
+        """The bytes of the parameters themselves: whole, and as a delta."""
+        return [self.blob] if self.delta is None else [self.blob, self.delta.blob]
 
     def blobs(self) -> list[BlobRef]:
         """All bytes that the record points to; slot states may be other versions' too."""
         states = [*([] if self.state is None else [self.state]), *self.slots.values()]
-        return [self.blob, *(blob for state in states for blob in state.blobs())]
+        return [*self.own_blobs(), *(blob for state in states for blob in state.blobs())]
 
     def to_json(self) -> str:
         """Text for the versions hash."""
@@ -236,6 +273,7 @@ class VersionRecord:
                 "chain": self.chain,
                 "state": None if self.state is None else self.state.as_dict(),
                 "slots": {str(shard): state.as_dict() for shard, state in self.slots.items()},
+                **({} if self.delta is None else {"delta": self.delta.as_dict()}),
             },
             separators=(",", ":"),
         )
@@ -252,6 +290,7 @@ class VersionRecord:
             chain=fields["chain"],
             state=None if state is None else StateRecord.from_dict(state),
             slots={int(shard): StateRecord.from_dict(value) for shard, value in fields["slots"].items()},
+            delta=DeltaRecord.from_dict(fields["delta"]) if "delta" in fields else None,
         )
 
 

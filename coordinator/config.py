@@ -43,6 +43,9 @@ class TrainingConfig:
             do not depend on who is fast.
         compression: how gradients travel: "none", or a codec with error feedback such as "fp16",
             "int8", "topk:0.01" or "powersgd:2". See docs/compression.md.
+        parameter_compression: how parameters travel to a worker that holds the version before: "none",
+            or a codec for the difference, such as "int8". The parameters of a version are then
+            what the workers decode. See docs/compression.md.
         precision: "fp32", or "bf16" or "fp16" for torch.autocast to bfloat16 or float16 around
             forward and loss (parameters, gradients and optimizer state keep their own dtype). With
             "fp16" the loss is scaled; see `coordinator.loss_scale` and docs/precision.md.
@@ -88,6 +91,7 @@ class TrainingConfig:
     local_steps: int = 1
     staleness: int = 0
     compression: str = "none"
+    parameter_compression: str = "none"
     precision: str = "fp32"
     clip_norm: float | None = None
     threads: int = 1
@@ -123,10 +127,14 @@ class TrainingConfig:
         self._choice("skew", _SKEW)
         self._choice("precision", _PRECISIONS)
         self._choice("memory_format", _MEMORY_FORMATS)
-        if self.compression != "none":
-            from coordinator.compression import check  # loads torch
+        for name in ("compression", "parameter_compression"):
+            if getattr(self, name) != "none":
+                from coordinator.compression import check  # loads torch
 
-            check(self.compression)
+                try:
+                    check(getattr(self, name))
+                except ConfigError as error:
+                    raise ConfigError(str(error).replace("compression", name, 1)) from None
 
     def _integer(
         self, name: str, *, minimum: int, maximum: int | None = None, optional: bool = False

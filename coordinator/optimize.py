@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
 from coordinator.config import TrainingConfig
+from coordinator.deltas import Delta, DeltaEncoder
 from coordinator.determinism import pinned, seed_everything
 from coordinator.loss_scale import exhausted
 from coordinator.recipe import ResolvedRecipe
@@ -54,6 +55,9 @@ class Trainer:
         optimizer: made by the recipe.
         scheduler: made by the recipe, or None.
         config: the run's config.
+        deltas: compresses the steps' differences; None without `parameter_compression`.
+        delta: what leads from the version before to the present one, if it was compressed.
+        allowed: the allow-list, for codecs that are imported.
     """
 
     def __init__(
@@ -62,15 +66,24 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler | None,
         config: TrainingConfig,
+        allowed: tuple[str, ...] | None = None,
     ) -> None:
         self.replica = replica
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.config = config
+        self.allowed = allowed
+        self.deltas = _delta_encoder(config, allowed)
+        self.delta: Delta | None = None
 
     @classmethod
     def build(
-        cls, resolved: ResolvedRecipe, config: TrainingConfig, device: torch.device | str = "cpu"
+        cls,
+        resolved: ResolvedRecipe,
+        config: TrainingConfig,
+        device: torch.device | str = "cpu",
+        *,
+        allowed: tuple[str, ...] | None = None,
     ) -> Trainer:
         """Make model, optimizer and scheduler as at the start of the run (version 0).
 
@@ -82,7 +95,7 @@ class Trainer:
         replica = Replica.build(resolved, config, device)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
             optimizer, scheduler = _servers_optimizer(resolved, config, replica)
-        return cls(replica, optimizer, scheduler, config)
+        return cls(replica, optimizer, scheduler, config, allowed)
 
     def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
         """Go on under another config, after a switch.
@@ -142,22 +155,25 @@ class Trainer:
                         "clip_norm, or set nonfinite='skip' to leave such steps out."
                     )
                 clipped = clip is not None and not skipped and float(norm) > clip
+                before = None if self.deltas is None or skipped else _copied(self.replica.state_tensors())
                 if not skipped:
                     self._update(norm, buffers, step)
                 self._step_scheduler(step, loss, quiet=skipped)
                 self._step_loss_scale(overflow=skipped)
+                self.delta = None if before is None else self._encoded(before)
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
         return ApplyReport(float(norm), clipped, skipped, lr)
 
     def state(self) -> dict[str, Any]:
-        """Return optimizer and scheduler state as a tree of copies, tensors on the CPU.
+        """Return optimizer and scheduler state, and what deltas hold back, as a tree of copies on the CPU.
 
         The parameters are not in it: they are the version. See `coordinator.tree` for what the
         tree may hold.
         """
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": _copied(self.optimizer.state_dict()), "scheduler": _copied(scheduler)}
+        tree = {"optimizer": _copied(self.optimizer.state_dict()), "scheduler": _copied(scheduler)}
+        return tree if self.deltas is None else {**tree, "deltas": self.deltas.state()}
 
     def load_state(self, tree: Mapping[str, Any]) -> None:
         """Take over what `state` returned; the next update has the bits it would have had there.
@@ -166,10 +182,13 @@ class Trainer:
             CheckpointError: the state belongs to another optimizer or scheduler.
         """
         restore_optimizer(self.optimizer, self.scheduler, tree)
+        if self.deltas is not None:
+            self.deltas.load(tree.get("deltas"))
 
     def state_nbytes(self) -> int:
-        """Return the bytes of the optimizer's state tensors; 0 for one without, or before its first step."""
-        return sum(
+        """Return the bytes of the state's tensors; 0 for an optimizer without, or before its first step."""
+        held = 0 if self.deltas is None else self.deltas.nbytes()
+        return held + sum(
             value.numel() * value.element_size()
             for values in self.optimizer.state.values()
             for value in values.values()
@@ -179,6 +198,14 @@ class Trainer:
     def nbytes(self) -> int:
         """Return the bytes that this trainer keeps in memory: state, one set of gradients, optimizer."""
         return 2 * self.replica.manifest.nbytes + self.state_nbytes()
+
+    def _encoded(self, before: Mapping[str, Tensor]) -> Delta:
+        """Compress what the step did to the state tensors, and take it back to what that stands for."""
+        assert self.deltas is not None
+        state = _copied(self.replica.state_tensors())
+        others = {name: value for name, value in state.items() if name not in self.replica.parameters}
+        changed = {name: value for name, value in others.items() if not torch.equal(value, before[name])}
+        return self.deltas.encode(before, self.replica.parameters, changed)
 
     @staticmethod
     def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
@@ -243,6 +270,13 @@ class Trainer:
                     self.scheduler.step()
         except Exception as error:
             raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
+
+
+def _delta_encoder(config: TrainingConfig, allowed: tuple[str, ...] | None) -> DeltaEncoder | None:
+    """What compresses the parameters' way to the workers, if the config asks for it."""
+    if config.parameter_compression == "none":
+        return None
+    return DeltaEncoder(config.parameter_compression, allowed)
 
 
 def build_optimizer(

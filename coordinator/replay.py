@@ -135,7 +135,7 @@ class Replay:
 
     def _built(self, version: int) -> Trainer:
         config = self.plan.config_at(min(version, self.plan.total_steps - 1))
-        return Trainer.build(self.recipe, config, device())
+        return Trainer.build(self.recipe, config, device(), allowed=self.allowed)
 
     def _hold(self, version: int, slots: dict[int, Any]) -> str:
         """Keep the version that the trainer has come to; its digest."""

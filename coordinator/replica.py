@@ -45,6 +45,7 @@ class Replica:
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
         loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
+        digest: of the bytes in `flat`, kept likewise; "" if unknown.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
@@ -57,6 +58,7 @@ class Replica:
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
         self.loaded: int | None = None
+        self.digest = ""
         self._homes = _homes(model, self.buffers)
         self._version: dict[str, Tensor] = {}
         self._counters: list[int] = []

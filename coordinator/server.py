@@ -203,6 +203,10 @@ class TrainingServer:
         self.fault("server.after_apply")
         flat = warm.trainer.replica.pack(self.services.chunks.draft(warm.trainer.replica.nbytes()))
         draft = self.services.parameters.publish(warm.ledger, step + 1, flat, chain="")
+        if (delta := warm.trainer.delta) is not None:
+            draft = self.services.parameters.publish_delta(
+                warm.ledger, draft, warm.record, delta.compression, delta.payload, delta.buffers
+            )
         self.fault("server.after_publish")
         now = time.time()
         entry = LedgerEntry(
@@ -237,7 +241,7 @@ class TrainingServer:
         )
         self.fault("server.after_commit")
         if committed.verdict != "ok":
-            self.services.chunks.delete([record.blob])
+            self.services.chunks.delete(record.own_blobs())
             self._refused(warm, committed.verdict, step)
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
         warm.spent = [slot.blob for slot in slots]
@@ -405,11 +409,12 @@ class TrainingServer:
                 return {**receipt, "status": "evaluating"}
         if warm.spilled != version:
             self.upkeep.checkpoint(warm)
-        if warm.record.slots:  # no slot has a next step
-            kept, warm.record = warm.record, replace(warm.record, slots={})
+        if warm.record.slots or warm.record.delta is not None:  # no slot and no Client has a next step
+            kept, warm.record = warm.record, replace(warm.record, slots={}, delta=None)
             if not ledger.put_version(warm.record, token=warm.token):
                 raise Fenced(f"run {warm.run!r}: overtaken at its end")
-            self.services.gradients.delete(blob for state in kept.slots.values() for blob in state.blobs())
+            left = warm.record.blobs()
+            self.services.gradients.delete(blob for blob in kept.blobs() if blob not in left)
         self.fault("server.before_finish")
         done, _ = ledger.transition(
             "done", allowed=("running",), event="done", data={"version": version}, token=warm.token

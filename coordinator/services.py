@@ -232,17 +232,30 @@ class RunContext:
             return self._replica
 
     def replica_at(self, version: int) -> tuple[Replica, str]:
-        """The replica, holding `version`, and which tier that came from: "process", "host" or "store"."""
+        """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store"."""
         replica = self.replica()
         if replica.loaded == version and not replica.spoilt():
             self.services.parameters.hit()
             return replica, "process"
-        replica.loaded = None
         ledger = self.services.ledger(self.run)
-        _, flat, source = self.services.parameters.fetch(ledger, version, out=replica.flat)
+        deltas = self.config.parameter_compression != "none"
+        held = deltas and replica.loaded is not None and not replica.spoilt()
+        replica.loaded = None
+        if held and self._forward(replica, ledger, version):
+            replica.loaded = version
+            return replica, "delta"
+        record, flat, source = self.services.parameters.fetch(ledger, version, out=replica.flat)
         replica.attach(flat)
-        replica.loaded = version
+        replica.loaded, replica.digest = version, record.digest
         return replica, source
+
+    def _forward(self, replica: Replica, ledger: Ledger, version: int) -> bool:
+        """Bring the replica to a version by the deltas from what it holds, if that can be done."""
+        from coordinator.deltas import forward
+
+        return forward(
+            replica, self.services.parameters, ledger, version, self.services.settings.allowed_modules
+        )
 
 
 def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

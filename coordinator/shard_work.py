@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from coordinator import gradient, local_steps
-from coordinator.admission import START_DIRECTORY, Admission
-from coordinator.compression import Codec, parse
+from coordinator.compression import codec_of
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned
 from coordinator.recipe import ResolvedRecipe
@@ -43,17 +41,6 @@ class ShardWork:
     loss: float
     grad_norm: float
     examples: int
-
-
-@lru_cache(maxsize=32)
-def codec_of(compression: str, allowed: tuple[str, ...] | None) -> Codec:
-    """The codec that a config names, imported from where a recipe may be.
-
-    Raises:
-        ConfigError: there is no such codec.
-        NotAllowed: this worker may not import it.
-    """
-    return parse(compression, resolve=Admission(allowed, START_DIRECTORY).fetch)
 
 
 def keeps_state(config: TrainingConfig, allowed: tuple[str, ...] | None) -> bool:

@@ -13,6 +13,7 @@ from cache.ledger import Ledger
 from cache.records import GENESIS, Head, StateRecord, VersionRecord
 from coordinator import tree
 from coordinator.checkpoint import CheckpointStore
+from coordinator.config import TrainingConfig
 from coordinator.faults import Hook
 from coordinator.optimize import Trainer
 from coordinator.services import RunContext, Services, device, switches_of
@@ -59,7 +60,11 @@ class TakeOver:
         if context.switches:
             plan = context.plan()
             config = plan.config_at(min(version, plan.total_steps - 1))
-        return Trainer.build(context.recipe, config, device())
+        return self._built(config)
+
+    def _built(self, config: TrainingConfig) -> Trainer:
+        allowed = self.services.settings.allowed_modules
+        return Trainer.build(self.context.recipe, config, device(), allowed=allowed)
 
     def _initialise(self, head: Head) -> WarmRun:
         """Make the first version: the recipe's own initial weights, or a checkpoint's."""
@@ -71,7 +76,7 @@ class TakeOver:
         if head.version:
             trainer, record = self._from_checkpoint(head.version)
         else:
-            trainer = Trainer.build(context.recipe, plan.config_at(0), device())
+            trainer = self._built(plan.config_at(0))
             record = self._published(trainer, 0, GENESIS)
         self.fault("server.before_initialise")
         verdict = ledger.initialise(

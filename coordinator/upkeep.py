@@ -94,7 +94,7 @@ class Upkeep:
             log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
             flat = warm.trainer.replica.pack()
             record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
-            record = replace(record, slots=warm.record.slots)
+            record = replace(record, slots=warm.record.slots, delta=warm.record.delta)
             if not warm.ledger.put_version(record, token=warm.token):
                 raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
             warm.record, warm.state_version = record, NEVER

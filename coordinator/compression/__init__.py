@@ -6,7 +6,7 @@ See docs/compression.md for what each codec costs and gives.
 from coordinator.compression.codec import Codec, Encoded, Kept, Layout, Plain, Shapes, TensorCodec, expect
 from coordinator.compression.powersgd import PowerSGD
 from coordinator.compression.quantized import Quantized, bf16, fp16, int8, sign
-from coordinator.compression.spec import CODECS, check, parse
+from coordinator.compression.spec import CODECS, check, codec_of, parse
 from coordinator.compression.topk import TopK
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "TopK",
     "bf16",
     "check",
+    "codec_of",
     "expect",
     "fp16",
     "int8",

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from cache.errors import ConfigError, NotAllowed, RecipeError
-from coordinator.admission import Admission
+from coordinator.admission import START_DIRECTORY, Admission
 from coordinator.compression.codec import Codec, Plain
 from coordinator.compression.powersgd import PowerSGD
 from coordinator.compression.quantized import bf16, fp16, int8, sign
@@ -58,6 +59,19 @@ def parse(spec: str, *, resolve: Resolve | None = None) -> Codec:
     if make is None:
         make = _imported(spec, name, resolve or Admission(None).fetch)
     return _made(spec, make, arguments)
+
+
+@lru_cache(maxsize=32)
+def codec_of(spec: str, allowed: tuple[str, ...] | None) -> Codec:
+    """Return the codec that a run's config names, imported from where its recipe may be.
+
+    Args:
+        allowed: the worker's allow-list; None: its default.
+
+    Raises:
+        ConfigError, NotAllowed: as `parse` raises them.
+    """
+    return parse(spec, resolve=Admission(allowed, START_DIRECTORY).fetch)
 
 
 def check(spec: str) -> None:

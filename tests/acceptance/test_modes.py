@@ -31,12 +31,22 @@ MODES: dict[str, dict[str, Any]] = {
     "half-topk": {**HALF, "compression": "topk:0.1"},
     "half-local": {**HALF, "local_steps": 3},
     "half-stale": {**HALF, "staleness": 1},
+    "own": {"compression": "tests.support.codecs:EveryNth:3"},
+    "deltas": {"parameter_compression": "int8"},
+    "all": {
+        "staleness": 1,
+        "local_steps": 2,
+        "compression": "powersgd:1,values=int8,least=40",
+        "parameter_compression": "topk:0.2",
+    },
+    "half-deltas": {**HALF, "parameter_compression": "int8"},
 }
 
 
 def recipe(**changes: Any) -> Recipe:
-    """An MLP with dropout under AdamW, whose state has to come along everywhere."""
-    return models.mlp(size=96, optimizer=partial(torch.optim.AdamW, lr=1e-2), **changes)
+    """An MLP with dropout under AdamW, whose state has to come along everywhere; codecs find enough to do."""
+    model = partial(models.Mlp, hidden=200)
+    return models.mlp(size=96, model=model, optimizer=partial(torch.optim.AdamW, lr=1e-2), **changes)
 
 
 def recipe_of(mode: str) -> Recipe:
@@ -102,7 +112,17 @@ def test_a_training_server_that_dies_restores_the_slots_states(
     fleet: LocalCluster, alone: dict[str, bytes]
 ) -> None:
     master = master_of(fleet)
-    for name in ("local-topk", "stale-powersgd", "diloco", "half-topk", "half-local", "half-stale"):
+    killed = (
+        "local-topk",
+        "stale-powersgd",
+        "diloco",
+        "half-topk",
+        "half-local",
+        "half-stale",
+        "deltas",
+        "all",
+    )
+    for name in killed:
         run = master.submit(recipe_of(name), config(**MODES[name]), name=f"{name}-killed")
         wait_until(lambda run=run: run.status().version >= 5, 30, "the fifth step")
         fleet.processes["server"].kill()
@@ -128,6 +148,30 @@ def test_a_client_that_dies_takes_no_residual_with_it(fleet: LocalCluster, alone
     fleet.restart("client1")
     run.wait(timeout=90)
     assert bits(run) == alone["topk"]
+
+
+def test_deltas_serve_whoever_holds_the_version_before(
+    cluster: Callable[..., LocalCluster], alone: dict[str, bytes]
+) -> None:
+    """A third Client comes late, one is killed and one restarted: each starts from a whole version."""
+    made = cluster(2, wait_ready=True)
+    master = master_of(made)
+    run = master.submit(recipe(), config(**MODES["deltas"]), name="deltas-3")
+    wait_until(lambda: run.status().version >= 3, 30, "the third step")
+    made.add_worker()
+    made.processes["client1"].kill()
+    made.restart("client1")
+    run.wait(timeout=90)
+    assert bits(run) == alone["deltas"]
+    read = sources(run)
+    assert read["delta"] > read["store"] + read["host"], read
+    assert run.verify(reexecute=[run.status().version - 1]).ok
+    assert not [key for key in leftovers(run) if ":delta:" in key]
+
+
+def leftovers(run: Run) -> list[str]:
+    """Blobs that the run's last version still points to."""
+    return [blob.key for record in run._ledger.versions().values() for blob in record.blobs()]
 
 
 def test_a_live_switch_is_recorded_and_has_the_same_bits_when_replayed(fleet: LocalCluster) -> None:

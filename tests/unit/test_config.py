@@ -61,6 +61,8 @@ def test_fields_left_out_of_json_take_their_defaults() -> None:
         ("staleness", -1),
         ("compression", "zip"),
         ("compression", "topk:2"),
+        ("parameter_compression", "int9"),
+        ("parameter_compression", "topk:2"),
         ("compression", None),
     ],
 )
