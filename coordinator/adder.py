@@ -19,10 +19,10 @@ from cache.errors import CacheError, ChunkCorrupt, ChunkMissing
 from cache.ledger import Ledger
 from cache.records import SlotReceipt, SlotRecord, SumRecord
 from coordinator import activity
+from coordinator.compression import codec_of
 from coordinator.determinism import pinned
 from coordinator.partial import Partial, PartialSum
 from coordinator.services import RunContext, device
-from coordinator.shard_work import codec_of
 from coordinator.step import Join
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
         "epochs": 6,
         "precision": "fp16",
         "loss_scale_interval": 2,
+        "parameter_compression": "int8",
     },
     "tree": {"shards": 8, "fan_in": 2},
     "deep tree, all": {

@@ -169,12 +169,12 @@ def test_records_survive_json() -> None:
 
 def test_without_a_whole_chain_the_version_is_downloaded() -> None:
     versions = Versions(3)
-    newest = versions.records[3]
+    newest, second = versions.records[3], versions.replica(2)
     assert not versions.forward(versions.replica(3), 2), "there is no way back"
     del versions.records[2]
     assert not versions.forward(versions.replica(1), 3)
     versions.records[3] = replace(newest, delta=None)
-    assert not versions.forward(versions.replica(2), 3)
+    assert not versions.forward(second, 3)
 
 
 def test_lost_damaged_or_foreign_deltas_are_not_applied() -> None:
