@@ -4,8 +4,15 @@
 
 Claim: the overhead of one global step (milliseconds from commit to commit with a no-op model), beside
 the same number of messages sent by hand through redis-py by two processes (the floor: no tasks, no
-tensors, no ledger). Bias: torchord's step stores and reads tensors, updates and commits; the floor
-does none of that. Two Clients and one training server share the machine's cores with the server.
+tensors, no ledger). Beside the time stand what other work on the machine does not change, or changes less:
+processor milliseconds a step of each process, commands and reads of the server a step (a read is a request,
+or several in one packet: a round trip). benchmarks/overhead.md says where they go and what was tried.
+
+Bias: torchord's step computes, stores and reads tensors, updates and commits; the floor does none of that.
+Two Clients, one training server, the process that waits for the run and the server share the machine's
+cores. The model is so small that its tensors travel inside the records of the ledger (up to 4 KiB). The
+workers leave out Celery's log line at the start and end of each task (TORCHORD_TASK_LOG=off), as a worker
+without `--loglevel INFO` does; with it a task costs about a tenth more.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ import time
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import redis
 
 from benchmarks import RESULTS, machine
@@ -61,39 +69,104 @@ def floor(url: str, shards: int, steps: int) -> float:
     return statistics.median(seconds[_SKIPPED:]) * 1000
 
 
-def chord_step(master: Master, shards: int, steps: int, name: str) -> float:
-    """Median milliseconds from commit to commit."""
+def processor_seconds(process: psutil.Process) -> float:
+    """User and system time of a process so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+class Meter:
+    """What processes and the server have done so far.
+
+    Args:
+        cluster: whose workers and server it reads.
+    """
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._server = redis.Redis.from_url(cluster.url)
+        pids = {name: process.pid for name, process in cluster.processes.items()}
+        pids["redis"] = int(self._info("server")["process_id"])
+        self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
+
+    def _info(self, section: str) -> dict[str, Any]:
+        found: Any = self._server.info(section)
+        return dict(found)
+
+    def read(self) -> dict[str, float]:
+        """Name -> processor milliseconds, "commands" and "reads" of the server."""
+        found = {name: processor_seconds(process) * 1000 for name, process in self._processes.items()}
+        stats = self._info("stats")
+        return {
+            **found,
+            "commands": stats["total_commands_processed"],
+            "reads": stats["total_reads_processed"],
+        }
+
+
+def chord_step(master: Master, meter: Meter, shards: int, steps: int, name: str) -> dict[str, float]:
+    """Median milliseconds from commit to commit, and what a step takes of everything else."""
     config = TrainingConfig(batch_size=shards, shards=shards, checkpoint_every=10**6)
+    before = meter.read()
     trained = master.fit(
         recipe("noop", examples=(steps + _SKIPPED) * shards), config, name=name, progress=False
     )
-    return statistics.median(report.seconds for report in trained.history[_SKIPPED:]) * 1000
+    taken = {name: (value - before[name]) / (steps + _SKIPPED) for name, value in meter.read().items()}
+    seconds = sorted(report.seconds for report in trained.history[_SKIPPED:])
+    return {
+        "median": statistics.median(seconds) * 1000,
+        "fastest": seconds[len(seconds) // 10] * 1000,
+        **taken,
+    }
+
+
+def table(found: dict[int, dict[str, Any]]) -> None:
+    """Print times, then what a step takes."""
+    print(f"\n{'K':>3} {'torchord ms':>12} {'worst':>7} {'10 %':>7} {'floor ms':>9} {'ratio':>6}")
+    medians = {}
+    for shards, of in found.items():
+        times = [turn["median"] for turn in of["torchord"]]
+        medians[shards], least = statistics.median(times), statistics.median(of["floor"])
+        fastest = statistics.median(turn["fastest"] for turn in of["torchord"])
+        print(
+            f"{shards:>3} {medians[shards]:>12.2f} {max(times):>7.2f} {fastest:>7.2f} {least:>9.2f} "
+            f"{medians[shards] / least:>6.1f}"
+        )
+    few, many = min(medians), max(medians)
+    if few < many:
+        each = (medians[many] - medians[few]) / (many - few)
+        print(f"each further task: {each:.2f} ms (K={few} to {many})")
+    print("\na step takes (processor ms by process; the server's reads and commands):")
+    for shards, of in found.items():
+        names = [name for name in of["torchord"][0] if name not in ("median", "fastest")]
+        values = {name: statistics.median(turn[name] for turn in of["torchord"]) for name in names}
+        print(f"K={shards}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
 def main() -> int:
     """Run, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--shards", type=int, nargs="+", default=[2, 4, 8])
     options = parser.parse_args()
-    found: dict[int, dict[str, list[float]]] = {k: {"torchord": [], "floor": []} for k in options.shards}
+    found: dict[int, dict[str, Any]] = {k: {"torchord": [], "floor": []} for k in options.shards}
     with (
         TemporaryDirectory() as folder,
-        LocalCluster(workers=2, checkpoint_dir=folder, wait_ready=True) as cluster,
+        LocalCluster(
+            workers=2, checkpoint_dir=folder, wait_ready=True, env={"TORCHORD_TASK_LOG": "off"}
+        ) as cluster,
     ):
-        master = Master(cluster.url, checkpoint_dir=folder)
+        master, meter = Master(cluster.url, checkpoint_dir=folder), Meter(cluster)
+        chord_step(master, meter, 2, 20, "warm")
         for turn in range(options.rounds):
             for shards in options.shards:
                 found[shards]["torchord"].append(
-                    chord_step(master, shards, options.steps, f"step-{shards}-{turn}")
+                    chord_step(master, meter, shards, options.steps, f"step-{shards}-{turn}")
                 )
                 found[shards]["floor"].append(floor(cluster.url, shards, options.steps))
-                print(f"round {turn + 1}  K={shards}: {found[shards]['torchord'][-1]:.2f} ms", flush=True)
-    print(f"\n{'K':>3} {'torchord ms':>14} {'worst':>8} {'floor ms':>10} {'ratio':>7}")
-    for shards, times in found.items():
-        ours, least = statistics.median(times["torchord"]), statistics.median(times["floor"])
-        print(f"{shards:>3} {ours:>14.2f} {max(times['torchord']):>8.2f} {least:>10.2f} {ours / least:>7.1f}")
+                latest = found[shards]["torchord"][-1]["median"]
+                print(f"round {turn + 1}  K={shards}: {latest:.2f} ms", flush=True)
+    table(found)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "step.json").write_text(json.dumps({"machine": machine(), "milliseconds": found}, indent=1))
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import xxhash
 from torch import Tensor
 
 from cache.codec import memory
-from cache.errors import InvalidInput
+from cache.errors import ChunkCorrupt, InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,15 @@ class BlobRef:
         nbytes: length in bytes.
         chunk_nbytes: length of each chunk but the last.
         checksums: xxh3_64 of each chunk, 16 hexadecimal digits each.
+        data: the bytes themselves in base64, for a small blob that travels in its reference and is
+            stored nowhere else; "" for all others.
     """
 
     key: str
     nbytes: int
     chunk_nbytes: int
     checksums: tuple[str, ...]
+    data: str = ""
 
     @property
     def digest(self) -> str:
@@ -35,18 +39,21 @@ class BlobRef:
         text = f"{self.nbytes}:{self.chunk_nbytes}:{''.join(self.checksums)}"
         return xxhash.xxh3_128_hexdigest(text.encode())
 
-    def chunk_keys(self) -> Iterator[str]:
-        """The key of each chunk, in order."""
-        return (f"{self.key}:{i}" for i in range(len(self.checksums)))
+    def chunk_keys(self) -> Iterable[str]:
+        """The key of each chunk that is stored, in order."""
+        return () if self.data else (f"{self.key}:{i}" for i in range(len(self.checksums)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the reference as a dict of strings and integers."""
-        return {
+        fields: dict[str, Any] = {
             "key": self.key,
             "nbytes": self.nbytes,
             "chunk_nbytes": self.chunk_nbytes,
             "checksums": "".join(self.checksums),
         }
+        if self.data:
+            fields["data"] = self.data
+        return fields
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BlobRef:
@@ -62,6 +69,7 @@ class BlobRef:
                 int(value["nbytes"]),
                 int(value["chunk_nbytes"]),
                 tuple(joined[i : i + 16] for i in range(0, len(joined), 16)),
+                str(value.get("data", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"this is not a blob reference ({error!r})") from error
@@ -83,6 +91,31 @@ class BlobRef:
         """
         if len(view) != self.nbytes:
             raise InvalidInput(f"blob {self.key!r} has {self.nbytes} bytes, the buffer {len(view)}")
+
+
+def inlined(key: str, view: memoryview, chunk_nbytes: int) -> BlobRef:
+    """The reference to a small blob that carries its bytes itself.
+
+    Args:
+        view: at least one byte, at most `chunk_nbytes`.
+    """
+    sums = checksums(split(view, chunk_nbytes))
+    return BlobRef(key, len(view), chunk_nbytes, sums, b64encode(view).decode())
+
+
+def unpacked(ref: BlobRef) -> bytes:
+    """The bytes that a reference carries.
+
+    Raises:
+        ChunkCorrupt: they are not what was written.
+    """
+    try:
+        data = b64decode(ref.data, validate=True)
+    except ValueError as error:
+        raise ChunkCorrupt(f"blob {ref.key} is not what was written: {error}") from error
+    if len(data) != ref.nbytes or checksums(split(memoryview(data), ref.chunk_nbytes)) != ref.checksums:
+        raise ChunkCorrupt(f"blob {ref.key}, inside its reference, is not what was written")
+    return data
 
 
 def as_bytes(buffer: Tensor | memoryview) -> memoryview:

@@ -67,9 +67,11 @@ class GradientStore:
             and self.chunks.tiered(manifest.nbytes)
             and ledger.server_memory() == self.chunks.memory_id
         )
-        put = self.chunks.put_local if near else self.chunks.put
         packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
-        blob = put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
+        if near:
+            blob = self.chunks.put_local(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
+        else:
+            blob = self.chunks.put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True)
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
 
     def put_state(
@@ -80,7 +82,9 @@ class GradientStore:
         blob = None
         if manifest.nbytes:
             key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
-            blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+            blob = self.chunks.put(
+                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True
+            )
         return StateRecord(skeleton, manifest.to_json(), blob)
 
     def get_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -11,8 +11,8 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import redis
@@ -20,6 +20,7 @@ import redis
 from cache import keys
 from cache.connection import translated
 from cache.errors import CacheError, RunNotFound
+from cache.lane import Command, Lane, LaneClosed, script_command
 from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision
 from cache.scripts import source
 
@@ -65,11 +66,64 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The answer to a commit: the verdict and, on "ok", which versions are stored and pinned."""
+    """The answer to a commit.
+
+    Attributes:
+        verdict: "ok", or why nothing changed.
+        stored: on "ok", which versions are stored.
+        pinned: those that readers hold.
+        launched: whether the step that was to be launched with the commit is.
+        incarnation: the one in force.
+        dropped: records of the versions that the commit dropped; the caller deletes their bytes.
+    """
 
     verdict: CommitVerdict
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()
+    launched: bool = field(default=False, compare=False)
+    incarnation: str = field(default="", compare=False)
+    dropped: tuple[VersionRecord, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The messages of one step's chord, to be published in the transaction that makes it possible.
+
+    Attributes:
+        step: the step.
+        incarnation: what they were made for; under another one nothing is published.
+        size_key: where Celery keeps the chord's size.
+        size: how many tasks the chord has: these, and those that are published later.
+        size_ttl_seconds: lifetime of that.
+        queue: the list that is the broker's queue.
+        messages: one a shard.
+    """
+
+    step: int
+    incarnation: str
+    size_key: str
+    size: int
+    size_ttl_seconds: int
+    queue: str
+    messages: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The answer to a Client that wants to compute a shard: see scripts/begin_shard.lua.
+
+    Attributes:
+        verdict: "compute", or why not.
+        attempt: which try it is.
+        incarnation: of the run.
+        record: where the version is that the shard is computed at; None if it was not asked for, or
+            is not stored.
+    """
+
+    verdict: BeginVerdict
+    attempt: int
+    incarnation: str
+    record: VersionRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +135,24 @@ class Event:
     data: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer to a Client that has written a slot: see scripts/write_slot.lua.
+
+    Attributes:
+        verdict: "written", or what was there before.
+        present: slots written in the step.
+        called: the step's chord has called back already, before its last slot was in (see
+            `Ledger.mark_called`): then the last slot's writer has to call.
+        answer: to the command that was to follow; None if it was not sent.
+    """
+
+    verdict: SlotVerdict
+    present: int
+    called: bool
+    answer: Any = None
+
+
 class Ledger:
     """Operations on one run's control keys.
 
@@ -88,15 +160,17 @@ class Ledger:
         client: a connection from `cache.connection`.
         url: its URL, for messages.
         run: the run's name.
+        lane: a shorter way to the same server; None: everything goes over `client`.
 
     Raises:
         CacheUnreachable: from any method, when the server stays away longer than the
             connection's patience.
     """
 
-    def __init__(self, client: redis.Redis, url: str, run: str) -> None:
+    def __init__(self, client: redis.Redis, url: str, run: str, *, lane: Lane | None = None) -> None:
         self.client = client
         self.url = url
+        self.lane = lane
         self.run = keys.check_name(run)
         self.keys = keys.RunKeys(run)
 
@@ -104,6 +178,9 @@ class Ledger:
         return translated(self.url, f"{what}{link} run {self.run!r}")
 
     def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
+        if self.lane is not None:
+            with suppress(LaneClosed):
+                return self.lane.script(name, names, args)
         script = self.client.register_script(source(name))
         return script(keys=names, args=args)
 
@@ -238,11 +315,29 @@ class Ledger:
         Raises:
             RunNotFound: if no run of that name is known here.
         """
+        if self.lane is not None:
+            with suppress(LaneClosed):
+                found = self.lane.call(("HGETALL", self.keys.head))[0]
+                if found:
+                    return Head.from_hash(_pairs(found))
         with self._during("read the head"):
             fields = cast(dict[str, str], self.client.hgetall(self.keys.head))
         if not fields:
             raise RunNotFound(f"no run {self.run!r} is known on this server; see Master.runs()")
         return Head.from_hash(fields)
+
+    def head_and_slots(self, step: int) -> tuple[Head, dict[int, SlotRecord]]:
+        """The present head and the slots of a step, in one round trip.
+
+        Raises:
+            RunNotFound: if no run of that name is known here.
+        """
+        if self.lane is not None:
+            with suppress(LaneClosed):
+                head, slots = self.lane.call(("HGETALL", self.keys.head), ("HGETALL", self.keys.slots(step)))
+                if head:
+                    return Head.from_hash(_pairs(head)), _slots(_pairs(slots))
+        return self.head(), self.slots(step)
 
     def transition(
         self,
@@ -334,22 +429,64 @@ class Ledger:
             (verdict, attempt, incarnation of the run): see scripts/begin_shard.lua.
         """
         with self._during(f"begin shard {shard} of step {step}"):
-            verdict, attempt, incarnation = self._script(
-                "begin_shard",
-                [self.keys.head, self.keys.slots(step), self.keys.leases(step)],
-                [
-                    step,
-                    shard,
-                    worker,
-                    keys.worker(""),
-                    int(backup),
-                    keys.WORK_TTL_SECONDS,
-                    delivery,
-                    environment,
-                    step if version is None else version,
-                ],
-            )
+            wanted = step if version is None else version
+            arguments = self._begin(step, shard, worker, delivery, backup, environment, wanted)
+            verdict, attempt, incarnation = self._script("begin_shard", *arguments)
         return verdict, int(attempt), incarnation
+
+    def begin(
+        self,
+        step: int,
+        shard: int,
+        *,
+        worker: str,
+        delivery: str,
+        backup: bool = False,
+        environment: str = "",
+        version: int | None = None,
+        lacking: bool = True,
+    ) -> Begun:
+        """As `begin_shard`, together with the record of the version that the shard is computed at.
+
+        Args:
+            lacking: whether the caller has to load that version.
+        """
+        wanted = step if version is None else version
+        arguments = self._begin(step, shard, worker, delivery, backup, environment, wanted)
+        if self.lane is not None and lacking:
+            with suppress(LaneClosed):
+                answer, text = self.lane.call(
+                    script_command("begin_shard", *arguments),
+                    ("HGET", self.keys.versions, wanted),
+                )
+                found = None if text is None or answer[0] != "compute" else VersionRecord.from_json(text)
+                return Begun(answer[0], int(answer[1]), answer[2], found)
+        verdict, attempt, incarnation = self.begin_shard(
+            step,
+            shard,
+            worker=worker,
+            delivery=delivery,
+            backup=backup,
+            environment=environment,
+            version=version,
+        )
+        record = self.version(wanted) if lacking and verdict == "compute" else None
+        return Begun(verdict, attempt, incarnation, record)
+
+    def _begin(
+        self,
+        step: int,
+        shard: int,
+        worker: str,
+        delivery: str,
+        backup: bool,
+        environment: str,
+        version: int,
+    ) -> tuple[list[str], list[Any]]:
+        """Keys and arguments of scripts/begin_shard.lua."""
+        names = [self.keys.head, self.keys.slots(step), self.keys.leases(step)]
+        lease = [step, shard, worker, keys.worker(""), int(backup), keys.WORK_TTL_SECONDS, delivery]
+        return names, [*lease, environment, version]
 
     def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
         """Hand a shard back so that it can be computed elsewhere at once.
@@ -385,23 +522,47 @@ class Ledger:
         Returns:
             (verdict, slots present in the step): see scripts/write_slot.lua.
         """
+        finished = self.finish_slot(step, slot, incarnation=incarnation, version=version, into=into)
+        return finished.verdict, finished.present
+
+    def finish_slot(
+        self,
+        step: int,
+        slot: SlotRecord,
+        *,
+        incarnation: str | None = None,
+        version: int | None = None,
+        into: Group | None = None,
+        then: Command | None = None,
+    ) -> Finished:
+        """As `write_slot`, and tell whether the step's chord has called back already.
+
+        Args:
+            then: a command of the caller's that may follow in the same round trip.
+        """
+        names = [self.keys.head, self.keys.slots(step)]
+        arguments = [
+            step,
+            slot.shard,
+            slot.to_json(),
+            slot.nonce,
+            slot.digest,
+            keys.WORK_TTL_SECONDS,
+            revision(incarnation or ""),
+            step if version is None else version,
+            *(("", "", "") if into is None else into),
+        ]
+        if self.lane is not None:
+            with suppress(LaneClosed):
+                (verdict, present), called, *answers = self.lane.call(
+                    script_command("write_slot", names, arguments),
+                    ("HGET", self.keys.head, "called"),
+                    *(() if then is None else (then,)),
+                )
+                return Finished(verdict, int(present), called == str(step), next(iter(answers), None))
         with self._during(f"write slot {slot.shard} of step {step}"):
-            verdict, present = self._script(
-                "write_slot",
-                [self.keys.head, self.keys.slots(step)],
-                [
-                    step,
-                    slot.shard,
-                    slot.to_json(),
-                    slot.nonce,
-                    slot.digest,
-                    keys.WORK_TTL_SECONDS,
-                    revision(incarnation or ""),
-                    step if version is None else version,
-                    *(("", "", "") if into is None else into),
-                ],
-            )
-        return verdict, int(present)
+            verdict, present = self._script("write_slot", names, arguments)
+        return Finished(verdict, int(present), self.called(step))
 
     # --- the training server's side ---------------------------------------------------------
 
@@ -471,7 +632,7 @@ class Ledger:
         """The slots that are written, by shard."""
         with self._during(f"read the slots of step {step}"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.slots(step)))
-        return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(found.items())}
+        return _slots(found)
 
     def some_slots(self, step: int, numbers: Iterable[int]) -> tuple[dict[int, SlotRecord], int]:
         """Chosen slots (at least one), where they are written, and how many of the step are in all."""
@@ -508,10 +669,26 @@ class Ledger:
         entry: LedgerEntry,
         record: VersionRecord,
         event: dict[str, Any],
+        drop: Iterable[int] = (),
+        launch: Launch | None = None,
     ) -> Committed:
-        """Move the head from `step` to `step + 1`: see scripts/commit.lua."""
+        """Move the head from `step` to `step + 1`: see scripts/commit.lua.
+
+        Args:
+            drop: versions that nobody needs once this one is there; pinned ones stay.
+            launch: the chord of a further step that this commit makes possible.
+        """
         names = self.keys
         now = time.time()
+        published: list[Any] = []
+        if launch is not None:
+            published = [
+                launch.step,
+                launch.incarnation,
+                launch.size,
+                launch.size_ttl_seconds,
+                *launch.messages,
+            ]
         with self._during(f"commit version {step + 1}"):
             reply = self._script(
                 "commit",
@@ -529,6 +706,7 @@ class Ledger:
                     names.evaluations,
                     keys.ACTIVE,
                     keys.RUNS,
+                    *([] if launch is None else [launch.size_key, launch.queue]),
                 ],
                 [
                     step,
@@ -542,13 +720,21 @@ class Ledger:
                     json.dumps(event),
                     keys.EVENTS_KEPT,
                     int(now * 1000),
+                    ",".join(map(str, drop)),
+                    *published,
                 ],
             )
         if reply[0] != "ok":
             return Committed(cast(CommitVerdict, reply[0]))
-        bar = reply.index("|")
+        first = reply.index("|", 3)
+        second = reply.index("|", first + 1)
         return Committed(
-            "ok", tuple(int(v) for v in reply[1:bar]), frozenset(int(v) for v in reply[bar + 1 :])
+            "ok",
+            tuple(int(v) for v in reply[3:first]),
+            frozenset(int(v) for v in reply[first + 1 : second]),
+            launched=reply[1] == "1",
+            incarnation=reply[2],
+            dropped=tuple(VersionRecord.from_json(text) for text in reply[second + 1 :]),
         )
 
     def drop_slot(
@@ -828,3 +1014,12 @@ class Ledger:
             for event in found:
                 after = event.id
                 yield event
+
+
+def _pairs(flat: list[str]) -> dict[str, str]:
+    """A hash as the protocol's second version sends it: field, value, field, value."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _slots(found: dict[str, str]) -> dict[int, SlotRecord]:
+    return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(found.items())}

@@ -19,7 +19,19 @@ import redis
 
 from cache import keys
 from cache.errors import CacheError, RunNotFound
-from cache.ledger import BeginVerdict, Committed, Event, Group, Lease, Ledger, SlotVerdict
+from cache.lane import Command
+from cache.ledger import (
+    BeginVerdict,
+    Begun,
+    Committed,
+    Event,
+    Finished,
+    Group,
+    Launch,
+    Lease,
+    Ledger,
+    SlotVerdict,
+)
 from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revised, revision
 from cache.workers import Registry, WorkerInfo
 
@@ -354,6 +366,37 @@ class MemoryLedger(Ledger):
             plane.hset(names.leases(step), {field: json.dumps(lease)}, keys.WORK_TTL_SECONDS)
             return "compute", attempt, incarnation
 
+    def begin(
+        self,
+        step: int,
+        shard: int,
+        *,
+        worker: str,
+        delivery: str,
+        backup: bool = False,
+        environment: str = "",
+        version: int | None = None,
+        lacking: bool = True,
+    ) -> Begun:
+        """See `Ledger.begin`."""
+        with self.plane.changed:
+            verdict, attempt, incarnation = self.begin_shard(
+                step,
+                shard,
+                worker=worker,
+                delivery=delivery,
+                backup=backup,
+                environment=environment,
+                version=version,
+            )
+            record = self.version(step if version is None else version) if lacking else None
+            return Begun(verdict, attempt, incarnation, record if verdict == "compute" else None)
+
+    def head_and_slots(self, step: int) -> tuple[Head, dict[int, SlotRecord]]:
+        """See `Ledger.head_and_slots`."""
+        with self.plane.changed:
+            return self.head(), self.slots(step)
+
     def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
         """See `Ledger.end_lease`."""
         with self.plane.changed:
@@ -411,6 +454,21 @@ class MemoryLedger(Ledger):
             return "spare"
         inputs = range(into.first, into.last + 1)
         return "group" if all(str(slot) in slots for slot in inputs) else "written"
+
+    def finish_slot(
+        self,
+        step: int,
+        slot: SlotRecord,
+        *,
+        incarnation: str | None = None,
+        version: int | None = None,
+        into: Group | None = None,
+        then: Command | None = None,
+    ) -> Finished:
+        """See `Ledger.finish_slot`; `then` is never sent."""
+        with self.plane.changed:
+            written = self.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
+            return Finished(*written, self.called(step))
 
     # --- the training server's side ---------------------------------------------------------
 
@@ -541,6 +599,8 @@ class MemoryLedger(Ledger):
         entry: LedgerEntry,
         record: VersionRecord,
         event: dict[str, Any],
+        drop: Iterable[int] = (),
+        launch: Launch | None = None,
     ) -> Committed:
         """See `Ledger.commit`."""
         plane, names = self.plane, self.keys
@@ -563,11 +623,32 @@ class MemoryLedger(Ledger):
             pins = plane.hash(names.pins)
             over = [v for v, until in pins.items() if int(until) < int(plane.clock() * 1000)]
             plane.hdel(names.pins, *over)
+            launched = self._publish(launch)
+            stored = plane.hash(names.versions)
+            doomed = [str(v) for v in drop if str(v) in stored and (str(v) not in pins or str(v) in over)]
+            plane.hdel(names.versions, *doomed)
             return Committed(
                 "ok",
                 tuple(int(v) for v in plane.hash(names.versions)),
                 frozenset(int(v) for v in pins if v not in over),
+                launched=launched,
+                incarnation=self._head.get("incarnation", ""),
+                dropped=tuple(VersionRecord.from_json(stored[v]) for v in doomed),
             )
+
+    def _publish(self, launch: Launch | None) -> bool:
+        """The launch with a commit."""
+        plane, head = self.plane, self._head
+        if launch is None or launch.incarnation != head.get("incarnation", ""):
+            return False
+        if int(head.get("launched", -1)) < launch.step:
+            plane.put(launch.size_key, str(launch.size), launch.size_ttl_seconds)
+            texts = [message.decode() for message in launch.messages]
+            plane.put(launch.queue, [*reversed(texts), *(plane.get(launch.queue) or [])])
+            reached = max(launch.step, int(head.get("reached", -1)))
+            plane.hset(self.keys.head, {"launched": launch.step, "reached": reached})
+            plane.hdel(self.keys.head, "called")
+        return True
 
     def _move(self, step: int, entry: LedgerEntry, record: VersionRecord) -> None:
         """The write of a commit."""

@@ -72,7 +72,7 @@ class ParameterCache:
                 when it depends on the digest that this call computes.
         """
         key = ledger.keys.parameters_blob(version, uuid.uuid4().hex[:12])
-        blob = self.chunks.put(key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS)
+        blob = self.chunks.put(key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True)
         return VersionRecord(version, blob.digest, blob, chain)
 
     def publish_delta(
@@ -141,7 +141,9 @@ class ParameterCache:
         blob = None
         if manifest.nbytes:
             key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
-            blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+            blob = self.chunks.put(
+                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True
+            )
         return replace(record, state=StateRecord(skeleton, manifest.to_json(), blob))
 
     def fetch_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -151,11 +153,17 @@ class ParameterCache:
         return state.skeleton, views(self.chunks.get(state.blob), Manifest.from_json(state.manifest))
 
     def fetch(
-        self, ledger: Ledger, version: int, *, out: torch.Tensor | None = None
+        self,
+        ledger: Ledger,
+        version: int,
+        *,
+        out: torch.Tensor | None = None,
+        record: VersionRecord | None = None,
     ) -> tuple[VersionRecord, torch.Tensor, str]:
         """Read a version.
 
         Args:
+            record: where it is, if that is known already.
             out: preallocated uint8 buffer of the manifest's length.
 
         Returns:
@@ -165,7 +173,8 @@ class ParameterCache:
             VersionMissing: if it is not stored (any more).
         """
         began = time.perf_counter()
-        record = ledger.version(version)
+        if record is None or record.version != version:
+            record = ledger.version(version)
         if record is None:
             raise VersionMissing(
                 f"version {version} of run {ledger.run!r} is not in the cache; stored: "

@@ -31,6 +31,7 @@ class Settings:
         dataset_disk: directory in which the processes of this host keep chunks of stored
             datasets; "" for none.
         dataset_disk_bytes: how much they keep there.
+        task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
         faults: plan of injected faults, for tests (see coordinator.faults); "" for none.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     dataset_memory_bytes: int = 256 << 20
     dataset_disk: str = ""
     dataset_disk_bytes: int = 16 << 30
+    task_log: bool = True
     faults: str = ""
 
 
@@ -62,6 +64,10 @@ def _urls(value: str) -> tuple[str, ...]:
     return tuple(urls)
 
 
+def _on(value: str) -> bool:
+    return value.lower() not in ("off", "0", "no", "false")
+
+
 def from_environment() -> Settings:
     """Read TORCHORD_* once and return it as a value.
 
@@ -75,11 +81,12 @@ def from_environment() -> Settings:
         cache_urls=_urls(env.get("TORCHORD_CACHE_URLS", "")),
         checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
         allowed_modules=None if allowed is None else _words(allowed),
-        host_cache=env.get("TORCHORD_HOST_CACHE", "on").lower() not in ("off", "0", "no", "false"),
+        host_cache=_on(env.get("TORCHORD_HOST_CACHE", "on")),
         device=env.get("TORCHORD_DEVICE") or "auto",
         server_memory_bytes=int(env.get("TORCHORD_SERVER_MEMORY_BYTES") or 4 << 30),
         dataset_memory_bytes=int(env.get("TORCHORD_DATASET_MEMORY_BYTES") or 256 << 20),
         dataset_disk=env.get("TORCHORD_DATASET_DISK", ""),
         dataset_disk_bytes=int(env.get("TORCHORD_DATASET_DISK_BYTES") or 16 << 30),
+        task_log=_on(env.get("TORCHORD_TASK_LOG", "on")),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

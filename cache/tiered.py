@@ -16,11 +16,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cache.blob import BlobRef, as_bytes, checksums, split
+from cache.blob import BlobRef, as_bytes, checksums, inlined, split, unpacked
 from cache.chunks import CHUNK_NBYTES, Chunks
 from cache.host import HostTier
 
 HOST_AT_LEAST_NBYTES = 256 << 10
+INLINE_NBYTES = 4096
+"""Up to here a blob may travel inside its reference: less than what one more round trip costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,17 @@ class TieredStore:
                 now, **{name: getattr(now, name) + value for name, value in more.items()}
             )
 
-    def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
-        """Store a blob for everybody, and show it to this host."""
+    def put(
+        self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int, inline: bool = False
+    ) -> BlobRef:
+        """Store a blob for everybody, and show it to this host.
+
+        Args:
+            inline: a small blob may travel inside the reference and is then stored nowhere else; for
+                callers whose references live in the control plane.
+        """
+        if inline and 0 < len(view := as_bytes(buffer)) <= INLINE_NBYTES:
+            return inlined(key, view, CHUNK_NBYTES)
         try:
             ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
             self._count(written_nbytes=ref.nbytes)
@@ -145,6 +156,8 @@ class TieredStore:
         Raises:
             ChunkMissing, ChunkCorrupt, CacheUnreachable: as the chunk store says.
         """
+        if ref.data:
+            return self._carried(ref, out), "store"
         began = time.perf_counter()
         downloaded = False
 
@@ -164,16 +177,31 @@ class TieredStore:
         self._count(store_reads=1, store_nbytes=ref.nbytes, store_seconds=time.perf_counter() - began)
         return found, "store"
 
+    def _carried(self, ref: BlobRef, out: Tensor | None) -> Tensor:
+        """The bytes of a blob that travels inside its reference."""
+        found = torch.empty(ref.nbytes, dtype=torch.uint8) if out is None else out
+        view = as_bytes(found)
+        ref.require_length(view)
+        view[:] = unpacked(ref)
+        self._count(store_reads=1, store_nbytes=ref.nbytes)
+        return found
+
     def require_stored(self, ref: BlobRef) -> None:
         """Make sure that the chunk store has a blob, whatever this host has.
 
         Raises:
             ChunkMissing, ChunkCorrupt, CacheUnreachable: it has not.
         """
-        self.chunks.get(ref)
+        if ref.data:
+            unpacked(ref)
+        else:
+            self.chunks.get(ref)
 
     def read_into(self, ref: BlobRef, view: memoryview) -> None:
         """Read a blob into memory of the caller's."""
+        if ref.data:
+            view[:] = unpacked(ref)
+            return
         found = None if self.host is None or not self.tiered(ref.nbytes) else self.host.get(ref)
         if found is None:
             self.chunks.read_into(ref, view)
@@ -182,14 +210,17 @@ class TieredStore:
 
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """Delete blobs here and in the chunk store."""
-        listed = list(refs)
+        listed = [ref for ref in refs if not ref.data]
+        if not listed:
+            return
         if self.host is not None:
             self.host.discard(ref for ref in listed if self.tiered(ref.nbytes))
         self.chunks.delete(listed)
 
     def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         """Set the remaining lifetime of a blob in the chunk store."""
-        self.chunks.touch(ref, ttl_seconds)
+        if not ref.data:
+            self.chunks.touch(ref, ttl_seconds)
 
     def close(self) -> None:
         """Let go of connections."""

@@ -183,6 +183,19 @@ class Connection:
         except BlockingIOError as error:
             raise TimeoutError("the server takes no more data") from error
 
+    def receive(self, at_most_nbytes: int) -> bytes:
+        """Read what is there, at least one byte; for a caller who parses replies itself.
+
+        Not to be mixed with `reply` and `reply_into`, which read ahead.
+        """
+        try:
+            data = self._socket.recv(at_most_nbytes)
+        except BlockingIOError as error:
+            raise TimeoutError("the server does not reply") from error
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        return data
+
     def reply(self) -> Reply:
         """Read one reply: text, a number, bytes, None for nil, or a list of these.
 

@@ -134,7 +134,7 @@ class Adder:
             receipt,
             slot,
             activity.partial_sum(run, step, slot),
-            lambda attempt, incarnation: self._add(receipt, step, slot, attempt, incarnation, join),
+            lambda begun: self._add(receipt, step, slot, begun.attempt, begun.incarnation, join),
             delivery=delivery,
             backup=backup,
         )
@@ -189,7 +189,7 @@ class Adder:
             environment=self.client.heartbeat.info.environment,
             total=replace(kept, notes=total.notes()),
         )
-        verdict = self.client.writer.write(context, step, record, incarnation=incarnation, join=join)
+        verdict, _ = self.client.writer.write(context, step, record, incarnation=incarnation, join=join)
         self.fault("adder.after_slot")
         if verdict == "written":
             self.services.gradients.delete(each.blob for each in inputs)

@@ -14,7 +14,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -29,7 +30,9 @@ from cache.errors import (
     Skewed,
     VersionMissing,
 )
-from cache.records import Head, SlotRecord, StateRecord, canonical
+from cache.lane import Command
+from cache.ledger import Begun
+from cache.records import Head, SlotRecord, StateRecord, VersionRecord, canonical
 from cache.workers import Heartbeat
 from coordinator import activity, gradient, tree
 from coordinator.faults import Hook, nothing
@@ -85,6 +88,16 @@ def combined_digest(digest: str, state: StateRecord) -> str:
     ).hexdigest()
 
 
+class Part(Protocol):
+    """How a task's end is counted in its chord; what it knows of Celery is the tasks' business."""
+
+    def command(self, receipt: dict[str, Any]) -> Command | None:
+        """The command that counts, None if it has to be done otherwise."""
+
+    def answered(self, answer: Any) -> None:
+        """What the server said, None if the command was not sent."""
+
+
 class Client:
     """Executes tasks for one worker process.
 
@@ -119,6 +132,7 @@ class Client:
         join: Join | None = None,
         backup: bool = False,
         version: int | None = None,
+        part: Part | None = None,
     ) -> dict[str, Any]:
         """Compute one shard and write its slot.
 
@@ -128,6 +142,7 @@ class Client:
             join: the chord that the task belongs to: then Celery itself calls the update when all of
                 the step's tasks are done.
             backup: compute even if a live worker is at the shard.
+            part: counts the task as a part of its chord, in the round trip that writes the slot.
 
         Returns:
             The receipt that Flower shows.
@@ -135,25 +150,28 @@ class Client:
         Raises:
             ShardFailed: if the recipe's own code raised; the run has failed with its message.
         """
-        receipt = {"run": run, "step": step, "shard": shard, "version": step if version is None else version}
+        version = step if version is None else version
+        receipt: dict[str, Any] = {"run": run, "step": step, "shard": shard, "version": version}
         self.fault("client.before_begin")
 
-        def compute(attempt: int, incarnation: str) -> dict[str, Any]:
+        def compute(begun: Begun) -> dict[str, Any]:
             self.fault("client.after_begin")
-            return self._compute(receipt, step, shard, attempt, incarnation, join)
+            return self._compute(receipt, step, shard, begun, join, part)
 
         doing = activity.gradient(run, step, shard)
-        return self.at_slot(receipt, shard, doing, compute, delivery=delivery, backup=backup)
+        lacking = not self.services.holds(run, version)
+        return self.at_slot(receipt, shard, doing, compute, delivery=delivery, backup=backup, lacking=lacking)
 
     def at_slot(
         self,
         receipt: dict[str, Any],
         slot: int,
         doing: str,
-        compute: Callable[[int, str], dict[str, Any]],
+        compute: Callable[[Begun], dict[str, Any]],
         *,
         delivery: str,
         backup: bool,
+        lacking: bool = False,
     ) -> dict[str, Any]:
         """Take the lease of a slot, compute it, and hand it back if that fails.
 
@@ -161,12 +179,14 @@ class Client:
             receipt: run, step and version, and what else Flower shows in any case.
             slot: a shard's number or a partial sum's.
             doing: what the heartbeat says meanwhile.
-            compute: attempt, incarnation -> the receipt of the slot that it has written, or of why not.
+            compute: what the ledger answered -> the receipt of the slot that it has written, or of why not.
+            lacking: whether the version that the slot is computed at has to be loaded: then the answer
+                says where it is.
         """
         run, step, worker = receipt["run"], receipt["step"], self.heartbeat.info.id
         receipt["worker"] = worker
         ledger = self.services.ledger(run)
-        verdict, attempt, incarnation = ledger.begin_shard(
+        begun = ledger.begin(
             step,
             slot,
             worker=worker,
@@ -174,7 +194,9 @@ class Client:
             backup=backup,
             environment=self.heartbeat.info.environment,
             version=receipt["version"],
+            lacking=lacking,
         )
+        verdict = begun.verdict
         if verdict == "skewed":
             return self._refuse({**receipt, "status": verdict}, self._unlike(run, ledger.head()))
         if verdict != "compute":
@@ -184,7 +206,7 @@ class Client:
         self._at[threading.get_ident()] = (run, step, slot, delivery)
         written = False
         try:
-            done = compute(attempt, incarnation)
+            done = compute(begun)
             written = done["status"] not in UNWRITTEN
             return done
         except Skewed as error:
@@ -259,17 +281,18 @@ class Client:
         receipt: dict[str, Any],
         step: int,
         shard: int,
-        attempt: int,
-        incarnation: str,
+        begun: Begun,
         join: Join | None,
+        part: Part | None,
     ) -> dict[str, Any]:
+        attempt, incarnation = begun.attempt, begun.incarnation
         run, worker = receipt["run"], receipt["worker"]
         ledger = self.services.ledger(run)
         context = self.services.context(run, incarnation)
         context.require_same_code()
         self.heartbeat.refuse(run, None)
         began = time.perf_counter()
-        done = self._work(context, step, shard)
+        done = self._work(context, step, shard, begun.record)
         seconds = time.perf_counter() - began
         self.fault("client.before_put")
         near = context.plan().fan_in(step).parent(shard) is None
@@ -298,11 +321,9 @@ class Client:
             state=state,
             fetched=self._fetched.source,
         )
-        verdict = self.writer.write(context, step, slot, incarnation=incarnation, join=join)
-        self.fault("client.after_slot")
-        return {
+        written = {
             **receipt,
-            "status": verdict,
+            "status": "written",
             "loss": done.loss,
             "grad_norm": done.grad_norm,
             "examples": done.examples,
@@ -311,9 +332,21 @@ class Client:
             "seconds": round(seconds, 6),
             "attempt": attempt,
         }
+        then = None if part is None else partial(part.command, written)
+        verdict, answer = self.writer.write(
+            context, step, slot, incarnation=incarnation, join=join, then=then
+        )
+        if part is not None:
+            part.answered(answer)
+        self.fault("client.after_slot")
+        return {**written, "status": verdict}
 
-    def _work(self, context: RunContext, step: int, shard: int) -> ShardWork:
-        """Load what the shard is computed from, and compute it."""
+    def _work(self, context: RunContext, step: int, shard: int, record: VersionRecord | None) -> ShardWork:
+        """Load what the shard is computed from, and compute it.
+
+        Args:
+            record: of the version to compute at, where the ledger gave it.
+        """
         samples: Sequence[int] = ()
         try:
             with context.lock:
@@ -321,7 +354,7 @@ class Client:
                 plan = context.plan()
                 samples = plan.indices(step, shard).tolist()
                 version = plan.version_for(step)
-                replica, self._fetched.source = context.replica_at(version)
+                replica, self._fetched.source = context.replica_at(version, record)
                 state = self._slot_state(context, version, shard) if context.keeps_state(step) else None
                 allowed = self.services.settings.allowed_modules
                 return work(replica, context.recipe, plan, dataset, step, shard, state, allowed=allowed)

@@ -167,6 +167,12 @@ class Injector:
                 log.warning("injected fault: %s at pass %d of %s", fault.action, fault.count, point)
                 _act(fault)
 
+    def names(self, *points: str) -> bool:
+        """Whether the plan has a fault at one of some points."""
+        with self._lock:
+            self._reload()
+            return any(fault.point in points for fault in self._faults)
+
     def _reload(self) -> None:
         if self._file is None:
             return

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from coordinator.recipe import ResolvedRecipe
 
 _RESTING = ("done", "failed", "cancelled")
+_PACE_SECONDS = 0.05
 _POLL_SECONDS = 0.5
 SWITCHABLE = ("shards", "local_steps", "staleness", "compression")
 _SWITCH_TRIES = 20
@@ -301,6 +302,8 @@ class Run:
                 if idle:
                     raise NoWorker(_no_worker(self.name, idle, self._refused()))
                 workers_seen = now
+            if events and head.status == "running":
+                time.sleep(_PACE_SECONDS)  # steps may take a few milliseconds: don't ask after each
 
     def idle_queues(self) -> list[str]:
         """The queues, of those that the run needs, that no living worker consumes that may work on it."""

@@ -26,7 +26,7 @@ from cache.errors import (
     Skewed,
     TorchordError,
 )
-from cache.ledger import Ledger
+from cache.ledger import Committed, Launch, Ledger
 from cache.records import Head, LedgerEntry, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
 from coordinator import activity
@@ -95,13 +95,13 @@ class TrainingServer:
         """
         with self._lock:
             ledger = self.services.ledger(run)
-            head = ledger.head()
+            head, slots = self._look(run, ledger)
             if head.status not in ("pending", "running"):
                 self._warm.pop(run, None)
                 return {"run": run, "status": head.status, "version": head.version}
             self.heartbeat.doing(activity.update(run, head.version))
             try:
-                return self._advance(run, ledger, head, called=step)
+                return self._advance(run, ledger, head, slots, called=step)
             except Skewed as error:
                 if self.heartbeat.refuse(run, str(error)):
                     log.error("%s", error)
@@ -123,6 +123,16 @@ class TrainingServer:
             finally:
                 self.heartbeat.doing("")
 
+    def _look(self, run: str, ledger: Ledger) -> tuple[Head, dict[int, SlotRecord] | None]:
+        """The head, and in the same round trip all slots of the step that is next, where they are few."""
+        warm = self._warm.get(run)
+        plan = None if warm is None else warm.context.plan()
+        if warm is None or plan is None or warm.version >= plan.total_steps:
+            return ledger.head(), None
+        if plan.fan_in(warm.version).partials:
+            return ledger.head(), None
+        return ledger.head_and_slots(warm.version)
+
     def _call_again(self, run: str) -> None:
         """After a failure of the store: try again at once, but not time after time (the supervisor does)."""
         now = time.monotonic()
@@ -133,9 +143,18 @@ class TrainingServer:
             except CacheError as error:
                 log.debug("run %s: %s", run, error)
 
-    def _advance(self, run: str, ledger: Ledger, head: Head, *, called: int | None) -> dict[str, Any]:
+    def _advance(
+        self,
+        run: str,
+        ledger: Ledger,
+        head: Head,
+        present: dict[int, SlotRecord] | None,
+        *,
+        called: int | None,
+    ) -> dict[str, Any]:
         warm = self._held(run, head)
         if warm is None:
+            present = None
             taken = self._take_over(run, ledger)
             if isinstance(taken, str):
                 self.sender.advance(run, queue=taken)
@@ -147,20 +166,25 @@ class TrainingServer:
         receipt: dict[str, Any] = {"run": run, "status": "waiting", "version": warm.version}
         launched = -1 if head.launched is None else head.launched
         while warm.version < warm.context.plan().total_steps:
-            applied = self._apply(warm)
+            applied = self._apply(warm, present, launched)
+            present = None
             if applied is None and called == warm.version <= launched:
                 # A header ended without its slot (its twin is still at it): that one must call again.
                 warm.ledger.mark_called(called, token=warm.token)
-                applied = self._apply(warm)
+                applied = self._apply(warm, None, launched)
             if applied is None:
                 last = self._launch(warm, after=launched, fresh=False)
                 if last == launched and receipt["status"] == "waiting":
                     self.upkeep.keep_stored(warm)  # somebody called for another reason than a complete step
                 return receipt
-            receipt = applied
-            self._follow_switch(warm)
+            receipt, committed, drafted = applied
+            self._follow_switch(warm, committed.incarnation)
+            if drafted is not None and committed.launched:
+                launched = drafted.step
             launched = self._launch(warm, after=launched, fresh=True)
-            self._after_commit(warm)
+            self._after_commit(warm, committed)
+            if drafted is not None and committed.launched and drafted.step == warm.version:
+                return receipt  # it was not launched before, so its chord has yet to call
         return self._finish(warm, receipt)
 
     def _held(self, run: str, head: Head) -> WarmRun | None:
@@ -187,13 +211,24 @@ class TrainingServer:
 
     # --- one step -------------------------------------------------------------------------
 
-    def _apply(self, warm: WarmRun) -> dict[str, Any] | None:
-        """Apply and commit the present step if every slot is there; None if one is missing."""
+    def _apply(
+        self, warm: WarmRun, present: dict[int, SlotRecord] | None, launched: int
+    ) -> tuple[dict[str, Any], Committed, Launch | None] | None:
+        """Apply and commit the present step if every slot is there; None if one is missing.
+
+        Args:
+            present: all its slots, where they have just been read.
+            launched: the last step that is launched; the one after goes out with the commit.
+
+        Returns:
+            The receipt, the answer to the commit, and what was to be launched with it.
+        """
         step = warm.version
         plan = warm.context.plan()
         tree = plan.fan_in(step)
-        present = roots_of(warm.ledger, step, tree)
         if present is None:
+            present = roots_of(warm.ledger, step, tree)
+        if present is None or len(present) < len(tree.roots):
             return None
         slots = [present[root] for root in tree.roots]
         receipts, sums = receipts_of(slots)
@@ -231,6 +266,7 @@ class TrainingServer:
         record = replace(
             draft, chain=entry.chain, slots=self._slot_states(warm, slots, skipped=report.skipped)
         )
+        drafted = self._draft(warm, after=launched)
         committed = warm.ledger.commit(
             step=step,
             token=warm.token,
@@ -238,6 +274,8 @@ class TrainingServer:
             entry=entry,
             record=record,
             event=_step_event(entry),
+            drop=() if warm.record.slots or record.slots else self.upkeep.outlived(warm),
+            launch=drafted,
         )
         self.fault("server.after_commit")
         if committed.verdict != "ok":
@@ -246,7 +284,7 @@ class TrainingServer:
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
         warm.spent = [slot.blob for slot in slots]
         warm.stored, warm.pinned = committed.stored, committed.pinned
-        return {
+        receipt = {
             "run": warm.run,
             "status": "committed",
             "step": step,
@@ -258,6 +296,26 @@ class TrainingServer:
             "skipped": report.skipped,
             "worker": self.heartbeat.info.id,
         }
+        return receipt, committed, drafted
+
+    def _draft(self, warm: WarmRun, *, after: int) -> Launch | None:
+        """The chord that the commit of the present step makes possible, None if there is none or several."""
+        plan, following = warm.context.plan(), warm.version + 1
+        if following >= plan.total_steps:
+            return None
+        steps = [step for step in plan.window(following) if step > after]
+        if len(steps) != 1:
+            return None
+        tree = plan.fan_in(steps[0])
+        return self.sender.drafted(
+            warm.run,
+            steps[0],
+            range(tree.shards),
+            callback_queue=self.queue,
+            version=plan.version_for(steps[0]),
+            incarnation=warm.context.incarnation,
+            joining=len(tree.partials),
+        )
 
     def _update(self, warm: WarmRun, slots: list[SlotRecord]) -> tuple[ApplyReport, float]:
         """Average the slots in slot order and step the optimizer."""
@@ -371,9 +429,10 @@ class TrainingServer:
 
     # --- beside the steps -------------------------------------------------------------------
 
-    def _after_commit(self, warm: WarmRun) -> None:
+    def _after_commit(self, warm: WarmRun, committed: Committed) -> None:
         """What follows a commit and may overlap the next step's compute."""
-        self.services.gradients.delete(warm.spent)
+        dropped = [blob for record in committed.dropped for blob in record.blobs()]
+        self.services.gradients.delete([*warm.spent, *dropped])
         self.upkeep.retain(warm, warm.stored, warm.pinned)
         self._evaluate_if_due(warm)
         version, config = warm.version, warm.context.config

@@ -13,9 +13,10 @@ from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
 from cache.errors import DatasetChanged, RunError, Skewed
 from cache.gradients import GradientStore
 from cache.host import HostTier
+from cache.lane import Lane
 from cache.ledger import Ledger
 from cache.parameters import ParameterCache
-from cache.records import revision
+from cache.records import VersionRecord, revision
 from cache.settings import Settings
 from cache.tiered import TieredStore
 from cache.workers import Registry
@@ -41,6 +42,7 @@ class Services:
         self.settings = settings
         self.patience_seconds = patience_seconds
         self._clients = Clients()
+        self.lane = Lane(settings.url)
         store = ChunkStore(settings.cache_urls or (settings.url,), patience_seconds=patience_seconds)
         self.chunks = TieredStore(store, HostTier() if settings.host_cache else None)
         self.parameters = ParameterCache(self.chunks)
@@ -57,7 +59,7 @@ class Services:
     def ledger(self, run: str) -> Ledger:
         """The control plane of one run."""
         url = self.settings.url
-        return Ledger(self._clients.get(url, self.patience_seconds), url, run)
+        return Ledger(self._clients.get(url, self.patience_seconds), url, run, lane=self.lane)
 
     def context(self, run: str, incarnation: str) -> RunContext:
         """The run's recipe, config, data and replica in this process, made at first use."""
@@ -76,6 +78,11 @@ class Services:
             self._contexts.move_to_end(key)
             return found
 
+    def holds(self, run: str, version: int) -> bool:
+        """Whether this process has a version of a run loaded (of any life of that name)."""
+        with self._lock:
+            return any(key[0] == run and made.loaded == version for key, made in self._contexts.items())
+
     def forget(self, run: str) -> None:
         """Drop what this process keeps of a run (after an error in its code, say)."""
         with self._lock:
@@ -87,6 +94,7 @@ class Services:
         with self._lock:
             self._contexts.clear()
         self.chunks.close()
+        self.lane.close()
 
 
 class RunContext:
@@ -231,8 +239,17 @@ class RunContext:
                 self._replica = Replica.build(self.recipe, self.config, device())
             return self._replica
 
-    def replica_at(self, version: int) -> tuple[Replica, str]:
-        """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store"."""
+    @property
+    def loaded(self) -> int | None:
+        """The version that the replica holds, None if there is none."""
+        return None if self._replica is None else self._replica.loaded
+
+    def replica_at(self, version: int, record: VersionRecord | None = None) -> tuple[Replica, str]:
+        """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store".
+
+        Args:
+            record: where the version is, if that is known already.
+        """
         replica = self.replica()
         if replica.loaded == version and not replica.spoilt():
             self.services.parameters.hit()
@@ -244,7 +261,8 @@ class RunContext:
         if held and self._forward(replica, ledger, version):
             replica.loaded = version
             return replica, "delta"
-        record, flat, source = self.services.parameters.fetch(ledger, version, out=replica.flat)
+        fetch = self.services.parameters.fetch
+        record, flat, source = fetch(ledger, version, out=replica.flat, record=record)
         replica.attach(flat)
         replica.loaded, replica.digest = version, record.digest
         return replica, source

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
+from cache.lane import Command
 from cache.ledger import Group, SlotVerdict
 from cache.records import SlotRecord
 from coordinator.fan_in import FanIn
@@ -48,21 +51,32 @@ class SlotWriter:
         *,
         incarnation: str,
         join: Join | None,
-    ) -> SlotVerdict:
+        then: Callable[[], Command | None] | None = None,
+    ) -> tuple[SlotVerdict, Any]:
         """Write a slot, and send what can be done now that it is there.
 
         Args:
             slot: a gradient's or a partial sum's; its bytes are stored.
             incarnation: what `begin_shard` answered.
             join: the chord that the writing task belongs to.
+            then: makes a command that may follow in the same round trip.
 
         Returns:
-            The ledger's verdict, "written" for every one that means so.
+            The ledger's verdict, "written" for every one that means so, and the answer to the command
+            that was to follow (None if it was not sent).
         """
         plan, ledger = context.plan(), self.services.ledger(context.run)
         tree, version = plan.fan_in(step), plan.version_for(step)
         into = group_of(tree, slot.shard)
-        verdict, present = ledger.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
+        finished = ledger.finish_slot(
+            step,
+            slot,
+            incarnation=incarnation,
+            version=version,
+            into=into,
+            then=None if then is None else then(),
+        )
+        verdict = finished.verdict
         if verdict not in WRITTEN:
             log.info("step %d slot %d of run %s: %s", step, slot.shard, context.run, verdict)
             self.services.gradients.delete(slot.blobs())
@@ -71,6 +85,6 @@ class SlotWriter:
         elif verdict == "group" and into is not None:
             self.fault("writer.before_send")
             self.sender.partial_sum(context.run, step, into.slot, version=version, join=join)
-        if verdict in WRITTEN and present == tree.total and (join is None or ledger.called(step)):
+        if verdict in WRITTEN and finished.present == tree.total and (join is None or finished.called):
             self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
-        return "written" if verdict in WRITTEN else verdict
+        return "written" if verdict in WRITTEN else verdict, finished.answer

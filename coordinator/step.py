@@ -7,7 +7,7 @@ is named by (run, step, shard, version) and lies in the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery, chord
 from kombu import Exchange
@@ -15,7 +15,9 @@ from kombu.exceptions import OperationalError
 
 from cache.connection import masked
 from cache.errors import CacheUnreachable
+from cache.ledger import Launch
 from coordinator import task_names
+from coordinator.faults import Injector
 from coordinator.front import push_front
 from coordinator.template import StepTemplate, push
 
@@ -151,10 +153,58 @@ class Sender:
         if not self._one_server:
             self._canvas_step(run, step, version, shards, callback_queue, joining)
             return
+        template = self._template(run, callback_queue)
+        try:
+            push(self.app, template, step, version, shards, joining=joining, fault=self.fault)
+        except self._connection_errors as error:
+            raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
+
+    def drafted(
+        self,
+        run: str,
+        step: int,
+        shards: Sequence[int],
+        *,
+        callback_queue: str,
+        version: int,
+        incarnation: str,
+        joining: int = 0,
+    ) -> Launch | None:
+        """The messages that `step` would publish, for the commit that makes the step possible.
+
+        Args:
+            joining: as for `step`.
+
+        Returns:
+            None where the control plane and Celery's broker are not known to be one plain server, or
+            a test wants to die in the middle of a launch: then `step` publishes them after the commit.
+        """
+        if not self._one_server or self._dies_at_launch():
+            return None
+        template = self._template(run, callback_queue)
+        group, messages = template.render(step, version, shards)
+        backend = cast(Any, self.app.backend)
+        return Launch(
+            step,
+            incarnation,
+            backend.get_key_for_group(group, ".s").decode(),
+            len(messages) + joining,
+            int(backend.expires),
+            template.queue,
+            tuple(messages),
+        )
+
+    def _dies_at_launch(self) -> bool:
+        """Whether a test wants to see a launch that is a matter of its own, and can be cut in half."""
+        points = ("server.before_launch", "sender.mid_launch", "server.after_launch")
+        return self.fault is not None and (not isinstance(self.fault, Injector) or self.fault.names(*points))
+
+    def _template(self, run: str, callback_queue: str) -> StepTemplate:
         key = (run, callback_queue)
-        if key not in self._templates:
+        found = self._templates.get(key)
+        if found is None:
             self._templates.clear()  # a handful of runs at most; each costs 1 ms to record again
-            self._templates[key] = StepTemplate(
+            found = self._templates[key] = StepTemplate(
                 self.app,
                 task=task_names.COMPUTE_GRADIENT,
                 kwargs={"run": run},
@@ -163,10 +213,7 @@ class Sender:
                 body_kwargs={"run": run},
                 body_queue=callback_queue,
             )
-        try:
-            push(self.app, self._templates[key], step, version, shards, joining=joining, fault=self.fault)
-        except self._connection_errors as error:
-            raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
+        return found
 
     def _canvas_step(
         self,

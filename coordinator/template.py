@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from uuid import uuid4
 
@@ -110,6 +110,68 @@ class StepTemplate:
             message = message.replace(self._tag, str(uuid4())).replace("@body@", encoded)
             messages.append(message.encode())
         return group, messages
+
+
+class CallbackTemplate:
+    """Renders the callback of a chord once its results are known, without Celery's canvas.
+
+    Args:
+        app: the Celery app whose settings the message follows.
+        callback: the chord's body as a header task carries it: a signature as a dict, with keyword
+            arguments "run" and "step" and no others.
+    """
+
+    def __init__(self, app: Celery, callback: Mapping[str, Any]) -> None:
+        self._step = str(10**17 + secrets.randbelow(10**17))
+        self._ids = {name: str(uuid4()) for name in ("task", "root", "parent")}
+        options = {name: value for name, value in callback["options"].items() if name != "task_id"}
+        self.queue = str(options["queue"])
+        results = "@results@"
+        with Connection("memory://") as connection:
+            app.signature(
+                callback["task"],
+                args=([results],),
+                kwargs={**callback["kwargs"], "step": int(self._step)},
+                options=options,
+            ).apply_async(
+                task_id=self._ids["task"],
+                root_id=self._ids["root"],
+                parent_id=self._ids["parent"],
+                producer=connection.Producer(),
+                add_to_parent=False,
+            )
+            recorded = connection.default_channel._get(self.queue)
+        self._tag = str(recorded["properties"]["delivery_tag"])
+        body = base64.b64decode(recorded["body"]).decode()
+        before, found, self._tail = body.partition(f"[[{json.dumps(results)}]]")
+        # Plain text: the script that puts the results in could not encode it.
+        recorded["properties"]["body_encoding"] = None
+        recorded["body"] = "@body@"
+        self._before, _, self._after = json.dumps(recorded).partition('"@body@"')
+        envelope = self._before + self._after
+        missing = [token for token in (*self._ids.values(), self._tag) if token not in envelope]
+        if before != "[" or not found or self._step not in self._tail or missing:
+            raise ValueError("a recorded Celery message is not built as expected")
+
+    def render(self, callback: Mapping[str, Any], *, root: str, parent: str) -> tuple[str, str, str]:
+        """The message of one callback before and after its body, and the body after its arguments.
+
+        Args:
+            callback: as for the constructor, of this step.
+            root, parent: ids of the first task of the workflow and of the one that calls.
+        """
+        step, tag = str(callback["kwargs"]["step"]), str(uuid4())
+        replaced = (
+            (self._step, step),
+            (self._ids["task"], str(callback["options"]["task_id"])),
+            (self._ids["root"], root),
+            (self._ids["parent"], parent),
+            (self._tag, tag),
+        )
+        before, after = self._before, self._after
+        for token, value in replaced:
+            before, after = before.replace(token, value), after.replace(token, value)
+        return before, after, self._tail.replace(self._step, step)
 
 
 def push(

@@ -68,6 +68,16 @@ class Upkeep:
         """The present version, the one before, and what the steps under way are computed at."""
         return min(warm.version - 1, warm.oldest_needed())
 
+    def outlived(self, warm: WarmRun) -> list[int]:
+        """The stored versions that nobody needs any more once the present step is committed."""
+        following = warm.version + 1
+        if following >= warm.context.plan().total_steps:
+            return []
+        kept = min(warm.version, warm.context.plan().version_for(following))
+        if warm.state_version != NEVER:
+            kept = min(kept, warm.state_version, warm.context.plan().version_for(warm.state_version))
+        return [version for version in warm.stored if version < kept]
+
     def retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
         """Delete the versions that nobody needs.
 

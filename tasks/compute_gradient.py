@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cache.errors import TorchordError
+from cache.lane import Command
 from coordinator.task_names import COMPUTE_GRADIENT
+from tasks.backend import Backend, counted
 from tasks.celery_app import app
 
 
@@ -29,4 +31,24 @@ def compute_gradient(
         join=joined(self.request),
         backup=backup,
         version=version,
+        part=_Part(self),
     )
+
+
+class _Part:
+    """Counts the running task in its chord together with the write of its slot.
+
+    Where that worked, the request forgets its chord, and Celery, which counts after the task has
+    returned, has nothing left to do.
+    """
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def command(self, receipt: dict[str, Any]) -> Command | None:
+        backend = self._task.backend
+        return backend.part(self._task.request, receipt) if isinstance(backend, Backend) else None
+
+    def answered(self, answer: Any) -> None:
+        if counted(answer):
+            self._task.request.chord = None

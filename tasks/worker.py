@@ -177,6 +177,14 @@ def _named(sender: str, instance: Any, **_: Any) -> None:
     _queues = tuple(sorted(instance.app.amqp.queues.consume_from))
 
 
+@signals.after_setup_logger.connect
+def _quiet(**_: Any) -> None:
+    """Leave Celery's two lines a task out of the log, if so wished."""
+    if not settings.task_log:
+        for name in ("celery.worker.strategy", "celery.app.trace"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @signals.worker_init.connect
 def _preload(**_: Any) -> None:
     """Import torch before the pool starts: children share its pages, the first task does not wait."""

@@ -1,12 +1,17 @@
 -- Commit one global step: complete step + expected head + fencing token -> new head.
 -- The blobs of the new version are already stored; this moves the pointer.
 -- KEYS 1 head hash, 2 slots hash, 3 leases hash, 4 ledger hash, 5 versions hash, 6 pins hash,
---      7 events stream, 8 expected hash, 9 spec, 10 manifest, 11 evaluations, 12 active set, 13 runs zset
+--      7 events stream, 8 expected hash, 9 spec, 10 manifest, 11 evaluations, 12 active set, 13 runs zset,
+--      14 Celery's size of the next chord (string), 15 the queue (list) of its messages: with ARGV 13 only
 -- ARGV 1 step (= version it starts from), 2 token, 3 shards in the step, 4 ledger entry JSON,
 --      5 version record JSON, 6 new chain, 7 now (s), 8 TTL of a run (s), 9 event JSON,
---      10 events kept, 11 now (ms)
--- Returns {'ok', versions kept..., '|', pinned versions...}, or {verdict}: 'fenced', 'stale', 'incomplete',
--- 'stopped', 'diverged' (a replay that did not meet the chain it had before).
+--      10 events kept, 11 now (ms), 12 versions to drop unless they are pinned (comma-separated),
+--      and for the launch of a further step with the commit: 13 that step, 14 incarnation that its messages
+--      are for, 15 size of the chord, 16 TTL of that (s), 17... the messages
+-- Returns {'ok', '1' if that step is launched (now, or before), incarnation, versions kept..., '|', pinned
+-- versions..., '|', records of the versions dropped...}, or {verdict}: 'fenced', 'stale', 'incomplete',
+-- 'stopped', 'diverged' (a replay that did not meet the chain it had before). Nothing is launched under
+-- another incarnation (a switch of the config came between) and nothing twice.
 local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '-1')
 local step = tonumber(ARGV[1])
 if tonumber(redis.call('HGET', KEYS[1], 'token') or '-1') ~= tonumber(ARGV[2]) then
@@ -39,17 +44,46 @@ if not again then
     redis.call('EXPIRE', KEYS[index], ARGV[8])
   end
 end
-local reply = {'ok'}
-for _, kept in ipairs(redis.call('HKEYS', KEYS[5])) do
-  reply[#reply + 1] = kept
+local incarnation = redis.call('HGET', KEYS[1], 'incarnation') or ''
+local launched = '0'
+if ARGV[13] and incarnation == ARGV[14] then
+  launched = '1'
+  if tonumber(redis.call('HGET', KEYS[1], 'launched') or '-1') < tonumber(ARGV[13]) then
+    redis.call('SET', KEYS[14], ARGV[15], 'EX', ARGV[16])
+    for i = 17, #ARGV do
+      redis.call('LPUSH', KEYS[15], ARGV[i])
+    end
+    local reached = tonumber(redis.call('HGET', KEYS[1], 'reached') or '-1')
+    redis.call('HSET', KEYS[1], 'launched', ARGV[13], 'reached', math.max(reached, tonumber(ARGV[13])))
+    redis.call('HDEL', KEYS[1], 'called')
+  end
 end
-reply[#reply + 1] = '|'
-local pins = redis.call('HGETALL', KEYS[6])
+local pins, pinned = redis.call('HGETALL', KEYS[6]), {}
 for i = 1, #pins, 2 do
   if tonumber(pins[i + 1]) < tonumber(ARGV[11]) then
     redis.call('HDEL', KEYS[6], pins[i])
   else
-    reply[#reply + 1] = pins[i]
+    pinned[pins[i]] = true
   end
+end
+local dropped = {}
+for version in string.gmatch(ARGV[12] or '', '[^,]+') do
+  local record = not pinned[version] and redis.call('HGET', KEYS[5], version)
+  if record then
+    dropped[#dropped + 1] = record
+    redis.call('HDEL', KEYS[5], version)
+  end
+end
+local reply = {'ok', launched, incarnation}
+for _, kept in ipairs(redis.call('HKEYS', KEYS[5])) do
+  reply[#reply + 1] = kept
+end
+reply[#reply + 1] = '|'
+for version, _ in pairs(pinned) do
+  reply[#reply + 1] = version
+end
+reply[#reply + 1] = '|'
+for _, record in ipairs(dropped) do
+  reply[#reply + 1] = record
 end
 return reply

@@ -20,6 +20,7 @@ import pytest
 import redis
 
 from cache.errors import CacheUnreachable
+from cache.keys import RunKeys
 from coordinator import Master, TrainingConfig
 from coordinator.embedded import free_port
 from tests.support import models, recipes_more, reference
@@ -86,6 +87,7 @@ def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
     client = redis.Redis.from_url(url, decode_responses=True)
     try:
         ttls = {key: client.ttl(key) for key in client.scan_iter(count=1000)}
+        stored = {run: client.hvals(RunKeys(run).versions) for run in runs}
     finally:
         client.close()
     names = "|".join(runs)
@@ -102,8 +104,10 @@ def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
     assert not unknown, f"left in Redis: {unknown}"
     assert not sorted(key for key, ttl in ttls.items() if known.fullmatch(key) and ttl == -1)
     # Of each run one version is kept, and no gradient, slot or lease.
+    assert all(len(versions) == 1 for versions in stored.values()), stored
+    blobs = [json.loads(version)["blob"] for (version,) in stored.values()]
     kept = [key for key in ttls if ":parameters:" in key]
-    assert len(kept) == len(runs), kept
+    assert sorted(kept) == sorted(f"{blob['key']}:0" for blob in blobs if "data" not in blob), kept
 
 
 # --- JSON only ------------------------------------------------------------------------------

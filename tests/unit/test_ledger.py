@@ -26,7 +26,8 @@ from redis.retry import Retry
 from cache import keys
 from cache.connection import connect
 from cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
-from cache.ledger import Group, Ledger
+from cache.lane import Lane
+from cache.ledger import Finished, Group, Launch, Ledger
 from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
 from cache.records import GENESIS, Head, LedgerEntry
 from cache.workers import Registry
@@ -43,6 +44,7 @@ from tests.support.control import (
 )
 
 SCRIPTS = Path(keys.__file__).parent / "scripts"
+Queued = Callable[[], list[str]]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -58,9 +60,9 @@ class Plane:
         return self.ledger_of(run)
 
 
-@pytest.fixture(params=["redis", "memory"])
+@pytest.fixture(params=["redis", "lane", "memory"])
 def plane(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Plane]:
-    """The real control plane in one run of each test, the twin in the other."""
+    """The real control plane in one run of each test, by the short way in another, the twin in the third."""
     if request.param == "memory":
         memory = MemoryPlane()
         yield Plane(
@@ -68,9 +70,14 @@ def plane(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Plane]:
         )
         return
     client = connect(redis_url)
+    lane = Lane(redis_url) if request.param == "lane" else None
     yield Plane(
-        lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), lambda: redis_state(client)
+        lambda run: Ledger(client, redis_url, run, lane=lane),
+        Registry(client, redis_url),
+        lambda: redis_state(client),
     )
+    if lane is not None:
+        lane.close()
     client.close()
 
 
@@ -574,6 +581,33 @@ def test_a_client_opens_no_slot_of_a_step_that_is_committed(plane: Plane, runnin
     assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="n", token=None)) == "stale"
 
 
+# --- one round trip ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_begin_brings_the_version_to_compute_at(running: Ledger, lacking: bool) -> None:
+    begun = running.begin(0, 0, worker="w0", delivery="w0:0", lacking=lacking)
+    assert (begun.verdict, begun.attempt, begun.incarnation) == ("compute", 1, "life")
+    assert begun.record == (record(0) if lacking else None)
+
+
+def test_begin_brings_no_version_to_who_may_not_compute(running: Ledger) -> None:
+    running.write_slot(0, slot(0, 0))
+    begun = running.begin(0, 0, worker="w0", delivery="w0:0")
+    assert (begun.verdict, begun.record) == ("duplicate", None)
+
+
+def test_who_finishes_a_slot_learns_whether_the_chord_has_called(running: Ledger) -> None:
+    assert running.finish_slot(0, slot(0, 0)) == Finished("written", 1, called=False)
+    assert running.mark_called(0, token=running.head().token) == "ok"
+    assert running.finish_slot(0, slot(0, 1)) == Finished("written", 2, called=True)
+
+
+def test_head_and_slots_are_read_together(running: Ledger) -> None:
+    fill(running, 0, shards=1)
+    assert running.head_and_slots(0) == (running.head(), {0: slot(0, 0)})
+
+
 # --- commit ---------------------------------------------------------------------------------------
 
 
@@ -601,6 +635,80 @@ def test_a_commit_sent_twice_is_known_by_its_chain(plane: Plane, running: Ledger
     }  # fmt: skip
     first = running.commit(**arguments)
     assert only_counters_change(plane, lambda: running.commit(**arguments)) == first
+
+
+def launch(step: int = 1, incarnation: str = "life") -> Launch:
+    return Launch(step, incarnation, "celery-taskset-meta-g.s", 2, 60, "gradients", (b"m0", b"m1"))
+
+
+@pytest.fixture
+def queued(plane: Plane) -> Iterator[Queued]:
+    """What waits in a broker's queue, newest first; it is emptied at the end (such a queue has no TTL)."""
+    ledger = plane.ledger()
+    if isinstance(ledger, MemoryLedger):
+        yield lambda: ledger.plane.get("gradients") or []
+    else:
+        yield lambda: ledger.client.lrange("gradients", 0, -1)
+        ledger.client.delete("gradients")
+
+
+def committing(ledger: Ledger, step: int, token: int) -> dict[str, Any]:
+    made = entry(step + 1, [slot(step, 0), slot(step, 1)], ledger.head().chain, token=token)
+    fields = {"entry": made, "record": record(step + 1, made.chain), "event": {}}
+    return {"step": step, "token": token, "shards": 2, **fields}
+
+
+class TestLaunchWithCommit:
+    """The chord of the next step is published in the transaction of the commit."""
+
+    def test_it_is_published_and_recorded(self, queued: Queued, running: Ledger) -> None:
+        token = acquire(running)
+        fill(running, 0)
+        committed = commit(running, 0, token, launch=launch())
+        assert (committed.verdict, committed.launched, committed.incarnation) == ("ok", True, "life")
+        head = running.head()
+        assert (head.version, head.launched, head.reached) == (1, 1, 1)
+        assert queued() == ["m1", "m0"]
+
+    def test_sent_twice_it_is_published_once(self, queued: Queued, running: Ledger) -> None:
+        token = acquire(running)
+        fill(running, 0)
+        arguments = committing(running, 0, token)
+        running.commit(**arguments, launch=launch())
+        again = running.commit(**arguments, launch=launch())
+        assert (again.verdict, again.launched) == ("ok", True)
+        assert queued() == ["m1", "m0"]
+
+    def test_nothing_is_published_under_another_config(self, queued: Queued, running: Ledger) -> None:
+        token = acquire(running)
+        fill(running, 0)
+        committed = commit(running, 0, token, launch=launch(incarnation="life+1"))
+        assert (committed.verdict, committed.launched, committed.incarnation) == ("ok", False, "life")
+        assert running.head().launched == 0
+        assert queued() == []
+
+    def test_nothing_is_published_without_the_commit(self, queued: Queued, running: Ledger) -> None:
+        token = acquire(running)
+        fill(running, 0, shards=1)
+        assert commit(running, 0, token, launch=launch()).verdict == "incomplete"
+        assert queued() == []
+
+
+def test_a_commit_drops_the_versions_that_nobody_needs(running: Ledger) -> None:
+    token = acquire(running)
+    fill(running, 0)
+    committed = commit(running, 0, token, drop=[0, 7])
+    assert committed.dropped == (record(0),)
+    assert committed.stored == (1,)
+    assert sorted(running.versions()) == [1]
+
+
+def test_a_commit_keeps_a_pinned_version(running: Ledger) -> None:
+    token = acquire(running)
+    running.pin(0, seconds=60)
+    fill(running, 0)
+    committed = commit(running, 0, token, drop=[0])
+    assert (committed.dropped, sorted(committed.stored), committed.pinned) == ((), [0, 1], frozenset({0}))
 
 
 def test_a_commit_without_the_token_is_fenced(plane: Plane, running: Ledger) -> None:
@@ -1136,8 +1244,11 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "head": lambda ledger, token: ledger.head(),
     "transition": lambda ledger, token: ledger.transition("paused", allowed=("running",), event="paused"),
     "retire": lambda ledger, token: ledger.retire([0]),
+    "head_and_slots": lambda ledger, token: ledger.head_and_slots(1),
     "begin_shard": lambda ledger, token: begin(ledger, step=1, shard=1),
+    "begin": lambda ledger, token: ledger.begin(1, 1, worker="w0", delivery="w0:1"),
     "end_lease": lambda ledger, token: ledger.end_lease(1, 0, worker="w0", delivery="w0:0"),
+    "finish_slot": lambda ledger, token: ledger.finish_slot(1, slot(1, 1)),
     "write_slot": lambda ledger, token: ledger.write_slot(1, slot(1, 1)),
     "acquire": lambda ledger, token: ledger.acquire(worker="s0", node="celery@s0", queue="updates.s0"),
     "release": lambda ledger, token: ledger.release(token),
@@ -1189,6 +1300,7 @@ ANSWERS_ONCE = {
     "record_evaluation": False,
     "write_output": False,
 }
+TELLS_THE_TIME = ("head", "head_and_slots", "acquire", "leases", "read_events", "last_event_id", "follow")
 
 
 def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
@@ -1258,7 +1370,15 @@ def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
     once, twice = answers
     if name in ANSWERS_ONCE:
         assert twice == ANSWERS_ONCE[name]
-    elif name not in ("head", "acquire", "leases", "read_events", "last_event_id", "follow"):  # tell the time
+    elif name not in (
+        "head",
+        "head_and_slots",
+        "acquire",
+        "leases",
+        "read_events",
+        "last_event_id",
+        "follow",
+    ):  # tell the time
         assert twice == once
     assert states[1] == states[0]
 
@@ -1275,7 +1395,7 @@ def test_every_operation_leaves_only_keys_with_a_ttl(redis_url: str, name: str) 
     try:
         CALLS[name](real.ledger("run-3"), 0)
     except (CacheError, RunNotFound):
-        assert name in ("spec", "head", "manifest", "commit")
+        assert name in ("spec", "head", "head_and_slots", "manifest", "commit")
     client.close()
 
 
@@ -1284,7 +1404,7 @@ def test_no_operation_leaves_half_a_head(redis_url: str) -> None:
     client = connect(redis_url)
     for name, call in CALLS.items():
         ledger = Ledger(client, redis_url, "gone")
-        if name not in ("create", "commit", "spec", "head", "manifest"):
+        if name not in ("create", "commit", "spec", "head", "head_and_slots", "manifest"):
             call(ledger, 0)
             with pytest.raises(RunNotFound):
                 ledger.head()
