@@ -913,13 +913,18 @@ class MemoryRegistry(Registry):
                 found[id] = WorkerInfo(**fields)
         return found
 
-    def elect(self, worker: str) -> bool:
+    def worker(self, id: str) -> WorkerInfo | None:
+        """See `Registry.worker`."""
+        return self.alive().get(id)
+
+    def elect(self, worker: str, *, dead: str = "") -> str:
         """See `Registry.elect`."""
         with self.plane.changed:
-            if self.plane.get(keys.SUPERVISOR) not in (None, worker):
-                return False
+            holder = self.plane.get(keys.SUPERVISOR)
+            if holder not in (None, worker) and not (dead and holder == dead):
+                return str(holder)
             self.plane.put(keys.SUPERVISOR, worker, keys.SUPERVISOR_LEASE_MS / 1000)
-            return True
+            return worker
 
     def supervisor(self) -> str:
         """See `Registry.supervisor`."""

@@ -21,14 +21,14 @@ from typing import cast
 
 import redis
 
-from cache import keys
+from cache import keys, process
 from cache.connection import translated
 from cache.errors import CacheError
 from cache.scripts import source
 
 log = logging.getLogger(__name__)
 
-_BEATS_PER_LEASE = 4
+_BEATS_PER_LEASE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,9 @@ class WorkerInfo:
         since: Unix time (s) at which that last changed.
         environment: what could change bits (torch version, device, CPU capability).
         refuses: run -> why this process may not work on it.
+        place: where its pid means something, and
+        started: since when it has that pid, so that a process beside it sees at once when it has ended
+            (see `cache.process`); "" and 0 if unknown.
     """
 
     id: str
@@ -56,6 +59,13 @@ class WorkerInfo:
     since: float = 0.0
     environment: str = ""
     refuses: dict[str, str] = field(default_factory=dict)
+    place: str = ""
+    started: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is known to have ended, whatever its lease says; asked on its machine."""
+        return process.ended(self.place, self.pid, self.started)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -66,10 +76,23 @@ class WorkerInfo:
 def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerInfo:
     """Describe this process under a fresh id."""
     host = socket.gethostname() or platform.node()
-    unique = uuid.uuid4().hex[:8]
+    unique, pid = uuid.uuid4().hex[:8], os.getpid()
     return WorkerInfo(
-        f"{node}/{os.getpid()}-{unique}", node, host, os.getpid(), tuple(queues), environment=environment
+        f"{node}/{pid}-{unique}",
+        node,
+        host,
+        pid,
+        tuple(queues),
+        environment=environment,
+        place=process.place(),
+        started=process.started(pid),
     )
+
+
+def _read(text: str) -> WorkerInfo:
+    fields = json.loads(text)
+    fields["queues"] = tuple(fields["queues"])
+    return WorkerInfo(**fields)
 
 
 class Registry:
@@ -112,13 +135,13 @@ class Registry:
             if gone:
                 stale = int(time.time() * 1000) - 60_000
                 self.client.zremrangebyscore(keys.WORKERS, "-inf", stale)
-        found = {}
-        for text in texts:
-            if text is not None:
-                fields = json.loads(text)
-                fields["queues"] = tuple(fields["queues"])
-                found[fields["id"]] = WorkerInfo(**fields)
-        return found
+        return {info.id: info for info in (_read(text) for text in texts if text is not None)}
+
+    def worker(self, id: str) -> WorkerInfo | None:
+        """What a worker says of itself; None if its lease is not in force."""
+        with translated(self.url, f"ask for worker {id}"):
+            text = cast(str | None, self.client.get(keys.worker(id)))
+        return None if text is None else _read(text)
 
     def consumers(self, queue: str) -> list[WorkerInfo]:
         """The living workers that consume `queue`."""
@@ -126,14 +149,18 @@ class Registry:
 
     # --- what the supervisor asks ---------------------------------------------------------
 
-    def elect(self, worker: str) -> bool:
-        """Take or renew the supervisor's lease; True while `worker` holds it."""
+    def elect(self, worker: str, *, dead: str = "") -> str:
+        """Take or renew the supervisor's lease.
+
+        Args:
+            dead: id of a holder that is known to have died; the lease is taken from it at once.
+
+        Returns:
+            The holder's id: `worker` while the lease is its own.
+        """
         with translated(self.url, "elect a supervisor"):
-            if self.client.set(keys.SUPERVISOR, worker, nx=True, px=keys.SUPERVISOR_LEASE_MS):
-                return True
-            if self.client.get(keys.SUPERVISOR) != worker:
-                return False
-            return bool(self.client.pexpire(keys.SUPERVISOR, keys.SUPERVISOR_LEASE_MS))
+            script = self.client.register_script(source("elect"))
+            return cast(str, script(keys=[keys.SUPERVISOR], args=[worker, keys.SUPERVISOR_LEASE_MS, dead]))
 
     def supervisor(self) -> str:
         """Id of the process that holds the supervisor's lease, "" if none does."""

@@ -14,13 +14,13 @@ from cache.workers import Registry, WorkerInfo
 from coordinator import activity
 from coordinator.shards import Plan, shown
 from coordinator.step import Sender
-from coordinator.supervisor_memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
+from coordinator.supervisor_memory import REPEAT_SECONDS, UNSEEN_SECONDS, Memory
 from coordinator.task_names import GRADIENTS
 
 log = logging.getLogger(__name__)
 
 POISON_SECONDS = 3.0  # a worker that was only silent (stopped, or starved) gets so long to come back
-ASTRAY_SECONDS = 3.0  # longer than a dead worker's lease, whose last beat may be from before it began
+ASTRAY_SECONDS = 2.0  # longer than a dead worker's lease, whose last beat may be from before it began
 BACKUP_FACTOR = 3.0
 BACKUP_AT_LEAST_SECONDS = 0.5
 
@@ -72,7 +72,7 @@ class ShardWatch:
                 lost[lease.shard] = why
             elif lease.worker in self.alive:
                 held.append((self._held_seconds(lease), lease))
-        if unseen and self.memory.lasting((self.run, "unseen", self.step, tuple(unseen)), IDLE_SECONDS):
+        if unseen and self.memory.lasting((self.run, "unseen", self.step, tuple(unseen)), UNSEEN_SECONDS):
             lost |= dict.fromkeys(unseen, "its message was lost")
         self._resend(lost, leases, registry, sender)
         if not unseen and not lost:

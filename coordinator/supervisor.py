@@ -68,6 +68,7 @@ class Supervisor:
         self._round_ended = clock()
         self._settled_at = float("-inf")
         self._server = ""
+        self._rival: WorkerInfo | None = None  # who holds the lease in this one's place, if it is known
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchord-supervisor", daemon=True)
 
@@ -89,7 +90,7 @@ class Supervisor:
         while not self._stop.wait(POLL_SECONDS):
             try:
                 registry = self.services.registry
-                if registry.elect(self.worker):
+                if self._elected(registry):
                     self.fault("supervisor.before_look")
                     self.look(registry)
             except TorchordError as error:
@@ -100,11 +101,24 @@ class Supervisor:
             finally:
                 self._round_ended = self.clock()
 
+    def _elected(self, registry: Registry) -> bool:
+        """Whether this process is the supervisor; it follows one that died beside it at once."""
+        holder = registry.elect(self.worker)
+        if holder == self.worker:
+            self._rival = None
+            return True
+        if self._rival is None or self._rival.id != holder:
+            self._rival = registry.worker(holder)
+        if self._rival is None or not self._rival.ended:
+            return False
+        log.warning("supervisor: %s has died; %s takes its place", holder, self.worker)
+        return registry.elect(self.worker, dead=holder) == self.worker
+
     # --- one round ------------------------------------------------------------------------
 
     def look(self, registry: Registry) -> None:
         """Check every active run once."""
-        alive = registry.alive()
+        alive = self._living(registry)
         if not self._settled(registry, alive):
             return
         self.memory.begin_round()
@@ -119,6 +133,18 @@ class Supervisor:
         self.memory.end_round()
         for key in [key for key in self._plans if key[0] not in active]:
             del self._plans[key]
+
+    def _living(self, registry: Registry) -> dict[str, WorkerInfo]:
+        """The workers whose lease is in force and whose process, where it runs beside this one, lives.
+
+        The lease of one that has ended is deleted: the scripts that ask for it shall not wait for its end.
+        """
+        alive = registry.alive()
+        for info in [info for info in alive.values() if info.ended]:
+            log.warning("supervisor: worker %s has died", info.id)
+            registry.leave(info)
+            del alive[info.id]
+        return alive
 
     def _settled(self, registry: Registry, alive: dict[str, WorkerInfo]) -> bool:
         """Whether the list of the living can be trusted.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-IDLE_SECONDS = 1.5  # a heartbeat is up to 0.5 s old: what looks idle for less may not be
+IDLE_SECONDS = 1.0  # a heartbeat is up to 0.3 s old: what looks idle for less may not be
+UNSEEN_SECONDS = 0.75  # between a queue and its lease a message takes milliseconds, on a stalled machine more
 REPEAT_SECONDS = 2.0
 
 
@@ -40,7 +41,8 @@ class Memory:
     def lasted(self, key: tuple[object, ...]) -> float:
         """Seconds since `key` was first reported, in every round since."""
         self._seen.add(key)
-        return self._clock() - self._since.setdefault(key, self._clock())
+        now = self._clock()
+        return now - self._since.setdefault(key, now)
 
     def lasting(self, key: tuple[object, ...], seconds: float) -> bool:
         """Whether `key` has been reported in every round for `seconds`."""

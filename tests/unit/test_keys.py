@@ -49,7 +49,7 @@ def test_the_page_says_of_a_key_what_the_code_says(key: str) -> None:
 
 
 def test_the_page_gives_each_constant_its_value() -> None:
-    found = re.findall(r"([A-Z]+(?:_[A-Z]+)+) \((\d+)(?: (day|hour|minute|s)s?)?\)", PAGE)
+    found = re.findall(r"([A-Z]+(?:_[A-Z]+)+) \(([\d.]+)(?: (day|hour|minute|s)s?)?\)", PAGE)
     assert {name for name, _, _ in found} >= {
         "RUN_TTL",
         "RESULT_TTL",
@@ -61,7 +61,7 @@ def test_the_page_gives_each_constant_its_value() -> None:
         name = {"GRACE_TTL": "DATASET_GRACE", "RENEWAL_SECONDS": "DATASET_RENEWAL_SECONDS"}.get(name, name)
         constant = next(c for c in (f"{name}_SECONDS", f"{name}_MS", name) if hasattr(keys, c))
         value = getattr(keys, constant)
-        assert value == int(number) * SECONDS.get(unit, 1) * (1000 if constant.endswith("_MS") else 1), name
+        assert value == float(number) * SECONDS.get(unit, 1) * (1000 if constant.endswith("_MS") else 1), name
 
 
 def test_the_page_explains_every_field_of_the_head() -> None:

@@ -1498,13 +1498,27 @@ def test_heartbeats_have_the_lease_as_their_ttl(redis_url: str) -> None:
 
 def test_one_supervisor_at_a_time(plane: Plane) -> None:
     registry = plane.registry
-    assert registry.elect("a")
-    assert not registry.elect("b")
-    assert registry.elect("a")
+    assert registry.elect("a") == "a"
+    assert registry.elect("b") == "a"
+    assert registry.elect("a") == registry.supervisor() == "a"
     registry.step_down("b")
-    assert not registry.elect("b")
+    assert registry.elect("b") == "a"
     registry.step_down("a")
-    assert registry.elect("b")
+    assert registry.elect("b") == "b"
+
+
+def test_a_dead_supervisor_is_followed_at_once(plane: Plane) -> None:
+    registry = plane.registry
+    registry.elect("a")
+    assert registry.elect("b", dead="c") == "a", "another one is dead"
+    assert registry.elect("b", dead="a") == "b"
+    assert registry.elect("a") == "b"
+
+
+def test_a_worker_is_asked_for_by_its_id(plane: Plane) -> None:
+    assert plane.registry.worker("w0") is None
+    plane.registry.beat(worker("w0"))
+    assert plane.registry.worker("w0") == worker("w0")
 
 
 def test_an_active_run_is_not_forgotten(plane: Plane, running: Ledger) -> None:

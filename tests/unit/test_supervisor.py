@@ -19,7 +19,9 @@ from cache.records import GENESIS
 from cache.workers import WorkerInfo
 from coordinator import activity
 from coordinator.config import TrainingConfig
+from coordinator.shard_watch import ASTRAY_SECONDS
 from coordinator.supervisor import POLL_SECONDS, Supervisor
+from coordinator.supervisor_memory import IDLE_SECONDS, UNSEEN_SECONDS
 from coordinator.task_names import GRADIENTS, UPDATES
 from tests.support.control import entry, record, slot, worker
 from tests.support.waiting import wait_until
@@ -217,8 +219,8 @@ def test_a_shard_that_was_handed_back_is_sent_at_once(lab: Laboratory) -> None:
 
 def test_a_lost_message_is_sent_again_when_it_is_surely_lost(lab: Laboratory) -> None:
     lab.write(1, 3)
-    assert lab.rounds(1.5) == []
-    assert lab.rounds(0.5) == [("gradient", 0, 0), ("gradient", 0, 2)]
+    assert lab.rounds(UNSEEN_SECONDS) == []
+    assert lab.rounds(POLL_SECONDS) == [("gradient", 0, 0), ("gradient", 0, 2)]
     assert lab.rounds(60) == []
 
 
@@ -238,7 +240,7 @@ def test_a_worker_that_is_not_at_its_shard_loses_it(lab: Laboratory) -> None:
     lab.write(1, 2, 3)
     lab.begin(0)
     lab.doing("w0")
-    assert lab.rounds(2.5) == []
+    assert lab.rounds(ASTRAY_SECONDS) == []
     assert lab.rounds(1.5) == [("gradient", 0, 0)]
     assert lab.run.begin_shard(0, 0, worker="w1", delivery="d") == ("compute", 1, "life"), "no try was lost"
 
@@ -351,6 +353,20 @@ def test_a_worker_that_was_only_stopped_is_no_poison(lab: Laboratory) -> None:
     assert lab.run.head().status == "running"
 
 
+def test_a_worker_that_died_beside_the_supervisor_is_not_waited_for(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease has long to run, but its process is gone; one that runs elsewhere has its lease only."""
+    lab.write(2, 3)
+    lab.begin(0, "w0")
+    lab.begin(1, "w1")
+    lab.registry.beat(replace(lab.living.pop("w0"), pid=1, started=2, place="here"))
+    lab.registry.beat(replace(lab.living.pop("w1"), pid=1, started=2, place="elsewhere"))
+    monkeypatch.setattr("cache.process.ended", lambda place, pid, started: place == "here")
+    assert lab.rounds(POLL_SECONDS) == [("gradient", 0, 0)]
+    assert lab.registry.worker("w0") is None and lab.registry.worker("w1") is not None
+
+
 # --- training servers ------------------------------------------------------------------------------------
 
 
@@ -374,19 +390,43 @@ def test_a_dead_server_is_replaced_as_soon_as_its_lease_ends(lab: Laboratory) ->
     assert lab.rounds(3) == [("advance", UPDATES)]
 
 
+def test_a_server_that_died_beside_the_supervisor_is_replaced_at_once(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.queued()
+    lab.living["s1"] = worker("s1", queues=(UPDATES,))
+    lab.rounds(1)
+    lab.registry.beat(replace(lab.living["s0"], pid=1, started=2, place="here"))
+    successor(lab)
+    monkeypatch.setattr("cache.process.ended", lambda place, pid, started: place == "here")
+    assert lab.rounds(POLL_SECONDS) == [("advance", UPDATES)]
+
+
+def test_a_supervisor_that_died_beside_another_is_followed_at_once(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.registry.elect("s0")
+    lab.registry.beat(replace(lab.living["s0"], pid=1, started=2, place="here"))
+    lab.supervisor.worker = "s1"
+    assert not lab.supervisor._elected(lab.registry)
+    monkeypatch.setattr("cache.process.ended", lambda place, pid, started: place == "here")
+    assert lab.supervisor._elected(lab.registry)
+    assert lab.registry.supervisor() == "s1"
+
+
 def test_a_run_that_nobody_has_served_yet_is_called_for() -> None:
     lab = Laboratory()
     lab.queued()
     other = lab.ledger("run-2")
     other.create({"recipe": {}, "config": CONFIG.to_json()}, incarnation="life")
-    assert lab.rounds(1.25) == [], "its message may be on its way"
+    assert lab.rounds(IDLE_SECONDS) == [], "its message may be on its way"
     assert lab.rounds(2) == [("advance", UPDATES)]
 
 
 def test_a_lost_chord_is_called_for_at_the_server_that_holds_the_run(lab: Laboratory) -> None:
     lab.write(0, 1, 2, 3)
-    assert lab.rounds(1.5) == []
-    assert lab.rounds(0.5) == [("advance", OWN)]
+    assert lab.rounds(IDLE_SECONDS) == []
+    assert lab.rounds(POLL_SECONDS) == [("advance", OWN)]
     assert lab.rounds(60) == [], "the call waits in its queue"
 
 
@@ -437,8 +477,8 @@ def test_lost_parts_of_an_evaluation_are_sent_again(lab: Laboratory) -> None:
     lab.write(1, 2, 3)
     lab.run.launch_evaluation(0, 3, pin_seconds=1e6)
     lab.run.write_part(0, 1, {}, parts=3)
-    assert lab.rounds(1.5) == []
-    assert lab.rounds(0.5) == [("evaluation", 0, (0, 2))]
+    assert lab.rounds(IDLE_SECONDS) == []
+    assert lab.rounds(POLL_SECONDS) == [("evaluation", 0, (0, 2))]
     assert lab.rounds(60) == [], "they wait in the queue"
 
 
