@@ -21,7 +21,7 @@ from cache import errors
 from coordinator.local import LocalCluster
 from examples import char_gpt, fashion_mnist
 from tests.support.processes import MARK, describe, marked
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,7 +43,7 @@ def start(mark: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def nothing_is_left(mark: str) -> None:
-    wait_until(lambda: not marked(mark), 10, lambda: f"the end of\n{describe(marked(mark))}")
+    wait_until(lambda: not marked(mark), message=lambda: f"the end of\n{describe(marked(mark))}")
 
 
 @pytest.mark.slow
@@ -77,11 +77,11 @@ def test_ctrl_c_ends_it_in_one_line(moment: str, tmp_path: Path) -> None:
     try:
         if moment == "while it imports":
             # The first thing that it does is to take SIGINT; importing torch follows, and takes a second.
-            wait_until(lambda: takes_interrupt(program.pid), 30, "the handler of SIGINT")
+            wait_until(lambda: takes_interrupt(program.pid), message="the handler of SIGINT")
         else:
-            wait_until(lambda: len(marked(mark)) >= 4, 60, "its workers")
+            wait_until(lambda: len(marked(mark)) >= 4, message="its workers")
         os.killpg(program.pid, signal.SIGINT)
-        _, stderr = program.communicate(timeout=30)
+        _, stderr = program.communicate(timeout=PATIENCE_SECONDS)
     finally:
         program.kill()
     assert program.returncode == 130, stderr

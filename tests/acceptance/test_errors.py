@@ -49,7 +49,7 @@ from coordinator.services import Services
 from coordinator.shards import Plan
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, seed=1)
 SIZE = 40
@@ -281,16 +281,16 @@ def test_a_worker_waits_for_its_server(tmp_path: Path) -> None:
         with EmbeddedServer(port=port):
             wait_until(lambda: re.search("lonely@.* ready", log.read_text()), message="readiness")
             worker.terminate()
-            assert worker.wait(30) == 0
+            assert worker.wait(PATIENCE_SECONDS) == 0
     finally:
         worker.kill()
-        worker.wait(10)
+        worker.wait(PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:80", "redis://host/zero"])
 def test_a_worker_whose_url_is_none(tmp_path: Path, url: str) -> None:
     worker = _worker(url, tmp_path)
-    assert worker.wait(60) != 0
+    assert worker.wait(PATIENCE_SECONDS) != 0
     last = (tmp_path / "worker.log").read_text().strip().splitlines()[-1]
     assert f"{url!r} is not a Redis URL" in last and "use redis://HOST:PORT/DB" in last
 

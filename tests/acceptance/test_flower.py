@@ -21,7 +21,7 @@ from coordinator import Master, TrainingConfig
 from coordinator.embedded import free_port
 from coordinator.local import LocalCluster
 from examples import digits
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., LocalCluster]
@@ -49,12 +49,17 @@ def flower(trained: LocalCluster, tmp_path: Path) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: process.poll() is not None or answers(f"{address}/healthcheck"), 60, "Flower", 0.1)
+        wait_until(
+            lambda: process.poll() is not None or answers(f"{address}/healthcheck"),
+            PATIENCE_SECONDS,
+            "Flower",
+            0.1,
+        )
         assert process.poll() is None, (tmp_path / "flower.log").read_text()
         yield address
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_SECONDS)
 
 
 def flower_environment(url: str) -> dict[str, str]:
@@ -70,7 +75,7 @@ def answers(address: str) -> bool:
 
 
 def ask(address: str, **query: Any) -> Any:
-    with urlopen(f"{address}?{urlencode(query)}", timeout=10) as reply:
+    with urlopen(f"{address}?{urlencode(query)}", timeout=PATIENCE_SECONDS) as reply:
         return json.load(reply)
 
 
@@ -84,16 +89,18 @@ def finished(flower: str) -> list[dict[str, Any]]:
 def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) -> None:
     # Flower tells the workers to send events; what they do before that, it cannot show.
     for worker in trained.processes.values():
-        wait_until(lambda log=worker.log: b"enabled by remote" in log.read_bytes(), 60, "events", 0.1)
+        wait_until(
+            lambda log=worker.log: b"enabled by remote" in log.read_bytes(), message="events", interval=0.1
+        )
     config = TrainingConfig(epochs=1, batch_size=256, shards=2)
     run = Master(trained.url).submit(digits.recipe(epochs=1), config, name="shown")
-    run.wait(timeout=60)
+    run.wait(timeout=PATIENCE_SECONDS)
     steps = len(run.history())
 
     def seen() -> Counter[str]:
         return Counter(task["name"] for task in finished(flower))
 
-    wait_until(lambda: seen()["tasks.apply_update"] >= steps, 20, seen, 0.2)
+    wait_until(lambda: seen()["tasks.apply_update"] >= steps, message=seen, interval=0.2)
     tasks = finished(flower)
 
     gradients = [task for task in tasks if task["name"] == "tasks.compute_gradient"]
@@ -122,7 +129,7 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
 
 def rows_of_the_page(flower: str) -> list[dict[str, Any]]:
     """What the page /tasks fetches for its table: columns and words are those of flowerconfig.py."""
-    with urlopen(f"{flower}/tasks", timeout=10) as reply:
+    with urlopen(f"{flower}/tasks", timeout=PATIENCE_SECONDS) as reply:
         page = reply.read().decode()
     assert 'data-column="kwargs"' in page and 'data-column="result"' in page
     query = {"draw": 1, "start": 0, "length": 100, "search[value]": "", "order[0][column]": 0}

@@ -14,7 +14,7 @@ from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
 from coordinator.embedded import EmbeddedServer
 from coordinator.local_steps import diloco
 from tests.support import models
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 HALF = {"precision": "fp16", "loss_scale": 2.0**18, "loss_scale_interval": 3}
 """A loss scale that overflows at first and again and again, so that steps are skipped."""
@@ -68,7 +68,7 @@ def master_of(cluster: LocalCluster) -> Master:
 
 def trained(master: Master, name: str, given: Recipe, how: TrainingConfig) -> Run:
     run = master.submit(given, how, name=name)
-    run.wait(timeout=90)
+    run.wait(timeout=PATIENCE_SECONDS)
     audit = run.verify()
     assert audit.ok, audit.problems
     return run
@@ -124,10 +124,10 @@ def test_a_training_server_that_dies_restores_the_slots_states(
     )
     for name in killed:
         run = master.submit(recipe_of(name), config(**MODES[name]), name=f"{name}-killed")
-        wait_until(lambda run=run: run.status().version >= 5, 30, "the fifth step")
+        wait_until(lambda run=run: run.status().version >= 5, message="the fifth step")
         fleet.processes["server"].kill()
         fleet.restart("server")
-        run.wait(timeout=90)
+        run.wait(timeout=PATIENCE_SECONDS)
         assert run.verify().ok
         assert bits(run) == alone[name], name
 
@@ -143,10 +143,10 @@ def test_overflows_are_skipped_and_computed_again_alike(fleet: LocalCluster) -> 
 def test_a_client_that_dies_takes_no_residual_with_it(fleet: LocalCluster, alone: dict[str, bytes]) -> None:
     master = master_of(fleet)
     run = master.submit(recipe(), config(**MODES["topk"]), name="topk-killed")
-    wait_until(lambda: run.status().version >= 5, 30, "the fifth step")
+    wait_until(lambda: run.status().version >= 5, message="the fifth step")
     fleet.processes["client1"].kill()
     fleet.restart("client1")
-    run.wait(timeout=90)
+    run.wait(timeout=PATIENCE_SECONDS)
     assert bits(run) == alone["topk"]
 
 
@@ -178,13 +178,13 @@ def test_a_live_switch_is_recorded_and_has_the_same_bits_when_replayed(fleet: Lo
     master = master_of(fleet)
     how = config(epochs=8)
     run = master.submit(recipe(), how, name="switched")
-    wait_until(lambda: run.status().version >= 3, 30, "the third step")
+    wait_until(lambda: run.status().version >= 3, message="the third step")
     run.pause()
     at = run.switch(shards=2, compression="topk:0.2")
     later = run.switch(shards=4)
     assert later == at, "while the run stands still, two switches meet at one step"
     run.resume()
-    trained_model = run.wait(timeout=90)
+    trained_model = run.wait(timeout=PATIENCE_SECONDS)
     shards = [len(report.workers) for report in trained_model.history]
     assert shards == [3] * at + [4] * (len(shards) - at)
     assert run.verify().ok
@@ -206,7 +206,7 @@ def test_a_live_switch_is_recorded_and_has_the_same_bits_when_replayed(fleet: Lo
         )
         assert verdict == "ok"
     again.resume()
-    again.wait(timeout=90)
+    again.wait(timeout=PATIENCE_SECONDS)
     assert bits(again) == bits(run)
 
 
@@ -255,9 +255,9 @@ def test_a_cache_node_that_dies_changes_no_bit(cluster: Callable[..., LocalClust
             master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=urls)
             run = master.submit(wide(), config(epochs=3, checkpoint_every=50), name=f"ring-{kill}")
             if kill:
-                wait_until(lambda run=run: run.status().version >= 8, 30, "the eighth step")
+                wait_until(lambda run=run: run.status().version >= 8, message="the eighth step")
                 nodes[1].kill()
-            run.wait(timeout=90)
+            run.wait(timeout=PATIENCE_SECONDS)
             assert run.verify().ok
             found.append(bits(run))
             made.stop()

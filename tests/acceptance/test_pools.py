@@ -26,7 +26,7 @@ from coordinator.embedded import free_port
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.processes import describe, marked
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=2, evaluate_every=5)
 SINGLE = {"layout": "single", "workers": 1}
@@ -70,7 +70,7 @@ def test_trains_to_the_end(tmp_path: Path, layout: str) -> None:
         for worker in one.cluster.processes.values():
             worker.terminate()
         for worker in one.cluster.processes.values():
-            assert worker.wait(30) == 0, worker.tail()
+            assert worker.wait(PATIENCE_SECONDS) == 0, worker.tail()
         assert not [process for process in living if process.is_running()], describe(living)
         if layout.startswith("single"):
             assert "-Q" not in one.cluster.processes["worker"].command
@@ -218,7 +218,7 @@ def test_over_tls(tmp_path: Path) -> None:
                 assert reference.bits(trained.module) == reference.accumulate(recipe, CONFIG).bits
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(10)
+        server.wait(PATIENCE_SECONDS)
 
 
 def test_a_worker_that_joins_and_one_that_leaves(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_worker_that_joins_and_one_that_leaves(tmp_path: Path) -> None:
         wait_until(one.cluster.processes["client3"].ready, message="the third Client")
         one.cluster.processes["client1"].terminate()
         gate.touch()
-        assert one.cluster.processes["client1"].wait(30) == 0
+        assert one.cluster.processes["client1"].wait(PATIENCE_SECONDS) == 0
         trained = finished(run)
         assert reference.bits(trained.module) == reference.accumulate(recipe, config).bits
     wait_until(lambda: not marked(str(tmp_path)), message=lambda: describe(marked(str(tmp_path))))

@@ -22,7 +22,7 @@ from coordinator.local import ROOT
 from coordinator.shards import Plan
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=6, evaluate_every=3)
 
@@ -72,7 +72,7 @@ class Program:
 
     def end(self) -> int:
         """Wait for its end and return its exit code."""
-        return self.process.wait(60)
+        return self.process.wait(PATIENCE_SECONDS)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from coordinator import Audit, LocalCluster, Master, Recipe, Run, TrainingConfig
 from coordinator.faults import fired, parse
 from coordinator.local import WorkerProcess
 from coordinator.local_steps import diloco
+from tests.faults.recipes import Slow
 from tests.support import models
 from tests.support.waiting import wait_until
 
 CONFIG = TrainingConfig(epochs=3, batch_size=8, shards=3, checkpoint_every=4, evaluate_every=6, seed=3)
-WAIT_SECONDS = 90.0
+WAIT_SECONDS = 120.0
 """Far below the visibility timeout of the broker (an hour): what waits for that fails here."""
+HOURS = 36000.0
+"""What a sample takes that must not be done before the test says so."""
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -64,6 +68,7 @@ class Laboratory:
     def __init__(self, folder: Path, **arguments: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.plan = folder / "faults.txt"
+        self.speeds = folder / "speeds.txt"
         self.code = folder / "code"
         self.code.mkdir(exist_ok=True)
         self.checkpoints = str(folder / "checkpoints")
@@ -108,6 +113,7 @@ class Laboratory:
             assert not missing, f"faults {missing} of {plan!r} did not fire"
         finally:
             self._arm("")
+            self.fast()
             self.mend(count)
 
     def _arm(self, plan: str) -> None:
@@ -118,8 +124,19 @@ class Laboratory:
     def wait_fired(self, number: int = 0) -> int:
         """Wait until a fault has fired; the id of the process that it struck."""
         marker = fired(self.plan, number)
-        wait_until(lambda: marker.exists() and marker.read_text(), WAIT_SECONDS, f"fault {number} to fire")
+        wait_until(lambda: marker.exists() and marker.read_text(), message=f"fault {number} to fire")
         return int(marker.read_text().split()[0])
+
+    def hold_for_supervisor(self, plan: str, run: Run) -> None:
+        """Where a plan strikes the supervisor, keep the run from its end until it has.
+
+        The supervisor looks four times a second, whatever the run does: a fast machine could be done
+        before the round that the plan names.
+        """
+        for number, fault in enumerate(parse(plan)):
+            if fault.point.startswith("supervisor."):
+                self.wait_fired(number)
+                assert run.status().state in ("pending", "running")
 
     def mend(self, count: int) -> None:
         """Wake what was stopped and start what was killed, for the next experiment."""
@@ -149,9 +166,25 @@ class Laboratory:
 
     # --- runs -----------------------------------------------------------------------------
 
+    def slow(self, seconds: float, *names: str) -> None:
+        """Let each sample take so long from now on, on all workers or on these; `fast` ends that.
+
+        What has to happen in the middle of a run then does, on whatever machine: no run ends before
+        the test has come so far.
+        """
+        who = [str(self.cluster.processes[name].pid) for name in names] or ["*"]
+        draft = self.speeds.with_suffix(".draft")
+        draft.write_text("".join(f"{pid} {seconds}\n" for pid in who))
+        os.replace(draft, self.speeds)
+
+    def fast(self) -> None:
+        """No sample takes any time, those under way included."""
+        self.speeds.unlink(missing_ok=True)
+
     def submit(self, config: TrainingConfig = CONFIG, **changes: Any) -> Run:
-        """Submit the laboratory's recipe under a fresh name."""
-        return self.master.submit(recipe(**changes), config, name=f"experiment-{next(self._numbers)}")
+        """Submit the laboratory's recipe under a fresh name; `slow` decides how fast it is."""
+        made = recipe(**{"dataset": partial(Slow, speeds=str(self.speeds)), **changes})
+        return self.master.submit(made, config, name=f"experiment-{next(self._numbers)}")
 
     @property
     def reference(self) -> Outcome:
@@ -162,11 +195,13 @@ class Laboratory:
         """What a run with this config comes to; it is made when first asked for."""
         if config not in self._undisturbed:
             self._arm("")
+            self.fast()
             self._undisturbed[config] = self.check(self.submit(config), reference=None)
         return self._undisturbed[config]
 
     def check(self, run: Run, *, reference: Outcome | None) -> Outcome:
         """Wait for a run; its audit must be clean and its outcome the reference's."""
+        self.fast()
         while_reviving(self, run)
         audit = run.verify()
         assert_clean(audit)

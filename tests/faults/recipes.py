@@ -46,8 +46,9 @@ class Slow(Dataset[tuple[Tensor, Tensor]]):
     """`models.points`, read at a speed that depends on the process.
 
     Args:
-        speeds: file with lines "PID SECONDS": how long that process takes for each sample; every
-            other takes no time. Read anew for each sample.
+        speeds: file with lines "PID SECONDS": how long that process takes for each sample; "*" stands for
+            all that are not named. Without the file no sample takes any time. Read anew for each sample,
+            and while one waits.
     """
 
     def __init__(self, speeds: str, size: int = 40) -> None:
@@ -69,4 +70,5 @@ class Slow(Dataset[tuple[Tensor, Tensor]]):
             lines = self.speeds.read_text().splitlines()
         except FileNotFoundError:
             return 0.0
-        return next((float(line.split()[1]) for line in lines if int(line.split()[0]) == os.getpid()), 0.0)
+        known = dict(line.split() for line in lines)
+        return float(known.get(str(os.getpid()), known.get("*", 0.0)))

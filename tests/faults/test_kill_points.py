@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coordinator.faults import POINTS, parse
-from tests.faults.laboratory import CONFIG, Laboratory
+from tests.faults.laboratory import CONFIG, HOURS, Laboratory
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -76,7 +76,10 @@ def test_killed_at(lab: Laboratory, mode: str, plan: str) -> None:
     config = dataclasses.replace(CONFIG, **MODES[mode])
     reference = lab.undisturbed(config)
     with lab.faults(plan):
+        if "supervisor." in plan:
+            lab.slow(HOURS)
         run = lab.submit(config)
+        lab.hold_for_supervisor(plan, run)
         lab.check(run, reference=reference)
     if "tree" in mode:
         assert run.verify().partial_sums == 6 * run.status().version, "six of each step, once each"

@@ -53,6 +53,7 @@ def assert_same_training(found: Outcome, reference: Outcome) -> None:
 def test_a_restart_with_its_data(lab: Laboratory) -> None:
     """Nobody is started again and nobody calls resume(): every process waits and reconnects."""
     reference = lab.undisturbed(LONGER)
+    lab.slow(0.03)
     run = lab.submit(LONGER)
     waiter = ThreadPoolExecutor(1).submit(run.wait, timeout=WAIT_SECONDS)
     wait_version(run, 12)
@@ -72,6 +73,7 @@ def test_a_restart_with_its_data(lab: Laboratory) -> None:
 def test_an_older_copy_of_the_data(lab: Laboratory, tmp_path: Path) -> None:
     """As after a power loss: Redis has lost its last second, and every process is ahead of it."""
     reference = lab.undisturbed(LONGER)
+    lab.slow(0.03)
     run = lab.submit(LONGER)
     wait_version(run, 12)
     data = lab.cluster.broker._persistence_dir
@@ -89,6 +91,7 @@ def test_an_older_copy_of_the_data(lab: Laboratory, tmp_path: Path) -> None:
 def test_nothing_left_and_the_workers_live(lab: Laboratory) -> None:
     """The supervisor knows the run still and creates it again from its newest checkpoint."""
     reference = lab.undisturbed(LONGER)
+    lab.slow(0.03)
     run = lab.submit(LONGER)
     waiter = ThreadPoolExecutor(1).submit(run.wait, timeout=WAIT_SECONDS)
     wait_version(run, 14)
@@ -101,6 +104,7 @@ def test_nothing_left_and_the_workers_live(lab: Laboratory) -> None:
 def test_nothing_left_at_all(lab: Laboratory) -> None:
     """Nobody who knew the run is left: `resume()` creates it from the checkpoint."""
     reference = lab.undisturbed(LONGER)
+    lab.slow(0.03)
     run = lab.submit(LONGER)
     wait_version(run, 14)
     for worker in lab.cluster.processes.values():

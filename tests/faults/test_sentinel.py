@@ -15,7 +15,7 @@ from coordinator import LocalCluster, Master, TrainingConfig
 from coordinator.broker import celery_url, transport_options
 from coordinator.embedded import EmbeddedServer, find_server, free_port
 from tests.support import models
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 SERVICE = "torchord"
 
@@ -39,7 +39,7 @@ def watched(tmp_path: Path) -> Iterator[tuple[EmbeddedServer, int]]:
     replica.start()
     answers(replica.port, "REPLICAOF", "127.0.0.1", str(primary.port))
     wait_until(
-        lambda: "master_link_status:up" in answers(replica.port, "INFO", "replication"), 20, "replication"
+        lambda: "master_link_status:up" in answers(replica.port, "INFO", "replication"), message="replication"
     )
     port = free_port()
     configuration = tmp_path / "sentinel.conf"
@@ -51,7 +51,7 @@ def watched(tmp_path: Path) -> Iterator[tuple[EmbeddedServer, int]]:
     sentinel = subprocess.Popen([str(find_server()), str(configuration), "--sentinel"])
     try:
         knows = lambda: f"127.0.0.1:{replica.port}" in answers(port, "SENTINEL", "replicas", SERVICE)  # noqa: E731
-        wait_until(knows, 30, "the sentinel to know the replica")
+        wait_until(knows, message="the sentinel to know the replica")
         yield primary, port
     finally:
         sentinel.terminate()
@@ -64,10 +64,10 @@ def train(master: Master, name: str, during: Callable[[], None] | None = None) -
     config = TrainingConfig(epochs=6, batch_size=8, shards=2, checkpoint_every=5)
     run = master.submit(models.mlp(size=40), config, name=name)
     if during is not None:
-        wait_until(lambda: run.status().version >= 8, 30, "the eighth step")
+        wait_until(lambda: run.status().version >= 8, message="the eighth step")
         during()
-        wait_until(lambda: settled(master, name), 60, "the run to end after the failover")
-    run.wait(timeout=60)
+        wait_until(lambda: settled(master, name), message="the run to end after the failover")
+    run.wait(timeout=PATIENCE_SECONDS)
     return b"".join(v.numpy().tobytes() for v in run.state_dict().values()), run.verify().ok
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +11,7 @@ import torch
 
 from cache.errors import NoWorker
 from coordinator import Run
-from tests.faults.laboratory import CONFIG, Laboratory, Outcome
-from tests.faults.recipes import Slow
+from tests.faults.laboratory import CONFIG, HOURS, WAIT_SECONDS, Laboratory, Outcome, wait_version
 from tests.support.waiting import wait_until
 
 ODD = {"ATEN_CPU_CAPABILITY": "default"}
@@ -65,10 +62,9 @@ def swap(lab: Laboratory) -> None:
         client.cont() if client.name == "odd" else client.pause()
 
 
-def slow(lab: Laboratory, speeds: Path) -> dict[str, Any]:
-    """Data that keeps the ordinary Clients at their first shard until `speeds` is gone."""
-    speeds.write_text("".join(f"{client.pid} 3600\n" for client in lab.clients() if client.name != "odd"))
-    return {"dataset": partial(Slow, speeds=str(speeds))}
+def hold(lab: Laboratory) -> None:
+    """Keep the ordinary Clients at their first shard until `lab.fast()`."""
+    lab.slow(HOURS, *(client.name for client in lab.clients() if client.name != "odd"))
 
 
 def pid_of(lab: Laboratory, name: str) -> str:
@@ -98,36 +94,36 @@ def test_an_unlike_machine_is_refused(odd_paused: Laboratory, reference: Outcome
     assert pid_of(odd_paused, "odd") not in workers_of(run)
 
 
-def test_it_is_said_who_is_refused_and_why(
-    odd_paused: Laboratory, reference: Outcome, tmp_path: Path
-) -> None:
-    lab, speeds = odd_paused, tmp_path / "speeds"
-    run = lab.submit(**slow(lab, speeds))
+def test_it_is_said_who_is_refused_and_why(odd_paused: Laboratory, reference: Outcome) -> None:
+    lab = odd_paused
+    hold(lab)
+    run = lab.submit()
     first_begun(run)
     swap(lab)
     refused = wait_until(lambda: run.status().refused, message="the refusal")
     assert pid_of(lab, "odd") in refused[0]
     assert "is computed on torch" in refused[0] and "this worker has torch" in refused[0]
     with pytest.raises(NoWorker, match="admit_skew"):
-        run.wait(worker_timeout=0.5, timeout=60)
-    speeds.unlink()
+        run.wait(worker_timeout=0.5, timeout=WAIT_SECONDS)
+    lab.fast()
     for client in lab.clients():
         client.cont()
     lab.check(run, reference=reference)
     assert len(refusals(run)) == 1
 
 
-def test_admitted_on_request(odd_paused: Laboratory, reference: Outcome, tmp_path: Path) -> None:
+def test_admitted_on_request(odd_paused: Laboratory, reference: Outcome) -> None:
     """A person decides that any bits will do."""
-    lab, speeds = odd_paused, tmp_path / "speeds"
-    run = lab.submit(**slow(lab, speeds))
+    lab = odd_paused
+    hold(lab)
+    run = lab.submit()
     first_begun(run)
     swap(lab)
     wait_until(lambda: run.status().refused, message="the refusal")
     run.resume(admit_skew=True)
+    wait_version(run, run.status().total_steps)
     lab.check(run, reference=None)
     assert pid_of(lab, "odd") in workers_of(run)
-    speeds.unlink()
 
 
 def test_admitted_by_the_config(odd_paused: Laboratory, reference: Outcome) -> None:
@@ -145,7 +141,7 @@ def test_other_code_is_refused_until_it_is_corrected(odd_paused: Laboratory, ref
     file = lab.code / "my_loss.py"
     file.write_text(LOSS.format(broken=True))
     run = lab.submit(loss="my_loss:loss")
-    wait_until(lambda: run.status().state == "failed", 60, "the failure")
+    wait_until(lambda: run.status().state == "failed", message="the failure")
     assert "a mistake in the recipe" in (run.status().error or "")
     file.write_text(LOSS.format(broken=False))
     run.resume()

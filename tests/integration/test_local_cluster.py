@@ -19,10 +19,9 @@ from cache.errors import CacheUnreachable, InvalidInput, NoWorker
 from coordinator.embedded import EmbeddedServer, free_port
 from coordinator.local import ROOT, LocalCluster
 from tests.support.processes import MARK, describe, marked
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 STUB = "tests.support.stub_app"
-GRACE_SECONDS = 5.0
 Start = Callable[..., LocalCluster]
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
 
@@ -42,7 +41,7 @@ def add(url: str, left: int, right: int, queue: str) -> int:
     with Celery("sender", broker=url, backend=url) as app:
         result = app.send_task(f"{STUB}.add", (left, right), queue=queue)
         try:
-            answer: int = result.get(timeout=30)
+            answer: int = result.get(timeout=PATIENCE_SECONDS)
             return answer
         finally:
             result.forget()
@@ -101,7 +100,7 @@ def test_kill_restart_and_add(stub: Start) -> None:
     cluster = stub(1)
     client = cluster.processes["client1"]
     client.kill()
-    assert client.wait(5) == -signal.SIGKILL
+    assert client.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     again = cluster.restart("client1")
     assert again.pid != client.pid and again.poll() is None
     more = cluster.add_worker(queues="special")
@@ -135,7 +134,7 @@ def test_pool_processes_end_with_their_worker(stub: Start, end: str) -> None:
     client = cluster.processes["client1"]
     children = wait_until(lambda: psutil.Process(client.pid).children(), message="pool processes")
     getattr(client, end)()
-    client.wait(20)
+    client.wait(PATIENCE_SECONDS)
     wait_until(lambda: not any(child.is_running() for child in children), message="the pool's end")
 
 
@@ -277,8 +276,9 @@ class Program:
 
     def nothing_left(self) -> None:
         """Until no process of this program lives, and no file of it is left in the temporary directory."""
-        limit = 2 * GRACE_SECONDS + 10
-        wait_until(lambda: not marked(self.mark), limit, lambda: "the end of\n" + describe(marked(self.mark)))
+        wait_until(
+            lambda: not marked(self.mark), message=lambda: "the end of\n" + describe(marked(self.mark))
+        )
         assert not list(self.temporary.iterdir())
 
 
@@ -311,7 +311,7 @@ HOLD = f"""
 
 def test_a_program_that_ends_normally(program: Callable[[str], Program]) -> None:
     one = program(HOLD.replace("signal.pause()", "pass"))
-    assert one.process.wait(60) == 0
+    assert one.process.wait(PATIENCE_SECONDS) == 0
     assert not marked(one.mark), "all had ended when the `with` block was left"
     one.nothing_left()
     assert one.stderr.read_text() == ""
@@ -323,14 +323,14 @@ def test_a_program_that_never_calls_stop(program: Callable[[str], Program]) -> N
         cluster = LocalCluster(workers=1, app="{STUB}", wait_ready=True)
         cluster.start()
     """)
-    assert one.process.wait(60) == 0
+    assert one.process.wait(PATIENCE_SECONDS) == 0
     one.nothing_left()
     assert one.stderr.read_text() == ""
 
 
 def test_a_program_that_raises(program: Callable[[str], Program]) -> None:
     one = program(HOLD.replace("signal.pause()", "raise SystemExit(7)"))
-    assert one.process.wait(60) == 7
+    assert one.process.wait(PATIENCE_SECONDS) == 7
     assert not marked(one.mark)
     one.nothing_left()
     assert one.stderr.read_text() == ""
@@ -341,7 +341,7 @@ def test_ctrl_c(program: Callable[[str], Program]) -> None:
     one = program(HOLD)
     one.wait_for("up")
     os.killpg(one.process.pid, signal.SIGINT)
-    one.process.wait(30)
+    one.process.wait(PATIENCE_SECONDS)
     assert not marked(one.mark)
     one.nothing_left()
     lines = one.stderr.read_text().splitlines()
@@ -354,7 +354,7 @@ def test_ctrl_c_while_the_cluster_starts(program: Callable[[str], Program]) -> N
     one.wait_for("starting")
     wait_until(lambda: len(marked(one.mark)) > 3, message="the first workers")
     os.killpg(one.process.pid, signal.SIGINT)
-    one.process.wait(30)
+    one.process.wait(PATIENCE_SECONDS)
     one.nothing_left()
     assert one.stderr.read_text().splitlines()[-1] == "KeyboardInterrupt"
 
@@ -365,7 +365,7 @@ def test_a_program_that_is_killed(program: Callable[[str], Program], number: sig
     one.wait_for("up")
     assert len(marked(one.mark)) >= 7  # the program, the guardian, the server, two workers with a child each
     one.process.send_signal(number)
-    assert one.process.wait(10) == -number
+    assert one.process.wait(PATIENCE_SECONDS) == -number
     one.nothing_left()
     assert one.stderr.read_text() == ""
 
@@ -380,9 +380,8 @@ def test_a_killed_program_whose_fork_holds_the_pipe_open(program: Callable[[str]
     )
     one.wait_for("forked")
     one.process.kill()
-    one.process.wait(10)
-    limit = 2 * GRACE_SECONDS + 10
-    wait_until(lambda: len(marked(one.mark)) == 1, limit, lambda: describe(marked(one.mark)))
+    one.process.wait(PATIENCE_SECONDS)
+    wait_until(lambda: len(marked(one.mark)) == 1, message=lambda: describe(marked(one.mark)))
     (fork,) = marked(one.mark)
     assert "program.py" in " ".join(fork.cmdline())
     fork.kill()
@@ -402,7 +401,7 @@ def test_a_fork_that_leaves_the_block_stops_nothing(program: Callable[[str], Pro
                 print("alive" if all(one.poll() is None for one in workers) else "ended")
                 print("answers" if cluster.broker.responds() else "silent")
     """)
-    assert one.process.wait(60) == 0
+    assert one.process.wait(PATIENCE_SECONDS) == 0
     assert one.stdout.read_text().split() == ["alive", "answers"]
     one.nothing_left()
 
@@ -416,7 +415,7 @@ def test_program_and_guardian_killed_at_once(program: Callable[[str], Program]) 
     os.kill(one.process.pid, signal.SIGSTOP)  # so that it cannot react to the guardian's end
     os.kill(guardian, signal.SIGKILL)
     one.process.kill()
-    one.process.wait(10)
+    one.process.wait(PATIENCE_SECONDS)
     wait_until(lambda: not marked(one.mark), message=lambda: describe(marked(one.mark)))
 
 

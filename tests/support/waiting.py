@@ -8,10 +8,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+PATIENCE_SECONDS = 90.0
+"""How long a test waits for what takes a moment: it only ends a test that hangs, on whatever machine."""
+
 
 def wait_until(
     predicate: Callable[[], T],
-    timeout: float = 30.0,
+    timeout: float = PATIENCE_SECONDS,
     message: str | Callable[[], str] = "",
     interval: float = 0.01,
 ) -> T:
