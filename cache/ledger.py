@@ -29,6 +29,12 @@ SlotVerdict = Literal["written", "group", "spare", "duplicate", "divergent", "la
 CommitVerdict = Literal["ok", "fenced", "stale", "incomplete", "stopped", "diverged"]
 
 
+BACKUP_FACTOR = 1.5  # a holder may keep an idle worker waiting for so many of the idle one's shards,
+BACKUP_SECONDS = 0.05  # and so much longer: what a backup costs, and what a machine's hiccups are
+BACKUPS_MOST = 2
+BACKUP_LOST_SECONDS = 5.0  # a backup that nobody began by then was lost
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """Who is at a shard.
@@ -40,6 +46,8 @@ class Lease:
         delivery: id of the Celery task.
         open: whether the hold is in force.
         since: Unix time (s) at which it was taken, by the server's clock.
+        backups: how many backups of the shard were asked for.
+        asked: Unix time (s) of the last of them, 0.0 once it was begun.
     """
 
     shard: int
@@ -48,6 +56,8 @@ class Lease:
     open: bool
     delivery: str = ""
     since: float = 0.0
+    backups: int = 0
+    asked: float = 0.0
 
 
 class Group(NamedTuple):
@@ -563,6 +573,35 @@ class Ledger:
         with self._during(f"write slot {slot.shard} of step {step}"):
             verdict, present = self._script("write_slot", names, arguments)
         return Finished(verdict, int(present), self.called(step))
+
+    def late_shard(self, step: int, *, shards: int, seconds: float) -> tuple[int | None, int]:
+        """Ask, with nothing else to do, for a shard that its holder takes far too long for.
+
+        Args:
+            shards: how many the step has.
+            seconds: what the asker takes for a shard.
+
+        Returns:
+            (the shard to compute once more, None if there is none; how many were not even begun):
+            see scripts/late_shard.lua.
+        """
+        with self._during(f"look for a late shard of step {step}"):
+            shard, waiting = self._script(
+                "late_shard",
+                [self.keys.head, self.keys.slots(step), self.keys.leases(step)],
+                [
+                    step,
+                    shards,
+                    seconds,
+                    BACKUP_FACTOR,
+                    BACKUP_SECONDS,
+                    BACKUPS_MOST,
+                    BACKUP_LOST_SECONDS,
+                    keys.worker(""),
+                    self.run,
+                ],
+            )
+        return (None if int(shard) < 0 else int(shard)), int(waiting)
 
     # --- the training server's side ---------------------------------------------------------
 

@@ -21,6 +21,10 @@ from cache import keys
 from cache.errors import CacheError, RunNotFound
 from cache.lane import Command
 from cache.ledger import (
+    BACKUP_FACTOR,
+    BACKUP_LOST_SECONDS,
+    BACKUP_SECONDS,
+    BACKUPS_MOST,
     BeginVerdict,
     Begun,
     Committed,
@@ -33,7 +37,7 @@ from cache.ledger import (
     SlotVerdict,
 )
 from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revised, revision
-from cache.workers import Registry, WorkerInfo
+from cache.workers import Registry, WorkerInfo, read
 
 URL = "memory://"
 
@@ -349,7 +353,7 @@ class MemoryLedger(Ledger):
                 plane.hset(names.head, {"environment": environment})
             elif environment and environment != first and head["skew"] == "refuse":
                 return "skewed", 0, incarnation
-            attempt = 1
+            attempt, more = 1, {}
             held = plane.hash(names.leases(step)).get(field)
             if held is not None:
                 lease = json.loads(held)
@@ -361,8 +365,9 @@ class MemoryLedger(Ledger):
                         plane.hincr(names.head, "duplicates")
                         return "held", lease["attempt"], incarnation
                     attempt = lease["attempt"]
+                    more = {"backups": lease["backups"]} if "backups" in lease else {}
             lease = {"worker": worker, "attempt": attempt, "delivery": delivery, "open": True}
-            lease["since"] = plane.clock()
+            lease |= {"since": plane.clock(), **more}
             plane.hset(names.leases(step), {field: json.dumps(lease)}, keys.WORK_TTL_SECONDS)
             return "compute", attempt, incarnation
 
@@ -469,6 +474,36 @@ class MemoryLedger(Ledger):
         with self.plane.changed:
             written = self.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
             return Finished(*written, self.called(step))
+
+    def late_shard(self, step: int, *, shards: int, seconds: float) -> tuple[int | None, int]:
+        """See `Ledger.late_shard`."""
+        plane, names = self.plane, self.keys
+        with plane.changed:
+            leases = {int(shard): json.loads(text) for shard, text in plane.hash(names.leases(step)).items()}
+            written = plane.hash(names.slots(step))
+            begun = {*map(int, written), *leases}
+            waiting = sum(shard not in begun for shard in range(shards))
+            if self._head.get("status") != "running":
+                return None, 0
+            if waiting > 0:
+                return None, waiting
+            waits: dict[int, float] = {}
+            for shard, lease in leases.items():
+                holder = plane.get(keys.worker(lease["worker"])) if lease["open"] else None
+                if shard >= shards or str(shard) in written or holder is None:
+                    continue
+                if lease.get("backups", 0) >= BACKUPS_MOST:
+                    continue
+                if plane.clock() - lease.get("asked", 0.0) > BACKUP_LOST_SECONDS:
+                    pace = json.loads(holder)["pace"].get(self.run, seconds)
+                    waits[shard] = abs(pace - (plane.clock() - lease["since"]))
+            late = max(waits, key=lambda shard: waits[shard], default=None)
+            if late is None or waits[late] <= BACKUP_FACTOR * seconds + BACKUP_SECONDS:
+                return None, 0
+            asked = {"backups": leases[late].get("backups", 0) + 1, "asked": plane.clock()}
+            plane.hset(names.leases(step), {str(late): json.dumps({**leases[late], **asked})})
+            plane.hincr(names.head, "backups")
+            return late, 0
 
     # --- the training server's side ---------------------------------------------------------
 
@@ -908,9 +943,7 @@ class MemoryRegistry(Registry):
         for id in self.plane.hash(keys.WORKERS):
             text = self.plane.get(keys.worker(id))
             if text is not None:
-                fields = json.loads(text)
-                fields["queues"] = tuple(fields["queues"])
-                found[id] = WorkerInfo(**fields)
+                found[id] = read(text)
         return found
 
     def worker(self, id: str) -> WorkerInfo | None:

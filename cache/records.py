@@ -393,6 +393,7 @@ class Head:
         environment: what of the first worker that computed could change bits, "" before that.
         server_environment: the same of the first training server.
         skew: "refuse" if a worker of another environment may not compute.
+        backups: shards that were sent to another worker as well, because their holder was slow.
         shared: several processes of one node take turns as server.
         error: why the run failed: {"message", "kind", ...}.
     """
@@ -422,6 +423,7 @@ class Head:
     environment: str = ""
     server_environment: str = ""
     skew: str = ""
+    backups: int = 0
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -453,6 +455,7 @@ class Head:
             divergent=integer("divergent") or 0,
             replayed=integer("replayed") or 0,
             error=json.loads(fields["error"]) if fields.get("error") else None,
+            backups=integer("backups") or 0,
             reached=int(fields.get("reached", -1)),
             environment=fields.get("environment", ""),
             server_environment=fields.get("server_environment", ""),

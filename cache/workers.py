@@ -29,6 +29,7 @@ from cache.scripts import source
 log = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 5
+_PACES_KEPT = 4  # runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class WorkerInfo:
         since: Unix time (s) at which that last changed.
         environment: what could change bits (torch version, device, CPU capability).
         refuses: run -> why this process may not work on it.
+        pace: run -> seconds that it took for a shard of it, the lesser of the last two.
         place: where its pid means something, and
         started: since when it has that pid, so that a process beside it sees at once when it has ended
             (see `cache.process`); "" and 0 if unknown.
@@ -59,6 +61,7 @@ class WorkerInfo:
     since: float = 0.0
     environment: str = ""
     refuses: dict[str, str] = field(default_factory=dict)
+    pace: dict[str, float] = field(default_factory=dict)
     place: str = ""
     started: int = 0
 
@@ -89,10 +92,11 @@ def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerI
     )
 
 
-def _read(text: str) -> WorkerInfo:
+def read(text: str) -> WorkerInfo:
+    """What a heartbeat says; what a newer release says beyond that is passed over."""
     fields = json.loads(text)
     fields["queues"] = tuple(fields["queues"])
-    return WorkerInfo(**fields)
+    return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
 
 
 class Registry:
@@ -135,13 +139,13 @@ class Registry:
             if gone:
                 stale = int(time.time() * 1000) - 60_000
                 self.client.zremrangebyscore(keys.WORKERS, "-inf", stale)
-        return {info.id: info for info in (_read(text) for text in texts if text is not None)}
+        return {info.id: info for info in (read(text) for text in texts if text is not None)}
 
     def worker(self, id: str) -> WorkerInfo | None:
         """What a worker says of itself; None if its lease is not in force."""
         with translated(self.url, f"ask for worker {id}"):
             text = cast(str | None, self.client.get(keys.worker(id)))
-        return None if text is None else _read(text)
+        return None if text is None else read(text)
 
     def consumers(self, queue: str) -> list[WorkerInfo]:
         """The living workers that consume `queue`."""
@@ -231,6 +235,7 @@ class Heartbeat:
         self.registry = registry
         self._info = info
         self._doing: dict[int, str] = {}
+        self._worked: dict[str, tuple[float, ...]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchord-heartbeat", daemon=True)
@@ -261,6 +266,21 @@ class Heartbeat:
                 since=time.time(),
                 environment=environment or self._info.environment,
             )
+
+    def worked(self, run: str, seconds: float) -> None:
+        """Say what a shard of a run took here: who is idle can then tell how long this process will need.
+
+        The first one counts for nothing, since it loads the recipe and the data; and of two the lesser,
+        so that one hiccup makes nobody slow.
+        """
+        with self._lock:
+            if run not in self._worked:
+                self._worked[run] = ()
+                for oldest in list(self._worked)[:-_PACES_KEPT]:
+                    del self._worked[oldest]
+                return
+            self._worked[run] = (*self._worked[run][-1:], seconds)
+            self._info = replace(self._info, pace={name: min(t) for name, t in self._worked.items() if t})
 
     def refuse(self, run: str, reason: str | None) -> bool:
         """Say why this process may not work on a run; None takes it back.

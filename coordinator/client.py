@@ -339,6 +339,7 @@ class Client:
         if part is not None:
             part.answered(answer)
         self.fault("client.after_slot")
+        self.heartbeat.worked(run, seconds)
         return {**written, "status": verdict}
 
     def _work(self, context: RunContext, step: int, shard: int, record: VersionRecord | None) -> ShardWork:

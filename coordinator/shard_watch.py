@@ -20,9 +20,9 @@ from coordinator.task_names import GRADIENTS
 log = logging.getLogger(__name__)
 
 POISON_SECONDS = 3.0  # a worker that was only silent (stopped, or starved) gets so long to come back
+SUM_FACTOR = 3.0  # a partial sum is late when it takes so many times as long as usual,
+SUM_AT_LEAST_SECONDS = 0.5  # and at least so long
 ASTRAY_SECONDS = 2.0  # longer than a dead worker's lease, whose last beat may be from before it began
-BACKUP_FACTOR = 3.0
-BACKUP_AT_LEAST_SECONDS = 0.5
 
 
 class ShardWatch:
@@ -65,13 +65,13 @@ class ShardWatch:
         leases = self.ledger.leases(self.step)
         unseen = [shard for shard in missing if shard not in leases]
         lost: dict[int, str] = {}
-        held: list[tuple[float, Lease]] = []
+        held: list[Lease] = []
         for lease in (leases[shard] for shard in missing if shard in leases):
             why = self._why_lost(lease)
             if why:
                 lost[lease.shard] = why
             elif lease.worker in self.alive:
-                held.append((self._held_seconds(lease), lease))
+                held.append(lease)
         if unseen and self.memory.lasting((self.run, "unseen", self.step, tuple(unseen)), UNSEEN_SECONDS):
             lost |= dict.fromkeys(unseen, "its message was lost")
         self._resend(lost, leases, registry, sender)
@@ -177,29 +177,46 @@ class ShardWatch:
 
     # --- what is late -----------------------------------------------------------------------
 
-    def _back_up(self, held: list[tuple[float, Lease]], sender: Sender) -> None:
-        """Have idle workers compute what takes far longer than its peers; the first to finish counts."""
+    def _back_up(self, held: list[Lease], sender: Sender) -> None:
+        """Have idle workers compute what takes far longer than its peers; the first to finish counts.
+
+        Clients that finish a shard see to it themselves (see `coordinator.backups`), unless none is at work.
+        """
         idle = sum(
             GRADIENTS in info.queues and bool(info.environment) and not info.tasks
             for info in self.alive.values()
         )
-        late = [(seconds, lease) for seconds, lease in held if seconds > BACKUP_AT_LEAST_SECONDS]
-        if not idle or not late:
-            return
-        usual: dict[bool, float | None] = {}
-        for seconds, lease in sorted(late, key=lambda item: item[0], reverse=True)[:idle]:
-            shard = lease.shard < self.tree.shards
-            if shard not in usual:
-                usual[shard] = self._usual_seconds(shards=shard)
-            enough = usual[shard]
-            if enough is None or seconds <= BACKUP_FACTOR * enough:
-                continue
-            if self.memory.due((self.run, "backup", self.step, lease.shard), float("inf")):
-                log.info(
-                    "run %s: backup of %s of step %d, %.1f s on %s",
-                    self.run, self._named(lease.shard), self.step, seconds, lease.worker,
-                )  # fmt: skip
-                self._send(sender, lease.shard, backup=True)
+        late = [lease.shard for lease in held if self._sum_is_late(lease)]
+        if idle and any(lease.shard < self.tree.shards for lease in held):
+            late += self._late_shards(idle)
+        for slot in late[:idle]:
+            log.info(
+                "run %s: %s of step %d is late; a backup is sent", self.run, self._named(slot), self.step
+            )
+            self._send(sender, slot, backup=True)
+
+    def _late_shards(self, idle: int) -> list[int]:
+        """Shards that idle workers would be done with sooner than their holders."""
+        found: list[int] = []
+        usual = self._usual_seconds(shards=True)
+        while usual is not None and len(found) < idle:
+            shard, _ = self.ledger.late_shard(self.step, shards=self.tree.shards, seconds=usual)
+            if shard is None:
+                break
+            found.append(shard)
+        return found
+
+    def _sum_is_late(self, lease: Lease) -> bool:
+        """Whether a partial sum takes far longer than others; true once for each."""
+        if lease.shard < self.tree.shards:
+            return False
+        seconds = self._held_seconds(lease)
+        if seconds <= SUM_AT_LEAST_SECONDS:
+            return False
+        usual = self._usual_seconds(shards=False)
+        if usual is None or seconds <= SUM_FACTOR * usual:
+            return False
+        return self.memory.due((self.run, "backup", self.step, lease.shard), float("inf"))
 
     def _usual_seconds(self, *, shards: bool) -> float | None:
         """What a shard, or a partial sum, takes: the median of this step's.

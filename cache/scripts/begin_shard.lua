@@ -9,7 +9,7 @@
 -- Returns {verdict, attempt, incarnation}: 'compute', 'duplicate' (slot written), 'late' (step committed),
 -- 'early' (head is behind), 'held' (a live worker is at it), 'stopped' (run not running), 'skewed' (the
 -- run refuses this environment). `attempt` counts the starts after a death or an overdue try; a backup
--- beside a live holder is none.
+-- beside a live holder is none, but `backups` (see late_shard) goes on.
 local status = redis.call('HGET', KEYS[1], 'status')
 local incarnation = redis.call('HGET', KEYS[1], 'incarnation') or ''
 if status ~= 'running' then
@@ -34,7 +34,7 @@ if environment == '' and ARGV[8] ~= '' then
 elseif ARGV[8] ~= '' and environment ~= ARGV[8] and redis.call('HGET', KEYS[1], 'skew') == 'refuse' then
   return {'skewed', 0, incarnation}
 end
-local attempt = 1
+local attempt, backups = 1, nil
 local held = redis.call('HGET', KEYS[3], ARGV[2])
 if held then
   local lease = cjson.decode(held)
@@ -47,11 +47,11 @@ if held then
       redis.call('HINCRBY', KEYS[1], 'duplicates', 1)
       return {'held', lease['attempt'], incarnation}
     end
-    attempt = lease['attempt']
+    attempt, backups = lease['attempt'], lease['backups']
   end
 end
 local now = redis.call('TIME')
 redis.call('HSET', KEYS[3], ARGV[2], cjson.encode({worker = ARGV[3], attempt = attempt, delivery = ARGV[7],
-  open = true, since = tonumber(now[1]) + tonumber(now[2]) / 1e6}))
+  open = true, since = tonumber(now[1]) + tonumber(now[2]) / 1e6, backups = backups}))
 redis.call('EXPIRE', KEYS[3], ARGV[6])
 return {'compute', attempt, incarnation}

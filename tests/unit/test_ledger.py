@@ -425,6 +425,58 @@ def test_a_run_may_admit_other_environments(plane: Plane) -> None:
     assert begin(ledger, shard=1, worker="w1", environment="torch 2.4")[0] == "compute"
 
 
+# --- late_shard -----------------------------------------------------------------------------------
+
+
+def test_a_shard_is_late_when_its_holder_was_slow_before_or_is_now(plane: Plane, running: Ledger) -> None:
+    """Only once all have begun; never more than two times; again at once only if the backup was begun."""
+    plane.registry.beat(replace(worker("w0"), pace={"run-1": 10.0, "run-2": 0.1}))
+    begin(running, worker="w0", shard=0)
+    assert running.late_shard(0, shards=4, seconds=1.0) == (None, 3)
+    begin(running, worker="w1", shard=1)
+    assert running.late_shard(0, shards=2, seconds=7.0) == (None, 0), "who asks is slow, too"
+    assert running.late_shard(0, shards=2, seconds=1.0) == (0, 0)
+    assert running.head().backups == 1
+    assert running.late_shard(0, shards=2, seconds=1.0) == (None, 0), "that backup is on its way"
+    assert begin(running, worker="w1", shard=0, backup=True)[:2] == ("compute", 1)
+    assert (running.leases(0)[0].backups, running.leases(0)[0].worker) == (1, "w1")
+    plane.registry.beat(replace(worker("w1"), pace={"run-1": 20.0}))
+    assert running.late_shard(0, shards=2, seconds=1.0)[0] in (0, 1)
+    assert running.late_shard(0, shards=2, seconds=1.0)[0] in (0, 1)
+    assert begin(running, worker="s1", shard=0, backup=True)[0] == "compute"
+    plane.registry.beat(replace(worker("s1"), pace={"run-1": 20.0}))
+    running.write_slot(0, slot(0, 1))
+    assert running.late_shard(0, shards=2, seconds=1.0) == (None, 0), "two backups are enough"
+    assert running.head().backups == 3
+
+
+def test_even_workers_are_not_late(plane: Plane, running: Ledger) -> None:
+    for id in ("w0", "w1"):
+        plane.registry.beat(replace(worker(id), pace={"run-1": 1.0}))
+    begin(running, worker="w0", shard=0)
+    begin(running, worker="w1", shard=1)
+    running.write_slot(0, slot(0, 1))
+    assert running.late_shard(0, shards=2, seconds=0.7) == (None, 0)
+    plane.registry.leave(worker("w0"))
+    assert running.late_shard(0, shards=2, seconds=0.01) == (None, 0), "a dead one's is sent again anyway"
+
+
+def test_a_shard_that_takes_longer_than_ever_is_late() -> None:
+    now = 1000.0
+    twin = MemoryPlane(clock=lambda: now)
+    registry, ledger = MemoryRegistry(twin), MemoryLedger(twin, "run-1")
+    registry.beat(worker("w0"))
+    ledger.create(SPEC, incarnation="life")
+    start(ledger)
+    begin(ledger, worker="w0", shard=0)
+    now += 1.2
+    registry.beat(worker("w0"))
+    assert ledger.late_shard(0, shards=1, seconds=0.5) == (None, 0), "as long as a backup would take"
+    now += 0.2
+    registry.beat(worker("w0"))
+    assert ledger.late_shard(0, shards=1, seconds=0.5) == (0, 0)
+
+
 # --- write_slot -----------------------------------------------------------------------------------
 
 
@@ -1250,6 +1302,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "end_lease": lambda ledger, token: ledger.end_lease(1, 0, worker="w0", delivery="w0:0"),
     "finish_slot": lambda ledger, token: ledger.finish_slot(1, slot(1, 1)),
     "write_slot": lambda ledger, token: ledger.write_slot(1, slot(1, 1)),
+    "late_shard": lambda ledger, token: ledger.late_shard(1, shards=1, seconds=0.01),
     "acquire": lambda ledger, token: ledger.acquire(worker="s0", node="celery@s0", queue="updates.s0"),
     "release": lambda ledger, token: ledger.release(token),
     "initialise": lambda ledger, token: ledger.initialise(
