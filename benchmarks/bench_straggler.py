@@ -2,22 +2,23 @@
 
     python -m benchmarks.bench_straggler
 
-Question: does a Client that needs ten times as long for everything slow a run by more than its share? A shard is
-a task that whoever is idle takes, so a slow one should hardly be felt; what it holds at the end of a step, an idle
-one computes as well (a *backup*).
+Question: does a Client that needs ten times as long for everything slow a run by more than its share? A
+shard is a task that whoever is idle takes, so a slow one should hardly be felt; what it holds at the end of
+a step, an idle one computes as well (a *backup*).
 
-Its share: the fleet of three Clients and the slow one has 3.1 Clients' strength. *Ideal* is the shortest time in
-which three Clients of 40 ms a shard and one of 400 ms can do K shards, if all is known beforehand and messages
-take no time; for few shards that is the three Clients' time, since any shard on the slow one takes longer. It is
-given for three equal Clients, too: measured less ideal is then what the system itself costs a step, slow
-Client or not. So the ratio "slow / 3 equal" must not exceed 1 for the slow one to cost nothing, and "slow / 4
-equal" is what the run loses when one of four Clients becomes slow: its share of that is 4/3.1 = 1.29 for many
-shards, more where K is not a multiple of the Clients.
+Its share: the fleet of three Clients and the slow one has 3.1 Clients' strength. *Ideal* is the shortest
+time in which three Clients of 40 ms a shard and one of 400 ms can do K shards, if all is known beforehand
+and messages take no time; for few shards that is the three Clients' time, since any shard on the slow one
+takes longer. It is given for three equal Clients, too: measured less ideal is then what the system itself
+costs a step, slow Client or not. So the ratio "slow / 3 equal" must not exceed 1 for the slow one to cost
+nothing, and "slow / 4 equal" is what the run loses when one of four Clients becomes slow: its share of that
+is 4/3.1 = 1.29 for many shards, more where K is not a multiple of the Clients.
 
-Backups are counted on the even fleets, too: there each is a waste. Bias: the work is a pause of 40 ms a shard
-(400 ms on the slow Client), so that the Clients do not compete for this machine's cores, and only the number of
-pauses that overlap counts. Each figure is the median of the step times of `STEPS` steps without the first
-`SKIPPED`, in `ROUNDS` runs for each fleet and K; the worst run's median is given beside it. The fleets take turns.
+Backups are counted on the even fleets, too: there each is a waste. Bias: the work is a pause of 40 ms a
+shard (400 ms on the slow Client), so that the Clients do not compete for this machine's cores, and only the
+number of pauses that overlap counts. Each figure is the median of the step times of `STEPS` steps without
+the first `SKIPPED`, in `ROUNDS` runs for each fleet and K; the worst run's median is given beside it. The
+fleets take turns.
 """
 
 from __future__ import annotations
