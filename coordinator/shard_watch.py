@@ -186,13 +186,14 @@ class ShardWatch:
             GRADIENTS in info.queues and bool(info.environment) and not info.tasks
             for info in self.alive.values()
         )
+        if not idle:
+            return
         late = [lease.shard for lease in held if self._sum_is_late(lease)]
-        if idle and any(lease.shard < self.tree.shards for lease in held):
-            late += self._late_shards(idle)
-        for slot in late[:idle]:
-            log.info(
-                "run %s: %s of step %d is late; a backup is sent", self.run, self._named(slot), self.step
-            )
+        if any(lease.shard < self.tree.shards for lease in held):
+            late += self._late_shards(idle - len(late))
+        for slot in late:
+            name = self._named(slot)
+            log.info("run %s: %s of step %d is late; a backup is sent", self.run, name, self.step)
             self._send(sender, slot, backup=True)
 
     def _late_shards(self, idle: int) -> list[int]:
