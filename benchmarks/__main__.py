@@ -11,6 +11,8 @@ BENCHMARKS = {
     "flat": "whether anything accumulates over 10,000 steps",
     "cache": "the chunk store against a bare socket",
     "straggler": "what a worker that is ten times slower costs a run",
+    "tree": "what the training server reads a step, with partial sums and without",
+    "scale": "2 to 256 simulated Clients: what a step costs, and what gives out first",
     "codecs": "bytes, accuracy and seconds of each gradient codec",
 }
 
