@@ -4,10 +4,11 @@
     python -m benchmarks.bench_scale --paper           the model's figures for larger fleets, from the JSON
 
 Claim: what a global step of N shards on N Clients costs the training server and Redis in CPU seconds,
-bytes and commands is linear in N beyond the fan-in; from that follows how large a fleet one training
-server and one Redis carry. On what: no-op gradients, a real training server, real messages,
-acknowledgements, ledger calls, heartbeats and chords; the Clients are simulated in one process
-(`benchmarks.fleet`), so 256 of them fit a machine with two cores.
+bytes and commands is linear in N, as is what each second costs besides (heartbeats, asking for work, the
+supervisor's looks); from that follows how large a fleet one training server and one Redis carry. The
+second part is measured while nobody computes and taken off the first. On what: no-op gradients, a real
+training server, real messages, acknowledgements, ledger calls, heartbeats and chords; the Clients are
+simulated in one process (`benchmarks.fleet`), so 256 of them fit a machine with two cores.
 
 Bias: the steps/s that are measured are those of this machine, whose cores the simulation shares with the
 server and Redis: the simulating process, not the system, is what is full here. So the claim rests on CPU
@@ -20,10 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
-import statistics
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +41,7 @@ from coordinator.fan_in import FanIn
 
 _SKIPPED = 3  # first steps, while everything is loaded
 FAN_IN = 8
+COSTS = ("server_cpu", "redis_cpu", "clients_cpu", "redis_in_bytes", "redis_out_bytes", "commands")
 
 
 def counters(client: redis.Redis, pids: dict[str, int]) -> dict[str, float]:
@@ -52,71 +55,147 @@ def counters(client: redis.Redis, pids: dict[str, int]) -> dict[str, float]:
     return found
 
 
+def by_thread(pid: int) -> dict[str, float]:
+    """CPU seconds of each thread of a process, by the scheduler's clock."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def watchers(pid: int, before: dict[str, float]) -> set[str]:
+    """The threads that work while a step only waits: the supervisor's and the heartbeat's."""
+    now = by_thread(pid)
+    return {name for name in now if name != str(pid) and now[name] - before.get(name, 0.0) > 5e-4}
+
+
+def spent(client: redis.Redis, pids: dict[str, int], seconds: float) -> dict[str, float]:
+    """What is used in a second, over so many seconds in which nothing else is asked of anybody."""
+    before = counters(client, pids)
+    time.sleep(seconds)
+    after = counters(client, pids)
+    return {name: (after[name] - before[name]) / (after["seconds"] - before["seconds"]) for name in after}
+
+
 def measure(
-    master: Master, client: redis.Redis, pids: dict[str, int], size: int, steps: int
-) -> dict[str, float]:
-    """Train with `size` shards a step; what one step costs."""
+    master: Master, client: redis.Redis, pids: dict[str, int], fleet: Connection, size: int, steps: int
+) -> dict[str, Any]:
+    """Train with `size` shards a step: what a step costs, and a second in which nothing is done."""
     config = TrainingConfig(batch_size=size, shards=size, fan_in=FAN_IN, checkpoint_every=10**6)
     run = master.submit(recipe("noop", examples=(steps + _SKIPPED) * size), config, name=f"scale-{size}")
+    while run._ledger.head().launched is None:
+        time.sleep(0.02)
+    spent(client, pids, 0.3)  # what follows a launch
+    before = by_thread(pids["server"])
+    watching = spent(client, pids, 0.8)  # a step is under way: the supervisor looks at it
+    watching_threads = watchers(pids["server"], before)
+    fleet.send(size)
+    fleet.recv()
     begin: dict[str, float] = {}
     end: dict[str, float] = {}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
     for event in run.events():
         if event.type == "step" and event.data["version"] == _SKIPPED:
-            begin = counters(client, pids)
+            begin, first = counters(client, pids), by_thread(pids["server"])
         elif event.type == "step" and event.data["version"] == _SKIPPED + steps:
-            end = counters(client, pids)
+            end, last = counters(client, pids), by_thread(pids["server"])
     run.wait(timeout=30)
     audit = run.verify()
     assert audit.ok, audit.problems
-    found = {name: (end[name] - begin[name]) / steps for name in end}
-    return {"workers": size, "steps": steps, "duplicates": audit.duplicates_ignored, **found}
+    waiting = spent(client, pids, 2.0)  # heartbeats, and everybody asks for work
+    fleet.send("enough")
+    standing = {name: watching[name] + waiting[name] for name in COSTS}
+    seconds = (end["seconds"] - begin["seconds"]) / steps
+    step = {name: max(0.0, (end[name] - begin[name]) / steps - standing[name] * seconds) for name in COSTS}
+    # The server's own: what its watching threads did is known, and need not be estimated.
+    used = {name: last[name] - first.get(name, 0.0) for name in last}
+    watched = sum(used[name] for name in watching_threads if name in used)
+    standing["server_cpu"] = watched / (seconds * steps)
+    step["server_cpu"] = (sum(used.values()) - watched) / steps
+    return {
+        "workers": size,
+        "steps": steps,
+        "seconds": seconds,
+        "tasks": fleet.recv(),
+        "duplicates": audit.duplicates_ignored,
+        "step": step,
+        "second": standing,
+    }
 
 
-def fit(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Each cost of a step as a + b N, by least squares of the relative error over all sizes."""
-    model = {}
-    for name in ("server_cpu", "redis_cpu", "clients_cpu", "redis_in_bytes", "redis_out_bytes", "commands"):
-        weights = [1 / row[name] ** 2 for row in rows]
-        total = sum(weights)
-        sizes, costs = [row["workers"] for row in rows], [row[name] for row in rows]
-        mean_n = sum(w * n for w, n in zip(weights, sizes, strict=True)) / total
-        mean_c = sum(w * c for w, c in zip(weights, costs, strict=True)) / total
-        slope = sum(
-            w * (n - mean_n) * (c - mean_c) for w, n, c in zip(weights, sizes, costs, strict=True)
-        ) / sum(w * (n - mean_n) ** 2 for w, n in zip(weights, sizes, strict=True))
-        model[name] = {"fixed": mean_c - slope * mean_n, "each": slope}
-    return model
+def line(sizes: list[int], costs: list[float]) -> dict[str, float]:
+    """Costs as fixed + each x N, by least squares of the relative error."""
+    weights = [1 / max(value, 1e-9) ** 2 for value in costs]
+    total = sum(weights)
+    mean_n = sum(w * n for w, n in zip(weights, sizes, strict=True)) / total
+    mean_c = sum(w * c for w, c in zip(weights, costs, strict=True)) / total
+    above = sum(w * (n - mean_n) * (c - mean_c) for w, n, c in zip(weights, sizes, costs, strict=True))
+    slope = above / sum(w * (n - mean_n) ** 2 for w, n in zip(weights, sizes, strict=True))
+    return {"fixed": mean_c - slope * mean_n, "each": slope}
 
 
-def cost(model: dict[str, dict[str, float]], name: str, size: int) -> float:
-    """What a step of `size` Clients costs by the model."""
-    return model[name]["fixed"] + model[name]["each"] * size
+def fit(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The model: what a step costs, and what a second costs, each as fixed + each x N."""
+    sizes = [row["workers"] for row in rows]
+    return {
+        kind: {name: line(sizes, [row[kind][name] for row in rows]) for name in COSTS}
+        for kind in ("step", "second")
+    }
 
 
-def paper(record: dict[str, Any], seconds: tuple[float, ...] = (0.1, 1.0, 10.0)) -> None:
+def cost(model: dict[str, Any], name: str, size: int, seconds: float) -> float:
+    """What a step of so many seconds costs with so many Clients."""
+    step, second = model["step"][name], model["second"][name]
+    return float(step["fixed"] + step["each"] * size + (second["fixed"] + second["each"] * size) * seconds)
+
+
+def shortest(model: dict[str, Any], name: str, size: int) -> float:
+    """The seconds of a step at which one core is full, what those seconds themselves cost included.
+
+    inf: the core is full without any step.
+    """
+    step, second = model["step"][name], model["second"][name]
+    left = 1 - (second["fixed"] + second["each"] * size)
+    return float((step["fixed"] + step["each"] * size) / left) if left > 0 else math.inf
+
+
+def largest(model: dict[str, Any], name: str, seconds: float) -> float:
+    """The number of Clients at which one core is full with steps of so many seconds."""
+    step, second = model["step"][name], model["second"][name]
+    fixed = step["fixed"] + second["fixed"] * seconds
+    return max(0.0, (seconds - fixed) / (step["each"] + second["each"] * seconds))
+
+
+def paper(record: dict[str, Any], seconds: tuple[float, ...] = (0.1, 1.0, 10.0, 60.0)) -> None:
     """Print what the model says of larger fleets."""
     model = record["model"]
-    print("a step of N Clients costs   (fixed + N times each)")
-    for name, line in model.items():
-        scale, unit = (1e3, "ms") if name.endswith("cpu") else (1e-3, "kB") if "bytes" in name else (1, "")
-        print(f"{name:>16}: {line['fixed'] * scale:9.3f} + N x {line['each'] * scale:8.4f} {unit}")
-    print("\nlargest N that one process carries, by compute time of a step")
+    print("cost            of a step: fixed + N x each       of a second: fixed + N x each")
+    for name in COSTS:
+        scale, unit = (1e3, "ms") if name.endswith("cpu") else (1e-3, "kB") if "bytes" in name else (1.0, "")
+        step, second = model["step"][name], model["second"][name]
+        print(
+            f"{name:>16} {step['fixed'] * scale:9.3f} + N x {step['each'] * scale:8.4f} {unit:<3}"
+            f" {second['fixed'] * scale:9.3f} + N x {second['each'] * scale:8.4f} {unit}"
+        )
+    print("\nClients at which one core is full, by seconds of a step")
     for name in ("server_cpu", "redis_cpu"):
-        line = model[name]
-        limits = [f"{t:g} s: {max(0.0, (t - line['fixed']) / line['each']):,.0f}" for t in seconds]
-        print(f"{name:>16}: {'   '.join(limits)}")
+        print(f"{name:>16}  " + "   ".join(f"{t:g} s: {largest(model, name, t):,.0f}" for t in seconds))
     print(
-        f"\n{'N':>7} {'server s':>9} {'redis s':>9} {'sums':>6} {'levels':>7} {'control MB':>11}   (a step)"
+        f"\n{'N':>7} {'shortest step: server':>22} {'Redis':>8} {'sums':>6} {'levels':>7} {'MB a step':>10}"
     )
     for size in (256, 1000, 10_000):
-        tree = FanIn(size, FAN_IN)
-        levels, width = 0, size
+        tree, levels, width = FanIn(size, FAN_IN), 0, size
         while width > FAN_IN:
             width, levels = -(-width // FAN_IN), levels + 1
-        moved = cost(model, "redis_in_bytes", size) + cost(model, "redis_out_bytes", size)
+        moved = sum(cost(model, name, size, 1.0) for name in ("redis_in_bytes", "redis_out_bytes"))
+        server, store = (shortest(model, name, size) for name in ("server_cpu", "redis_cpu"))
         print(
-            f"{size:>7} {cost(model, 'server_cpu', size):>9.3f} {cost(model, 'redis_cpu', size):>9.3f} "
-            f"{len(tree.partials):>6} {levels:>7} {moved / 1e6:>8.1f}"
+            f"{size:>7} {server:>20.2f} s {store:>6.2f} s {len(tree.partials):>6} {levels:>7} "
+            f"{moved / 1e6:>10.1f}"
         )
 
 
@@ -132,18 +211,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.2))
     left.plot(sizes, [1 / row["seconds"] for row in rows], "ko-", label="measured (all on this machine)")
     for name, color in (("server_cpu", "tab:blue"), ("redis_cpu", "tab:red")):
-        label = name.removesuffix("_cpu")
-        left.plot(
-            sizes, [1 / cost(model, name, n) for n in sizes], color=color, ls="--", label=f"{label} full"
-        )
-        middle.plot(sizes, [row[name] * 1e3 for row in rows], "o", color=color, label=label)
-        middle.plot(sizes, [cost(model, name, n) * 1e3 for n in sizes], color=color, ls="--")
+        label = {"server_cpu": "training server", "redis_cpu": "Redis"}[name]
+        ceiling = [1 / shortest(model, name, n) for n in sizes]
+        left.plot(sizes, ceiling, color=color, ls="--", label=f"{label}: one core full (model)")
+        middle.plot(sizes, [row["step"][name] * 1e3 for row in rows], "o", color=color, label=label)
+        middle.plot(sizes, [cost(model, name, n, 0) * 1e3 for n in sizes], color=color, ls="--")
     left.set(title="Steps a second", xlabel="Clients (= shards)", xscale="log", yscale="log")
     middle.set(title="CPU ms a step", xlabel="Clients (= shards)", xscale="log", yscale="log")
     for name, color in (("redis_in_bytes", "tab:green"), ("redis_out_bytes", "tab:purple")):
-        right.plot(sizes, [row[name] / 1e3 for row in rows], "o", color=color, label=name.split("_")[1])
-        right.plot(sizes, [cost(model, name, n) / 1e3 for n in sizes], color=color, ls="--")
-    right.set(title="kB a step through Redis", xlabel="Clients (= shards)", xscale="log", yscale="log")
+        label = {"redis_in_bytes": "into Redis", "redis_out_bytes": "out of Redis"}[name]
+        right.plot(sizes, [row["step"][name] / 1e3 for row in rows], "o", color=color, label=label)
+        right.plot(sizes, [cost(model, name, n, 0) / 1e3 for n in sizes], color=color, ls="--")
+    right.set(title="kB a step", xlabel="Clients (= shards)", xscale="log", yscale="log")
     for axis in (left, middle, right):
         axis.legend()
     figure.tight_layout()
@@ -173,12 +252,10 @@ def main() -> int:
         pids = {"server": server.pid, "redis": cluster.broker.pid, "clients": process.pid}
         rows = []
         for size in options.workers:
-            ours.send(size)
-            ours.recv()
-            rows.append(measure(master, client, pids, size, max(6, min(150, options.tasks // size))))
-            ours.send("enough")
-            rows[-1]["tasks"] = ours.recv()
-            print({name: round(value, 5) for name, value in rows[-1].items()}, flush=True)
+            steps = max(6, min(150, options.tasks // size))
+            rows.append(measure(master, client, pids, ours, size, steps))
+            step = {name: round(value, 5) for name, value in rows[-1]["step"].items()}
+            print(f"N={size:<4} {rows[-1]['seconds'] * 1e3:8.1f} ms a step   {step}", flush=True)
         ours.send(None)
         process.join(timeout=10)
     record = {"machine": machine(), "fan_in": FAN_IN, "rows": rows, "model": fit(rows)}
@@ -186,10 +263,6 @@ def main() -> int:
     target.write_text(json.dumps(record, indent=1))
     plot(record, RESULTS / "scale.png")
     paper(record)
-    share = statistics.median(row["clients_cpu"] / row["seconds"] for row in rows)
-    print(
-        f"\nthe simulated Clients were {share:.0%} busy (one core): that is what limits the steps/s measured"
-    )
     return 0
 
 
