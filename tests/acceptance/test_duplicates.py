@@ -466,7 +466,8 @@ def test_lost_bytes_in_a_tree(
     """
     config = TrainingConfig(**{**CONFIG.to_json(), "shards": 8, "fan_in": 2})
     settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
-    recipe = models.mlp(SIZE, evaluation=None, metrics=None)
+    wide = partial(models.Mlp, hidden=512)  # too large to travel inside a slot's record
+    recipe = models.mlp(SIZE, model=wide, evaluation=None, metrics=None)
     run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, config, name="lost")
     monkeypatch.setattr("cache.tiered.INLINE_NBYTES", 0)  # bytes inside a slot are lost with the slot only
     lab = Shuffle(settings, run, None)

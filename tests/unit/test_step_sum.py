@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,19 +14,21 @@ from cache.records import SlotRecord
 from cache.tiered import TieredStore
 from coordinator.aggregate import Accumulator
 from coordinator.config import TrainingConfig
+from coordinator.fan_in import FanIn
 from coordinator.optimize import Trainer
 from coordinator.step_sum import StepSum
 from tests.support import models
 from tests.support.inprocess import resolved, same
 
 SIZES = [3, 1, 4]
+WIDE = partial(models.Mlp, hidden=512)  # too large to travel inside a slot's record
 
 
 class Landed:
     """Three slots of one step, stored."""
 
     def __init__(self) -> None:
-        self.trainer = Trainer.build(resolved(models.mlp(size=8)), TrainingConfig())
+        self.trainer = Trainer.build(resolved(models.mlp(size=8, model=WIDE)), TrainingConfig())
         self.store = GradientStore(TieredStore(MemoryChunkStore(), None))
         self.ledger = MemoryLedger(MemoryPlane(), "r")
         self.tensors = [
@@ -41,7 +44,7 @@ class Landed:
         )  # fmt: skip
 
     def sum(self) -> StepSum:
-        return StepSum(0, len(SIZES), sum(SIZES), self.trainer, self.store, allowed=("*",))
+        return StepSum(0, FanIn(len(SIZES), len(SIZES)), sum(SIZES), self.trainer, self.store, allowed=("*",))
 
 
 def test_slots_summed_as_they_land_have_the_bits_of_a_sum_at_the_end() -> None:
