@@ -33,7 +33,7 @@ from typing import Any
 import redis
 
 from benchmarks import RESULTS, machine
-from benchmarks.bench_tree import cpu_seconds
+from benchmarks.bench_tree import by_thread, cpu_seconds, watchers
 from benchmarks.fleet import serve
 from benchmarks.workloads import recipe
 from coordinator import LocalCluster, Master, TrainingConfig
@@ -53,23 +53,6 @@ def counters(client: redis.Redis, pids: dict[str, int]) -> dict[str, float]:
     found["commands"] = float(stats["total_commands_processed"])
     found["seconds"] = time.perf_counter()
     return found
-
-
-def by_thread(pid: int) -> dict[str, float]:
-    """CPU seconds of each thread of a process, by the scheduler's clock."""
-    found = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            found[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
-        except OSError:
-            continue  # it has ended
-    return found
-
-
-def watchers(pid: int, before: dict[str, float]) -> set[str]:
-    """The threads that work while a step only waits: the supervisor's and the heartbeat's."""
-    now = by_thread(pid)
-    return {name for name in now if name != str(pid) and now[name] - before.get(name, 0.0) > 5e-4}
 
 
 def spent(client: redis.Redis, pids: dict[str, int], seconds: float) -> dict[str, float]:

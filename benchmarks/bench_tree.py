@@ -5,10 +5,11 @@
 
 Claim: with a fan-in of 8 the bytes that the server takes off the network and the CPU seconds that it
 spends a step hardly grow from 8 shards to 256; without a tree they grow with the shards. Bytes are
-those that Redis has sent on the connections of the server's process (tensors, records, messages);
-seconds are CPU seconds of that process, its supervisor thread included. On what: an MLP of 0.1 million
-parameters (0.4 MB a gradient), one example a shard, two Clients, the same-host tier off, so that every
-tensor goes through Redis as between hosts.
+those that Redis has sent on the connections of the server's process (tensors, records, messages, what
+its supervisor reads); seconds are CPU seconds of the threads that serve the run. The supervisor's and the
+heartbeat's threads are left out: they cost by the second, and steps take long here (below). On what: an
+MLP of 0.1 million parameters (0.4 MB a gradient), one example a shard, two Clients, the same-host tier
+off, so that every tensor goes through Redis as between hosts.
 
 Bias: the machine's cores are shared by all processes, so seconds of a step (printed, not claimed) say
 nothing of a fleet: here two Clients compute up to 256 shards one after the other, and partial sums are
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,10 +58,31 @@ def cpu_seconds(pid: int) -> float:
         return float(times.user + times.system)
 
 
+def by_thread(pid: int) -> dict[str, float]:
+    """CPU seconds of each thread of a process, by the scheduler's clock."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def watchers(pid: int, before: dict[str, float]) -> set[str]:
+    """The threads that have worked since, but for the main one: the supervisor's and the heartbeat's."""
+    now = by_thread(pid)
+    return {name for name in now if name != str(pid) and now[name] - before.get(name, 0.0) > 5e-4}
+
+
 def measure(
-    master: Master, cluster: LocalCluster, shards: int, fan_in: int, steps: int, name: str
+    master: Master, cluster: LocalCluster, watching: set[str], shards: int, fan_in: int, steps: int, name: str
 ) -> dict[str, float]:
-    """Train, and read the server's counters between two commits `steps` apart."""
+    """Train, and read the server's counters between two commits `steps` apart.
+
+    Args:
+        watching: the server's threads that are left out.
+    """
     config = TrainingConfig(batch_size=shards, shards=shards, fan_in=fan_in, checkpoint_every=10**6)
     wanted = recipe("small", examples=(steps + _SKIPPED) * shards)
     client = redis.Redis.from_url(cluster.url, decode_responses=True)
@@ -125,11 +148,17 @@ def main() -> int:
         ) as cluster,
     ):
         master = Master(cluster.url, checkpoint_dir=folder)
+        measure(master, cluster, set(), 8, 8, options.steps, "warm-up")
+        server = cluster.processes["server"].pid
+        before = by_thread(server)
+        time.sleep(1.5)
+        watching = watchers(server, before)
         for turn in range(options.rounds):
             for shards in options.shards:
                 for tree in (False, True):
                     name = f"tree-{shards}-{tree}-{turn}".lower()
-                    one = measure(master, cluster, shards, 8 if tree else NO_TREE, options.steps, name)
+                    fan_in = 8 if tree else NO_TREE
+                    one = measure(master, cluster, watching, shards, fan_in, options.steps, name)
                     found.setdefault((shards, tree), []).append(one)
                     print(
                         f"round {turn + 1}  K={shards:<4} {'fan-in 8' if tree else 'no tree ':<9} {one}",
