@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cache.errors import (
@@ -45,7 +46,15 @@ _SWITCH_TRIES = 20
 
 
 class Detached(KeyboardInterrupt):
-    """Waiting was interrupted; the run goes on without this process."""
+    """Waiting was interrupted; the run goes on without this process.
+
+    A program that this ends shows no traceback: what there is to say was said before.
+    """
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, Detached):
+        sys.__excepthook__(kind, error, trace)
 
 
 @dataclass(frozen=True)
@@ -258,6 +267,8 @@ class Run:
                 f"\nDetached. Run {self.name!r} goes on as long as its workers do; come back with\n"
                 f"    Master({self._services.settings.url!r}).run({self.name!r}).wait(progress=True)\n"
             )
+            if sys.excepthook is sys.__excepthook__:  # nobody else shows this program's errors
+                sys.excepthook = _show_error
             raise Detached(f"run {self.name!r} goes on") from None
         head = self._ledger.head()
         evaluations = self.evaluations()

@@ -263,9 +263,11 @@ class TrainingServer:
                 **({PARTIAL_SUMS: sums} if tree.partials else {}),
             },
         ).sealed()
-        record = replace(
-            draft, chain=entry.chain, slots=self._slot_states(warm, slots, skipped=report.skipped)
-        )
+        states = self._new_states(warm, slots)
+        # A step that was skipped for a NaN changes no slot's state: what it made is of no use.
+        unused = [blob for state in states.values() for blob in state.blobs()] if report.skipped else []
+        kept = dict(warm.record.slots) if warm.context.keeps_state(step) else {}
+        record = replace(draft, chain=entry.chain, slots=kept if report.skipped else {**kept, **states})
         drafted = self._draft(warm, after=launched)
         committed = warm.ledger.commit(
             step=step,
@@ -282,7 +284,7 @@ class TrainingServer:
             self.services.chunks.delete(record.own_blobs())
             self._refused(warm, committed.verdict, step)
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
-        warm.spent = [slot.blob for slot in slots]
+        warm.spent = [*(slot.blob for slot in slots), *unused]
         warm.stored, warm.pinned = committed.stored, committed.pinned
         receipt = {
             "run": warm.run,
@@ -379,21 +381,14 @@ class TrainingServer:
             f"run {warm.run!r}: commit of version {step + 1} was {verdict}; another server or a person acted"
         )
 
-    def _slot_states(
-        self, warm: WarmRun, slots: list[SlotRecord], *, skipped: bool
-    ) -> dict[int, StateRecord]:
-        """What each slot keeps at the new version: as written, or as before where it sat the step out.
-
-        A step that was skipped for a NaN changes no slot's state either.
-        """
+    def _new_states(self, warm: WarmRun, slots: list[SlotRecord]) -> dict[int, StateRecord]:
+        """What the slots of the present step left for their next one; some may sit the step out."""
         if not warm.context.keeps_state(warm.version):
             return {}
-        if skipped:
-            return warm.record.slots
         if slots[0].total is not None:
             shards = warm.context.plan().shards_in(warm.version)
             slots = [slot for slot in warm.ledger.slots(warm.version).values() if slot.shard < shards]
-        return {**warm.record.slots, **{slot.shard: slot.state for slot in slots if slot.state is not None}}
+        return {slot.shard: slot.state for slot in slots if slot.state is not None}
 
     def _launch(self, warm: WarmRun, *, after: int, fresh: bool) -> int:
         """Publish the chords of the steps that may be computed by now and were not launched.

@@ -8,11 +8,12 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from celery import bootsteps, signals
+from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
 from kombu import Exchange, Queue
 
 from cache.connection import WORKER_PATIENCE_SECONDS
+from cache.errors import CacheError
 from cache.workers import Heartbeat, new_info
 from coordinator import faults
 from coordinator.step import Sender
@@ -21,6 +22,7 @@ from tasks.celery_app import app, settings
 
 # What needs torch is imported where it is used: Flower and the `celery` commands load this module too.
 if TYPE_CHECKING:
+    from coordinator.services import Services
     from coordinator.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Process:
         self.services.close()
 
 
+_QUEUES_SETTING = "torchord_queues"
 _node = gethostname()
 _queues: tuple[str, ...] = ()
 _process: Process | None = None
@@ -148,6 +151,7 @@ def _forks(parent: Any) -> bool:
 
 _parent_supervisor: Supervisor | None = None
 _parent_heartbeat: Heartbeat | None = None
+_parent_services: Services | None = None
 
 
 def _supervise_from_parent() -> None:
@@ -155,10 +159,10 @@ def _supervise_from_parent() -> None:
     from coordinator.services import Services
     from coordinator.supervisor import Supervisor
 
-    global _parent_supervisor, _parent_heartbeat
+    global _parent_supervisor, _parent_heartbeat, _parent_services
     if _parent_heartbeat is not None:
         return
-    services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
+    services = _parent_services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
     _parent_heartbeat = Heartbeat(services.registry, new_info(_node, _queues))
     _parent_heartbeat.start()
     if UPDATES in _queues:
@@ -171,10 +175,14 @@ app.steps["consumer"].add(TorchordStep)
 
 @signals.celeryd_after_setup.connect
 def _named(sender: str, instance: Any, **_: Any) -> None:
-    """Know the node's name and queues before a prefork pool starts: its children inherit them."""
+    """Know the node's name and queues before a prefork pool starts: its children inherit them.
+
+    Those that are spawned and not forked inherit nothing but the app's settings.
+    """
     global _node, _queues
     _node = sender
     _queues = tuple(sorted(instance.app.amqp.queues.consume_from))
+    instance.app.conf[_QUEUES_SETTING] = _queues
 
 
 @signals.after_setup_logger.connect
@@ -199,8 +207,11 @@ def _preload(**_: Any) -> None:
 
 
 @signals.worker_process_init.connect
-def _child_started(**_: Any) -> None:
-    """In a prefork child: child i takes device i."""
+def _child_started(sender: str = "", **_: Any) -> None:
+    """In a prefork child: it belongs to its parent's node, and child i takes device i."""
+    global _node, _queues
+    _node = sender or _node
+    _queues = _queues or tuple(current_app.conf.get(_QUEUES_SETTING) or ())
     try:
         from billiard.process import current_process
 
@@ -241,9 +252,17 @@ def _stopping(**_: Any) -> None:
 
 
 def _hand_back() -> None:
+    """What this process is at, or as the parent of a pool, what its children are at."""
     parts = _process
     if parts is not None and parts.pid == os.getpid():
         parts.client.hand_back()
+    elif _parent_services is not None:
+        from coordinator.hand_back import hand_back
+
+        try:
+            hand_back(_parent_services, _node)
+        except CacheError as error:
+            log.warning("what the pool is at was not handed back: %s", error)
 
 
 def consumed_queues() -> tuple[str, ...]:

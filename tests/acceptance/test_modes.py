@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cache.connection import connect
 from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
 from coordinator.embedded import EmbeddedServer
 from coordinator.local_steps import diloco
@@ -138,6 +139,14 @@ def test_overflows_are_skipped_and_computed_again_alike(fleet: LocalCluster) -> 
     skipped = [report.step for report in history if report.skipped]
     assert 2 <= len(skipped) < len(history) - 2
     assert run.verify(reexecute=[skipped[-1], len(history) - 1]).ok
+
+
+def test_what_the_slots_of_a_skipped_step_made_is_deleted(fleet: LocalCluster) -> None:
+    """Their states of the step before stay; the new ones are of no use, and not left to their TTL."""
+    run = trained(master_of(fleet), "half-swept", recipe(), config(**MODES["half-topk"]))
+    assert any(report.skipped for report in run.history())
+    with connect(fleet.url) as client:
+        assert not list(client.scan_iter(f"torchord:blob:{run.name}:slot:*", count=1000))
 
 
 def test_a_client_that_dies_takes_no_residual_with_it(fleet: LocalCluster, alone: dict[str, bytes]) -> None:

@@ -35,6 +35,12 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "single, solo": {**SINGLE, "pool": "solo"},
     "single, threads -c 4": {**SINGLE, "pool": "threads", "concurrency": 4},
     "single, prefork -c 2": {**SINGLE, "pool": "prefork", "concurrency": 2},
+    "single, prefork -c 2, spawned": {
+        **SINGLE,
+        "pool": "prefork",
+        "concurrency": 2,
+        "app": "tests.support.spawn_app",
+    },
     "split": {"workers": 1},
     "split, prefork -c 2": {"workers": 1, "pool": "prefork", "concurrency": 2},
 }
@@ -61,6 +67,7 @@ def test_trains_to_the_end(tmp_path: Path, layout: str) -> None:
         if "prefork" in layout:
             # Children computed, not their parent.
             children = 2 if layout.startswith("single") else 1 + 2  # a server has one
+            children += "spawned" in layout  # what keeps track of their semaphores
             assert len(living) == len(one.cluster.processes) + children
             pids = {int(worker.rpartition("/")[2].partition("-")[0]) for worker in taken}
             assert pids and not pids & {worker.pid for worker in one.cluster.processes.values()}
@@ -71,7 +78,8 @@ def test_trains_to_the_end(tmp_path: Path, layout: str) -> None:
             worker.terminate()
         for worker in one.cluster.processes.values():
             assert worker.wait(PATIENCE_SECONDS) == 0, worker.tail()
-        assert not [process for process in living if process.is_running()], describe(living)
+        over = lambda: not any(process.is_running() for process in living)  # noqa: E731
+        wait_until(over, message=lambda: f"the end of\n{describe(living)}")
         if layout.startswith("single"):
             assert "-Q" not in one.cluster.processes["worker"].command
         else:

@@ -166,13 +166,16 @@ class Laboratory:
 
     # --- runs -----------------------------------------------------------------------------
 
-    def slow(self, seconds: float, *names: str) -> None:
+    def slow(self, seconds: float, *names: str | int) -> None:
         """Let each sample take so long from now on, on all workers or on these; `fast` ends that.
+
+        A process of a worker's pool is named by its id.
 
         What has to happen in the middle of a run then does, on whatever machine: no run ends before
         the test has come so far.
         """
-        who = [str(self.cluster.processes[name].pid) for name in names] or ["*"]
+        pids = [name if isinstance(name, int) else self.cluster.processes[name].pid for name in names]
+        who = pids or ["*"]
         draft = self.speeds.with_suffix(".draft")
         draft.write_text("".join(f"{pid} {seconds}\n" for pid in who))
         os.replace(draft, self.speeds)

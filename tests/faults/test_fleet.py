@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from celery import Celery
@@ -51,6 +52,29 @@ def test_a_leaving_worker_hands_its_shard_back_at_once(
     lab.fast()
     assert leaver.wait(PATIENCE_SECONDS) == 0
     lab.check(run, reference=reference)
+
+
+def test_a_leaving_pool_hands_back_what_its_processes_are_at(tmp_path: Path) -> None:
+    """As above; the signal reaches the parent, and its child is at the shard."""
+    lab = Laboratory(tmp_path / "lab", standby=0, pool="prefork")
+    try:
+        reference = lab.undisturbed(ONE_SHARD)
+        lab.slow(HOURS)
+        run = lab.submit(ONE_SHARD)
+        lease = wait_until(lambda: run._ledger.leases(0), message="the shard to be begun")[0]
+        child = wait_until(
+            lambda: lab.master._services.registry.worker(lease.worker), message="its heartbeat"
+        )
+        leaver = lab.cluster.processes[child.node.partition("@")[0]]
+        lab.slow(HOURS, child.pid)
+        leaver.terminate()
+        wait_version(run, 3)
+        assert leaver.poll() is None and child.pid != leaver.pid
+        lab.fast()
+        assert leaver.wait(PATIENCE_SECONDS) == 0
+        lab.check(run, reference=reference)
+    finally:
+        lab.close()
 
 
 def test_workers_join_in_the_middle(lab: Laboratory) -> None:
