@@ -1,0 +1,13 @@
+"""torchord's app as if each process ran on a machine of its own: none sees another's process end.
+
+For `python -m benchmarks.chaos --apart`: there a lease alone tells of a death.
+"""
+
+from __future__ import annotations
+
+from cache import process
+from tasks import app
+
+process.place = lambda: ""  # type: ignore[assignment]
+
+__all__ = ["app"]
