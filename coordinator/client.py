@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -46,12 +46,25 @@ from coordinator.task_names import UPDATES
 log = logging.getLogger(__name__)
 
 _FRAMES_SHOWN = 4
+_VENDOR_FIELDS = ("vendor_id", "CPU implementer")  # of /proc/cpuinfo on x86 and on Arm
 UNWRITTEN = (
     "early",
     "input lost",
     "overtaken",
 )  # what `Client.at_slot` is told when there is nothing to write yet
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
+
+
+@cache
+def processor_vendor() -> str:
+    """Who made the processor, "" if unknown: libraries choose other code for another vendor's."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            fields = (line.partition(":") for line in file)
+            named = (value.strip() for name, _, value in fields if name.strip() in _VENDOR_FIELDS)
+            return next(named, "")
+    except OSError:
+        return ""
 
 
 def environment() -> str:
@@ -62,7 +75,8 @@ def environment() -> str:
         if kind.startswith("cuda")
         else torch.backends.cpu.get_cpu_capability()
     )
-    return f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {platform.machine()}"
+    machine = f"{platform.machine()} {processor_vendor()}".strip()
+    return f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {machine}"
 
 
 def short_traceback(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from cache.errors import NoWorker
 from coordinator import Run
+from coordinator.client import environment, processor_vendor
 from tests.faults.laboratory import CONFIG, HOURS, WAIT_SECONDS, Laboratory, Outcome, wait_version
 from tests.support.waiting import wait_until
 
@@ -92,6 +94,12 @@ def test_an_unlike_machine_is_refused(odd_paused: Laboratory, reference: Outcome
     odd_paused.cluster.processes["odd"].cont()
     odd_paused.check(run, reference=reference)
     assert pid_of(odd_paused, "odd") not in workers_of(run)
+
+
+def test_the_vendor_of_the_processor_is_part_of_the_environment() -> None:
+    vendor = processor_vendor()
+    assert environment().endswith(vendor)
+    assert vendor or not sys.platform.startswith("linux")
 
 
 def test_it_is_said_who_is_refused_and_why(odd_paused: Laboratory, reference: Outcome) -> None:
