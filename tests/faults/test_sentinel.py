@@ -61,7 +61,7 @@ def watched(tmp_path: Path) -> Iterator[tuple[EmbeddedServer, int]]:
 
 
 def train(master: Master, name: str, during: Callable[[], None] | None = None) -> tuple[bytes, bool]:
-    config = TrainingConfig(epochs=6, batch_size=8, shards=2, checkpoint_every=5)
+    config = TrainingConfig(epochs=6, batch_size=8, shards=4, fan_in=2, checkpoint_every=5)
     run = master.submit(models.mlp(size=40), config, name=name)
     if during is not None:
         wait_until(lambda: run.status().version >= 8, message="the eighth step")

@@ -129,3 +129,38 @@ def test_other_brokers_get_the_chord_from_celerys_canvas(redis_url: str) -> None
     app.amqp.autoexchange = nameless_exchange
     Sender(app).step(RUN, 1, [0, 1], callback_queue=QUEUE)
     assert [message["body"][1]["shard"] for message in messages(redis_url)] == [0, 1]
+
+
+@pytest.mark.parametrize("one_server", [True, False], ids=["template", "canvas"])
+def test_the_chord_of_a_step_counts_its_partial_sums(app: Celery, redis_url: str, one_server: bool) -> None:
+    sender = Sender(app)
+    sender._one_server = one_server
+    sender.step(RUN, 12, [0, 1, 2], version=12, callback_queue=QUEUE, joining=2)
+    header = messages(redis_url)
+    _, group, callback = roles(header[0])
+    client = redis.Redis.from_url(redis_url, decode_responses=True)
+    assert client.get(f"celery-taskset-meta-{group}.s") == "5"
+    client.close()
+    sender.partial_sum(RUN, 12, 3, version=12, join=(group, header[0]["body"][2]["chord"]))
+    [message] = messages(redis_url)
+    assert message["headers"]["task"] == task_names.PARTIAL_SUM
+    assert roles(message) == (message["headers"]["id"], group, callback)
+    assert message["headers"]["group_index"] == 3, "an index that no header of the chord has"
+    assert message["body"][1] == {"run": RUN, "step": 12, "slot": 3, "version": 12, "backup": False}
+    assert message["headers"]["ignore_result"]
+
+
+def test_a_partial_sum_goes_before_the_gradients_that_wait(app: Celery, redis_url: str) -> None:
+    sender = Sender(app)
+    sender.gradient(RUN, 12, 0)
+    sender.gradient(RUN, 12, 1)
+    sender.partial_sum(RUN, 12, 3, version=12)
+    found = messages(redis_url)
+    assert [message["headers"]["task"] for message in found] == [
+        task_names.PARTIAL_SUM,
+        task_names.COMPUTE_GRADIENT,
+        task_names.COMPUTE_GRADIENT,
+    ]
+    assert found[0]["body"][2]["chord"] is None
+    assert set(found[0]) == set(found[1]), "the same envelope"
+    assert {**found[0]["headers"], **found[1]["headers"]}.keys() == found[0]["headers"].keys()
