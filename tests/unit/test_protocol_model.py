@@ -52,7 +52,8 @@ class State(NamedTuple):
     restorable: int = 0  # the newest version whose optimizer state is stored
     owner: int = NOBODY  # the server that acquired last: the only one whose token is in force
     servers: tuple[Server, ...] = ()
-    clients: tuple[int, ...] = ()  # the slot that a Client computes, or NOBODY
+    clients: tuple[int, ...] = ()  # the slot that a Client computes, or NOBODY; see Sums
+    lost: int = 0  # bit as in slots: the slot is written and its bytes are gone
 
 
 class Violation(AssertionError):
@@ -220,10 +221,11 @@ class Protocol:
             NOBODY if unit // self.shards == step else lease for unit, lease in enumerate(state.leases)
         )
         slots = state.slots & ~self.mask(step) if self.commit_deletes_slots else state.slots
+        lost = state.lost & ~self.mask(step)
         after = Server(COMMITTED if step + 1 < self.steps else WARM, step + 1)
         yield Move(
             f"server {number} commits version {step + 1}",
-            put(after, version=step + 1, slots=slots, leases=leases, launched=False),
+            put(after, version=step + 1, slots=slots, lost=lost, leases=leases, launched=False),
             True,
             broken,
         )
@@ -248,7 +250,7 @@ class Protocol:
             if state.done:
                 return
             for unit in range(state.version * self.shards, self.steps * self.shards):
-                if not self.early(state, unit // self.shards) and not state.slots >> unit & 1:
+                if not self.early(state, unit // self.shards) and self.possible(state, unit):
                     helps = self.sent_again(state, unit)
                     yield Move(
                         f"client {number} begins slot {unit}", put(unit, leases=lease(unit, number)), helps
@@ -258,6 +260,10 @@ class Protocol:
         closed = lease(at, GONE) if state.leases[at] == number else state.leases
         yield Move(f"client {number} hands slot {at} back", put(NOBODY, leases=closed))
         yield Move(f"client {number} forgets slot {at}", put(NOBODY))  # and could not even say so
+
+    def possible(self, state: State, unit: int) -> bool:
+        """Whether who begins a slot is told to compute it, its step being under way."""
+        return not state.slots >> unit & 1
 
     def sent_again(self, state: State, unit: int) -> bool:
         """Whether the supervisor sends a missing shard of a step under way (again)."""
@@ -305,7 +311,7 @@ class Protocol:
         if self.clients == 2 and self._place(leases, clients, 1) < self._place(leases, clients, 0):
             leases = tuple(1 - holder if holder in (0, 1) else holder for holder in leases)
             clients = clients[::-1]
-        if self.shards == 2:
+        if self.shards == 2 and type(self) is Protocol:
             for step in range(self.steps):
                 one, two = 2 * step, 2 * step + 1
                 if self._look(slots, leases, clients, two) < self._look(slots, leases, clients, one):
@@ -324,6 +330,113 @@ class Protocol:
     def _look(slots: int, leases: tuple[int, ...], clients: tuple[int, ...], unit: int) -> tuple[object, ...]:
         """How a slot looks from outside."""
         return slots >> unit & 1, leases[unit], [client == unit for client in clients]
+
+
+READ, DELETING = 50, 90  # added to the slot of a sum: its inputs are added up; it is written, they go next
+
+
+@dataclass(frozen=True)
+class Sums(Protocol):
+    """The protocol where the last slot of each step is the sum of the others, and bytes may be lost.
+
+    A Client at a sum reads its inputs (one that is lost it opens again), writes the sum, and deletes
+    the inputs' bytes; between these, too, anything may happen. The training server reads the sum alone.
+    """
+
+    supervisor_resends_sums: bool = True
+    lost_inputs_are_opened: bool = True
+    lost_sums_are_opened: bool = True
+
+    def inputs(self, unit: int) -> int:
+        """The slots that a sum is made from; none for a shard."""
+        whole, step = self.mask(unit // self.shards), unit // self.shards
+        return whole & ~(1 << unit) if unit == (step + 1) * self.shards - 1 else 0
+
+    def possible(self, state: State, unit: int) -> bool:
+        """A sum's message may come at any time; whoever finds an input missing ends at once."""
+        inputs = self.inputs(unit)
+        return super().possible(state, unit) and state.slots & inputs == inputs
+
+    def moves(self, state: State) -> Iterator[Move]:
+        """And bytes are lost."""
+        yield from super().moves(state)
+        for unit in range(state.version * self.shards, self.steps * self.shards):
+            bit = 1 << unit
+            if state.slots & bit and not state.lost & bit and not state.done:
+                yield Move(f"the bytes of slot {unit} are lost", state._replace(lost=state.lost | bit))
+
+    def advance(self, state: State, number: int, put: object) -> Iterator[Move]:
+        """A training server that finds the sum's bytes gone opens the step's slots."""
+        assert callable(put)
+        me, root = state.servers[number], 1 << ((state.version + 1) * self.shards - 1)
+        serves = me.at == WARM and state.owner == number and me.version == state.version
+        whole = state.version < self.steps and self.complete(state, state.version)
+        if not (serves and whole and state.lost & root):
+            yield from super().advance(state, number, put)
+        elif self.lost_sums_are_opened:
+            gone = self.mask(state.version)
+            opened = put(me, slots=state.slots & ~gone, lost=state.lost & ~gone, launched=False)
+            yield Move(f"server {number} opens step {state.version}", opened, True)
+
+    def sent_again(self, state: State, unit: int) -> bool:
+        """A sum is sent (again) once its inputs are there."""
+        holder = state.leases[unit]
+        if holder not in (NOBODY, GONE) and state.clients[holder] in (unit, unit + READ):
+            return False
+        return super().sent_again(state, unit) and (self.supervisor_resends_sums or not self.inputs(unit))
+
+    def client_moves(self, state: State, number: int) -> Iterator[Move]:
+        """A Client that has added up, or written a sum."""
+        at = state.clients[number]
+        if at < READ:
+            yield from super().client_moves(state, number)
+            return
+
+        def put(at: int, **changes: object) -> State:
+            clients = (*state.clients[:number], at, *state.clients[number + 1 :])
+            return state._replace(clients=clients, **changes)  # type: ignore[arg-type]
+
+        dead = tuple(GONE if holder == number else holder for holder in state.leases)
+        yield Move(f"client {number} dies", put(NOBODY, leases=dead))
+        unit = at - (DELETING if at >= DELETING else READ)
+        step = unit // self.shards
+        if at >= DELETING:
+            there = self.inputs(unit) & state.slots
+            yield Move(
+                f"client {number} deletes what {unit} is made from",
+                put(NOBODY, lost=state.lost | there),
+                True,
+            )
+        elif state.done or step < state.version or state.slots >> unit & 1:
+            yield Move(f"client {number} is late or a duplicate at sum {unit}", put(NOBODY), True)
+        else:
+            leases = (*state.leases[:unit], NOBODY, *state.leases[unit + 1 :])
+            after = put(unit + DELETING, slots=state.slots | 1 << unit, leases=leases)
+            yield Move(f"client {number} writes sum {unit}", after, True)
+
+    def write(self, state: State, number: int, unit: int, put: object) -> Iterator[Move]:
+        """A shard is written as ever; a sum is added up first."""
+        assert callable(put)
+        inputs = self.inputs(unit)
+        if not inputs:
+            for move in super().write(state, number, unit, put):
+                fresh = move.state.slots & ~state.slots
+                above = 1 << ((unit // self.shards + 1) * self.shards - 1)
+                spare = fresh if state.slots & above else 0  # its sum is made: the bytes are deleted
+                yield move._replace(state=move.state._replace(lost=move.state.lost | spare))
+            return
+        closed = tuple(GONE if n == unit and h == number else h for n, h in enumerate(state.leases))
+        gone = inputs & state.slots & state.lost
+        if state.done or unit // self.shards < state.version or state.slots >> unit & 1:
+            yield Move(f"client {number} is late or a duplicate at sum {unit}", put(NOBODY), True)
+        elif gone and self.lost_inputs_are_opened:
+            leases = tuple(NOBODY if gone >> n & 1 else h for n, h in enumerate(closed))
+            opened = put(NOBODY, slots=state.slots & ~gone, lost=state.lost & ~gone, leases=leases)
+            yield Move(f"client {number} opens lost inputs of {unit}", opened, True)
+        elif gone or state.slots & inputs != inputs:
+            yield Move(f"client {number} finds no input of {unit}", put(NOBODY, leases=closed), True)
+        else:
+            yield Move(f"client {number} adds up {unit}", put(unit + READ), True)
 
 
 # --- the explorer ---------------------------------------------------------------------------------
@@ -449,7 +562,22 @@ def test_it_keeps_them_with_staleness() -> None:
     check(Protocol(steps=4, shards=1, clients=1, staleness=1))
 
 
+@pytest.mark.parametrize(
+    "protocol",
+    [Sums(steps=1, shards=3), Sums(steps=2, shards=2, clients=1)],
+    ids=["two shards and their sum", "two steps of a shard and its sum"],
+)
+def test_it_keeps_them_with_partial_sums(protocol: Sums) -> None:
+    """Two training servers, and any bytes lost at any time."""
+    found = check(protocol)
+    assert len(found.came_from) > 10_000
+    assert all(state.slots == state.lost == 0 for state in found.came_from if state.done)
+
+
 MUTANTS = {
+    "a sum that is not sent again": (Sums(supervisor_resends_sums=False, steps=1, servers=1), "stuck"),
+    "an input that is lost for good": (Sums(lost_inputs_are_opened=False, steps=1, servers=1), "stuck"),
+    "a sum that is lost for good": (Sums(lost_sums_are_opened=False, steps=1, servers=1), "stuck"),
     "a commit without the token": (Protocol(checks_token=False), "a fenced server committed"),
     "a commit of any version": (
         Protocol(checks_token=False, checks_version=False, clients=1),
