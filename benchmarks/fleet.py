@@ -18,11 +18,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import hiredis
+from celery.app.task import Context
 
 from cache import keys
 from cache.errors import CacheError
@@ -89,7 +89,7 @@ class Fleet:
             began = time.monotonic()
             for consumer in self.consumers:
                 self.services.registry.beat(consumer.client.heartbeat.info)
-            self._stop.wait(max(0.0, keys.WORKER_LEASE_MS / 4000 - (time.monotonic() - began)))
+            self._stop.wait(max(0.0, keys.WORKER_LEASE_MS / 5000 - (time.monotonic() - began)))
 
     def serve(self, control: Connection) -> None:
         """Work until something comes over `control`."""
@@ -121,9 +121,7 @@ class Fleet:
         body, group = embed.get("chord"), headers.get("group")
         receipt = self._work(consumer, headers["task"], kwargs, headers["id"], body, group)
         if body is not None:
-            request = SimpleNamespace(
-                id=headers["id"], group=group, group_index=headers.get("group_index"), chord=body
-            )
+            request = Context({**headers, "chord": body})
             self.app.backend.on_chord_part_return(request, "SUCCESS", receipt)
         pipe = self.redis.pipeline()
         pipe.zrem("unacked_index", tag)
