@@ -189,7 +189,7 @@ class ChunkStore:
         ref.require_length(view)
         started = time.perf_counter()
         if ref.nbytes:
-            self._patiently(self._load, *_wanted(ref, view))
+            self._patiently(self._load_again, *_wanted(ref, view))
         with self._lock:
             self.counters.bytes_in += len(view)
             self.counters.seconds_in += time.perf_counter() - started
@@ -225,7 +225,7 @@ class ChunkStore:
                 parts.append(part)
                 sums.append(checksum)
         for keys, parts, sums in alike.values():
-            self._patiently(self._load, keys, parts, sums)
+            self._patiently(self._load_again, keys, parts, sums)
         with self._lock:
             self.counters.bytes_in += sum(ref.nbytes for ref in refs)
             self.counters.seconds_in += time.perf_counter() - started
@@ -323,6 +323,14 @@ class ChunkStore:
         if not all(placed):
             raise _nowhere(failed)
 
+    def _load_again(self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]) -> None:
+        """Load; what arrives with other bytes than were written is asked for once more."""
+        try:
+            self._load(keys, parts, sums)
+        except ChunkCorrupt as error:
+            _log.warning("%s; reading it once more", error)
+            self._load(keys, parts, sums)
+
     def _load(self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]) -> None:
         if self._only is not None and self._connections == 1:
             problems = self._only.load(keys, parts, sums)
@@ -333,11 +341,18 @@ class ChunkStore:
         good = [False] * len(keys)
         problems = {}
         failed: dict[str, CacheUnreachable] = {}
+        refused: list[CacheError] = []
 
         def receive(name: str, indices: Sequence[int]) -> None:
-            wrong = self._nodes[name].load(
-                [keys[i] for i in indices], [parts[i] for i in indices], [sums[i] for i in indices]
-            )
+            try:
+                wrong = self._nodes[name].load(
+                    [keys[i] for i in indices], [parts[i] for i in indices], [sums[i] for i in indices]
+                )
+            except CacheUnreachable:
+                raise
+            except CacheError as error:  # another node may have it all the same
+                refused.append(error)
+                return
             for position, i in enumerate(indices):
                 good[i] = position not in wrong
                 if wrong.get(position) is Problem.CORRUPT:
@@ -351,6 +366,8 @@ class ChunkStore:
             failed |= self._each(self._lanes(groups, receive))
         if not all(good):
             bad = good.index(False)
+            if refused and bad not in problems:
+                raise refused[0]
             raise self._no_chunk(keys[bad].decode(), problems.get(bad), failed)
 
     def _touch(self, ref: BlobRef, ttl_seconds: int) -> None:
@@ -443,11 +460,16 @@ class ChunkStore:
         self, key: str, problem: Problem | None, failed: Mapping[str, CacheUnreachable]
     ) -> CacheError:
         if problem is Problem.CORRUPT:
-            return ChunkCorrupt(f"chunk {key} on cache node {', '.join(self._nodes)} is not what was written")
+            corrupt = ChunkCorrupt(
+                f"chunk {key} on cache node {', '.join(self._nodes)} is not what was written"
+            )
+            corrupt.chunk = _number(key)
+            return corrupt
         if len(failed) == len(self._nodes):
             return _nowhere(failed)
         silent = f"; silent: {', '.join(failed)}" if failed else ""
         error = ChunkMissing(f"chunk {key} is on none of the cache nodes {', '.join(self._nodes)}{silent}")
+        error.chunk = _number(key)
         error.__cause__ = next(iter(failed.values()), None)
         return error
 
@@ -536,6 +558,10 @@ def _wanted(ref: BlobRef, view: memoryview) -> tuple[list[bytes], list[memoryvie
     prefix = ref.key.encode()
     parts = split(view, ref.chunk_nbytes)
     return [b"%s:%d" % (prefix, i) for i in range(len(parts))], parts, ref.checksums
+
+
+def _number(key: str) -> int:
+    return int(key.rpartition(":")[2])
 
 
 def _nowhere(failed: Mapping[str, CacheUnreachable]) -> CacheUnreachable:

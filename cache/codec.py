@@ -59,6 +59,10 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
     nbytes: int
 
+    def between(self, start: int, stop: int) -> list[str]:
+        """Names of the tensors of which a byte lies in [start, stop)."""
+        return [t.name for t in self.tensors if t.offset < stop and start < t.offset + t.nbytes]
+
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as dicts, lists, strings and integers."""
         rows = [[t.name, list(t.shape), t.dtype, t.offset, t.nbytes] for t in self.tensors]
@@ -193,6 +197,26 @@ def check(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     for name in tensors:
         if name not in known:
             raise ManifestMismatch(f"tensor {name!r} is in the model but not in the manifest")
+
+
+def require_same(ours: Manifest, theirs: Manifest) -> None:
+    """Compare two layouts: the one that a model here has, and the one that bytes were written with.
+
+    Raises:
+        ManifestMismatch: names the first tensor that differs in name, place, shape or dtype.
+    """
+    for mine, other in zip(ours.tensors, theirs.tensors, strict=False):
+        if mine != other:
+            raise ManifestMismatch(
+                f"tensor {mine.name!r} {mine.shape} {mine.dtype} of the model here is in the place of "
+                f"{other.name!r} {other.shape} {other.dtype}"
+            )
+    if ours != theirs:
+        longer = max(ours.tensors, theirs.tensors, key=len)
+        extra = longer[min(len(ours.tensors), len(theirs.tensors)) :]
+        side = "only in the model here" if longer is ours.tensors else "not in the model here"
+        named = ", ".join(repr(spec.name) for spec in extra[:3]) or "the end"
+        raise ManifestMismatch(f"{named}: {side} ({ours.nbytes} bytes here, {theirs.nbytes} there)")
 
 
 def memory(tensor: Tensor) -> memoryview:

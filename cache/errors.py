@@ -49,11 +49,21 @@ class CacheUnreachable(CacheError, ConnectionError):
     """No Redis-compatible server answers at that URL; start one or correct TORCHORD_URL."""
 
 
-class ChunkCorrupt(CacheError):
+class ChunkLost(CacheError):
+    """Stored bytes cannot be had as they were written; write them again, or read a newer version.
+
+    Attributes:
+        chunk: number of the chunk within its blob, None where it is not known.
+    """
+
+    chunk: int | None = None
+
+
+class ChunkCorrupt(ChunkLost):
     """Stored bytes do not match their checksum; they are read again from another tier, else the step is redone."""
 
 
-class ChunkMissing(CacheError):
+class ChunkMissing(ChunkLost):
     """Stored bytes have expired, were evicted or were lost with their node; write the blob again, or read a newer one."""
 
 

@@ -16,7 +16,8 @@ import torch
 from cache import keys
 from cache.blob import BlobRef
 from cache.codec import Manifest, layout, pack, views
-from cache.errors import CacheError
+from cache.damage import require_fitting, telling
+from cache.errors import CacheError, ManifestMismatch
 from cache.ledger import Ledger
 from cache.records import SlotRecord, StateRecord
 from cache.tiered import TieredStore
@@ -91,13 +92,28 @@ class GradientStore:
         """Skeleton and tensors of a stored tree."""
         if state.blob is None:
             return state.skeleton, {}
-        return state.skeleton, views(self.chunks.get(state.blob), Manifest.from_json(state.manifest))
+        what = f"slot state {state.blob.key}"
+        return state.skeleton, self._read(what, state.blob, state.manifest)
 
     def get(self, slot: SlotRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(gradients as they travelled, buffers) of a slot, as views of one received buffer."""
-        tensors = views(self.chunks.get(slot.blob), Manifest.from_json(slot.manifest))
+        """(gradients as they travelled, buffers) of a slot, as views of one received buffer.
+
+        Raises:
+            ChunkMissing, ChunkCorrupt: its bytes are lost; the message names the tensors.
+            ManifestMismatch: the slot's record does not describe its bytes.
+        """
+        what = f"gradient of shard {slot.shard} by worker {slot.worker}"
+        tensors = self._read(what, slot.blob, slot.manifest)
+        if missing := set(slot.buffers) - set(tensors):
+            raise ManifestMismatch(f"{what}: no tensor {min(missing)!r} in its manifest")
         buffers = {name: tensors.pop(name) for name in slot.buffers}
         return tensors, buffers
+
+    def _read(self, what: str, blob: BlobRef, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        layout_of_it = Manifest.from_json(manifest)
+        require_fitting(what, blob, layout_of_it)
+        with telling(what, blob, lambda: manifest):
+            return views(self.chunks.get(blob), layout_of_it)
 
     def delete(self, blobs: Iterable[BlobRef]) -> None:
         """Delete bytes that no slot points to any more."""

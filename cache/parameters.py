@@ -17,7 +17,8 @@ import torch
 
 from cache import keys
 from cache.codec import Manifest, layout, pack, views
-from cache.errors import CacheError, ChunkMissing, VersionMissing
+from cache.damage import require_fitting, telling
+from cache.errors import CacheError, ChunkMissing, ManifestMismatch, VersionMissing
 from cache.ledger import Ledger
 from cache.records import DeltaRecord, StateRecord, VersionRecord
 from cache.tiered import TieredStore
@@ -150,7 +151,10 @@ class ParameterCache:
         """Skeleton and tensors of a published state."""
         if state.blob is None:
             return state.skeleton, {}
-        return state.skeleton, views(self.chunks.get(state.blob), Manifest.from_json(state.manifest))
+        manifest = Manifest.from_json(state.manifest)
+        require_fitting("optimizer state", state.blob, manifest)
+        with telling(f"optimizer state {state.blob.key}", state.blob, lambda: state.manifest):
+            return state.skeleton, views(self.chunks.get(state.blob), manifest)
 
     def fetch(
         self,
@@ -180,10 +184,16 @@ class ParameterCache:
                 f"version {version} of run {ledger.run!r} is not in the cache; stored: "
                 f"{sorted(ledger.versions())}"
             )
+        if out is not None and out.numel() != record.blob.nbytes:
+            raise ManifestMismatch(
+                f"version {version} of run {ledger.run!r} has {record.blob.nbytes} bytes, the model here "
+                f"{out.numel()}; this worker runs other code than the run's"
+            )
         try:
-            flat, source = self.chunks.get_from(record.blob, out)
+            with telling(f"version {version} of run {ledger.run!r}", record.blob, ledger.manifest):
+                flat, source = self.chunks.get_from(record.blob, out)
         except ChunkMissing as error:
-            raise VersionMissing(f"version {version} of run {ledger.run!r} lost a chunk: {error}") from error
+            raise VersionMissing(f"a chunk is lost: {error}") from error
         seconds = time.perf_counter() - began
         with self._lock:
             c = self._counters

@@ -25,6 +25,7 @@ from cache.errors import (
     CacheError,
     ChunkCorrupt,
     ChunkMissing,
+    ManifestMismatch,
     RunNotFound,
     ShardFailed,
     Skewed,
@@ -223,7 +224,7 @@ class Client:
             done = compute(begun)
             written = done["status"] not in UNWRITTEN
             return done
-        except Skewed as error:
+        except (Skewed, ManifestMismatch) as error:
             self._end_lease(run, step, slot, delivery)
             return self._refuse(receipt, str(error))
         except CacheError as error:
@@ -461,6 +462,8 @@ class Client:
                 examples, metrics = gradient.evaluate(
                     replica, context.recipe, context.config, dataset, samples
                 )
+        except ManifestMismatch as error:
+            return self._refuse({**receipt, "parts": parts}, str(error))
         except CacheError as error:
             log.warning("evaluation part %d of run %s goes back: %s", part, run, error)
             return {**receipt, "status": "handed back", "error": str(error)}

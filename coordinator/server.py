@@ -21,6 +21,7 @@ from cache.errors import (
     ChunkCorrupt,
     ChunkMissing,
     Fenced,
+    ManifestMismatch,
     NonFinite,
     RunError,
     Skewed,
@@ -357,7 +358,7 @@ class TrainingServer:
         while (slot := present.get(warm.sum.wanted)) is not None:
             try:
                 warm.sum.add(slot)
-            except (ChunkMissing, ChunkCorrupt):
+            except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
                 below = warm.context.plan().fan_in(step).below(slot.shard)
                 warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
                 raise

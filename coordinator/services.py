@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cache.chunks import ChunkStore
+from cache.codec import Manifest, require_same
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
-from cache.errors import DatasetChanged, RunError, Skewed
+from cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
 from cache.gradients import GradientStore
 from cache.host import HostTier
 from cache.lane import Lane
@@ -236,8 +237,25 @@ class RunContext:
 
         with self.lock:
             if self._replica is None:
-                self._replica = Replica.build(self.recipe, self.config, device())
+                built = Replica.build(self.recipe, self.config, device())
+                self.require_same_model(built)
+                self._replica = built
             return self._replica
+
+    def require_same_model(self, replica: Replica) -> None:
+        """Refuse a model that is laid out otherwise than the run's versions.
+
+        Raises:
+            ManifestMismatch: names the first tensor that differs.
+        """
+        ledger = self.services.ledger(self.run)
+        try:
+            require_same(replica.manifest, Manifest.from_json(ledger.manifest()))
+        except ManifestMismatch as error:
+            raise ManifestMismatch(
+                f"run {self.run!r}: {error}; this worker's code builds another model than the run's: give it "
+                "the same files and restart it"
+            ) from error
 
     @property
     def loaded(self) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cache.errors import CacheError, CheckpointError, Fenced
+from cache.errors import CacheError, CheckpointError, Fenced, ManifestMismatch, Skewed
 from cache.ledger import Ledger
 from cache.records import GENESIS, Head, StateRecord, VersionRecord
 from coordinator import tree
@@ -38,6 +38,7 @@ class TakeOver:
         self.fault = fault
         self.context = context
         self.token = token
+        self.restores = False  # whether there are versions, and with them the layout of the run's model
         self.ledger: Ledger = services.ledger(context.run)
         self.checkpoints = CheckpointStore(
             services.settings.checkpoint_dir, context.run, context.incarnation, fault=fault
@@ -48,9 +49,11 @@ class TakeOver:
 
         Raises:
             Fenced: another server or a person acted meanwhile.
+            Skewed: this process's code builds another model than the run's.
         """
         if head.status == "pending" or head.total_steps is None:
             return self._initialise(head)
+        self.restores = True
         return self._restore(head)
 
     def _trainer(self, version: int) -> Trainer:
@@ -60,7 +63,13 @@ class TakeOver:
         if context.switches:
             plan = context.plan()
             config = plan.config_at(min(version, plan.total_steps - 1))
-        return self._built(config)
+        trainer = self._built(config)
+        if self.restores:
+            try:
+                context.require_same_model(trainer.replica)
+            except ManifestMismatch as error:
+                raise Skewed(str(error)) from error
+        return trainer
 
     def _built(self, config: TrainingConfig) -> Trainer:
         allowed = self.services.settings.allowed_modules
