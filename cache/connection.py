@@ -43,6 +43,12 @@ def masked(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}:***@{host}{port}"))
 
 
+def hint_of(error: Exception) -> str:
+    """What to do about an error of the server; "" if nothing is known. redis-py cuts the code OOM off."""
+    full = "maxmemory" in str(error) or "OOM" in str(error)
+    return " (it is full: raise its maxmemory, or let finished runs expire)" if full else ""
+
+
 @contextmanager
 def translated(url: str, what: str) -> Iterator[None]:
     """Turn what redis-py raises inside the block into torchord's errors.
@@ -72,8 +78,7 @@ def translated(url: str, what: str) -> Iterator[None]:
             f"cannot {what}: {where} is a read-only replica; point TORCHORD_URL at the primary"
         ) from error
     except ResponseError as error:
-        hint = " (raise its maxmemory, or let finished runs expire)" if "OOM" in str(error) else ""
-        raise CacheError(f"cannot {what}: {where} answered '{error}'{hint}") from error
+        raise CacheError(f"cannot {what}: {where} answered '{error}'{hint_of(error)}") from error
     except RedisError as error:
         raise CacheError(f"cannot {what}: {where}: {error}") from error
 

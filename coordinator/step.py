@@ -13,8 +13,8 @@ from celery import Celery, chord
 from kombu import Exchange
 from kombu.exceptions import OperationalError
 
-from cache.connection import masked
-from cache.errors import CacheUnreachable
+from cache.connection import hint_of, masked
+from cache.errors import CacheError, CacheUnreachable
 from cache.ledger import Launch
 from coordinator import task_names
 from coordinator.faults import Injector
@@ -70,7 +70,8 @@ class Sender:
                 task, kwargs=kwargs, queue=queue, ignore_result=True, kwargsrepr=seen, **_PUBLISH
             )
         except OperationalError as error:
-            raise self._unreachable(f"send {task}", error) from error
+            run = kwargs.get("run", "")
+            raise self._unreachable(f"send {task} of run {run!r}", error) from error
 
     def advance(self, run: str, *, queue: str = task_names.UPDATES) -> None:
         """Ask a training server to do whatever comes next in a run."""
@@ -255,7 +256,9 @@ class Sender:
         except OperationalError as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
-    def _unreachable(self, what: str, error: Exception) -> CacheUnreachable:
+    def _unreachable(self, what: str, error: Exception) -> CacheError:
+        if hint := hint_of(error):
+            return CacheError(f"cannot {what}: {masked(self.app.conf.broker_url)} answered '{error}'{hint}")
         return CacheUnreachable(
             f"cannot {what}: no Redis answers at {masked(self.app.conf.broker_url)} ({error})"
         )
