@@ -429,6 +429,28 @@ def keep(path: Path, part: str, found: dict[str, object], identity: tuple[str, .
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def table(path: Path) -> None:
+    """Print the rows of a record as a table in Markdown."""
+    record = json.loads(path.read_text())
+    print("| server | MB | way | bare socket, GB/s | chunk store | ratio | worst | to checked | extra MB |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for found in sorted(record["rows"], key=lambda row: (row["server"], row["megabytes"], row["way"])):
+        rates = found["gigabytes_per_second"]
+        bare = max(rate for method, rate in rates.items() if method.startswith("bare"))
+        numbers = [
+            found[f"ratio_{which}"] for which in ("to_bare_socket", "in_the_worst_round", "to_checked_socket")
+        ]
+        cells = [
+            found["server"],
+            f"{found['megabytes']:,}",
+            found["way"],
+            f"{bare:.2f}",
+            f"{rates['chunk store']:.2f}",
+        ]
+        cells += [*(f"{number:.2f}" for number in numbers), f"{found['extra_memory_megabytes']:.1f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -437,9 +459,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", metavar="NAME", help="measure servers whose name begins so")
     parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what the file has")
     parser.add_argument("--no-host", action="store_true", help="leave the same host and the ring out")
     parser.add_argument("--output", type=Path, default=RESULTS / "cache.json")
     arguments = parser.parse_args()
+    if arguments.table:
+        return table(arguments.output)
     torch.set_num_threads(1)  # so that a copy is one thread's, as everywhere else here
     rows = []
     print(

@@ -32,6 +32,7 @@ class TierCounters:
     Attributes:
         host_hits: reads that another process of this host, or this one, had done before.
         host_nbytes: bytes of those.
+        host_seconds: time spent on those.
         store_reads: reads from the chunk store.
         store_nbytes: bytes of those.
         store_seconds: time spent on those.
@@ -41,6 +42,7 @@ class TierCounters:
 
     host_hits: int = 0
     host_nbytes: int = 0
+    host_seconds: float = 0.0
     store_reads: int = 0
     store_nbytes: int = 0
     store_seconds: float = 0.0
@@ -170,7 +172,7 @@ class TieredStore:
         if self.host is not None and self.tiered(ref.nbytes):
             found = self.host.fetch(ref, download)
         if found is not None and not downloaded:
-            self._count(host_hits=1, host_nbytes=ref.nbytes)
+            self._count(host_hits=1, host_nbytes=ref.nbytes, host_seconds=time.perf_counter() - began)
             return found, "host"
         if found is None:
             found = self.chunks.get(ref, out)

@@ -35,7 +35,7 @@ from cache.lane import Command
 from cache.ledger import Begun
 from cache.records import Head, SlotRecord, StateRecord, VersionRecord, canonical
 from cache.workers import Heartbeat
-from coordinator import activity, gradient, tree
+from coordinator import activity, gradient, tiers, tree
 from coordinator.faults import Hook, nothing
 from coordinator.services import RunContext, Services, device
 from coordinator.shard_work import ShardWork, work
@@ -220,10 +220,11 @@ class Client:
         self.heartbeat.doing(doing)
         self._at[threading.get_ident()] = (run, step, slot, delivery)
         written = False
+        before = tiers.snapshot(self.services)
         try:
             done = compute(begun)
             written = done["status"] not in UNWRITTEN
-            return done
+            return {**done, "tiers": tiers.since(before, self.services)}
         except (Skewed, ManifestMismatch) as error:
             self._end_lease(run, step, slot, delivery)
             return self._refuse(receipt, str(error))

@@ -30,7 +30,7 @@ from cache.errors import (
 from cache.ledger import Committed, Launch, Ledger
 from cache.records import Head, LedgerEntry, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
-from coordinator import activity
+from coordinator import activity, tiers
 from coordinator.client import short_traceback
 from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport
@@ -75,6 +75,7 @@ class TrainingServer:
         self._warm: OrderedDict[str, WarmRun] = OrderedDict()
         self._tokens: dict[str, int] = {}
         self._called_again: dict[str, float] = {}
+        self._before = tiers.snapshot(services)
         self._lock = threading.RLock()
         self.upkeep = Upkeep(services, fault)
 
@@ -101,8 +102,10 @@ class TrainingServer:
                 self._warm.pop(run, None)
                 return {"run": run, "status": head.status, "version": head.version}
             self.heartbeat.doing(activity.update(run, head.version))
+            self._before = tiers.snapshot(self.services)
             try:
-                return self._advance(run, ledger, head, slots, called=step)
+                done = self._advance(run, ledger, head, slots, called=step)
+                return {**done, "tiers": tiers.since(self._before, self.services)}
             except Skewed as error:
                 if self.heartbeat.refuse(run, str(error)):
                     log.error("%s", error)
@@ -276,7 +279,7 @@ class TrainingServer:
             shards=tree.total,
             entry=entry,
             record=record,
-            event=_step_event(entry),
+            event={**_step_event(entry), "tiers": tiers.since(self._before, self.services)},
             drop=() if warm.record.slots or record.slots else self.upkeep.outlived(warm),
             launch=drafted,
         )

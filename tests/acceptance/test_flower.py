@@ -113,10 +113,14 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
         receipt = literal_eval(task["result"])
         assert receipt["loss"] > 0 and receipt["grad_norm"] > 0 and receipt["examples"] > 0
         assert receipt["nbytes"] > 0 and receipt["worker"].startswith("client1@")
+        process = receipt["tiers"]["process"]
+        assert process.get("hits", 0) + process.get("misses", 0) == 1
         assert task["state"] == "SUCCESS" and task["worker"].startswith("client1@")
 
     updates = [literal_eval(task["result"]) for task in tasks if task["name"] == "tasks.apply_update"]
     committed = {receipt["version"]: receipt["loss"] for receipt in updates if "loss" in receipt}
+    moved = [receipt["tiers"] for receipt in updates if receipt.get("status") == "committed"]
+    assert moved and all("store" in tiers or "host" in tiers for tiers in moved)
     assert committed == {report.version: report.loss for report in run.history()}
     assert any(task["name"] == "tasks.evaluate" for task in tasks)
 

@@ -248,6 +248,11 @@ def test_the_hosts_tier_changes_no_bit_and_saves_reads(cluster: Callable[..., Lo
         found[switch] = bits(run)
         read = sources(run)
         assert read["store"] == 0 if switch == "on" else read["host"] == 0, read
+        server = [event.data["tiers"] for event in run.events() if event.type == "step"]
+        assert len(server) == run.status().version
+        tier, count = ("host", "hits") if switch == "on" else ("store", "reads")
+        assert all(tiers[tier][count] >= 3 and tiers[tier]["nbytes"] > 0 for tiers in server), server
+        assert all(tiers[tier]["seconds"] > 0 for tiers in server)
         made.stop()
     assert found["on"] == found["off"]
 
