@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import secrets
 import statistics
 import time
 from tempfile import TemporaryDirectory
@@ -33,13 +34,14 @@ from benchmarks.workloads import recipe
 from coordinator import LocalCluster, Master, TrainingConfig
 
 _SKIPPED = 10  # first steps, while everything is loaded
+_PATIENCE = 60  # seconds; redis-py's own 5 are too few for a process that starts on a busy machine
 
 
 def floor_worker(url: str) -> None:
     """Answers each message with one: pop, count, and push when the step is complete."""
-    client = redis.Redis.from_url(url)
+    client = redis.Redis.from_url(url, socket_timeout=_PATIENCE)
     while True:
-        popped: Any = client.brpop(["floor:tasks"], timeout=5)
+        popped: Any = client.brpop(["floor:tasks"], timeout=_PATIENCE / 2)
         if popped is None or popped[1] == b"stop":
             return
         step, size = popped[1].split(b":")
@@ -56,12 +58,13 @@ def floor(url: str, shards: int, steps: int) -> float:
     workers = [context.Process(target=floor_worker, args=(url,), daemon=True) for _ in range(2)]
     for worker in workers:
         worker.start()
-    client = redis.Redis.from_url(url)
+    client = redis.Redis.from_url(url, socket_timeout=_PATIENCE)
     seconds = []
+    token = secrets.token_hex(4)  # counts of a call before this one may still be there
     for step in range(steps + _SKIPPED):
         began = time.perf_counter()
-        client.lpush("floor:tasks", *[f"{step}:{shards}"] * shards)
-        client.brpop(["floor:done"], timeout=30)
+        client.lpush("floor:tasks", *[f"{token}.{step}:{shards}"] * shards)
+        client.brpop(["floor:done"], timeout=_PATIENCE / 2)
         seconds.append(time.perf_counter() - began)
     client.lpush("floor:tasks", "stop", "stop")
     for worker in workers:
