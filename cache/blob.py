@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
-from torch import Tensor
 
-from cache.codec import memory
 from cache.errors import ChunkCorrupt, InvalidInput
 
 
@@ -116,11 +114,6 @@ def unpacked(ref: BlobRef) -> bytes:
     if len(data) != ref.nbytes or checksums(split(memoryview(data), ref.chunk_nbytes)) != ref.checksums:
         raise ChunkCorrupt(f"blob {ref.key}, inside its reference, is not what was written")
     return data
-
-
-def as_bytes(buffer: Tensor | memoryview) -> memoryview:
-    """Return the buffer's own memory as bytes, without a copy."""
-    return memory(buffer) if isinstance(buffer, Tensor) else buffer.cast("B")
 
 
 def chunk_count(nbytes: int, chunk_nbytes: int) -> int:

@@ -21,8 +21,9 @@ import xxhash
 from torch import Tensor
 
 from cache.blob import BlobRef as BlobRef
-from cache.blob import as_bytes, chunk_count, split
+from cache.blob import chunk_count, split
 from cache.cluster import node_of
+from cache.codec import as_bytes
 from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
 from cache.node import Problem, reset_after_fork
 from cache.ring import Ring

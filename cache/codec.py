@@ -247,6 +247,11 @@ def memory(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
+def as_bytes(buffer: Tensor | memoryview) -> memoryview:
+    """Return the buffer's own memory as bytes, without a copy."""
+    return memory(buffer) if isinstance(buffer, Tensor) else buffer.cast("B")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "float32" for torch.float32, and so on."""
     return str(dtype).removeprefix("torch.")

@@ -38,7 +38,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from cache.blob import BlobRef, as_bytes, checksums, split
+from cache.blob import BlobRef, checksums, split
+from cache.codec import as_bytes
 
 try:
     import fcntl

@@ -21,7 +21,7 @@ from cache import keys
 from cache.connection import translated
 from cache.errors import CacheError, RunNotFound
 from cache.lane import Command, Lane, LaneClosed, script_command
-from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revision
+from cache.records import GENESIS, Head, Launch, LedgerEntry, SlotRecord, VersionRecord, revision
 from cache.scripts import source
 
 BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped", "skewed"]
@@ -93,29 +93,6 @@ class Committed:
     launched: bool = field(default=False, compare=False)
     incarnation: str = field(default="", compare=False)
     dropped: tuple[VersionRecord, ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """The messages of one step's chord, to be published in the transaction that makes it possible.
-
-    Attributes:
-        step: the step.
-        incarnation: what they were made for; under another one nothing is published.
-        size_key: where Celery keeps the chord's size.
-        size: how many tasks the chord has: these, and those that are published later.
-        size_ttl_seconds: lifetime of that.
-        queue: the list that is the broker's queue.
-        messages: one a shard.
-    """
-
-    step: int
-    incarnation: str
-    size_key: str
-    size: int
-    size_ttl_seconds: int
-    queue: str
-    messages: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)

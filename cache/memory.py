@@ -31,12 +31,11 @@ from cache.ledger import (
     Event,
     Finished,
     Group,
-    Launch,
     Lease,
     Ledger,
     SlotVerdict,
 )
-from cache.records import GENESIS, Head, LedgerEntry, SlotRecord, VersionRecord, revised, revision
+from cache.records import GENESIS, Head, Launch, LedgerEntry, SlotRecord, VersionRecord, revised, revision
 from cache.workers import Registry, WorkerInfo, read
 
 URL = "memory://"

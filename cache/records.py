@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache.chunks import BlobRef
+from cache.blob import BlobRef
 
 GENESIS = "0" * 32
 
@@ -474,3 +474,26 @@ class Head:
             server_environment=fields.get("server_environment", ""),
             skew=fields.get("skew", ""),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The messages of one step's chord, to be published in the transaction that makes it possible.
+
+    Attributes:
+        step: the step.
+        incarnation: what they were made for; under another one nothing is published.
+        size_key: where Celery keeps the chord's size.
+        size: how many tasks the chord has: these, and those that are published later.
+        size_ttl_seconds: lifetime of that.
+        queue: the list that is the broker's queue.
+        messages: one a shard.
+    """
+
+    step: int
+    incarnation: str
+    size_key: str
+    size: int
+    size_ttl_seconds: int
+    queue: str
+    messages: tuple[bytes, ...]

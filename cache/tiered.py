@@ -16,8 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cache.blob import BlobRef, as_bytes, checksums, inlined, split, unpacked
+from cache.blob import BlobRef, checksums, inlined, split, unpacked
 from cache.chunks import CHUNK_NBYTES, Chunks
+from cache.codec import as_bytes
 from cache.host import HostTier
 
 HOST_AT_LEAST_NBYTES = 256 << 10

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.blob import as_bytes, checksums, split
-from cache.codec import Manifest, pack, views
+from cache.blob import checksums, split
+from cache.codec import Manifest, as_bytes, pack, views
 from cache.errors import CacheError, ManifestMismatch
 from cache.ledger import Ledger
 from cache.parameters import ParameterCache

@@ -27,8 +27,8 @@ from cache.errors import (
     Skewed,
     TorchordError,
 )
-from cache.ledger import Committed, Launch, Ledger
-from cache.records import Head, LedgerEntry, SlotRecord, StateRecord, revision
+from cache.ledger import Committed, Ledger
+from cache.records import Head, Launch, LedgerEntry, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
 from coordinator import activity, tiers
 from coordinator.client import short_traceback

@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 
 from cache.connection import hint_of, masked
 from cache.errors import CacheError, CacheUnreachable
-from cache.ledger import Launch
+from cache.records import Launch
 from coordinator import task_names
 from coordinator.faults import Injector
 from coordinator.front import push_front

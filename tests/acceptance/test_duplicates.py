@@ -22,7 +22,7 @@ import pytest
 import redis
 from celery import Celery
 
-from cache.ledger import Launch
+from cache.records import Launch
 from cache.settings import Settings
 from cache.workers import Heartbeat, new_info
 from coordinator import Master, Run, TrainingConfig

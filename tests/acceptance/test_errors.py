@@ -527,7 +527,7 @@ def test_pause_and_resume(one: Fleet, tmp_path: Path) -> None:
         gate.touch()
     log = one.cluster.processes[one.clients[0]].log
     wait_until(
-        lambda: all(f"step 1 shard {shard} of run paused: stopped" in log.read_text() for shard in (2, 3)),
+        lambda: all(f"step 1 slot {shard} of run paused: stopped" in log.read_text() for shard in (2, 3)),
         message="the other shards to be turned away",
     )
     assert (run.status().version, set(run._ledger.slots(1))) == (1, {0, 1})

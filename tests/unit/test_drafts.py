@@ -5,8 +5,9 @@ import multiprocessing
 import pytest
 import torch
 
-from cache.blob import BlobRef, as_bytes, checksums, split
+from cache.blob import BlobRef, checksums, split
 from cache.chunks import MemoryChunkStore
+from cache.codec import as_bytes
 from cache.errors import CacheUnreachable
 from cache.host import HostTier
 from cache.tiered import TieredStore

@@ -27,9 +27,9 @@ from cache import keys
 from cache.connection import connect
 from cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
 from cache.lane import Lane
-from cache.ledger import Finished, Group, Launch, Ledger
+from cache.ledger import Finished, Group, Ledger
 from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
-from cache.records import GENESIS, Head, LedgerEntry
+from cache.records import GENESIS, Head, Launch, LedgerEntry
 from cache.workers import Registry
 from tests.support.control import (
     SPEC,
