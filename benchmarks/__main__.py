@@ -6,6 +6,8 @@ import argparse
 import subprocess
 import sys
 
+from benchmarks.summary import table
+
 BENCHMARKS = {
     "step": "what a step costs when there is nothing to compute",
     "flat": "whether anything accumulates over 10,000 steps",
@@ -24,7 +26,11 @@ def main() -> int:
         prog="python -m benchmarks", epilog=listed, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; all if none is given")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the figures there are")
     options = parser.parse_args()
+    if options.table:
+        print(table())
+        return 0
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
@@ -33,6 +39,7 @@ def main() -> int:
         print(f"== {name}: {BENCHMARKS[name]}", flush=True)
         if subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}"], check=False).returncode:
             failed.append(name)
+    print(table())
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,0 +1,55 @@
+"""The table of all benchmarks' figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.summary import TABLES, table
+
+MACHINE = {"processor": "a processor", "cores": 2, "capability": "AVX2", "torch": "2.13", "python": "3.11"}
+
+
+def test_each_figure_stands_beside_its_anchor_and_target(tmp_path: Path) -> None:
+    milliseconds = {
+        "2": {"torchord": [{"median": 4.0}, {"median": 6.0}, {"median": 5.0}], "floor": [0.5, 0.25, 1.0]},
+        "8": {"torchord": [{"median": 11.0}], "floor": [1.0]},
+    }
+    (tmp_path / "step.json").write_text(json.dumps({"machine": MACHINE, "milliseconds": milliseconds}))
+    lines = table(tmp_path).splitlines()
+    assert lines[2:5] == [
+        "| step | no-op step, K=2 | 5.00 ms | 6.00 ms | by hand in redis-py 0.50 ms | 3 ms |",
+        "| step | no-op step, K=8 | 11.00 ms | 11.00 ms | by hand in redis-py 1.00 ms | 6 ms |",
+        "| step | each further task | 1.00 ms |  |  | 0.6 ms |",
+    ]
+    assert "step: a processor, 2 cores, AVX2, torch 2.13, Python 3.11" in lines
+    assert [line for line in lines if line.endswith("not measured yet")] == [
+        f"{name}: not measured yet" for name in TABLES if name != "step"
+    ]
+
+
+def test_a_ratio_to_ddp_is_of_medians(tmp_path: Path) -> None:
+    rows = {"limit": [9.0], "ddp": [10.0, 30.0, 20.0], "torchord": [10.0, 25.0, 16.0], "local16": [10.0]}
+    (tmp_path / "ddp.json").write_text(json.dumps({"machine": MACHINE, "milliseconds": {"cnn": rows}}))
+    assert table(tmp_path).splitlines()[2:4] == [
+        "| ddp | cnn: torchord | 16.0 ms | 25.0 ms | 1.25 x DDP; 0.56 of no communication | 1.00; 0.90 |",
+        "| ddp | cnn: torchord, H=16 | 10.0 ms | 10.0 ms | 2.00 x DDP; 0.90 of no communication | ; 0.97 |",
+    ]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_chaos_run_that_lost_its_bits_says_so(tmp_path: Path, equal: bool) -> None:
+    recovery = {"n": 3, "median": 1.0, "max": 2.0}
+    seconds = {kind: {"recovery": recovery} for kind in ("all", "spare ready", "no spare")}
+    found = {
+        "machine": MACHINE, "steps": 9, "kills": {"client": 2, "redis": 1}, "bits_equal": equal,
+        "audit_clean": True, "seconds": seconds,
+    }  # fmt: skip
+    (tmp_path / "chaos.json").write_text(json.dumps(found))
+    line = table(tmp_path).splitlines()[2]
+    ended = "the same bits" if equal else "NOT the same bits or audit"
+    assert (
+        line == f"| chaos | recovery, 3 kills: all (3) | 1.00 s | 2.00 s | 9 steps ended with {ended} | 3 s |"
+    )
