@@ -140,6 +140,10 @@ class Skewed(RunError):
     """This worker's torch, hardware or code differs from the run's; give it the same, or set skew='admit'."""
 
 
+class CompilerMissing(Skewed):
+    """This worker has no compiler for a run with compile=True; install one on it, or submit with compile=False."""
+
+
 class Fenced(RunError):
     """Another training server has taken this run over; this one stops acting for it."""
 

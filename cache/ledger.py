@@ -798,6 +798,11 @@ class Ledger:
         with self._during(f"read the callback of step {step}"):
             return bool(self.client.hget(self.keys.head, "called") == str(step))
 
+    def claim_toolchain(self, toolchain: str) -> str:
+        """Say what compiles a run's kernels here; returns what the first worker said, which is in force."""
+        with self._during("claim the toolchain"):
+            return cast(str, self._script("claim_toolchain", [self.keys.head], [toolchain]))
+
     def rollback(self, *, token: int, version: int, chain: str) -> tuple[bool, tuple[int, ...]]:
         """Take the head back to `version`.
 

@@ -721,6 +721,15 @@ class MemoryLedger(Ledger):
         """See `Ledger.called`."""
         return self._head.get("called") == str(step)
 
+    def claim_toolchain(self, toolchain: str) -> str:
+        """See `Ledger.claim_toolchain`."""
+        with self.plane.changed:
+            if not self._head:
+                return toolchain
+            if "toolchain" not in self._head:
+                self.plane.hset(self.keys.head, {"toolchain": toolchain})
+            return str(self._head["toolchain"])
+
     def rollback(self, *, token: int, version: int, chain: str) -> tuple[bool, tuple[int, ...]]:
         """See `Ledger.rollback`."""
         plane, names = self.plane, self.keys

@@ -68,8 +68,12 @@ def processor_vendor() -> str:
         return ""
 
 
-def environment() -> str:
-    """What of this process could change the bits of a gradient, in one line."""
+def environment(toolchain: str = "") -> str:
+    """What of this process could change the bits of a gradient, in one line.
+
+    Args:
+        toolchain: what compiles the kernels of a compiled run, see `coordinator.compiling`.
+    """
     kind = device()
     name = (
         torch.cuda.get_device_name(kind)
@@ -77,7 +81,8 @@ def environment() -> str:
         else torch.backends.cpu.get_cpu_capability()
     )
     machine = f"{platform.machine()} {processor_vendor()}".strip()
-    return f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {machine}"
+    here = f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {machine}"
+    return f"{here}, {toolchain}" if toolchain else here
 
 
 def short_traceback(error: BaseException) -> str:
@@ -306,6 +311,7 @@ class Client:
         ledger = self.services.ledger(run)
         context = self.services.context(run, incarnation)
         context.require_same_code()
+        toolchain = context.require_same_toolchain()
         self.heartbeat.refuse(run, None)
         began = time.perf_counter()
         done = self._work(context, step, shard, begun.record)
@@ -332,7 +338,7 @@ class Client:
             worker=worker,
             attempt=attempt,
             seconds=seconds,
-            environment=self.heartbeat.info.environment,
+            environment=environment(toolchain) if toolchain else self.heartbeat.info.environment,
             compression=context.plan().config_at(step).compression,
             state=state,
             fetched=self._fetched.source,

@@ -149,7 +149,7 @@ def forward_backward(
     model = replica.train()
     seed_everything(derive_seed(config.seed, "model", *place))
     with _during("computing forward and loss"), _alone(len(indices)), _autocast(config, replica.device):
-        loss = _loss(resolved, model, to_device(batch, replica.device))
+        loss = _loss(resolved, model, formatted(to_device(batch, replica.device), config))
     _require_loss(loss)
     with _during("computing the backward"):
         (loss if scale is None else loss.float() * scale.scale).backward()
@@ -288,6 +288,20 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     return value
+
+
+def formatted(batch: Any, config: TrainingConfig) -> Any:
+    """The batch with its 4-D floating-point tensors in the config's memory format."""
+    if config.memory_format == "contiguous":
+        return batch
+    if isinstance(batch, Tensor):
+        pictures = batch.dim() == 4 and batch.is_floating_point()
+        return batch.contiguous(memory_format=torch.channels_last) if pictures else batch
+    if type(batch) in (list, tuple):
+        return type(batch)(formatted(item, config) for item in batch)
+    if type(batch) is dict:
+        return {key: formatted(item, config) for key, item in batch.items()}
+    return batch
 
 
 # --- parts ------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class Trainer:
             seed_everything(derive_seed(self.config.seed, "update", step))
             lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
             self._check(gradients, self.replica.parameters, "gradient for")
-            self._check(buffers, self.replica.buffers, "value for buffer")
+            self._check(buffers, self.replica.held(), "value for buffer")
             self._set_gradients(gradients)
             try:
                 norm = self._total_norm()
@@ -239,9 +239,7 @@ class Trainer:
             self.optimizer.step()
         except Exception as error:
             raise RunFailed(f"step {step}: the optimizer raised {type(error).__name__}: {error}") from error
-        with torch.no_grad():
-            for name, value in buffers.items():
-                self.replica.buffers[name].copy_(value)
+        self.replica.write(buffers)
 
     def _must_stop(self, loss: float) -> bool:
         """Whether a step that is not finite ends the run; an overflow of fp16 need not."""
@@ -342,7 +340,11 @@ def restore_optimizer(
 
 
 def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Give state tensors their saved dtypes back: load_state_dict casts them to the parameter's."""
+    """Give state tensors what they had when they were saved, after load_state_dict.
+
+    That casts them to the parameter's dtype; and a stored state is contiguous, while a fresh one has the
+    parameter's order in memory.
+    """
     order = [p for group in optimizer.param_groups for p in group["params"]]
     ids = [i for group in saved["param_groups"] for i in group["params"]]
     for number, parameter in zip(ids, order, strict=True):
@@ -350,7 +352,10 @@ def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> N
         for key, value in saved["state"].get(number, {}).items():
             loaded = current.get(key)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                current[key] = value.to(loaded.device)
+                current[key] = loaded = value.to(loaded.device)
+            same = isinstance(loaded, Tensor) and loaded.shape == parameter.shape
+            if same and loaded.stride() != parameter.stride():
+                current[key] = torch.empty_like(parameter, dtype=loaded.dtype).copy_(loaded)
 
 
 def _require_optimizer(optimizer: Any, replica: Replica) -> None:

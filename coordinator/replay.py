@@ -23,6 +23,7 @@ from coordinator import tree
 from coordinator.aggregate import Accumulator, Aggregate
 from coordinator.checkpoint import CheckpointStore
 from coordinator.client import combined_digest, environment
+from coordinator.compiling import toolchain
 from coordinator.determinism import pinned
 from coordinator.gradient import open_dataset
 from coordinator.optimize import Trainer
@@ -201,7 +202,7 @@ class Replay:
         assert self._trainer is not None
         replica, compression = self._trainer.replica, self.plan.config_at(step).compression
         tree = self.plan.fan_in(step)
-        held = {name: buffer.cpu() for name, buffer in replica.buffers.items()}
+        held = replica.held()
         if not tree.partials:
             accumulator = Accumulator(held, examples)
             for result in done:
@@ -227,7 +228,8 @@ class Replay:
     def _shard(self, step: int, shard: int) -> ShardWork:
         version = self.plan.version_for(step)
         if self._replica is None:
-            self._replica = Replica.build(self.recipe, self.plan.config_at(step), device())
+            config = self.plan.config_at(step)
+            self._replica = Replica.build(self.recipe, config, device(), computing=True)
             self._dataset = open_dataset(self.recipe, self.plan.config)
         self._replica.load(self._flats[version])
         state = self._slots[version].get(shard)
@@ -247,7 +249,8 @@ class Replay:
             digest = combined_digest(digest, StateRecord(skeleton, manifest.to_json(), blob))
         if digest == slot.digest:
             return []
-        here = environment()
+        config = self.plan.config_at(step)
+        here = environment(toolchain(device()) if config.compile else "")
         unlike = f" on {slot.environment}, and this process has {here}" if slot.environment != here else ""
         return [
             f"step {step}, shard {shard}: computing it again gives other bytes ({digest} in place of "

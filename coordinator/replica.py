@@ -7,7 +7,7 @@ process, and versions are then copied into it in place, so that tied weights sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cache.codec import Manifest, layout, pack, views
 from cache.errors import InvalidInput, ManifestMismatch
+from coordinator.compiling import compiled
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned, seed_everything
 from coordinator.loss_scale import ENTRY, LossScale, at_start
@@ -40,10 +41,13 @@ class Replica:
         device: where the model lives.
         parameters: name -> parameter, tied ones once, frozen ones included.
         buffers: name -> buffer tensor, tied ones once.
+        frozen: name -> parameter that is not trained. What a forward writes there is handled like a
+            buffer (Keras keeps the moving mean of a BatchNorm in one).
         loss_scale: the version's loss scale; None where the precision needs none.
         manifest: layout of a version: parameters, then buffers, then the loss scale.
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
+        compiled: what computes shards in the model's place; None for the model itself.
         loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
         digest: of the bytes in `flat`, kept likewise; "" if unknown.
     """
@@ -54,11 +58,13 @@ class Replica:
         self.device = device
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        self.frozen = {name: p for name, p in self.parameters.items() if not p.requires_grad}
         self.loss_scale: LossScale | None = at_start(config)
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
         self.loaded: int | None = None
         self.digest = ""
+        self.compiled: nn.Module | None = None
         self._homes = _homes(model, self.buffers)
         self._version: dict[str, Tensor] = {}
         self._counters: list[int] = []
@@ -67,9 +73,21 @@ class Replica:
 
     @classmethod
     def build(
-        cls, resolved: ResolvedRecipe, config: TrainingConfig, device: torch.device | str = "cpu"
+        cls,
+        resolved: ResolvedRecipe,
+        config: TrainingConfig,
+        device: torch.device | str = "cpu",
+        *,
+        computing: bool = False,
     ) -> Replica:
         """Call the recipe's model entry, seeded by the run, and move the result to a device.
+
+        Args:
+            resolved: the run's recipe.
+            config: the run's config.
+            device: where the model is to live.
+            computing: whether it is to compute shards, in the config's memory format and compiled if
+                the config says so; else it is plain and contiguous.
 
         The same run gives the same initial state in every process: the constructor runs with
         all generators seeded and fresh memory filled. The process's switches and generators
@@ -89,7 +107,10 @@ class Replica:
                     f"torch.nn.Module."
                 )
             _require_plain(model)
-            return cls(model.to(device), config, device)
+            made = cls(_formatted(model.to(device), config if computing else None), config, device)
+            if computing and config.compile:
+                made.compiled = compiled(made.model)
+            return made
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return name -> tensor of the whole state, parameters first; the live tensors, detached."""
@@ -210,8 +231,19 @@ class Replica:
                 home.module._buffers[home.name] = buffer
             buffer.copy_(self._version[name])
 
+    def held(self) -> Mapping[str, Tensor]:
+        """Return name -> value on the CPU of what a forward may write: buffers and frozen parameters."""
+        return _OnCpu({**self.buffers, **{name: p.detach() for name, p in self.frozen.items()}})
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Copy new values into buffers and frozen parameters."""
+        for name, value in values.items():
+            target = self.buffers.get(name)
+            (self.parameters[name] if target is None else target).copy_(value)
+
     def changed_buffers(self) -> dict[str, Tensor]:
-        """Return a CPU copy of each buffer whose bytes differ from the loaded version.
+        """Return a CPU copy of each buffer and frozen parameter whose bytes differ from the loaded version.
 
         Raises:
             InvalidInput: a forward replaced a buffer by one of another shape or dtype.
@@ -230,13 +262,19 @@ class Replica:
             value = current.detach().to("cpu", copy=True).contiguous()
             if not _same_bytes(value, self._version[name]):
                 changed[name] = value
+        counters = dict(zip(self.parameters, self._counters, strict=False))
+        for name, parameter in self.frozen.items():
+            if parameter._version != counters.get(name):
+                value = parameter.detach().to("cpu", copy=True).contiguous()
+                if not _same_bytes(value, self._version[name]):
+                    changed[name] = value
         return changed
 
     def train(self) -> nn.Module:
-        """Switch the model to training mode, drop its gradients and return it."""
+        """Switch the model to training mode, drop its gradients and return it, compiled if it is to be."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-        return self.model
+        return self.model if self.compiled is None else self.compiled
 
     def eval(self) -> nn.Module:
         """Switch the model to evaluation mode and return it."""
@@ -249,6 +287,29 @@ class Replica:
             name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
             for name, value in self.model.state_dict().items()
         }
+
+
+class _OnCpu(Mapping[str, Tensor]):
+    """The same tensors, copied to the CPU when one is asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _formatted(model: nn.Module, config: TrainingConfig | None) -> nn.Module:
+    """The model with its 4-D parameters in the config's memory format."""
+    if config is not None and config.memory_format == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[_BufferHome]]:

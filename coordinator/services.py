@@ -116,6 +116,7 @@ class RunContext:
         self._resolved: ResolvedRecipe | None = None
         self._skewed: list[str] | None = None
         self._config: TrainingConfig | None = None
+        self._toolchain: str | None = None
         self._datasets: dict[str, Any] = {}
         self._plan: Plan | None = None
         self._digest = ""  # of the dataset's content, where it has one
@@ -175,6 +176,33 @@ class RunContext:
                 f"run {self.run!r} was submitted with another version of {', '.join(modules)} than this "
                 "worker has loaded; give it the same files and restart it, or run.resume(admit_skew=True)"
             )
+
+    def require_same_toolchain(self) -> str:
+        """Refuse to compute a compiled run with another compiler than its first worker's.
+
+        Returns:
+            This process's toolchain, "" for a run that is not compiled.
+
+        Raises:
+            Skewed: it is another one and the run's policy is "refuse".
+            CompilerMissing: there is none.
+        """
+        with self.lock:
+            if self._toolchain is None:
+                self._toolchain = self._claimed_toolchain() if self.config.compile else ""
+            return self._toolchain
+
+    def _claimed_toolchain(self) -> str:
+        from coordinator.compiling import toolchain
+
+        here = toolchain(device())
+        first = self.services.ledger(self.run).claim_toolchain(here)
+        if first != here and self.spec.get("skew", self.config.skew) == "refuse":
+            raise Skewed(
+                f"run {self.run!r} is compiled with {first}; this worker has {here}, whose kernels may give "
+                "other bits. Give it the same compiler, or run.resume(admit_skew=True)"
+            )
+        return here
 
     @property
     def recipe(self) -> ResolvedRecipe:
@@ -237,7 +265,7 @@ class RunContext:
 
         with self.lock:
             if self._replica is None:
-                built = Replica.build(self.recipe, self.config, device())
+                built = Replica.build(self.recipe, self.config, device(), computing=True)
                 self.require_same_model(built)
                 self._replica = built
             return self._replica

@@ -46,7 +46,7 @@ class StepSum:
         self._trainer = trainer
         self._gradients = gradients
         self._allowed = allowed
-        held = {name: buffer.cpu() for name, buffer in trainer.replica.buffers.items()}
+        held = trainer.replica.held()
         self._held = held
         self._accumulator = Accumulator(held, examples)
         self._sums = PartialSum(examples) if tree.partials else None  # used in the accumulator's place

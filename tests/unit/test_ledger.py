@@ -1319,6 +1319,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "mark_launched": lambda ledger, token: ledger.mark_launched(1, token=token),
     "mark_called": lambda ledger, token: ledger.mark_called(1, token=token),
     "called": lambda ledger, token: ledger.called(1),
+    "claim_toolchain": lambda ledger, token: ledger.claim_toolchain("g++ 12"),
     "rollback": lambda ledger, token: ledger.rollback(token=token, version=0, chain=GENESIS),
     "manifest": lambda ledger, token: ledger.manifest(),
     "version": lambda ledger, token: ledger.version(1),
