@@ -12,6 +12,7 @@ which all workers that compute for a run must share.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import subprocess
 from typing import Any, cast
 
@@ -78,6 +79,4 @@ def _for_cpu() -> str:
 
 
 def _for_cuda() -> str:
-    import triton  # type: ignore[import-not-found]  # comes with torch's builds for CUDA
-
-    return f"triton {triton.__version__}"
+    return f"triton {importlib.metadata.version('triton')}"  # comes with torch's builds for CUDA

@@ -161,26 +161,29 @@ class Replica:
         """Take over a version without a copy: the parameters become views of the buffer.
 
         For models that are only read, as in a plain step. A parameter that does not lie in memory as the
-        version does (another device, other strides) is copied; so is everything from the first time on
-        that something wrote to a parameter.
+        version does (another device, other strides) is copied; so are frozen ones, which a forward may
+        write to, and everything from the first time on that something wrote to another parameter.
 
         Args:
             buffer: as for `load`; a write to a parameter goes to it.
         """
-        if self._attached and self._written():
+        if self.spoilt():
             self._copies = True
         if self._copies or not all(p.is_contiguous() for p in self.parameters.values()):
             self.load(buffer)
             return
         self._take(buffer)
         for name, parameter in self.parameters.items():
-            parameter.data = self._version[name]
+            if name in self.frozen:
+                parameter.copy_(self._version[name])
+            else:
+                parameter.data = self._version[name]
         self._attached = True
         self._settle()
 
     def spoilt(self) -> bool:
         """Whether something wrote to an attached version; it has to be attached anew, from good bytes."""
-        return self._attached and self._written()
+        return self._attached and any(name not in self.frozen for name in self._written())
 
     @torch.no_grad()
     def own(self) -> None:
@@ -191,8 +194,10 @@ class Replica:
             self._counters = [parameter._version for parameter in self.parameters.values()]
             self._attached = False
 
-    def _written(self) -> bool:
-        return [parameter._version for parameter in self.parameters.values()] != self._counters
+    def _written(self) -> list[str]:
+        """Names of the parameters that something wrote to since they held the version."""
+        counted = zip(self.parameters.items(), self._counters, strict=False)
+        return [name for (name, parameter), counter in counted if parameter._version != counter]
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a version given by name; see `load`.
@@ -222,9 +227,9 @@ class Replica:
 
         Parameters are put back too if something wrote to them since; torch counts writes.
         """
-        if self._written():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self._version[name])
+        if written := self._written():
+            for name in written:
+                self.parameters[name].copy_(self._version[name])
             self._counters = [parameter._version for parameter in self.parameters.values()]
         for name, buffer in self.buffers.items():
             for home in self._homes[name]:
@@ -262,10 +267,9 @@ class Replica:
             value = current.detach().to("cpu", copy=True).contiguous()
             if not _same_bytes(value, self._version[name]):
                 changed[name] = value
-        counters = dict(zip(self.parameters, self._counters, strict=False))
-        for name, parameter in self.frozen.items():
-            if parameter._version != counters.get(name):
-                value = parameter.detach().to("cpu", copy=True).contiguous()
+        for name in self._written():
+            if name in self.frozen:
+                value = self.frozen[name].detach().to("cpu", copy=True).contiguous()
                 if not _same_bytes(value, self._version[name]):
                     changed[name] = value
         return changed

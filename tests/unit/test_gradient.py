@@ -21,7 +21,7 @@ from coordinator.recipe import Recipe
 from coordinator.replica import Replica
 from coordinator.shards import Plan, derive_seed
 from tests.support import models
-from tests.support.inprocess import resolved, run, same
+from tests.support.inprocess import InProcess, resolved, run, same
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "mlp": models.mlp,
@@ -637,3 +637,43 @@ def test_a_model_that_writes_to_its_parameters_is_attached_once_and_copied_from_
     assert bench.replica.spoilt()
     bench.replica.attach(kept)
     assert first.data_ptr() != kept.data_ptr() and same(bench.replica.pack(), kept)
+
+
+# --- what a forward writes --------------------------------------------------------------------------
+
+
+class Meaned(nn.Module):
+    """A running mean of the inputs: in a buffer, or as in Keras in a parameter that is not trained."""
+
+    def __init__(self, *, buffer: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(models.FEATURES, models.CLASSES)
+        mean = torch.zeros(models.FEATURES)
+        if buffer:
+            self.register_buffer("mean", mean)
+        else:
+            self.mean = nn.Parameter(mean, requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(inputs.mean(0), alpha=0.1)
+        outputs: Tensor = self.layer(inputs - self.mean)
+        return outputs
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_frozen_parameter_that_a_forward_writes_is_a_buffer(
+    attached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attached:
+        monkeypatch.setattr(Replica, "load", Replica.attach)
+    config = TrainingConfig(epochs=2, batch_size=8, shards=3, seed=3)
+    found = {}
+    for buffer in (True, False):
+        given = resolved(models.mlp(model=partial(Meaned, buffer=buffer)))
+        ours = InProcess(given, config, clients=2).train()
+        assert not any(replica.spoilt() for replica in ours.replicas)
+        found[buffer] = {name: value.clone() for name, value in ours.trainer.replica.state_tensors().items()}
+    assert found[True].keys() == found[False].keys() and found[True]["mean"].abs().sum() > 0
+    assert all(torch.equal(value, found[False][name]) for name, value in found[True].items())
