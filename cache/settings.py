@@ -32,6 +32,7 @@ class Settings:
             datasets; "" for none.
         dataset_disk_bytes: how much they keep there.
         task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
+        read_ahead: whether an idle Client reads the batch that it expects to need next.
         faults: plan of injected faults, for tests (see coordinator.faults); "" for none.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     dataset_disk: str = ""
     dataset_disk_bytes: int = 16 << 30
     task_log: bool = True
+    read_ahead: bool = True
     faults: str = ""
 
 
@@ -88,5 +90,6 @@ def from_environment() -> Settings:
         dataset_disk=env.get("TORCHORD_DATASET_DISK", ""),
         dataset_disk_bytes=int(env.get("TORCHORD_DATASET_DISK_BYTES") or 16 << 30),
         task_log=_on(env.get("TORCHORD_TASK_LOG", "on")),
+        read_ahead=_on(env.get("TORCHORD_READ_AHEAD", "on")),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

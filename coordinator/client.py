@@ -37,12 +37,13 @@ from cache.records import Head, SlotRecord, StateRecord, VersionRecord, canonica
 from cache.workers import Heartbeat
 from coordinator import activity, gradient, tiers, tree
 from coordinator.faults import Hook, nothing
+from coordinator.prefetch import Prefetcher
 from coordinator.services import RunContext, Services, device
 from coordinator.shard_work import ShardWork, work
 from coordinator.shards import shown
 from coordinator.slot_writer import SlotWriter
 from coordinator.step import Join, Sender
-from coordinator.task_names import UPDATES
+from coordinator.task_names import GRADIENTS, UPDATES
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Client:
         self.fault = fault
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
         self.writer = SlotWriter(services, sender, fault)
+        self.prefetcher = Prefetcher(lambda: services.registry.queue_length(GRADIENTS), heartbeat.doing)
         self._refusals = 0
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
@@ -354,14 +356,19 @@ class Client:
             "seconds": round(seconds, 6),
             "attempt": attempt,
         }
+        if self._fetched.ahead:
+            written["batch"] = "read ahead"
         then = None if part is None else partial(part.command, written)
-        verdict, answer = self.writer.write(
+        verdict, answer, present = self.writer.write(
             context, step, slot, incarnation=incarnation, join=join, then=then
         )
         if part is not None:
             part.answered(answer)
         self.fault("client.after_slot")
         self.heartbeat.worked(run, seconds)
+        self.prefetcher.observe(context, done.read_seconds)
+        if answer is not None and self.services.settings.read_ahead:  # the chord does not wait for this task
+            self.prefetcher.idle(context, step, present)
         return {**written, "status": verdict}
 
     def _work(self, context: RunContext, step: int, shard: int, record: VersionRecord | None) -> ShardWork:
@@ -375,12 +382,17 @@ class Client:
             with context.lock:
                 dataset = context.dataset()
                 plan = context.plan()
-                samples = plan.indices(step, shard).tolist()
+                indices = plan.indices(step, shard)
+                samples = indices.tolist()
                 version = plan.version_for(step)
                 replica, self._fetched.source = context.replica_at(version, record)
                 state = self._slot_state(context, version, shard) if context.keeps_state(step) else None
                 allowed = self.services.settings.allowed_modules
-                return work(replica, context.recipe, plan, dataset, step, shard, state, allowed=allowed)
+                batch = self.prefetcher.take(context, step, shard, indices, dataset)
+                self._fetched.ahead = batch is not None
+                return work(
+                    replica, context.recipe, plan, dataset, step, shard, state, allowed=allowed, batch=batch
+                )
         except CacheError:
             raise
         except Exception as error:

@@ -10,6 +10,7 @@ provided; see `determinism`).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class ShardGradient:
         grad_norm: L2 norm of all gradients together.
         examples: examples in the shard.
         finite: whether loss and norm are finite.
+        read_seconds: what reading the batch took; 0 where nobody measures it.
     """
 
     gradients: dict[str, Tensor]
@@ -54,6 +56,22 @@ class ShardGradient:
     grad_norm: float
     examples: int
     finite: bool
+    read_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A collated batch, on the CPU, to be used once: a model may write to its inputs.
+
+    Attributes:
+        value: what the collate made.
+        examples: how many are in it.
+        seconds: what reading it took.
+    """
+
+    value: Any
+    examples: int
+    seconds: float
 
 
 def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "dataset") -> Any:
@@ -93,6 +111,7 @@ def compute(
     indices: IndexArray,
     step: int,
     shard: int,
+    batch: Batch | None = None,
 ) -> ShardGradient:
     """Compute the gradient of a shard's mean loss at the replica's version.
 
@@ -105,6 +124,7 @@ def compute(
         indices: dataset indices of the shard's examples, in order.
         step: the global step.
         shard: the shard's number within the step.
+        batch: the shard's batch, where it was read ahead; None: it is read here.
 
     Returns:
         Gradients, changed buffers and figures. The tensors belong to the caller.
@@ -118,38 +138,51 @@ def compute(
         raise InvalidInput(f"shard {shard} of step {step} has no examples.")
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
-        value = forward_backward(
-            replica, resolved, config, dataset, indices, (step, shard), replica.loss_scale
-        )
+        batch = batch or read_batch(resolved, config, dataset, indices, (step, shard))
+        value = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale)
         gradients = take_gradients(replica)
         with _during("collecting buffers"):
             buffers = replica.changed_buffers()
         norm = norm_of(gradients)
     finite = math.isfinite(value) and math.isfinite(norm)
-    return ShardGradient(gradients, buffers, value, norm, len(indices), finite)
+    return ShardGradient(gradients, buffers, value, norm, len(indices), finite, batch.seconds)
+
+
+def read_batch(
+    resolved: ResolvedRecipe,
+    config: TrainingConfig,
+    dataset: Any,
+    indices: IndexArray,
+    place: tuple[int, ...],
+) -> Batch:
+    """Read a batch with the generators seeded for its place, so that augmentation is the same anywhere.
+
+    Called with the process pinned. Arguments as in `compute`; `place` seeds, as in `forward_backward`.
+    """
+    began = time.perf_counter()
+    seed_everything(derive_seed(config.seed, "data", *place))
+    value = load_batch(dataset, indices, resolved.collate)
+    return Batch(value, len(indices), time.perf_counter() - began)
 
 
 def forward_backward(
     replica: Replica,
     resolved: ResolvedRecipe,
     config: TrainingConfig,
-    dataset: Any,
-    indices: IndexArray,
+    batch: Batch,
     place: tuple[int, ...],
     scale: LossScale | None = None,
 ) -> float:
-    """Load a batch, run forward and backward, and return the loss; the gradients are in the parameters.
+    """Run forward and backward on a batch, and return the loss; the gradients are in the parameters.
 
-    Called with the process pinned. Arguments as in `compute`; `place` seeds the two phases, `(step,
-    shard)` or with local steps `(step, shard, local step)`; `scale` multiplies the loss that the
-    backward starts from, and the gradients are divided by it.
+    Called with the process pinned. Arguments as in `compute`; `place` seeds, `(step, shard)` or with
+    local steps `(step, shard, local step)`; `scale` multiplies the loss that the backward starts from,
+    and the gradients are divided by it.
     """
-    seed_everything(derive_seed(config.seed, "data", *place))
-    batch = load_batch(dataset, indices, resolved.collate)
     model = replica.train()
     seed_everything(derive_seed(config.seed, "model", *place))
-    with _during("computing forward and loss"), _alone(len(indices)), _autocast(config, replica.device):
-        loss = _loss(resolved, model, formatted(to_device(batch, replica.device), config))
+    with _during("computing forward and loss"), _alone(batch.examples), _autocast(config, replica.device):
+        loss = _loss(resolved, model, formatted(to_device(batch.value, replica.device), config))
     _require_loss(loss)
     with _during("computing the backward"):
         (loss if scale is None else loss.float() * scale.scale).backward()

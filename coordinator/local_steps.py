@@ -29,7 +29,7 @@ from torch import Tensor
 from cache.errors import NonFinite
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned
-from coordinator.gradient import IndexArray, ShardGradient, forward_backward, norm_of
+from coordinator.gradient import IndexArray, ShardGradient, forward_backward, norm_of, read_batch
 from coordinator.loss_scale import LossScale, at_start, exhausted
 from coordinator.optimize import build_optimizer, restore_optimizer
 from coordinator.recipe import ResolvedRecipe
@@ -94,7 +94,8 @@ def compute(
             finite = True
             for number, part in enumerate(parts):
                 place = (step, shard, number)
-                loss = forward_backward(replica, resolved, config, dataset, part, place, scale)
+                batch = read_batch(resolved, config, dataset, part, place)
+                loss = forward_backward(replica, resolved, config, batch, place, scale)
                 total += loss * len(part)
                 norm = _clip(replica, config.clip_norm)
                 overflow = scale is not None and not math.isfinite(norm)

@@ -54,7 +54,7 @@ class SlotWriter:
         incarnation: str,
         join: Join | None,
         then: Callable[[], Command | None] | None = None,
-    ) -> tuple[SlotVerdict, Any]:
+    ) -> tuple[SlotVerdict, Any, int]:
         """Write a slot, and send what can be done now that it is there.
 
         Args:
@@ -65,7 +65,7 @@ class SlotWriter:
 
         Returns:
             The ledger's verdict, "written" for every one that means so, and the answer to the command
-            that was to follow (None if it was not sent).
+            that was to follow (None if it was not sent), and how many slots of the step are there.
         """
         plan, ledger = context.plan(), self.services.ledger(context.run)
         tree, version = plan.fan_in(step), plan.version_for(step)
@@ -91,4 +91,4 @@ class SlotWriter:
             self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
         if verdict in WRITTEN and slot.shard < tree.shards:
             self.backups.offer(context, ledger, step, present=finished.present, seconds=slot.seconds)
-        return "written" if verdict in WRITTEN else verdict, finished.answer
+        return "written" if verdict in WRITTEN else verdict, finished.answer, finished.present

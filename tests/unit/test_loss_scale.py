@@ -190,7 +190,7 @@ def test_the_slots_scale_is_grad_scalers() -> None:
     replica.load(replica.pack())
     data, plan = open_dataset(given, how), Plan(96, how)
     from coordinator.determinism import pinned
-    from coordinator.gradient import forward_backward
+    from coordinator.gradient import forward_backward, read_batch
     from coordinator.optimize import build_optimizer
 
     with pinned(1, True, restore=True):
@@ -201,7 +201,8 @@ def test_the_slots_scale_is_grad_scalers() -> None:
             for number, part in enumerate(plan.parts(step, 0)):
                 scaler.scale(torch.ones(()))  # makes its tensors
                 scale = LossScale(scaler.get_scale())
-                forward_backward(replica, given, how, data, part, (step, 0, number), scale)
+                batch = read_batch(given, how, data, part, (step, 0, number))
+                forward_backward(replica, given, how, batch, (step, 0, number), scale)
                 for parameter in replica.parameters.values():
                     assert parameter.grad is not None
                     parameter.grad.mul_(scale.scale)
