@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import InvalidInput, ManifestMismatch
+from cache.pinned import host_memory
 
 ALIGNMENT_NBYTES = 64
 """Offset of each tensor in a buffer is a multiple of this, which suits any vector load."""
@@ -125,11 +126,12 @@ def pack(tensors: Mapping[str, Tensor], manifest: Manifest, out: Tensor | None =
     Args:
         tensors: name -> tensor, as described by `manifest` (any strides, CPU or CUDA).
         manifest: from `layout`, of these or of equally shaped tensors.
-        out: 1-D uint8 CPU tensor of `manifest.nbytes` bytes to write into; pinned memory lets
-            CUDA sources copy asynchronously. Allocated if None (pinned for CUDA sources).
+        out: 1-D uint8 tensor of `manifest.nbytes` bytes to write into, on the CPU (pinned memory lets
+            CUDA sources copy asynchronously) or on the sources' device (then enqueued like any other
+            computation). Allocated on the CPU if None (pinned for CUDA sources, if it can be had).
 
     Returns:
-        `out`, complete: CUDA copies have finished.
+        `out`; on the CPU it is complete: CUDA copies have finished.
 
     Raises:
         ManifestMismatch: names, shapes or dtypes differ from the manifest.
@@ -138,7 +140,7 @@ def pack(tensors: Mapping[str, Tensor], manifest: Manifest, out: Tensor | None =
     check(manifest, tensors)
     on_cuda = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
     if out is None:
-        out = torch.empty(manifest.nbytes, dtype=torch.uint8, pin_memory=bool(on_cuda))
+        out = host_memory(manifest.nbytes) if on_cuda else torch.empty(manifest.nbytes, dtype=torch.uint8)
     _require_buffer(out, manifest.nbytes)
     targets = views(out, manifest)
     asynchronous = bool(on_cuda) and out.is_pinned()

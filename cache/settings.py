@@ -70,6 +70,11 @@ def _on(value: str) -> bool:
     return value.lower() not in ("off", "0", "no", "false")
 
 
+def cublas_workspace() -> str:
+    """The workspaces that cuBLAS is told to use, "" if it may choose: then its results can vary."""
+    return os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+
+
 def from_environment() -> Settings:
     """Read TORCHORD_* once and return it as a value.
 

@@ -20,13 +20,22 @@ import numpy as np
 import torch
 import torch.utils.deterministic
 
+from cache.errors import InvalidInput
+from cache.settings import cublas_workspace
+
 _memory: Any = torch.utils.deterministic  # its one switch is a property that stubs do not know
 _cuda: Any = torch.cuda  # partly untyped
+_matmul: Any = torch.backends.cuda.matmul
+_REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 COMPUTE_LOCK = threading.RLock()
 """Guards the process-wide state that `pinned` sets; re-entrant."""
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when its first handle is made
+CUBLAS_WORKSPACE = ":4096:8"
+_CUBLAS_WORKSPACES = (CUBLAS_WORKSPACE, ":16:8")  # with which cuBLAS is deterministic
+
+_late = _cuda.is_initialized() and not cublas_workspace()
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # read when cuBLAS's first handle is made
 
 
 @contextmanager
@@ -42,8 +51,9 @@ def pinned(
 
     Set are: intra-op threads (of the calling thread, which is how OpenMP counts), deterministic
     algorithms, cuDNN's algorithm search, TF32, the float32 matmul precision (float32 means
-    float32), flushing of denormals, the default dtype (float32) and the filling of fresh
-    memory. Random generators are not touched: see `seed_everything`.
+    float32), how half-precision products are summed (torch's default), flushing of denormals, the
+    default dtype (float32) and the filling of fresh memory. Random generators are not touched: see
+    `seed_everything`.
 
     Args:
         threads: intra-op threads of torch.
@@ -55,8 +65,11 @@ def pinned(
             temporary, and a gradient that depended on unwritten memory would be a bug in the
             model; but where a model is built (once) and a constructor leaves a tensor
             unwritten, each process would otherwise start from other values.
-        restore: whether to put the switches and the CPU generators back afterwards, for
-            computations in a process that belongs to somebody else (the submitter's).
+        restore: whether to put the switches and the generators back afterwards, for computations
+            in a process that belongs to somebody else (the submitter's).
+
+    Raises:
+        InvalidInput: cuBLAS of this process cannot be deterministic any more (see `require_cublas`).
     """
     with COMPUTE_LOCK:
         before = _snapshot() if restore else None
@@ -103,12 +116,40 @@ def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) 
     if torch.get_float32_matmul_precision() != "highest":
         torch.set_float32_matmul_precision("highest")
     if cuda:
+        if deterministic:
+            require_cublas()
         _cuda.init()  # so that its generators can be seeded
         torch.backends.cudnn.deterministic = deterministic
         torch.backends.cudnn.benchmark = not deterministic
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces another name for this switch
-            torch.backends.cudnn.allow_tf32 = False
+        _allow_tf32(False)
+        for name in _REDUCTIONS:
+            setattr(_matmul, name, True)
+
+
+def require_cublas() -> None:
+    """Refuse to promise deterministic results of a cuBLAS that was set up otherwise.
+
+    Raises:
+        InvalidInput: CUDA was in use before torchord was imported, when cuBLAS may have chosen
+            workspaces of its own, or the environment gives it such; the message says what to do.
+    """
+    if _late:
+        raise InvalidInput(
+            "CUDA was in use before torchord was imported, so cuBLAS may have chosen workspaces with which "
+            f"its results vary; set CUBLAS_WORKSPACE_CONFIG={CUBLAS_WORKSPACE} before the process starts, "
+            "import torchord first, or set deterministic=False."
+        )
+    if cublas_workspace() not in _CUBLAS_WORKSPACES:
+        raise InvalidInput(
+            f"CUBLAS_WORKSPACE_CONFIG is {cublas_workspace()!r}, with which cuBLAS's results vary; leave it "
+            f"unset, set it to {CUBLAS_WORKSPACE}, or set deterministic=False."
+        )
+
+
+def _allow_tf32(allowed: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces another name for this switch
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _snapshot() -> dict[str, Any]:
@@ -120,7 +161,10 @@ def _snapshot() -> dict[str, Any]:
         "fill": _memory.fill_uninitialized_memory,
         "matmul": torch.get_float32_matmul_precision(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "tf32": torch.backends.cudnn.allow_tf32 if _cuda.is_initialized() else None,
+        "reductions": [getattr(_matmul, name) for name in _REDUCTIONS],
         "torch_rng": torch.get_rng_state(),
+        "cuda_rng": _cuda.get_rng_state_all() if _cuda.is_initialized() else [],
         "numpy_rng": np.random.get_state(),
         "random_rng": random.getstate(),
     }
@@ -133,6 +177,12 @@ def _put_back(before: dict[str, Any]) -> None:
     _memory.fill_uninitialized_memory = before["fill"]
     torch.set_float32_matmul_precision(before["matmul"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]
+    if before["tf32"] is not None:
+        _allow_tf32(before["tf32"])
+    for name, value in zip(_REDUCTIONS, before["reductions"], strict=True):
+        setattr(_matmul, name, value)
     torch.set_rng_state(before["torch_rng"])
+    if before["cuda_rng"]:
+        _cuda.set_rng_state_all(before["cuda_rng"])
     np.random.set_state(before["numpy_rng"])
     random.setstate(before["random_rng"])

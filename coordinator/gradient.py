@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
 from cache.errors import InvalidInput
+from cache.pinned import pinned_copy
+from coordinator.collect import collect, take_gradients
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned, seed_everything
 from coordinator.loss_scale import LossScale, unscale
@@ -139,13 +141,13 @@ def compute(
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
         batch = batch or read_batch(resolved, config, dataset, indices, (step, shard))
-        value = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale)
+        loss = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale)
         gradients = take_gradients(replica)
         with _during("collecting buffers"):
-            buffers = replica.changed_buffers()
-        norm = norm_of(gradients)
-    finite = math.isfinite(value) and math.isfinite(norm)
-    return ShardGradient(gradients, buffers, value, norm, len(indices), finite, batch.seconds)
+            found = collect(replica, gradients, [loss])
+    value, tensors = found.figures[0], found.tensors
+    finite = math.isfinite(value) and math.isfinite(found.norm)
+    return ShardGradient(tensors, found.buffers, value, found.norm, len(indices), finite, batch.seconds)
 
 
 def read_batch(
@@ -172,8 +174,10 @@ def forward_backward(
     batch: Batch,
     place: tuple[int, ...],
     scale: LossScale | None = None,
-) -> float:
+) -> Tensor:
     """Run forward and backward on a batch, and return the loss; the gradients are in the parameters.
+
+    The loss is a tensor of one element on the replica's device: nothing here waits for a device.
 
     Called with the process pinned. Arguments as in `compute`; `place` seeds, `(step, shard)` or with
     local steps `(step, shard, local step)`; `scale` multiplies the loss that the backward starts from,
@@ -188,7 +192,8 @@ def forward_backward(
         (loss if scale is None else loss.float() * scale.scale).backward()
     if scale is not None:
         unscale(replica.parameters.items(), scale)
-    return float(loss.detach())
+    detached: Tensor = loss.detach()
+    return detached
 
 
 def evaluate(
@@ -305,11 +310,13 @@ def load_batch(
 def to_device(value: Any, device: torch.device) -> Any:
     """Move every tensor in nested dicts, lists and tuples to a device; the rest stays.
 
-    Copies to CUDA do not block; objects with a `to` method of their own (such as a Hugging
-    Face `BatchEncoding` or a `PackedSequence`) are asked to move themselves.
+    Copies to CUDA go through page-locked memory and do not block; objects with a `to` method of their
+    own (such as a Hugging Face `BatchEncoding` or a `PackedSequence`) are asked to move themselves.
     """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=device.type == "cuda")
+        if device.type != "cuda":
+            return value.to(device)
+        return (pinned_copy(value) if value.is_cpu else value).to(device, non_blocking=True)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(to_device(item, device) for item in value))
     if type(value) in (list, tuple):
@@ -428,30 +435,6 @@ def _alone(examples: int) -> Iterator[None]:
                 "shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)."
             ) from error
         raise
-
-
-def take_gradients(replica: Replica) -> dict[str, Tensor]:
-    """Take the gradients out of the parameters, to the CPU; parameters without one are left out."""
-    gradients: dict[str, Tensor] = {}
-    for name, parameter in replica.parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            continue
-        if gradient.layout is not torch.strided:
-            raise InvalidInput(
-                f"the gradient of {name!r} is {gradient.layout}; give its layer dense gradients "
-                "(sparse=False)."
-            )
-        gradients[name] = gradient.detach().to("cpu")
-    return gradients
-
-
-def norm_of(gradients: Mapping[str, Tensor]) -> float:
-    """L2 norm of all gradients together, in float64."""
-    if not gradients:
-        return 0.0
-    norms = torch.stack([torch.linalg.vector_norm(g).double() for g in gradients.values()])
-    return float(torch.linalg.vector_norm(norms))
 
 
 def _autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from cache.errors import NonFinite
+from coordinator.collect import collect
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned
-from coordinator.gradient import IndexArray, ShardGradient, forward_backward, norm_of, read_batch
+from coordinator.gradient import IndexArray, ShardGradient, forward_backward, read_batch
 from coordinator.loss_scale import LossScale, at_start, exhausted
 from coordinator.optimize import build_optimizer, restore_optimizer
 from coordinator.recipe import ResolvedRecipe
@@ -82,7 +83,8 @@ def compute(
         Exception: whatever the recipe's code raises.
     """
     examples = sum(len(part) for part in parts)
-    total = 0.0
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
     try:
         with pinned(config.threads, config.deterministic, replica.device):
             replica.own()
@@ -91,36 +93,42 @@ def compute(
             if state is not None:
                 restore_optimizer(optimizer, scheduler, state)
             scale = at_start(config) if state is None else _scale_of(state)
-            finite = True
+            overflows = [False] * len(parts)
             for number, part in enumerate(parts):
                 place = (step, shard, number)
                 batch = read_batch(resolved, config, dataset, part, place)
                 loss = forward_backward(replica, resolved, config, batch, place, scale)
-                total += loss * len(part)
-                norm = _clip(replica, config.clip_norm)
-                overflow = scale is not None and not math.isfinite(norm)
-                finite = finite and math.isfinite(loss) and (overflow or math.isfinite(norm))
-                if not overflow:
-                    optimizer.step()
-                if scale is not None:
-                    _check_scale(config, scale, loss, overflow=overflow)
+                losses.append(loss)
+                norms.append(_clip(replica, config.clip_norm))
+                if scale is not None:  # the one case in which a local step waits for a device
+                    overflow = overflows[number] = not math.isfinite(float(norms[-1]))
+                    _check_scale(config, scale, float(loss), overflow=overflow)
                     scale = scale.after(overflow=overflow, interval=config.loss_scale_interval)
+                if not overflows[number]:
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if scheduler is not None:
                 scheduler.step()
-            moved = _moved(replica)
-            buffers = replica.changed_buffers()
+            found = collect(replica, _moved(replica), [*losses, *norms])
             kept = {
                 "optimizer": optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
                 **({} if scale is None else {"loss_scale": scale.tensor()}),
             }
-            norm = norm_of(moved)
     finally:
         replica.model.zero_grad(set_to_none=True)
         replica.restore()
-    finite = finite and math.isfinite(norm)
-    return LocalSteps(ShardGradient(moved, buffers, total / examples, norm, examples, finite), kept)
+    values, sizes = found.figures[: len(parts)], found.figures[len(parts) :]
+    total = 0.0
+    for value, part in zip(values, parts, strict=True):
+        total += value * len(part)
+    finite = all(map(math.isfinite, (found.norm, *values))) and all(
+        overflow or math.isfinite(size) for overflow, size in zip(overflows, sizes, strict=True)
+    )
+    sent = found.tensors if replica.memory is None else {n: d for n, d in found.tensors.items() if _counts(d)}
+    return LocalSteps(
+        ShardGradient(sent, found.buffers, total / examples, found.norm, examples, finite), kept
+    )
 
 
 def _scale_of(state: Mapping[str, Any]) -> LossScale | None:
@@ -135,21 +143,22 @@ def _check_scale(config: TrainingConfig, scale: LossScale, loss: float, *, overf
         )
 
 
-def _clip(replica: Replica, clip_norm: float | None) -> float:
+def _clip(replica: Replica, clip_norm: float | None) -> Tensor:
     """Clip the gradients in the parameters; returns their norm before."""
     parameters = [p for p in replica.parameters.values() if p.grad is not None]
     limit = math.inf if clip_norm is None else clip_norm
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
 
 @torch.no_grad()
 def _moved(replica: Replica) -> dict[str, Tensor]:
-    """θ - θ_local of each parameter that moved, on the CPU."""
-    version = replica.version_tensors()
-    found = {}
-    for name, parameter in replica.parameters.items():
-        if parameter.requires_grad:
-            difference = version[name] - parameter.detach().cpu()
-            if bool(difference.count_nonzero()) or not bool(torch.isfinite(difference).all()):
-                found[name] = difference
-    return found
+    """θ - θ_local of each trained parameter, where it is; on the CPU, of those that moved."""
+    version = replica.version_here()
+    trained = {name: p.detach() for name, p in replica.parameters.items() if p.requires_grad}
+    differences = ((name, version[name] - parameter) for name, parameter in trained.items())
+    return {name: d for name, d in differences if replica.memory is not None or _counts(d)}
+
+
+def _counts(difference: Tensor) -> bool:
+    """Whether a parameter moved, or is not finite any more."""
+    return bool(difference.count_nonzero()) or not bool(torch.isfinite(difference).all())

@@ -146,15 +146,16 @@ class Trainer:
             self._set_gradients(gradients)
             try:
                 norm = self._total_norm()
+                size = float(norm)
                 clip = self._clip_norm
-                skipped = not (finite and math.isfinite(loss) and math.isfinite(float(norm)))
+                skipped = not (finite and math.isfinite(loss) and math.isfinite(size))
                 if skipped and self._must_stop(loss):
                     raise NonFinite(
-                        f"step {step} has loss {loss} and gradient norm {float(norm)}; lower the learning "
+                        f"step {step} has loss {loss} and gradient norm {size}; lower the learning "
                         f"rate, set "
                         "clip_norm, or set nonfinite='skip' to leave such steps out."
                     )
-                clipped = clip is not None and not skipped and float(norm) > clip
+                clipped = clip is not None and not skipped and size > clip
                 before = None if self.deltas is None or skipped else _copied(self.replica.state_tensors())
                 if not skipped:
                     self._update(norm, buffers, step)
@@ -163,7 +164,7 @@ class Trainer:
                 self.delta = None if before is None else self._encoded(before)
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
-        return ApplyReport(float(norm), clipped, skipped, lr)
+        return ApplyReport(size, clipped, skipped, lr)
 
     def state(self) -> dict[str, Any]:
         """Return optimizer and scheduler state, and what deltas hold back, as a tree of copies on the CPU.
@@ -219,9 +220,10 @@ class Trainer:
                 )
 
     def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        memory = self.replica.memory
+        here = gradients if memory is None else memory.scatter(gradients)
         for name, parameter in self.replica.parameters.items():
-            gradient = gradients.get(name)
-            parameter.grad = None if gradient is None else gradient.to(self.replica.device)
+            parameter.grad = here.get(name)
 
     @property
     def _clip_norm(self) -> float | None:

@@ -19,6 +19,7 @@ from cache.errors import InvalidInput, ManifestMismatch
 from coordinator.compiling import compiled
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned, seed_everything
+from coordinator.device_memory import CudaCopies, DeviceMemory
 from coordinator.loss_scale import ENTRY, LossScale, at_start
 from coordinator.recipe import ResolvedRecipe
 from coordinator.shards import derive_seed
@@ -47,6 +48,7 @@ class Replica:
         manifest: layout of a version: parameters, then buffers, then the loss scale.
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
+        memory: flat buffers on the device, and what brings bytes there and back; None on the CPU.
         compiled: what computes shards in the model's place; None for the model itself.
         loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
         digest: of the bytes in `flat`, kept likewise; "" if unknown.
@@ -66,10 +68,14 @@ class Replica:
         self.digest = ""
         self.compiled: nn.Module | None = None
         self._homes = _homes(model, self.buffers)
-        self._version: dict[str, Tensor] = {}
+        self._version: dict[str, Tensor] = {}  # on the CPU
+        self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
         self._counters: list[int] = []
         self._attached = False
-        self._copies = device.type != "cpu"
+        self._copies = False
+        self.memory: DeviceMemory | None = None
+        if device.type == "cuda":
+            self.use(DeviceMemory(CudaCopies(device)))
 
     @classmethod
     def build(
@@ -128,8 +134,30 @@ class Replica:
         """Return name -> tensor of the loaded version, on the CPU; not to be written to."""
         return self._version
 
+    def use(self, memory: DeviceMemory) -> None:
+        """Move versions and gradients through a device's memory from now on; call before the first `load`.
+
+        Versions are then always copied into the parameters, device to device: their alignment, by
+        which libraries choose kernels, does not depend on what was computed before.
+        """
+        self.memory, self._copies = memory, True
+
+    def landing(self) -> Tensor | None:
+        """Memory that the next version may be received in; None where there is none yet.
+
+        It may be what `flat` is: then the version that is loaded is gone.
+        """
+        return self.flat if self.memory is None else self.memory.landing(self.manifest.nbytes, self.flat)
+
+    def version_here(self) -> Mapping[str, Tensor]:
+        """Return name -> tensor of the loaded version, on the replica's device; not to be written to."""
+        return self._here
+
     def pack(self, out: Tensor | None = None) -> Tensor:
         """Copy the state as it is now into one flat buffer (1-D uint8 on the CPU)."""
+        if self.memory is not None:
+            flat = self.memory.gather(self.state_tensors(), self.manifest)
+            return flat if out is None else out.copy_(flat)
         return pack(self.state_tensors(), self.manifest, out)
 
     def load(self, buffer: Tensor) -> None:
@@ -154,7 +182,9 @@ class Replica:
                 "run was started with other code than this worker's."
             )
         self.flat = buffer
-        self._version = views(buffer, self.manifest)
+        self._version = self._here = views(buffer, self.manifest)
+        if self.memory is not None:
+            self._here = views(self.memory.upload(buffer), self.manifest)
 
     @torch.no_grad()
     def attach(self, buffer: Tensor) -> None:
@@ -211,7 +241,7 @@ class Replica:
     def restore(self) -> None:
         """Copy the loaded version into parameters and buffers once more."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self._version[name])
+            parameter.copy_(self._here[name])
         self._settle()
 
     def _settle(self) -> None:
@@ -229,12 +259,12 @@ class Replica:
         """
         if written := self._written():
             for name in written:
-                self.parameters[name].copy_(self._version[name])
+                self.parameters[name].copy_(self._here[name])
             self._counters = [parameter._version for parameter in self.parameters.values()]
         for name, buffer in self.buffers.items():
             for home in self._homes[name]:
                 home.module._buffers[home.name] = buffer
-            buffer.copy_(self._version[name])
+            buffer.copy_(self._here[name])
 
     def held(self) -> Mapping[str, Tensor]:
         """Return name -> value on the CPU of what a forward may write: buffers and frozen parameters."""
@@ -253,7 +283,18 @@ class Replica:
         Raises:
             InvalidInput: a forward replaced a buffer by one of another shape or dtype.
         """
-        changed: dict[str, Tensor] = {}
+        written = self.written_tensors()
+        return self.changed(
+            {name: value.to("cpu", copy=True).contiguous() for name, value in written.items()}
+        )
+
+    def written_tensors(self) -> dict[str, Tensor]:
+        """Return name -> live tensor of each buffer, and of each frozen parameter that was written to.
+
+        Raises:
+            InvalidInput: a forward replaced a buffer by one of another shape or dtype.
+        """
+        found: dict[str, Tensor] = {}
         for name, buffer in self.buffers.items():
             home = self._homes[name][0]
             current = home.module._buffers[home.name]
@@ -264,15 +305,12 @@ class Replica:
                     f"into "
                     f"{now}; a run's state must keep its layout."
                 )
-            value = current.detach().to("cpu", copy=True).contiguous()
-            if not _same_bytes(value, self._version[name]):
-                changed[name] = value
-        for name in self._written():
-            if name in self.frozen:
-                value = self.frozen[name].detach().to("cpu", copy=True).contiguous()
-                if not _same_bytes(value, self._version[name]):
-                    changed[name] = value
-        return changed
+            found[name] = current.detach()
+        return found | {name: self.frozen[name].detach() for name in self._written() if name in self.frozen}
+
+    def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some contiguous CPU tensors whose bytes differ from the loaded version's."""
+        return {name: v for name, v in values.items() if not _same_bytes(v, self._version[name])}
 
     def train(self) -> nn.Module:
         """Switch the model to training mode, drop its gradients and return it, compiled if it is to be."""

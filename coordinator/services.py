@@ -308,7 +308,8 @@ class RunContext:
             replica.loaded = version
             return replica, "delta"
         fetch = self.services.parameters.fetch
-        record, flat, source = fetch(ledger, version, out=replica.flat, record=record)
+        out = replica.flat if self.services.chunks.tiered(replica.nbytes()) else replica.landing()
+        record, flat, source = fetch(ledger, version, out=out, record=record)
         replica.attach(flat)
         replica.loaded, replica.digest = version, record.digest
         return replica, source
