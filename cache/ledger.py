@@ -33,6 +33,7 @@ BACKUP_FACTOR = 1.5  # a holder may keep an idle worker waiting for so many of t
 BACKUP_SECONDS = 0.05  # and so much longer: what a backup costs, and what a machine's hiccups are
 BACKUPS_MOST = 2
 BACKUP_LOST_SECONDS = 5.0  # a backup that nobody began by then was lost
+BACKUP_ASKED_ALWAYS = 8  # with so few shards missing each question of an idle worker is answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +133,14 @@ class Finished:
         called: the step's chord has called back already, before its last slot was in (see
             `Ledger.mark_called`): then the last slot's writer has to call.
         answer: to the command that was to follow; None if it was not sent.
+        late: a shard that its holder takes far too long for, None if there is none or nobody asked.
     """
 
     verdict: SlotVerdict
     present: int
     called: bool
     answer: Any = None
+    late: int | None = None
 
 
 class Ledger:
@@ -521,11 +524,13 @@ class Ledger:
         version: int | None = None,
         into: Group | None = None,
         then: Command | None = None,
+        idle: tuple[int, float] | None = None,
     ) -> Finished:
         """As `write_slot`, and tell whether the step's chord has called back already.
 
         Args:
             then: a command of the caller's that may follow in the same round trip.
+            idle: what the caller asks `late_shard` with (shards, seconds), None if it does not.
         """
         names = [self.keys.head, self.keys.slots(step)]
         arguments = [
@@ -541,17 +546,23 @@ class Ledger:
         ]
         if self.lane is not None:
             with suppress(LaneClosed):
+                last = () if idle is None else (script_command("late_shard", *self._late(step, *idle)),)
                 (verdict, present), called, *answers = self.lane.call(
                     script_command("write_slot", names, arguments),
                     ("HGET", self.keys.head, "called"),
                     *(() if then is None else (then,)),
+                    *last,
                 )
-                return Finished(verdict, int(present), called == str(step), next(iter(answers), None))
+                late = int(answers.pop()) if last else -1
+                answer = answers[0] if answers else None
+                found = None if late < 0 else late
+                return Finished(verdict, int(present), called == str(step), answer, found)
         with self._during(f"write slot {slot.shard} of step {step}"):
             verdict, present = self._script("write_slot", names, arguments)
-        return Finished(verdict, int(present), self.called(step))
+            late = -1 if idle is None else int(self._script("late_shard", *self._late(step, *idle)))
+        return Finished(verdict, int(present), self.called(step), late=None if late < 0 else late)
 
-    def late_shard(self, step: int, *, shards: int, seconds: float) -> tuple[int | None, int]:
+    def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
         """Ask, with nothing else to do, for a shard that its holder takes far too long for.
 
         Args:
@@ -559,26 +570,20 @@ class Ledger:
             seconds: what the asker takes for a shard.
 
         Returns:
-            (the shard to compute once more, None if there is none; how many were not even begun):
-            see scripts/late_shard.lua.
+            The shard to compute once more, None if there is none: see scripts/late_shard.lua.
         """
         with self._during(f"look for a late shard of step {step}"):
-            shard, waiting = self._script(
-                "late_shard",
-                [self.keys.head, self.keys.slots(step), self.keys.leases(step)],
-                [
-                    step,
-                    shards,
-                    seconds,
-                    BACKUP_FACTOR,
-                    BACKUP_SECONDS,
-                    BACKUPS_MOST,
-                    BACKUP_LOST_SECONDS,
-                    keys.worker(""),
-                    self.run,
-                ],
-            )
-        return (None if int(shard) < 0 else int(shard)), int(waiting)
+            shard = int(self._script("late_shard", *self._late(step, shards, seconds, always=True)))
+        return None if shard < 0 else shard
+
+    def _late(
+        self, step: int, shards: int, seconds: float, *, always: bool = False
+    ) -> tuple[list[str], list[Any]]:
+        """Keys and arguments of scripts/late_shard.lua."""
+        names = [self.keys.head, self.keys.slots(step), self.keys.leases(step)]
+        limits = [BACKUP_FACTOR, BACKUP_SECONDS, BACKUPS_MOST, BACKUP_LOST_SECONDS]
+        answered = 0 if always else BACKUP_ASKED_ALWAYS
+        return names, [step, shards, seconds, *limits, keys.worker(""), self.run, answered]
 
     # --- the training server's side ---------------------------------------------------------
 

@@ -21,6 +21,7 @@ from cache import keys
 from cache.errors import CacheError, RunNotFound
 from cache.lane import Command
 from cache.ledger import (
+    BACKUP_ASKED_ALWAYS,
     BACKUP_FACTOR,
     BACKUP_LOST_SECONDS,
     BACKUP_SECONDS,
@@ -468,24 +469,31 @@ class MemoryLedger(Ledger):
         version: int | None = None,
         into: Group | None = None,
         then: Command | None = None,
+        idle: tuple[int, float] | None = None,
     ) -> Finished:
         """See `Ledger.finish_slot`; `then` is never sent."""
         with self.plane.changed:
             written = self.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
-            return Finished(*written, self.called(step))
+            called = self.called(step)
+            late = None if idle is None else self._late_shard(step, *idle, answered=BACKUP_ASKED_ALWAYS)
+            return Finished(*written, called, late=late)
 
-    def late_shard(self, step: int, *, shards: int, seconds: float) -> tuple[int | None, int]:
+    def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
         """See `Ledger.late_shard`."""
+        return self._late_shard(step, shards, seconds, answered=0)
+
+    def _late_shard(self, step: int, shards: int, seconds: float, *, answered: int) -> int | None:
         plane, names = self.plane, self.keys
         with plane.changed:
             leases = {int(shard): json.loads(text) for shard, text in plane.hash(names.leases(step)).items()}
             written = plane.hash(names.slots(step))
-            begun = {*map(int, written), *leases}
-            waiting = sum(shard not in begun for shard in range(shards))
-            if self._head.get("status") != "running":
-                return None, 0
-            if waiting > 0:
-                return None, waiting
+            if self._head.get("status") != "running" or (answered and len(leases) < shards):
+                return None
+            missing = {shard for shard in range(shards) if str(shard) not in written}
+            if 0 < answered < len(missing) and len(missing).bit_count() != 1:
+                return None
+            if missing - leases.keys():
+                return None
             waits: dict[int, float] = {}
             for shard, lease in leases.items():
                 holder = plane.get(keys.worker(lease["worker"])) if lease["open"] else None
@@ -498,11 +506,11 @@ class MemoryLedger(Ledger):
                     waits[shard] = abs(pace - (plane.clock() - lease["since"]))
             late = max(waits, key=lambda shard: waits[shard], default=None)
             if late is None or waits[late] <= BACKUP_FACTOR * seconds + BACKUP_SECONDS:
-                return None, 0
+                return None
             asked = {"backups": leases[late].get("backups", 0) + 1, "asked": plane.clock()}
             plane.hset(names.leases(step), {str(late): json.dumps({**leases[late], **asked})})
             plane.hincr(names.head, "backups")
-            return late, 0
+            return late
 
     # --- the training server's side ---------------------------------------------------------
 

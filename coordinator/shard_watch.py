@@ -201,7 +201,7 @@ class ShardWatch:
         found: list[int] = []
         usual = self._usual_seconds(shards=True)
         while usual is not None and len(found) < idle:
-            shard, _ = self.ledger.late_shard(self.step, shards=self.tree.shards, seconds=usual)
+            shard = self.ledger.late_shard(self.step, shards=self.tree.shards, seconds=usual)
             if shard is None:
                 break
             found.append(shard)

@@ -9,7 +9,7 @@ from typing import Any
 from cache.lane import Command
 from cache.ledger import Group, SlotVerdict
 from cache.records import SlotRecord
-from coordinator.backups import Backups
+from coordinator import backups
 from coordinator.fan_in import FanIn
 from coordinator.faults import Hook
 from coordinator.services import RunContext, Services
@@ -43,7 +43,6 @@ class SlotWriter:
         self.services = services
         self.sender = sender
         self.fault = fault
-        self.backups = Backups(sender)
 
     def write(
         self,
@@ -77,6 +76,7 @@ class SlotWriter:
             version=version,
             into=into,
             then=None if then is None else then(),
+            idle=backups.question(tree.shards, slot.shard, slot.seconds),
         )
         verdict = finished.verdict
         if verdict not in WRITTEN:
@@ -89,6 +89,6 @@ class SlotWriter:
             self.sender.partial_sum(context.run, step, into.slot, version=version, join=join)
         if verdict in WRITTEN and finished.present == tree.total and (join is None or finished.called):
             self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
-        if verdict in WRITTEN and slot.shard < tree.shards:
-            self.backups.offer(context, ledger, step, present=finished.present, seconds=slot.seconds)
+        if finished.late is not None:
+            backups.send(self.sender, context, step, finished.late)
         return "written" if verdict in WRITTEN else verdict, finished.answer, finished.present

@@ -7,10 +7,11 @@ from typing import Any
 from cache.errors import TorchordError
 from coordinator.task_names import ADVANCE, APPLY_UPDATE
 from tasks.celery_app import app
+from tasks.receipt import Receipt
 
 
 @app.task(name=APPLY_UPDATE, throws=(TorchordError,))
-def apply_update(receipts: list[Any], *, run: str, step: int) -> dict[str, Any]:
+def apply_update(receipts: list[Any], *, run: str, step: int) -> Receipt:
     """The callback of a step's chord: average, update, commit, launch the next step.
 
     Safe to run twice, early or late: it acts on the ledger's slots, not on `receipts`, and the
@@ -18,15 +19,15 @@ def apply_update(receipts: list[Any], *, run: str, step: int) -> dict[str, Any]:
     """
     from tasks.worker import process
 
-    return process().server.advance(run, step=step)
+    return Receipt(process().server.advance(run, step=step))
 
 
 @app.task(name=ADVANCE, throws=(TorchordError,))
-def advance(*, run: str) -> dict[str, Any]:
+def advance(*, run: str) -> Receipt:
     """Do whatever comes next in a run: initialise, apply, launch, finish.
 
     Safe to run twice: see `apply_update`.
     """
     from tasks.worker import process
 
-    return process().server.advance(run)
+    return Receipt(process().server.advance(run))

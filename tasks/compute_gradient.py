@@ -9,12 +9,13 @@ from cache.lane import Command
 from coordinator.task_names import COMPUTE_GRADIENT
 from tasks.backend import Backend, counted
 from tasks.celery_app import app
+from tasks.receipt import Receipt
 
 
 @app.task(bind=True, name=COMPUTE_GRADIENT, throws=(TorchordError,))
 def compute_gradient(
     self: Any, *, run: str, step: int, shard: int, version: int, backup: bool = False
-) -> dict[str, Any]:
+) -> Receipt:
     """Compute one shard's gradient and write its slot.
 
     Safe to run twice: the gradient is a function of (run, version, shard) alone, and the slot is
@@ -23,7 +24,7 @@ def compute_gradient(
     from tasks.partial_sum import joined
     from tasks.worker import process
 
-    return process().client.compute_gradient(
+    done = process().client.compute_gradient(
         run,
         step,
         shard,
@@ -33,6 +34,7 @@ def compute_gradient(
         version=version,
         part=_Part(self),
     )
+    return Receipt(done)
 
 
 class _Part:

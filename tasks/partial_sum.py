@@ -7,12 +7,11 @@ from typing import Any
 from cache.errors import TorchordError
 from coordinator.task_names import PARTIAL_SUM
 from tasks.celery_app import app
+from tasks.receipt import Receipt
 
 
 @app.task(bind=True, name=PARTIAL_SUM, throws=(TorchordError,))
-def partial_sum(
-    self: Any, *, run: str, step: int, slot: int, version: int, backup: bool = False
-) -> dict[str, Any]:
+def partial_sum(self: Any, *, run: str, step: int, slot: int, version: int, backup: bool = False) -> Receipt:
     """Add up the inputs of one slot of the step's tree and write the slot.
 
     Safe to run twice: the sum is a function of (run, step, slot) alone, in an order fixed by slot
@@ -21,9 +20,10 @@ def partial_sum(
     """
     from tasks.worker import process
 
-    return process().adder.partial_sum(
+    done = process().adder.partial_sum(
         run, step, slot, delivery=self.request.id, join=joined(self.request), backup=backup, version=version
     )
+    return Receipt(done)
 
 
 def joined(request: Any) -> tuple[str, dict[str, Any]] | None:

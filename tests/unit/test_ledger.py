@@ -432,21 +432,21 @@ def test_a_shard_is_late_when_its_holder_was_slow_before_or_is_now(plane: Plane,
     """Only once all have begun; never more than two times; again at once only if the backup was begun."""
     plane.registry.beat(replace(worker("w0"), pace={"run-1": 10.0, "run-2": 0.1}))
     begin(running, worker="w0", shard=0)
-    assert running.late_shard(0, shards=4, seconds=1.0) == (None, 3)
+    assert running.late_shard(0, shards=4, seconds=1.0) is None
     begin(running, worker="w1", shard=1)
-    assert running.late_shard(0, shards=2, seconds=7.0) == (None, 0), "who asks is slow, too"
-    assert running.late_shard(0, shards=2, seconds=1.0) == (0, 0)
+    assert running.late_shard(0, shards=2, seconds=7.0) is None, "who asks is slow, too"
+    assert running.late_shard(0, shards=2, seconds=1.0) == 0
     assert running.head().backups == 1
-    assert running.late_shard(0, shards=2, seconds=1.0) == (None, 0), "that backup is on its way"
+    assert running.late_shard(0, shards=2, seconds=1.0) is None, "that backup is on its way"
     assert begin(running, worker="w1", shard=0, backup=True)[:2] == ("compute", 1)
     assert (running.leases(0)[0].backups, running.leases(0)[0].worker) == (1, "w1")
     plane.registry.beat(replace(worker("w1"), pace={"run-1": 20.0}))
-    assert running.late_shard(0, shards=2, seconds=1.0)[0] in (0, 1)
-    assert running.late_shard(0, shards=2, seconds=1.0)[0] in (0, 1)
+    assert running.late_shard(0, shards=2, seconds=1.0) in (0, 1)
+    assert running.late_shard(0, shards=2, seconds=1.0) in (0, 1)
     assert begin(running, worker="s1", shard=0, backup=True)[0] == "compute"
     plane.registry.beat(replace(worker("s1"), pace={"run-1": 20.0}))
     running.write_slot(0, slot(0, 1))
-    assert running.late_shard(0, shards=2, seconds=1.0) == (None, 0), "two backups are enough"
+    assert running.late_shard(0, shards=2, seconds=1.0) is None, "two backups are enough"
     assert running.head().backups == 3
 
 
@@ -456,9 +456,9 @@ def test_even_workers_are_not_late(plane: Plane, running: Ledger) -> None:
     begin(running, worker="w0", shard=0)
     begin(running, worker="w1", shard=1)
     running.write_slot(0, slot(0, 1))
-    assert running.late_shard(0, shards=2, seconds=0.7) == (None, 0)
+    assert running.late_shard(0, shards=2, seconds=0.7) is None
     plane.registry.leave(worker("w0"))
-    assert running.late_shard(0, shards=2, seconds=0.01) == (None, 0), "a dead one's is sent again anyway"
+    assert running.late_shard(0, shards=2, seconds=0.01) is None, "a dead one's is sent again anyway"
 
 
 def test_a_shard_that_takes_longer_than_ever_is_late() -> None:
@@ -471,10 +471,37 @@ def test_a_shard_that_takes_longer_than_ever_is_late() -> None:
     begin(ledger, worker="w0", shard=0)
     now += 1.2
     registry.beat(worker("w0"))
-    assert ledger.late_shard(0, shards=1, seconds=0.5) == (None, 0), "as long as a backup would take"
+    assert ledger.late_shard(0, shards=1, seconds=0.5) is None, "as long as a backup would take"
     now += 0.2
     registry.beat(worker("w0"))
-    assert ledger.late_shard(0, shards=1, seconds=0.5) == (0, 0)
+    assert ledger.late_shard(0, shards=1, seconds=0.5) == 0
+
+
+def test_who_writes_a_slot_is_told_what_is_late(plane: Plane, running: Ledger) -> None:
+    plane.registry.beat(replace(worker("w0"), pace={"run-1": 10.0}))
+    for shard in range(3):
+        begin(running, worker=f"w{min(shard, 1)}", shard=shard)
+    assert running.finish_slot(0, slot(0, 1), idle=(4, 1.0)).late is None, "one is not begun"
+    assert running.finish_slot(0, slot(0, 1), idle=(3, 1.0)).late == 0, "also who was too late is idle"
+    assert running.finish_slot(0, slot(0, 2), idle=(3, 1.0)) == Finished("written", 2, called=False)
+    assert running.head().backups == 1
+
+
+def test_many_idle_workers_do_not_all_look_through_the_leases(plane: Plane, running: Ledger) -> None:
+    """Nine to fifteen missing shards: only the supervisor's question is answered."""
+    plane.registry.beat(replace(worker("w0"), pace={"run-1": 10.0}))
+    for shard in range(18):
+        begin(running, worker="w0", shard=shard)
+    told = [running.finish_slot(0, slot(0, shard), idle=(18, 1.0)).late is not None for shard in range(12)]
+    missing = [17 - shard for shard in range(12)]
+    assert [left for left, late in zip(missing, told, strict=True) if late] == [16, 8, 7, 6]
+
+
+def test_the_supervisor_is_always_told(plane: Plane, running: Ledger) -> None:
+    plane.registry.beat(replace(worker("w0"), pace={"run-1": 10.0}))
+    for shard in range(12):
+        begin(running, worker="w0", shard=shard)
+    assert len({running.late_shard(0, shards=12, seconds=1.0) for _ in range(12)}) == 12
 
 
 # --- write_slot -----------------------------------------------------------------------------------
