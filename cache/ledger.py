@@ -544,9 +544,10 @@ class Ledger:
             step if version is None else version,
             *(("", "", "") if into is None else into),
         ]
+        asked = None if idle is None else self._late(step, *idle, slot=slot)
         if self.lane is not None:
             with suppress(LaneClosed):
-                last = () if idle is None else (script_command("late_shard", *self._late(step, *idle)),)
+                last = () if asked is None else (script_command("late_shard", *asked),)
                 (verdict, present), called, *answers = self.lane.call(
                     script_command("write_slot", names, arguments),
                     ("HGET", self.keys.head, "called"),
@@ -559,7 +560,7 @@ class Ledger:
                 return Finished(verdict, int(present), called == str(step), answer, found)
         with self._during(f"write slot {slot.shard} of step {step}"):
             verdict, present = self._script("write_slot", names, arguments)
-            late = -1 if idle is None else int(self._script("late_shard", *self._late(step, *idle)))
+            late = -1 if asked is None else int(self._script("late_shard", *asked))
         return Finished(verdict, int(present), self.called(step), late=None if late < 0 else late)
 
     def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
@@ -573,17 +574,17 @@ class Ledger:
             The shard to compute once more, None if there is none: see scripts/late_shard.lua.
         """
         with self._during(f"look for a late shard of step {step}"):
-            shard = int(self._script("late_shard", *self._late(step, shards, seconds, always=True)))
+            shard = int(self._script("late_shard", *self._late(step, shards, seconds)))
         return None if shard < 0 else shard
 
     def _late(
-        self, step: int, shards: int, seconds: float, *, always: bool = False
+        self, step: int, shards: int, seconds: float, *, slot: SlotRecord | None = None
     ) -> tuple[list[str], list[Any]]:
         """Keys and arguments of scripts/late_shard.lua."""
         names = [self.keys.head, self.keys.slots(step), self.keys.leases(step)]
         limits = [BACKUP_FACTOR, BACKUP_SECONDS, BACKUPS_MOST, BACKUP_LOST_SECONDS]
-        answered = 0 if always else BACKUP_ASKED_ALWAYS
-        return names, [step, shards, seconds, *limits, keys.worker(""), self.run, answered]
+        own = (0, "", "") if slot is None else (BACKUP_ASKED_ALWAYS, slot.shard, slot.nonce)
+        return names, [step, shards, seconds, *limits, keys.worker(""), self.run, *own]
 
     # --- the training server's side ---------------------------------------------------------
 

@@ -475,21 +475,26 @@ class MemoryLedger(Ledger):
         with self.plane.changed:
             written = self.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
             called = self.called(step)
-            late = None if idle is None else self._late_shard(step, *idle, answered=BACKUP_ASKED_ALWAYS)
+            late = None if idle is None else self._late_shard(step, *idle, slot=slot)
             return Finished(*written, called, late=late)
 
     def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
         """See `Ledger.late_shard`."""
-        return self._late_shard(step, shards, seconds, answered=0)
+        return self._late_shard(step, shards, seconds)
 
-    def _late_shard(self, step: int, shards: int, seconds: float, *, answered: int) -> int | None:
+    def _late_shard(
+        self, step: int, shards: int, seconds: float, *, slot: SlotRecord | None = None
+    ) -> int | None:
         plane, names = self.plane, self.keys
+        answered = 0 if slot is None else BACKUP_ASKED_ALWAYS
         with plane.changed:
             leases = {int(shard): json.loads(text) for shard, text in plane.hash(names.leases(step)).items()}
             written = plane.hash(names.slots(step))
             if self._head.get("status") != "running" or (answered and len(leases) < shards):
                 return None
             missing = {shard for shard in range(shards) if str(shard) not in written}
+            if slot is not None and json.loads(written.get(str(slot.shard), "{}")).get("nonce") != slot.nonce:
+                return None
             if 0 < answered < len(missing) and len(missing).bit_count() != 1:
                 return None
             if missing - leases.keys():

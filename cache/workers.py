@@ -235,6 +235,7 @@ class Heartbeat:
         self.registry = registry
         self._info = info
         self._doing: dict[int, str] = {}
+        self._since = 0.0
         self._worked: dict[str, tuple[float, ...]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -242,13 +243,20 @@ class Heartbeat:
 
     @property
     def info(self) -> WorkerInfo:
-        """What the next beat says."""
+        """Who this process is; what it is at, and how fast, only the beats say."""
         return self._info
+
+    def _said(self) -> WorkerInfo:
+        """What the next beat says: made for each beat, since a task changes it several times."""
+        with self._lock:
+            pace = {name: min(seconds) for name, seconds in self._worked.items() if seconds}
+            doing = "; ".join(self._doing.values())
+            return replace(self._info, task=doing, since=self._since, pace=pace)
 
     def start(self) -> None:
         """Beat once, now, then from the thread."""
         try:
-            self.registry.beat(self._info)
+            self.registry.beat(self._said())
         except CacheError as error:
             log.warning("heartbeat: %s", error)
         self._thread.start()
@@ -260,12 +268,9 @@ class Heartbeat:
                 self._doing[threading.get_ident()] = task
             else:
                 self._doing.pop(threading.get_ident(), None)
-            self._info = replace(
-                self._info,
-                task="; ".join(self._doing.values()),
-                since=time.time(),
-                environment=environment or self._info.environment,
-            )
+            self._since = time.time()
+            if environment:
+                self._info = replace(self._info, environment=environment)
 
     def worked(self, run: str, seconds: float) -> None:
         """Say what a shard of a run took here: who is idle can then tell how long this process will need.
@@ -280,7 +285,6 @@ class Heartbeat:
                     del self._worked[oldest]
                 return
             self._worked[run] = (*self._worked[run][-1:], seconds)
-            self._info = replace(self._info, pace={name: min(t) for name, t in self._worked.items() if t})
 
     def refuse(self, run: str, reason: str | None) -> bool:
         """Say why this process may not work on a run; None takes it back.
@@ -311,6 +315,6 @@ class Heartbeat:
         period = keys.WORKER_LEASE_MS / 1000 / _BEATS_PER_LEASE
         while not self._stop.wait(period):
             try:
-                self.registry.beat(self._info)
+                self.registry.beat(self._said())
             except CacheError as error:
                 log.warning("heartbeat: %s", error)

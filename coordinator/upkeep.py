@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 _STATE_SHARE = 4  # published optimizer state may cost 1/4 of the parameters' bytes a step
 _STATE_ALWAYS_NBYTES = 256 << 10
+_STATE_SECONDS = 0.02  # steps that are shorter share one publication of a cheap state,
+_STATE_STEPS = 8  # at most so many: what a restore replays of them
 
 
 class Upkeep:
@@ -39,10 +42,10 @@ class Upkeep:
         return warm.shared or warm.version - warm.state_version >= self._cadence(warm)
 
     def _cadence(self, warm: WarmRun) -> int:
-        """Every how many steps the optimizer state goes to the cache: cheap states each step."""
+        """Every how many steps the state goes to the cache: a cheap one with each, or after 20 ms."""
         nbytes = warm.trainer.state_nbytes()
         if nbytes <= _STATE_ALWAYS_NBYTES:
-            return 1
+            return 1 if time.monotonic() - warm.state_at >= _STATE_SECONDS else _STATE_STEPS
         return max(1, -(-_STATE_SHARE * nbytes // max(1, warm.record.blob.nbytes)))
 
     def publish_state(self, warm: WarmRun) -> None:
@@ -57,7 +60,7 @@ class Upkeep:
         warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
         if not warm.ledger.put_version(warm.record, token=warm.token):
             raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
-        warm.state_version = warm.version
+        warm.state_version, warm.state_at = warm.version, time.monotonic()
         self.fault("server.after_state")
         if before != NEVER and before < min(warm.version - 1, self._oldest_kept(warm)):
             self.services.parameters.drop(warm.ledger, [before], token=warm.token)

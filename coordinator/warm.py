@@ -30,6 +30,7 @@ class WarmRun:
         record: where the version's bytes are.
         committed_at: Unix time (s) of the last commit.
         state_version: the newest version whose optimizer state is in the cache.
+        state_at: when it went there (monotonic clock, s).
         spilled: up to which version the ledger is on disk.
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
@@ -48,6 +49,7 @@ class WarmRun:
     record: VersionRecord
     committed_at: float
     state_version: int = NEVER
+    state_at: float = 0.0
     spilled: int = 0
     nbytes: int = 0
     shared: bool = False

@@ -7,7 +7,8 @@
 --      must exceed, 5 and by how many seconds more, 6 most backups of a shard, 7 after how many seconds one that
 --      was not begun is taken for lost, 8 worker key prefix, 9 name of the run, 10 how many shards may be
 --      missing at most for each question to be answered; where more are, it is if their number is a power of
---      two (0: each is)
+--      two (0: each is), 11 the slot that the asker has written and 12 its nonce: whoever was not the first
+--      is told nothing ('' and '': the asker has written none)
 -- Returns the shard, or -1 for none. While there are shards that nobody has begun yet, none is late. Of a
 -- request sent twice the second is told nothing, and the shard waits for the time of ARGV 7.
 -- Every Client asks with every slot that it writes: so the common cases are told apart by two lengths, and a
@@ -21,6 +22,12 @@ local shards = tonumber(ARGV[2])
 local answered = tonumber(ARGV[10])
 if answered > 0 and redis.call('HLEN', KEYS[3]) < shards then
   return -1  -- whoever is at a shard, or has written it, has its lease
+end
+if ARGV[11] ~= '' then
+  local own = redis.call('HGET', KEYS[2], ARGV[11])
+  if not own or cjson.decode(own)['nonce'] ~= ARGV[12] then
+    return -1
+  end
 end
 local written, missing = {}, shards
 for _, slot in ipairs(redis.call('HKEYS', KEYS[2])) do
