@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import count
 from typing import NamedTuple
 
 import pytest
@@ -155,11 +156,19 @@ def test_the_cases_are_what_they_say() -> None:
 def test_every_worker_takes_part(grown: Fleet, workers: int) -> None:
     grown.resize(workers)
     recipe, config = models.mlp(evaluation=None, metrics=None), _config(shards=8)
-    run, trained = grown.train(recipe, config, f"shared-{workers}")
-    taken = run.verify().workers
-    assert {worker.partition("@")[0] for worker in taken} == set(grown.clients)
-    assert sum(taken.values()) == 8 * 10 and len(taken) == workers
-    assert reference.bits(trained.module) == reference.accumulate(recipe, config).bits
+    bits, taken, tries = reference.accumulate(recipe, config).bits, set[str](), count()
+
+    def all_took_part() -> bool:
+        """One more run: a worker that the machine holds up may get none of its 80 short tasks."""
+        run, trained = grown.train(recipe, config, f"shared-{workers}-{next(tries)}")
+        shares = run.verify().workers
+        assert sum(shares.values()) == 8 * 10
+        assert reference.bits(trained.module) == bits
+        taken.update(worker.partition("@")[0] for worker in shares)
+        return taken == set(grown.clients)
+
+    wait_until(all_took_part, message=lambda: f"all of {grown.clients}; at work were {taken}")
+    assert len(taken) == workers
 
 
 @pytest.mark.parametrize("shards", [1, 3, 4])
