@@ -139,6 +139,24 @@ def _codecs(found: dict[str, Any]) -> Iterator[Row]:
             )
 
 
+def _gpu(found: dict[str, Any]) -> Iterator[Row]:
+    for workload, rows in found["milliseconds"].items():
+        loop = statistics.median(rows["loop"])
+        for what, values in rows.items():
+            busy = [share for share in found["busy_percent"][workload][what] if share is not None]
+            shown = f", GPU {statistics.median(busy):.0f} % busy" if busy else ""
+            yield Row(
+                "gpu",
+                f"{workload} {found['precision']} on {found['device']['name']}: {what}",
+                f"{statistics.median(values):.2f} ms{shown}",
+                f"{max(values):.2f} ms",
+                ""
+                if what == "loop"
+                else f"{loop / statistics.median(values):.2f} x the loop without a queue",
+                "95 % busy" if "H=" in what else "",
+            )
+
+
 def _chaos(found: dict[str, Any]) -> Iterator[Row]:
     kills = sum(found["kills"].values())
     ended = "the same bits" if found["bits_equal"] and found["audit_clean"] else "NOT the same bits or audit"
@@ -163,6 +181,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "scale": _scale,
     "straggler": _straggler,
     "flat": _flat,
+    "gpu": _gpu,
     "chaos": _chaos,
 }
 

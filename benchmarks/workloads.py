@@ -7,6 +7,8 @@
 | mlp | 784-512-512-10, ReLU | 256 |
 | cnn | conv 1-32-64 (3x3, padded, ReLU, 2x2 max pool each), 3136-128-10 | 256 |
 | gpt | 6 layers, width 384, 6 heads, context 128, vocabulary 256 | 16 sequences |
+| gpt100 | the same with 14 layers, width 768, 12 heads, context 256: 99.6 million parameters | 16 sequences |
+| gpt-tiny | the same with 1 layer, width 32, 2 heads, context 16: to try a script out | 4 sequences |
 
 Data are synthetic, of the real shapes: the figures are about speed, not accuracy.
 """
@@ -148,8 +150,16 @@ def recipe(name: str, *, examples: int) -> Recipe:
         "gpt": lambda: Recipe(
             model=gpt_model, dataset=partial(sequences, size=examples), loss=next_token_loss, optimizer=SGD
         ),
-    }
+        "gpt100": lambda: Recipe(
+            model=partial(gpt_model, layers=14, width=768, heads=12, context=256),
+            dataset=partial(sequences, size=examples, context=256), loss=next_token_loss, optimizer=SGD,
+        ),
+        "gpt-tiny": lambda: Recipe(
+            model=partial(gpt_model, layers=1, width=32, heads=2, context=16),
+            dataset=partial(sequences, size=examples, context=16), loss=next_token_loss, optimizer=SGD,
+        ),
+    }  # fmt: skip
     return made[name]()
 
 
-BATCH = {"mlp": 256, "cnn": 256, "gpt": 16}
+BATCH = {"mlp": 256, "cnn": 256, "gpt": 16, "gpt100": 16, "gpt-tiny": 4}

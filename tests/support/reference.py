@@ -72,7 +72,7 @@ def bits(state: nn.Module | dict[str, Tensor]) -> Bits:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return bytes(flat.numpy().tobytes())
 
 
@@ -81,7 +81,7 @@ def all_bits(module: nn.Module) -> Bits:
     return bits({**module.state_dict(), **dict(module.named_buffers())})
 
 
-def accumulate(recipe: Recipe, config: TrainingConfig) -> Reference:
+def accumulate(recipe: Recipe, config: TrainingConfig, device: str = "cpu") -> Reference:
     """The loop that everybody writes: `(loss_k * n_k / N).backward()` shard after shard, then `step()`.
 
     It has the pipeline's bits where each n_k / N is a power of two, so that the product is exact; for
@@ -89,12 +89,12 @@ def accumulate(recipe: Recipe, config: TrainingConfig) -> Reference:
     """
     weights = {n / sum(sizes) for sizes in _sizes(recipe, config) for n in sizes}
     assert all(math.frexp(weight)[0] == 0.5 for weight in weights), f"not powers of two: {weights}"
-    return _train(recipe, config, scaled_loss=True)
+    return _train(recipe, config, scaled_loss=True, device=device)
 
 
-def average(recipe: Recipe, config: TrainingConfig) -> Reference:
+def average(recipe: Recipe, config: TrainingConfig, device: str = "cpu") -> Reference:
     """The same for shards of any size: each shard's gradient, then the weighted sum in shard order."""
-    return _train(recipe, config, scaled_loss=False)
+    return _train(recipe, config, scaled_loss=False, device=device)
 
 
 def large_batch(recipe: Recipe, config: TrainingConfig) -> Reference:
@@ -123,13 +123,13 @@ def large_batch(recipe: Recipe, config: TrainingConfig) -> Reference:
 # --- parts ------------------------------------------------------------------------------
 
 
-def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Reference:
-    model, data, optimizer, scheduler = _parts(recipe, config)
+def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool, device: str) -> Reference:
+    model, data, optimizer, scheduler = _parts(recipe, config, device)
     result = Reference(model)
     plan = Plan(len(data), config)
     parameters = list(model.parameters())
     scaler = torch.amp.GradScaler(
-        "cpu",
+        device,
         enabled=config.precision == "fp16",
         init_scale=config.loss_scale,
         growth_interval=config.loss_scale_interval,
@@ -147,7 +147,7 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
             weight = len(indices) / count
             with _pinned(config.threads):
                 _seed(derive_seed(config.seed, "data", step, shard))
-                batch = _read(recipe, data, indices)
+                batch = _there(_read(recipe, data, indices), device)
                 _set_buffers(model, before)
                 _seed(derive_seed(config.seed, "model", step, shard))
                 loss = _loss(recipe, config, model.train(), batch)
@@ -194,7 +194,9 @@ def _train(recipe: Recipe, config: TrainingConfig, *, scaled_loss: bool) -> Refe
     return result
 
 
-def _parts(recipe: Recipe, config: TrainingConfig) -> tuple[nn.Module, Any, torch.optim.Optimizer, Any]:
+def _parts(
+    recipe: Recipe, config: TrainingConfig, device: str = "cpu"
+) -> tuple[nn.Module, Any, torch.optim.Optimizer, Any]:
     """Model, dataset, optimizer, scheduler; the recipe's entries are callables here, no strings."""
     made: list[Any] = []
     for name, entry in (("init", recipe.model), ("dataset", recipe.dataset)):
@@ -202,6 +204,7 @@ def _parts(recipe: Recipe, config: TrainingConfig) -> tuple[nn.Module, Any, torc
             _seed(derive_seed(config.seed, name))
             made.append(entry())  # type: ignore[operator]
     model, data = made
+    model.to(device)
     with _pinned(config.threads):
         _seed(derive_seed(config.seed, "optimizer"))
         groups = model.parameters() if recipe.parameter_groups is None else recipe.parameter_groups(model)  # type: ignore[operator]
@@ -217,11 +220,21 @@ def _read(recipe: Recipe, data: Any, indices: list[int]) -> Any:
 
 def _loss(recipe: Recipe, config: TrainingConfig, model: nn.Module, batch: Any) -> Tensor:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    with nullcontext() if half is None else torch.autocast("cpu", dtype=half):
+    with nullcontext() if half is None else torch.autocast(_device_of(model), dtype=half):
         if recipe.step is not None:
             return recipe.step(model, batch)  # type: ignore[operator,no-any-return]
         inputs, targets = batch
         return recipe.loss(model(inputs), targets)  # type: ignore[operator,misc,no-any-return]
+
+
+def _there(batch: Any, device: str) -> Any:
+    if isinstance(batch, dict):
+        return {name: value.to(device) for name, value in batch.items()}
+    return batch if device == "cpu" else [value.to(device) for value in batch]
+
+
+def _device_of(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def _add(total: Tensor | None, gradient: Tensor | None, weight: float) -> Tensor | None:

@@ -7,20 +7,24 @@ GPU is in tests/acceptance/test_cuda.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from billiard.process import current_process
 
 from cache import pinned
 from cache.codec import layout, pack, views
 from cache.errors import InvalidInput
-from coordinator import Recipe, TrainingConfig, determinism, device_memory, gradient, local_steps
+from coordinator import Recipe, TrainingConfig, determinism, device_memory, gradient, local_steps, services
 from coordinator.device_memory import DeviceMemory
 from coordinator.optimize import Trainer
 from coordinator.replica import Replica
 from coordinator.shards import Plan
+from tasks import worker
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved
 from tests.support.stand_in import StandIn
@@ -275,3 +279,47 @@ def test_only_deterministic_workspaces_are_accepted(
     else:
         with pytest.raises(InvalidInput, match="deterministic=False"):
             determinism.require_cublas()
+
+
+# --- devices ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch says that there are two, and the process has chosen none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(services, "_device", None)
+    before = (worker._node, worker._queues)
+    yield
+    worker._node, worker._queues = before
+
+
+@pytest.mark.parametrize(
+    ("asked", "index", "device"),
+    [
+        ("auto", 0, "cuda:0"),
+        ("auto", 1, "cuda:1"),
+        ("cuda", 3, "cuda:1"),
+        ("cuda:0", 1, "cuda:0"),
+        ("cpu", 1, "cpu"),
+    ],
+)
+def test_child_i_of_a_prefork_pool_takes_device_i(
+    asked: str, index: int, device: str, two_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "settings", replace(worker.settings, device=asked))
+    monkeypatch.setattr(current_process(), "index", index, raising=False)
+    services.set_device(asked)
+    worker._child_started("node@host")
+    assert services.device() == device
+
+
+def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: Any) -> None:
+        raise AssertionError("CUDA would not survive the fork")
+
+    for name in ("is_available", "device_count", "init", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    monkeypatch.setattr(services, "_device", None)
+    worker._preload()
