@@ -34,8 +34,10 @@ from cache.errors import (
 from cache.lane import Command
 from cache.ledger import Begun
 from cache.records import Head, SlotRecord, StateRecord, VersionRecord, canonical
+from cache.settings import cublas_workspace
 from cache.workers import Heartbeat
 from coordinator import activity, gradient, tiers, tree
+from coordinator.determinism import CUBLAS_WORKSPACE
 from coordinator.faults import Hook, nothing
 from coordinator.prefetch import Prefetcher
 from coordinator.services import RunContext, Services, device
@@ -76,11 +78,10 @@ def environment(toolchain: str = "") -> str:
         toolchain: what compiles the kernels of a compiled run, see `coordinator.compiling`.
     """
     kind = device()
-    name = (
-        torch.cuda.get_device_name(kind)
-        if kind.startswith("cuda")
-        else torch.backends.cpu.get_cpu_capability()
-    )
+    on_cuda = kind.startswith("cuda")
+    name = torch.cuda.get_device_name(kind) if on_cuda else torch.backends.cpu.get_cpu_capability()
+    if on_cuda and cublas_workspace() != CUBLAS_WORKSPACE:
+        name += f", cuBLAS {cublas_workspace()}"
     machine = f"{platform.machine()} {processor_vendor()}".strip()
     here = f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {machine}"
     return f"{here}, {toolchain}" if toolchain else here

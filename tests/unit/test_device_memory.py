@@ -20,6 +20,7 @@ from cache import pinned
 from cache.codec import layout, pack, views
 from cache.errors import InvalidInput
 from coordinator import Recipe, TrainingConfig, determinism, device_memory, gradient, local_steps, services
+from coordinator.client import environment
 from coordinator.device_memory import DeviceMemory
 from coordinator.optimize import Trainer
 from coordinator.replica import Replica
@@ -323,3 +324,13 @@ def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.cuda, name, touched)
     monkeypatch.setattr(services, "_device", None)
     worker._preload()
+
+
+@pytest.mark.parametrize(("workspace", "shown"), [(":4096:8", "a GPU"), (":16:8", "a GPU, cuBLAS :16:8")])
+def test_the_environment_names_the_gpu_and_unusual_workspaces(
+    workspace: str, shown: str, two_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services.set_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda kind: "a GPU")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    assert f", cuda {shown}, " in environment()
