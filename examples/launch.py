@@ -150,6 +150,7 @@ def cluster(chosen: Options) -> Iterator[Master]:
     )
     try:
         started.start()
+        started.wait_ready()  # on a busy machine Python's imports take longer than wait() has patience
         with _flower(chosen, started.url):
             yield Master(started.url, checkpoint_dir=str(chosen.checkpoints))
             if chosen.flower:

@@ -57,7 +57,7 @@ def foreign_imports(*folders: str) -> dict[str, str]:
     ("folders", "extras"),
     [
         (PACKAGES, ()),
-        (("tests", "benchmarks"), ("demo", "dev", "models")),
+        (("tests", "benchmarks"), ("demo", "dev", "images", "models")),
     ],
 )
 def test_every_import_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
