@@ -72,8 +72,9 @@ def pinned(
         InvalidInput: cuBLAS of this process cannot be deterministic any more (see `require_cublas`).
     """
     with COMPUTE_LOCK:
-        before = _snapshot() if restore else None
-        _set_switches(threads, deterministic, fill=fill, cuda=torch.device(device).type == "cuda")
+        cuda = torch.device(device).type == "cuda"
+        before = _snapshot(cuda=cuda) if restore else None
+        _set_switches(threads, deterministic, fill=fill, cuda=cuda)
         try:
             yield
         finally:
@@ -152,7 +153,7 @@ def _allow_tf32(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _snapshot() -> dict[str, Any]:
+def _snapshot(*, cuda: bool) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
@@ -161,8 +162,8 @@ def _snapshot() -> dict[str, Any]:
         "fill": _memory.fill_uninitialized_memory,
         "matmul": torch.get_float32_matmul_precision(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        "tf32": torch.backends.cudnn.allow_tf32 if _cuda.is_initialized() else None,
-        "reductions": [getattr(_matmul, name) for name in _REDUCTIONS],
+        "tf32": torch.backends.cudnn.allow_tf32 if cuda else None,
+        "reductions": [getattr(_matmul, name) for name in _REDUCTIONS] if cuda else [],
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": _cuda.get_rng_state_all() if _cuda.is_initialized() else [],
         "numpy_rng": np.random.get_state(),
@@ -179,7 +180,7 @@ def _put_back(before: dict[str, Any]) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]
     if before["tf32"] is not None:
         _allow_tf32(before["tf32"])
-    for name, value in zip(_REDUCTIONS, before["reductions"], strict=True):
+    for name, value in zip(_REDUCTIONS, before["reductions"], strict=False):
         setattr(_matmul, name, value)
     torch.set_rng_state(before["torch_rng"])
     if before["cuda_rng"]:

@@ -334,3 +334,22 @@ def test_the_environment_names_the_gpu_and_unusual_workspaces(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda kind: "a GPU")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
     assert f", cuda {shown}, " in environment()
+
+
+def test_switches_of_a_gpu_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a computation in a process that belongs to somebody else."""
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(determinism, "_late", False)
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert torch.backends.cudnn.allow_tf32, "torch's default"
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        with determinism.pinned(1, True, "cuda", restore=True):
+            assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+            assert not torch.backends.cudnn.allow_tf32 and not matmul.allow_tf32
+            assert matmul.allow_bf16_reduced_precision_reduction
+        assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
