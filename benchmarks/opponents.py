@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.workloads import BATCH, recipe
 from coordinator import TrainingConfig
+from coordinator.allocator import keep_memory
 from coordinator.determinism import seed_everything
 from coordinator.gradient import load_batch
 from coordinator.recipe import resolve
@@ -175,7 +176,9 @@ class _Averaged:
 KINDS: dict[str, Callable[..., None]] = {"plain": plain, "torchft": torchft, "hivemind": hivemind}
 
 
-def _serve(kind: str, rank: int, addresses: list[str], folder: str, pipe: Any) -> None:
+def _serve(kind: str, rank: int, addresses: list[str], folder: str, keep: bool, pipe: Any) -> None:
+    if keep:
+        keep_memory()
     os.environ["BENCH_FOLDER"] = folder
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -194,15 +197,19 @@ def _serve(kind: str, rank: int, addresses: list[str], folder: str, pipe: Any) -
 
 
 class Peers:
-    """Two processes of one kind; they wait, without using the processor, until they are given work."""
+    """Two processes of one kind; they wait, without using the processor, until they are given work.
 
-    def __init__(self, kind: str, folder: str) -> None:
+    Args:
+        keep: keep freed memory, as torchord's workers do.
+    """
+
+    def __init__(self, kind: str, folder: str, *, keep: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self._processes = [], []
         addresses = _free_addresses(32)
         for rank in range(PEERS):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(kind, rank, addresses, folder, theirs))
+            process = context.Process(target=_serve, args=(kind, rank, addresses, folder, keep, theirs))
             process.start()
             self.pipes.append(mine)
             self._processes.append(process)
@@ -242,9 +249,9 @@ class Peers:
 
 
 @contextmanager
-def peers(kind: str, folder: str) -> Iterator[Peers]:
+def peers(kind: str, folder: str, *, keep: bool) -> Iterator[Peers]:
     """Two processes for as long as the block lasts."""
-    found = Peers(kind, folder)
+    found = Peers(kind, folder, keep=keep)
     try:
         yield found
     finally:

@@ -25,6 +25,7 @@ class Settings:
         allowed_modules: module prefixes that a worker may import recipes from; None means
             what lies under the directory that the worker was started in, and `torch`.
         host_cache: whether processes of one host share fetched versions.
+        keep_memory: whether a worker keeps the memory that it frees for its next step.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
         server_memory_bytes: how much model and optimizer state a training server keeps warm.
         dataset_memory_bytes: how much of stored datasets a process keeps in memory.
@@ -41,6 +42,7 @@ class Settings:
     checkpoint_dir: str = DEFAULT_CHECKPOINT_DIR
     allowed_modules: tuple[str, ...] | None = None
     host_cache: bool = True
+    keep_memory: bool = True
     device: str = "auto"
     server_memory_bytes: int = 4 << 30
     dataset_memory_bytes: int = 256 << 20
@@ -89,6 +91,7 @@ def from_environment() -> Settings:
         checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
         allowed_modules=None if allowed is None else _words(allowed),
         host_cache=_on(env.get("TORCHORD_HOST_CACHE", "on")),
+        keep_memory=_on(env.get("TORCHORD_KEEP_MEMORY", "on")),
         device=env.get("TORCHORD_DEVICE") or "auto",
         server_memory_bytes=int(env.get("TORCHORD_SERVER_MEMORY_BYTES") or 4 << 30),
         dataset_memory_bytes=int(env.get("TORCHORD_DATASET_MEMORY_BYTES") or 256 << 20),

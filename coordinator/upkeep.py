@@ -76,22 +76,24 @@ class Upkeep:
         following = warm.version + 1
         if following >= warm.context.plan().total_steps:
             return []
-        kept = min(warm.version, warm.context.plan().version_for(following))
-        if warm.state_version != NEVER:
-            kept = min(kept, warm.state_version, warm.context.plan().version_for(warm.state_version))
-        return [version for version in warm.stored if version < kept]
+        oldest = min(warm.version, warm.context.plan().version_for(following))
+        restored = self._restorable(warm)
+        return [version for version in warm.stored if version < oldest and version not in restored]
+
+    def _restorable(self, warm: WarmRun) -> range:
+        """The restore point, with the earlier versions that a replay from there would compute at."""
+        if warm.state_version == NEVER:
+            return range(0)
+        plan = warm.context.plan()
+        oldest = plan.version_for(min(warm.state_version, plan.total_steps - 1))
+        return range(min(oldest, warm.state_version), warm.state_version + 1)
 
     def retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
         """Delete the versions that nobody needs.
 
-        Kept are the recent ones, the pinned ones, and the restore point with the earlier versions
-        that a replay from there would compute at.
+        Kept are the recent ones, the pinned ones, and what a restore needs.
         """
-        kept = set(range(self._oldest_kept(warm), warm.version + 1)) | pinned
-        if warm.state_version != NEVER:
-            plan = warm.context.plan()
-            oldest = plan.version_for(min(warm.state_version, plan.total_steps - 1))
-            kept |= set(range(min(oldest, warm.state_version), warm.state_version + 1))
+        kept = {*range(self._oldest_kept(warm), warm.version + 1), *self._restorable(warm)} | pinned
         doomed = [version for version in stored if version not in kept]
         self.services.parameters.drop(warm.ledger, doomed, token=warm.token)
 

@@ -16,6 +16,7 @@ from cache.connection import WORKER_PATIENCE_SECONDS
 from cache.errors import CacheError
 from cache.workers import Heartbeat, new_info
 from coordinator import faults
+from coordinator.allocator import keep_memory
 from coordinator.step import Sender
 from coordinator.task_names import GRADIENTS, UPDATES, private_queue
 from tasks.celery_app import app, settings
@@ -196,6 +197,8 @@ def _quiet(**_: Any) -> None:
 @signals.worker_init.connect
 def _preload(**_: Any) -> None:
     """Import torch before the pool starts: children share its pages, the first task does not wait."""
+    if settings.keep_memory:
+        keep_memory()  # before torch has threads; children inherit it
     import torch
 
     import coordinator.client
