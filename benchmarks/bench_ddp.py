@@ -160,9 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         master = Master(cluster.url, checkpoint_dir=folder)
         for turn in range(options.rounds):
             for workload in options.workloads:
-                foreign = {
-                    k: Peers(k, folder) for k in FOREIGN if k not in options.without and k not in failed
-                }
+                wanted = [k for k in FOREIGN if k not in options.without and k not in failed]
+                foreign = {k: Peers(k, folder, keep=not options.as_they_come) for k in wanted}
                 try:
                     traces, used = one_round(
                         turn, workload, master, cluster, plain, foreign, failed,
