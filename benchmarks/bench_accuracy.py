@@ -1,0 +1,445 @@
+"""Time and bytes to 90 % on Fashion-MNIST: local steps and exact sync beside DDP; DiLoCo beside sync.
+
+    apt-get install dataset-fashion-mnist             # Debian and Ubuntu; or --data DIR, the four IDX files
+    python -m benchmarks accuracy                     # all but the search, one part after the other
+    python -m benchmarks.bench_accuracy time report   # seconds a batch anew; nothing else should run
+    python -m benchmarks.bench_accuracy tune          # the search that WAYS comes from; sees no test image
+
+Targets: with local steps, 0.7 of the seconds that DDP over gloo takes to 90 % test accuracy; DiLoCo at
+H = 50 within 0.5 points of exact sync. The cnn of `workloads`, 421,642 parameters, two shards or ranks, one
+thread a process, SGD with momentum 0.9 and a rate that falls linearly to 0 over the epochs.
+
+How: training is deterministic here, so it is taken apart into what no noise can touch and what noise can.
+`curve` trains each contestant in one process, out of the pure functions that Clients and training server
+call (as `bench_codecs` does), for each seed, until the 10,000 test images say 90 %; they are asked every
+4,096 examples once 30,000 were seen. DDP's curve is exact sync's: both step along the mean gradient of the
+same batches (`bench_ddp` checks that they come to the same loss). `time` measures seconds a batch in pieces
+of 96 batches whose first third is not counted, all contestants in turn, round after round: two Clients and a
+training server, and two processes under DistributedDataParallel, with torchord's processes stopped
+meanwhile. Seconds to 90 % are the product: the median over seeds times the median over rounds; as "worst"
+the slowest seed times the slowest round.
+
+Batch size, rate and epochs are chosen for sync (and so for DDP) and for H = 16 on the same grid (`tune`):
+trained on the first 50,000 training images, seed 10, the fewest examples to 90 % on the other 10,000. The
+batch of 256 is the usual workload; since a smaller batch takes fewer examples and more steps, what counts is
+each side's best over the batch sizes, DDP's too.
+
+DiLoCo: AdamW at 0.001 inside, Nesterov 0.7 and 0.9 outside (the paper's), batch 256, beside AdamW in exact
+sync over the same epochs, with the test images after the last step.
+
+Bytes are what crosses between processes. torchord: each slot's gradient as it is stored, each version once
+a Client, and with local steps what a slot keeps (the momentum). DDP: what a ring of two sends, one
+gradient each way a batch.
+
+Bias: start-up is in no figure (DDP's two processes start faster than a cluster), nor is testing. One
+machine, loopback: a network makes bytes dear and helps local steps. torchord's server and Redis share the
+two cores with the Clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from benchmarks import RESULTS, machine
+from benchmarks.bench_ddp import stopped
+from benchmarks.fashion_mnist import DATA, section
+from benchmarks.workloads import cnn_model
+from coordinator import LocalCluster, Master, Recipe, TrainingConfig
+from coordinator.aggregate import Accumulator
+from coordinator.embedded import free_port
+from coordinator.local_steps import averaging, diloco
+from coordinator.optimize import Trainer
+from coordinator.recipe import resolve
+from coordinator.replica import Replica
+from coordinator.shard_work import work
+from coordinator.shards import Plan
+
+SHARDS, LOCAL, TARGET = 2, 16, 0.90
+ASKED_EVERY, ASKED_FROM = 4_096, 30_000  # examples
+PIECE = 96  # batches of a piece that is timed; the first third is not counted
+DILOCO = {"local_steps": 50, "epochs": 5, "rate": 1e-3, "batch": 256}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a contestant trains: local steps, global batch, learning rate, epochs over which it falls to 0."""
+
+    local_steps: int
+    batch: int
+    rate: float
+    epochs: int
+
+
+WAYS = {
+    "sync 256": Way(1, 256, 0.1, 3),
+    "sync 128": Way(1, 128, 0.1, 2),
+    "sync 64": Way(1, 64, 0.05, 2),
+    "local 256": Way(LOCAL, 256, 0.1, 3),
+    "local 128": Way(LOCAL, 128, 0.1, 2),
+    "local 64": Way(LOCAL, 64, 0.05, 2),
+}
+"""As `tune` found them; "ddp N" trains as "sync N" does."""
+SEARCHED = [
+    (256, 0.1, 2),
+    (256, 0.2, 2),
+    (256, 0.1, 3),
+    *((b, r, e) for b in (64, 128) for r in (0.05, 0.1) for e in (1, 2)),
+]
+
+
+# --- what is trained --------------------------------------------------------------------------
+
+
+def config(way: Way, seed: int = 0) -> TrainingConfig:
+    """Global batches over two shards."""
+    return TrainingConfig(
+        epochs=way.epochs, batch_size=way.batch, shards=SHARDS, local_steps=way.local_steps, seed=seed,
+        checkpoint_every=10**6,
+    )  # fmt: skip
+
+
+def recipe(way: Way, data: partial[TensorDataset], size: int, outer: Any = averaging) -> Recipe:
+    """The cnn under SGD, or under AdamW for DiLoCo and what is compared with it."""
+    sgd = partial(torch.optim.SGD, lr=way.rate, momentum=0.9)
+    steps = Plan(size, config(way)).total_steps
+    return Recipe(
+        model=cnn_model,
+        dataset=data,
+        loss=nn.functional.cross_entropy,
+        optimizer=sgd if outer is averaging else partial(torch.optim.AdamW, lr=way.rate),
+        scheduler=partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=steps, power=1.0),
+        outer_optimizer=outer,
+    )
+
+
+def simulate(given: Recipe, how: TrainingConfig, data: TensorDataset) -> Iterator[tuple[int, nn.Module]]:
+    """Train in this process as a fleet would; yields (batches so far, model) after each global step."""
+    made = resolve(given.to_spec(), allowed=("*",))
+    trainer, replica = Trainer.build(made, how), Replica.build(made, how, computing=True)
+    plan, states, batches = Plan(len(data), how), dict[int, Any](), 0
+    for step in range(plan.total_steps):
+        replica.load(trainer.replica.pack())
+        done = [
+            work(replica, made, plan, data, step, shard, states.get(shard), allowed=("*",))
+            for shard in range(plan.shards_in(step))
+        ]
+        states.update({shard: each.state for shard, each in enumerate(done) if each.state is not None})
+        total = Accumulator(trainer.replica.held(), plan.examples(step))
+        for each in done:
+            total.add(each.payload, each.buffers, each.examples)
+        loss = sum(each.loss * each.examples for each in done) / plan.examples(step)
+        mean = total.result()
+        trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss)
+        batches += len(plan.batch_sizes(step))
+        yield batches, trainer.replica.model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Share of right answers."""
+    model.eval()
+    inputs, targets = data.tensors
+    outputs = torch.cat([model(each) for each in inputs.split(500)])
+    return float((outputs.argmax(1) == targets).float().mean())
+
+
+def curve(way: Way, seed: int, train: TensorDataset, test: TensorDataset) -> list[tuple[int, float]]:
+    """(batches, accuracy) every 4,096 examples from 30,000 on, until the target is reached."""
+    given = recipe(way, partial(section, "", "train"), len(train))
+    found, due = [(0, 0.1)], ASKED_FROM
+    for batches, model in simulate(given, config(way, seed), train):
+        if batches * way.batch >= due:
+            found.append((batches, accuracy(model, test)))
+            due += ASKED_EVERY
+            if found[-1][1] >= TARGET:
+                break
+    return found
+
+
+def reached(points: Sequence[Sequence[float]]) -> int | None:
+    """Batches to the target, None if it was not reached."""
+    return int(points[-1][0]) if points[-1][1] >= TARGET else None
+
+
+# --- seconds a batch --------------------------------------------------------------------------
+
+
+def ddp_rank(rank: int, port: int, folder: str, ways: list[Way], pipe: Any) -> None:
+    """One of two ranks: trains a piece for each way; sends the counted seconds a batch of each."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
+    found = []
+    for way in ways:
+        data = section(folder, "train", PIECE * way.batch)
+        plan = Plan(len(data), config(way))
+        model = DistributedDataParallel(cnn_model())
+        optimizer = torch.optim.SGD(model.parameters(), lr=way.rate, momentum=0.9)
+        dist.barrier()
+        stamps = []
+        for step in range(PIECE):
+            chosen = torch.from_numpy(plan.indices(step, rank).copy())
+            inputs, targets = (tensor[chosen] for tensor in data.tensors)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            stamps.append(time.perf_counter())
+        found.append((stamps[-1] - stamps[PIECE // 3 - 1]) / (PIECE - PIECE // 3))
+    dist.barrier()
+    if rank == 0:
+        pipe.send(found)
+    dist.destroy_process_group()
+
+
+def ddp_pieces(folder: Path, ways: list[Way]) -> list[float]:
+    """Seconds a batch of each way under DDP, in two fresh processes."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    port = free_port()
+    ranks = [
+        context.Process(target=ddp_rank, args=(rank, port, str(folder), ways, sender), daemon=True)
+        for rank in range(SHARDS)
+    ]
+    for each in ranks:
+        each.start()
+    if not receiver.poll(240):
+        raise RuntimeError("DDP did not answer within 240 s")
+    found: list[float] = receiver.recv()
+    for each in ranks:
+        each.join(timeout=30)
+    return found
+
+
+def our_piece(master: Master, folder: Path, way: Way, name: str) -> tuple[float, float]:
+    """(seconds, bytes) a batch of one piece on the cluster."""
+    size = PIECE * way.batch
+    once = replace(way, epochs=1)
+    given = recipe(once, partial(section, str(folder), "train", last=size), size)
+    trained = master.fit(given, config(once), name=name, progress=False)
+    counted = trained.history[-(-len(trained.history) // 3) :]
+    seconds = sum(report.seconds for report in counted) / (len(counted) * way.local_steps)
+    version = sum(tensor.nbytes for tensor in trained.module.state_dict().values())
+    moved = SHARDS * version * (2 if way.local_steps > 1 else 1)  # with local steps, momentum, too
+    return seconds, (statistics.mean(report.nbytes for report in counted) + moved) / way.local_steps
+
+
+def timed(folder: Path, rounds: int) -> None:
+    """Seconds and bytes a batch of every contestant, in turn, `rounds` times; kept after each round."""
+    plain = {name.replace("sync", "ddp"): way for name, way in WAYS.items() if way.local_steps == 1}
+    seconds: dict[str, list[float]] = {name: [] for name in (*plain, *WAYS)}
+    gradient = sum(p.numel() * 4 for p in cnn_model().parameters())
+    nbytes: dict[str, float] = dict.fromkeys(plain, SHARDS * gradient)
+    with TemporaryDirectory() as where, LocalCluster(SHARDS, checkpoint_dir=where, wait_ready=True) as made:
+        master = Master(made.url, checkpoint_dir=where)
+        for turn in range(rounds):
+            with stopped(made):
+                for name, each in zip(plain, ddp_pieces(folder, list(plain.values())), strict=True):
+                    seconds[name].append(each)
+            for name, way in WAYS.items():
+                each, nbytes[name] = our_piece(master, folder, way, f"{name.replace(' ', '-')}-{turn}")
+                seconds[name].append(each)
+            line = ", ".join(f"{name} {times[-1] * 1000:.1f}" for name, times in seconds.items())
+            print(f"round {turn + 1}, ms a batch: {line}", flush=True)
+            store(time={"seconds": seconds, "nbytes": nbytes})
+
+
+# --- DiLoCo ------------------------------------------------------------------------------------
+
+
+def diloco_against_sync(seed: int, train: TensorDataset, test: TensorDataset) -> dict[str, float]:
+    """Final accuracy of AdamW in exact sync and of DiLoCo, with the same examples."""
+    found: dict[str, float] = {"seed": seed}
+    for name, local_steps in (("sync", 1), ("diloco", int(DILOCO["local_steps"]))):
+        way = Way(local_steps, int(DILOCO["batch"]), DILOCO["rate"], int(DILOCO["epochs"]))
+        given = recipe(way, partial(section, "", "train"), len(train), outer=diloco)
+        *_, (_, model) = simulate(given, config(way, seed), train)
+        found[name] = accuracy(model, test)
+    return found
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def stored() -> dict[str, Any]:
+    """What was written so far."""
+    path = RESULTS / "accuracy.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def store(**parts: Any) -> None:
+    """Add to the results."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({**stored(), "machine": machine(), **parts}, indent=1)
+    (RESULTS / "accuracy.json").write_text(text + "\n")
+
+
+def table(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Contestant -> what it took to the target; those that never reached it are left out."""
+    rows = {}
+    for name, seconds in found["time"]["seconds"].items():
+        points = found["curves"].get(name.replace("ddp", "sync"), {})
+        batches = [reached(each) for each in points.values()]
+        known = [each for each in batches if each is not None]
+        if not known or len(known) < len(batches):
+            print(f"{name}: {len(batches) - len(known)} of {len(batches)} seeds did not reach {TARGET:.0%}")
+            continue
+        middle = statistics.median(known)
+        rows[name] = {
+            "batches": middle, "milliseconds": statistics.median(seconds) * 1000,
+            "seconds": middle * statistics.median(seconds), "worst_seconds": max(known) * max(seconds),
+            "megabytes": middle * found["time"]["nbytes"][name] / 1e6,
+        }  # fmt: skip
+    return rows
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print the tables, write the plot."""
+    rows = table(found) if "time" in found and "curves" in found else {}
+    if rows:
+        print(f"\n{'':<11}{'batches':>8}{'ms/batch':>10}{'s to 90 %':>11}{'worst':>8}{'MB to 90 %':>12}")
+    for name, row in rows.items():
+        print(
+            f"{name:<11}{row['batches']:>8.0f}{row['milliseconds']:>10.1f}{row['seconds']:>11.1f}"
+            f"{row['worst_seconds']:>8.1f}{row['megabytes']:>12.1f}"
+        )
+    best = {
+        kind: min((name for name in rows if name.startswith(kind)), key=lambda name: rows[name]["seconds"])
+        for kind in ("ddp", "sync", "local")
+        if any(name.startswith(kind) for name in rows)
+    }
+    ratios = {}
+    if "ddp" in best:
+        pairs = [(name, f"ddp {name.split()[1]}") for name in rows] + [(best[k], best["ddp"]) for k in best]
+        for ours, theirs in pairs:
+            if not ours.startswith("ddp") and theirs in rows:
+                ratio = ratios[f"{ours} / {theirs}"] = rows[ours]["seconds"] / rows[theirs]["seconds"]
+                print(f"{ours}: {ratio:.2f} of the seconds of {theirs}")
+        print(f"each at its best: {', '.join(best.values())}")
+        store(to_target=rows, best=best, ratios=ratios)
+        plot(found, best)
+    if found.get("diloco"):
+        off = [100 * (row["diloco"] - row["sync"]) for row in found["diloco"]]
+        print(f"DiLoCo at H = 50 less sync, points: {', '.join(f'{each:+.2f}' for each in off)}")
+
+
+def plot(found: dict[str, Any], best: dict[str, str]) -> None:
+    """Accuracy against seconds and against bytes: the first seed of each side's best, and of batch 256."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name in dict.fromkeys([*(f"{kind} 256" for kind in best), *best.values()]):
+        seeds = found["curves"].get(name.replace("ddp", "sync"))
+        if not seeds:
+            continue
+        points = next(iter(seeds.values()))
+        pace = statistics.median(found["time"]["seconds"][name])
+        style = dict(zip(("ddp", "sync", "local"), ("--", ":", "-"), strict=True))[name.split()[0]]
+        shown = [100 * p[1] for p in points]
+        left.plot([p[0] * pace for p in points], shown, style, marker=".", label=name)
+        megabytes = found["time"]["nbytes"][name] / 1e6
+        right.plot([p[0] * megabytes for p in points], shown, style, marker=".", label=name)
+    for axes, label in ((left, "seconds"), (right, "MB between processes (log)")):
+        axes.axhline(100 * TARGET, color="grey", linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.2)
+    right.set_xscale("log")
+    left.set_ylim(82, 91)
+    left.set_ylabel("test accuracy (%)")
+    left.legend(frameon=False)
+    figure.suptitle("Fashion-MNIST cnn, two processes; the number is the global batch", fontsize=10)
+    figure.savefig(RESULTS / "accuracy.png")
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Examples to 90 % of the validation images for everything on the grid; goes on where it was stopped."""
+    train, test = section(str(options.data), "fit"), section(str(options.data), "validation")
+    for batch, rate, epochs in SEARCHED:
+        for kind, local_steps in (("sync", 1), ("local", LOCAL)):
+            key = f"{kind} {batch}, rate {rate}, {epochs} epochs"
+            if key in stored().get("tuned", {}) or f"{kind} {batch}" not in options.only:
+                continue
+            points = curve(Way(local_steps, batch, rate, epochs), 10, train, test)
+            batches, best = reached(points), max(each for _, each in points)
+            print(f"{key}: 90 % after {batches and batches * batch} examples, best {best:.4f}", flush=True)
+            row = {"examples": batches and batches * batch, "best": best}
+            store(tuned={**stored().get("tuned", {}), key: row})
+
+
+def curves(options: argparse.Namespace) -> None:
+    """The curve of each contestant and seed; goes on where it was stopped."""
+    train, test = section(str(options.data), "train"), section(str(options.data), "test")
+    for seed in options.seeds:
+        for name in options.only:
+            found = stored().get("curves", {})
+            ways = stored().get("ways", {})
+            mine = found.get(name, {}) if ways.get(name) == asdict(WAYS[name]) else {}
+            if str(seed) in mine:
+                continue
+            points = curve(WAYS[name], seed, train, test)
+            print(f"{name}, seed {seed}: 90 % at {reached(points)}, last {points[-1]}", flush=True)
+            store(
+                curves={**found, name: {**mine, str(seed): points}}, ways={**ways, name: asdict(WAYS[name])}
+            )
+
+
+def main() -> int:
+    """The parts that are named, or all but `tune`."""
+    whole = ("curve", "time", "diloco", "report")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"tune or of {', '.join(whole)} (default: those)"
+    )
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files")
+    parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS), help="of tune and curve")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    options = parser.parse_args()
+    if unknown := set(options.parts) - {*whole, "tune"}:
+        parser.error(f"no part {unknown.pop()!r}")
+    if not options.data.is_dir():
+        print(f"no {options.data}: see the head of this file for where Fashion-MNIST is", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    for each in options.parts or whole:
+        if each == "tune":
+            tune(options)
+        elif each == "curve":
+            curves(options)
+        elif each == "time":
+            timed(options.data, options.rounds)
+        elif each == "diloco":
+            train, test = section(str(options.data), "train"), section(str(options.data), "test")
+            for seed in options.seeds:
+                done = stored().get("diloco", [])
+                if seed not in [row["seed"] for row in done]:
+                    done.append(diloco_against_sync(seed, train, test))
+                    print(done[-1], flush=True)
+                    store(diloco=done, diloco_settings=DILOCO)
+        else:
+            report(stored())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
