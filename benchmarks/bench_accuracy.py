@@ -19,11 +19,11 @@ training server, and two processes under DistributedDataParallel, with torchord'
 meanwhile. Seconds to 90 % are the product: the median over seeds times the median over rounds; as "worst"
 the slowest seed times the slowest round.
 
-Rates and epochs are the same for both sides at each batch size (`WAYS`). Those of 256 were the better ones of
-rates 0.1 and 0.2 and of 2 and 3 epochs (`tune`: trained on the first 50,000 training images, scored on the
-other 10,000); the smaller batches' rates are scaled down from it and were not searched. The batch of 256 is the
-usual workload; since a smaller batch takes fewer examples in more steps, what counts is each side's best over
-the batch sizes, DDP's too.
+Rates and epochs are the same for both sides at each batch size (`WAYS`). Those of 256 were the better ones
+of rates 0.1 and 0.2 and of 2 and 3 epochs (`tune`: trained on the first 50,000 training images, scored on
+the other 10,000); the smaller batches' rates are scaled down from it and were not searched. The batch of 256
+is the usual workload; since a smaller batch takes fewer examples in more steps, what counts is each side's
+best over the batch sizes, DDP's too.
 
 DiLoCo: AdamW at 0.001 inside, Nesterov 0.7 and 0.9 outside (the paper's), batch 256, beside AdamW in exact
 sync over the same epochs, with the test images after the last step.
