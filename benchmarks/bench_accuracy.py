@@ -268,15 +268,12 @@ def timed(folder: Path, rounds: int) -> None:
 # --- DiLoCo ------------------------------------------------------------------------------------
 
 
-def diloco_against_sync(seed: int, train: TensorDataset, test: TensorDataset) -> dict[str, float]:
-    """Final accuracy of AdamW in exact sync and of DiLoCo, with the same examples."""
-    found: dict[str, float] = {"seed": seed}
-    for name, local_steps in (("sync", 1), ("diloco", int(DILOCO["local_steps"]))):
-        way = Way(local_steps, int(DILOCO["batch"]), DILOCO["rate"], int(DILOCO["epochs"]))
-        given = recipe(way, partial(section, "", "train"), len(train), outer=diloco)
-        *_, (_, model) = simulate(given, config(way, seed), train)
-        found[name] = accuracy(model, test)
-    return found
+def final_accuracy(local_steps: int, seed: int, train: TensorDataset, test: TensorDataset) -> float:
+    """Of AdamW in exact sync (1 local step) or of DiLoCo, after the same examples."""
+    way = Way(local_steps, int(DILOCO["batch"]), DILOCO["rate"], int(DILOCO["epochs"]))
+    given = recipe(way, partial(section, "", "train"), len(train), outer=diloco)
+    *_, (_, model) = simulate(given, config(way, seed), train)
+    return accuracy(model, test)
 
 
 # --- results -----------------------------------------------------------------------------------
@@ -340,7 +337,7 @@ def report(found: dict[str, Any]) -> None:
         store(to_target=rows, best=best, ratios=ratios)
         plot(found, best)
     if found.get("diloco"):
-        off = [100 * (row["diloco"] - row["sync"]) for row in found["diloco"]]
+        off = [100 * (row["diloco"] - row["sync"]) for row in found["diloco"].values() if len(row) == 2]
         print(f"DiLoCo at H = 50 less sync, points: {', '.join(f'{each:+.2f}' for each in off)}")
 
 
@@ -408,6 +405,20 @@ def curves(options: argparse.Namespace) -> None:
             )
 
 
+def diloco_beside_sync(options: argparse.Namespace) -> None:
+    """Both, for each seed; goes on where it was stopped."""
+    train, test = section(str(options.data), "train"), section(str(options.data), "test")
+    for seed in options.seeds:
+        for name, local_steps in (("diloco", int(DILOCO["local_steps"])), ("sync", 1)):
+            found = stored()
+            rows = found.get("diloco", {}) if found.get("diloco_settings") == DILOCO else {}
+            row = rows.get(str(seed), {})
+            if name not in row:
+                row[name] = final_accuracy(local_steps, seed, train, test)
+                print(f"{name}, seed {seed}: {row[name]:.4f}", flush=True)
+                store(diloco={**rows, str(seed): row}, diloco_settings=DILOCO)
+
+
 def main() -> int:
     """The parts that are named, or all but `tune`."""
     whole = ("curve", "time", "diloco", "report")
@@ -434,13 +445,7 @@ def main() -> int:
         elif each == "time":
             timed(options.data, options.rounds)
         elif each == "diloco":
-            train, test = section(str(options.data), "train"), section(str(options.data), "test")
-            for seed in options.seeds:
-                done = stored().get("diloco", [])
-                if seed not in [row["seed"] for row in done]:
-                    done.append(diloco_against_sync(seed, train, test))
-                    print(done[-1], flush=True)
-                    store(diloco=done, diloco_settings=DILOCO)
+            diloco_beside_sync(options)
         else:
             report(stored())
     return 0
