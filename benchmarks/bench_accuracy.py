@@ -296,13 +296,16 @@ def table(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Contestant -> what it took to the target; those that never reached it are left out."""
     rows = {}
     for name, seconds in found["time"]["seconds"].items():
-        points = found["curves"].get(name.replace("ddp", "sync"), {})
+        points = found["curves"].get(name.replace("ddp", "sync"))
+        if not points:
+            print(f"{name}: no curve yet")
+            continue
         batches = [reached(each) for each in points.values()]
         known = [each for each in batches if each is not None]
         if not known or len(known) < len(batches):
             print(f"{name}: {len(batches) - len(known)} of {len(batches)} seeds did not reach {TARGET:.0%}")
             continue
-        middle = statistics.median(known)
+        middle = statistics.median_high(known)
         rows[name] = {
             "batches": middle, "milliseconds": statistics.median(seconds) * 1000,
             "seconds": middle * statistics.median(seconds), "worst_seconds": max(known) * max(seconds),
@@ -329,7 +332,7 @@ def report(found: dict[str, Any]) -> None:
     ratios = {}
     if "ddp" in best:
         pairs = [(name, f"ddp {name.split()[1]}") for name in rows] + [(best[k], best["ddp"]) for k in best]
-        for ours, theirs in pairs:
+        for ours, theirs in dict.fromkeys(pairs):
             if not ours.startswith("ddp") and theirs in rows:
                 ratio = ratios[f"{ours} / {theirs}"] = rows[ours]["seconds"] / rows[theirs]["seconds"]
                 print(f"{ours}: {ratio:.2f} of the seconds of {theirs}")

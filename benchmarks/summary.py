@@ -139,6 +139,34 @@ def _codecs(found: dict[str, Any]) -> Iterator[Row]:
             )
 
 
+def _accuracy(found: dict[str, Any]) -> Iterator[Row]:
+    rows = found.get("to_target", {})
+    for name, row in rows.items():
+        kind, _, batch = name.partition(" ")
+        anchors = dict.fromkeys((f"ddp {batch}", found["best"].get("ddp")))
+        shown = [
+            f"{row['seconds'] / rows[each]['seconds']:.2f} of {each}" for each in anchors if each in rows
+        ]
+        yield Row(
+            "accuracy",
+            f"90 % on Fashion-MNIST, {name}",
+            f"{row['seconds']:.1f} s, {row['megabytes']:,.0f} MB",
+            f"{row['worst_seconds']:.1f} s",
+            "" if kind == "ddp" else "; ".join(shown),
+            "0.70" if kind == "local" else "",
+        )
+    for seed, row in found.get("diloco", {}).items():
+        if len(row) == 2:
+            yield Row(
+                "accuracy",
+                f"DiLoCo at H=50, seed {seed}",
+                f"{row['diloco']:.2%}",
+                "",
+                f"sync {row['sync']:.2%}: {100 * (row['diloco'] - row['sync']):+.2f} points",
+                "-0.5 points",
+            )
+
+
 def _gpu(found: dict[str, Any]) -> Iterator[Row]:
     for workload, rows in found["milliseconds"].items():
         loop = statistics.median(rows["loop"])
@@ -177,6 +205,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "ddp": _ddp,
     "cache": _cache,
     "codecs": _codecs,
+    "accuracy": _accuracy,
     "tree": _tree,
     "scale": _scale,
     "straggler": _straggler,

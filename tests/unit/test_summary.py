@@ -39,6 +39,25 @@ def test_a_ratio_to_ddp_is_of_medians(tmp_path: Path) -> None:
     ]
 
 
+def test_seconds_to_an_accuracy_stand_beside_ddp_at_the_same_batch_and_at_its_best(tmp_path: Path) -> None:
+    rows = {
+        name: {"seconds": seconds, "worst_seconds": 2 * seconds, "megabytes": 1000.0}
+        for name, seconds in {"ddp 256": 40.0, "ddp 64": 20.0, "local 256": 30.0}.items()
+    }
+    found = {
+        "machine": MACHINE, "to_target": rows, "best": {"ddp": "ddp 64"},
+        "diloco": {"0": {"sync": 0.91, "diloco": 0.905}, "1": {"diloco": 0.9}},
+    }  # fmt: skip
+    (tmp_path / "accuracy.json").write_text(json.dumps(found))
+    lines = table(tmp_path).splitlines()[2:]
+    where = "| accuracy | 90 % on Fashion-MNIST, local 256 |"
+    assert lines[2] == f"{where} 30.0 s, 1,000 MB | 60.0 s | 0.75 of ddp 256; 1.50 of ddp 64 | 0.70 |"
+    named = [line for line in lines if "DiLoCo" in line]
+    assert named == [
+        "| accuracy | DiLoCo at H=50, seed 0 | 90.50% |  | sync 91.00%: -0.50 points | -0.5 points |"
+    ]
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_chaos_run_that_lost_its_bits_says_so(tmp_path: Path, equal: bool) -> None:
     recovery = {"n": 3, "median": 1.0, "max": 2.0}
