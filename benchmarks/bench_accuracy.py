@@ -354,7 +354,7 @@ def plot(found: dict[str, Any], best: dict[str, str]) -> None:
         seeds = found["curves"].get(name.replace("ddp", "sync"))
         if not seeds:
             continue
-        points = next(iter(seeds.values()))
+        points = next(iter(seeds.values()))[1:]  # without the start
         pace = statistics.median(found["time"]["seconds"][name])
         style = dict(zip(("ddp", "sync", "local"), ("--", ":", "-"), strict=True))[name.split()[0]]
         shown = [100 * p[1] for p in points]
