@@ -181,6 +181,7 @@ def _serve(kind: str, rank: int, addresses: list[str], folder: str, keep: bool, 
         keep_memory()
     os.environ["BENCH_FOLDER"] = folder
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["RUST_LOG"] = "error"  # torchft writes a dozen lines a step otherwise
     torch.set_num_threads(1)
 
     def work() -> Iterator[tuple[str, str, int, int]]:
