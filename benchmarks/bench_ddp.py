@@ -14,7 +14,7 @@ the worst. Rounds are interleaved: each takes every opponent once. Bias: for tor
 tensors pass through its memory; against it, the training server and Redis share the two cores with the two
 Clients, and the opponents' processes write no ledger, no version and no checkpoint (torchord's checkpoints
 are turned off too; versions and optimizer state are published). While the others run, torchord's processes
-are stopped (SIGSTOP). torchord's workers have glibc keep freed memory (`coordinator.allocator`); the others
+are stopped (SIGSTOP); torchft's and hivemind's, whose helpers are never idle, are ended before torchord runs. torchord's workers have glibc keep freed memory (`coordinator.allocator`); the others
 are given the same setting, unless `--as-they-come`: without it they spend up to an eighth on page faults.
 """
 
@@ -25,8 +25,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 
 import psutil
@@ -114,8 +115,8 @@ def show(found: Found) -> None:
 
 
 def one_round(
-    turn: int, workload: str, master: Master, cluster: LocalCluster, plain: Peers, foreign: dict[str, Peers],
-    failed: dict[str, str], local: bool,
+    turn: int, workload: str, master: Master, cluster: LocalCluster, plain: Peers,
+    foreign: dict[str, Callable[[], AbstractContextManager[Peers]]], failed: dict[str, str], local: bool,
 ) -> tuple[dict[str, Trace], float]:  # fmt: skip
     """Each opponent once; also the CPU milliseconds of a step of torchord, all its processes together."""
     steps, traces = STEPS[workload] + SKIPPED[workload], {}
@@ -127,7 +128,8 @@ def one_round(
                 continue
             try:
                 most = HIVEMIND_STEPS[workload] if kind == "hivemind" else steps
-                traces[kind] = group.train(kind, workload, most, EXAMPLES[workload])
+                with group() as started:  # their helpers use the processor also when they have nothing to do
+                    traces[kind] = started.train(kind, workload, most, EXAMPLES[workload])
             except RuntimeError as error:
                 failed[kind] = str(error)
                 print(f"  {kind} does not run: {error}", file=sys.stderr)
@@ -160,16 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         master = Master(cluster.url, checkpoint_dir=folder)
         for turn in range(options.rounds):
             for workload in options.workloads:
-                wanted = [k for k in FOREIGN if k not in options.without and k not in failed]
-                foreign = {k: Peers(k, folder, keep=not options.as_they_come) for k in wanted}
-                try:
-                    traces, used = one_round(
-                        turn, workload, master, cluster, plain, foreign, failed,
-                        "local16" not in options.without,
-                    )  # fmt: skip
-                finally:
-                    for group in foreign.values():
-                        group.close()
+                foreign = {
+                    kind: partial(peers, kind, folder, keep=not options.as_they_come)
+                    for kind in FOREIGN
+                    if kind not in options.without
+                }
+                traces, used = one_round(
+                    turn, workload, master, cluster, plain, foreign, failed,
+                    "local16" not in options.without,
+                )  # fmt: skip
                 losses[workload] = same(workload, traces)
                 cpu[workload].append(used)
                 for name, trace in traces.items():

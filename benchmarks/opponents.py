@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.workloads import BATCH, recipe
@@ -208,6 +210,7 @@ class Peers:
         context = multiprocessing.get_context("spawn")
         self.pipes, self._processes = [], []
         addresses = _free_addresses(32)
+        folder = tempfile.mkdtemp(dir=folder)  # what the peers of an earlier round left says where those were
         for rank in range(PEERS):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(kind, rank, addresses, folder, keep, theirs))
@@ -246,7 +249,11 @@ class Peers:
         for process in self._processes:
             process.join(timeout=5)
             if process.is_alive():
-                process.kill()
+                helpers = psutil.Process(process.pid).children(recursive=True)
+                for each in (process, *helpers):
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
+                process.join()
 
 
 @contextmanager
