@@ -14,8 +14,9 @@ the worst. Rounds are interleaved: each takes every opponent once. Bias: for tor
 tensors pass through its memory; against it, the training server and Redis share the two cores with the two
 Clients, and the opponents' processes write no ledger, no version and no checkpoint (torchord's checkpoints
 are turned off too; versions and optimizer state are published). While the others run, torchord's processes
-are stopped (SIGSTOP); torchft's and hivemind's, whose helpers are never idle, are ended before torchord runs. torchord's workers have glibc keep freed memory (`coordinator.allocator`); the others
-are given the same setting, unless `--as-they-come`: without it they spend up to an eighth on page faults.
+are stopped (SIGSTOP); torchft's and hivemind's, whose helpers are never idle, are ended before torchord runs.
+torchord's workers have glibc keep freed memory (`coordinator.allocator`); the others are given the same
+setting, unless `--as-they-come`.
 """
 
 from __future__ import annotations
