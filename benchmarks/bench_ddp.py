@@ -29,7 +29,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 
@@ -142,6 +144,16 @@ def one_round(
     return traces, (after - before) / steps * 1000
 
 
+def store(path: Path, workload: str, parts: dict[str, Any]) -> None:
+    """Put what was found of a workload into the file, in the place of what an earlier run found of it."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record |= {"machine": machine(), "steps": STEPS, "skipped": SKIPPED}
+    for name, value in parts.items():
+        record.setdefault(name, {})[workload] = value
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,15 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     + f"; torchord's CPU {used:.1f} ms a step",
                     flush=True,
                 )
+                store(Path(options.output), workload, {
+                    "milliseconds": found[workload], "torchord_cpu_milliseconds": cpu[workload],
+                    "last_loss": losses[workload], "opponents_keep_memory": not options.as_they_come,
+                    "does_not_run": failed,
+                })  # fmt: skip
     show(found)
-    record = {
-        "machine": machine(), "milliseconds": found, "torchord_cpu_milliseconds": cpu, "last_loss": losses,
-        "opponents_keep_memory": not options.as_they_come, "steps": STEPS, "skipped": SKIPPED,
-        "does_not_run": failed,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    with open(options.output, "w") as file:
-        json.dump(record, file, indent=1)
     return 0
 
 
