@@ -49,7 +49,7 @@ from coordinator.local import WorkerProcess
 from coordinator.recipe import Target
 
 BATCH = 48
-EXTRA_STEPS = 4  # for each kill, beside those between two: what is done while one recovers, and pauses
+EXTRA_STEPS = 30  # for each kill, beside those between two: what is done while one recovers, and in pauses
 CALM_STEPS = 30
 VICTIMS = {"client": 50, "server": 22, "supervisor": 14, "redis": 14}
 """How often each kind is struck, in relation."""
@@ -427,7 +427,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run, print and write JSON; 1 if bits or audit are wrong."""
+    """Run, print and write JSON; 1 if bits or audit are wrong, or the run was over before all kills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to deal out (default 100)")
     parser.add_argument("--seed", type=int, default=1)
@@ -442,6 +442,9 @@ def main() -> int:
         json.dumps(found, indent=1) + "\n"
     )
     print(report(found))
+    if sum(found["kills"].values()) < options.kills:
+        print(f"the run was over before {options.kills} kills", file=sys.stderr)
+        return 1
     return 0 if found["bits_equal"] and found["audit_clean"] and found["servers_in_order"] else 1
 
 

@@ -62,7 +62,8 @@ class Upkeep:
             raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
         warm.state_version, warm.state_at = warm.version, time.monotonic()
         self.fault("server.after_state")
-        if before != NEVER and before < min(warm.version - 1, self._oldest_kept(warm)):
+        unneeded = before != NEVER and before < min(warm.version - 1, self._oldest_kept(warm))
+        if unneeded and before not in warm.pinned:  # else a later commit drops it, once its readers are done
             self.services.parameters.drop(warm.ledger, [before], token=warm.token)
 
     # --- versions -----------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""Which stored versions a training server deletes beside the steps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from coordinator.upkeep import Upkeep
+from coordinator.warm import NEVER, WarmRun
+
+
+class Parameters:
+    """Notes the versions that are dropped."""
+
+    def __init__(self) -> None:
+        self.dropped: list[int] = []
+
+    def publish_state(self, ledger: Any, record: Any, skeleton: Any, tensors: Any) -> Any:
+        return record
+
+    def drop(self, ledger: Any, versions: Any, *, token: int) -> None:
+        self.dropped += versions
+
+
+class Kept:
+    """A run at a version, whose last published state is that of an earlier one."""
+
+    def __init__(
+        self, version: int, state_version: int, pinned: set[int], oldest_needed: int | None = None
+    ) -> None:
+        self.parameters = Parameters()
+        self.upkeep = Upkeep(cast(Any, SimpleNamespace(parameters=self.parameters)), lambda name: None)
+        needed = version if oldest_needed is None else oldest_needed
+        plan = SimpleNamespace(total_steps=100, version_for=lambda step: step - (version - needed))
+        self.warm = cast(
+            WarmRun,
+            SimpleNamespace(
+                run="unit", version=version, state_version=state_version, state_at=0.0, token=1, record=None,
+                pinned=frozenset(pinned), trainer=SimpleNamespace(state=dict),
+                ledger=SimpleNamespace(put_version=lambda record, token: True),
+                oldest_needed=lambda: needed, context=SimpleNamespace(plan=lambda: plan),
+            ),
+        )  # fmt: skip
+
+    def publish(self) -> list[int]:
+        self.upkeep.publish_state(self.warm)
+        assert self.warm.state_version == self.warm.version
+        return self.parameters.dropped
+
+
+@pytest.mark.parametrize(
+    ("one", "dropped"),
+    [
+        (Kept(20, 12, set()), [12]),
+        (Kept(20, 12, {12}), []),
+        (Kept(20, 12, {11}), [12]),
+        (Kept(20, NEVER, set()), []),
+        (Kept(20, 19, set()), []),
+        (Kept(20, 15, set(), oldest_needed=15), []),
+    ],
+    ids=["nobody needs it", "evaluated", "another is", "there was none", "the one before", "steps use it"],
+)
+def test_the_version_of_the_last_state_goes_when_nobody_reads_it(one: Kept, dropped: list[int]) -> None:
+    """While it is being evaluated it stays, or the evaluation could never be made."""
+    assert one.publish() == dropped
+
+
+def test_a_version_that_was_evaluated_goes_with_a_later_commit() -> None:
+    one = Kept(20, 12, {12})
+    one.publish()
+    one.upkeep.retain(one.warm, (12, 19, 20), frozenset({12}))
+    assert one.parameters.dropped == []
+    one.upkeep.retain(one.warm, (12, 19, 20), frozenset())
+    assert one.parameters.dropped == [12]
