@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -151,7 +152,7 @@ def cluster(chosen: Options) -> Iterator[Master]:
     try:
         started.start()
         started.wait_ready()  # on a busy machine Python's imports take longer than wait() has patience
-        with _flower(chosen, started.url):
+        with _flower(chosen, started.url, workers=len(started.processes)):
             yield Master(started.url, checkpoint_dir=str(chosen.checkpoints))
             if chosen.flower:
                 _stay(started.url)
@@ -199,8 +200,11 @@ def what_next(chosen: Options, command: str) -> None:
 
 
 @contextmanager
-def _flower(chosen: Options, url: str) -> Iterator[None]:
-    """Flower beside the cluster, on loopback, ended with it whatever happens to this process."""
+def _flower(chosen: Options, url: str, *, workers: int) -> Iterator[None]:
+    """Flower beside the cluster, on loopback, ended with it whatever happens to this process.
+
+    Training begins when Flower hears of all the workers and they tell of their tasks, so that none is missed.
+    """
     if not chosen.flower:
         yield
         return
@@ -218,7 +222,7 @@ def _flower(chosen: Options, url: str) -> Iterator[None]:
             log=(chosen.folder / "logs" / "flower.log").absolute(),
         )
         deadline = time.monotonic() + 30
-        while not _answers(f"{page}/healthcheck") and time.monotonic() < deadline:
+        while not _watches(page, url, workers) and time.monotonic() < deadline:
             time.sleep(0.1)
         print(f"Flower:      {page}/tasks", flush=True)
         yield
@@ -236,12 +240,24 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _answers(url: str) -> bool:
+def _watches(page: str, url: str, workers: int) -> bool:
+    """Whether Flower hears of so many workers, and they tell of their tasks."""
     from urllib.request import urlopen
 
-    with suppress(OSError), urlopen(url, timeout=2) as reply:
-        return bool(reply.status == 200)
-    return False
+    from celery import Celery
+
+    from coordinator.broker import celery_url
+
+    try:
+        with urlopen(f"{page}/workers?json=1", timeout=2) as reply:
+            heard = [worker for worker in json.load(reply)["data"] if worker.get("status")]
+    except (OSError, ValueError, KeyError):
+        return False
+    if len(heard) < workers:
+        return False
+    with Celery(broker=celery_url(url)) as app:
+        told = app.control.enable_events(reply=True, timeout=1.0)
+    return len(told or ()) >= workers
 
 
 def _stay(url: str) -> None:
