@@ -113,16 +113,14 @@ class Prefetcher:
         plan = context.plan()
         working = max(0, plan.shards_in(step) - present)
         course.others = max(course.others, working)
-        config = plan.config_at(step)
-        after, shard = step + 1 + config.staleness, course.others - working
-        if (
-            after >= plan.total_steps
-            or shard >= plan.shards_in(after)
-            or plan.config_at(after).local_steps > 1
-        ):
+        after, shard = step + 1 + plan.config_at(step).staleness, course.others - working
+        if after >= plan.total_steps or shard >= plan.shards_in(after):
+            return
+        config = plan.config_at(after)
+        if config.local_steps > 1:
             return
         dataset, indices = context.dataset(), plan.indices(after, shard)
         self._doing(activity.gradient(context.run, after, shard))
         with pinned(config.threads, config.deterministic):
-            batch = read_batch(context.recipe, plan.config_at(after), dataset, indices, (after, shard))
+            batch = read_batch(context.recipe, config, dataset, indices, (after, shard))
         course.ahead = (after, shard), indices, dataset, batch

@@ -255,7 +255,7 @@ def _watches(page: str, url: str, workers: int) -> bool:
         return False
     if len(heard) < workers:
         return False
-    with Celery(broker=celery_url(url)) as app:
+    with Celery(broker=celery_url(url), set_as_current=False) as app:
         told = app.control.enable_events(reply=True, timeout=1.0)
     return len(told or ()) >= workers
 
