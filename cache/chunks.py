@@ -38,10 +38,20 @@ P = ParamSpec("P")
 
 
 class Chunks(Protocol):
-    """What callers need of a chunk store; `ChunkStore` and `MemoryChunkStore` have it."""
+    """What callers need of a chunk store; `ChunkStore` and `MemoryChunkStore` have it.
+
+    Attributes:
+        chunk_nbytes: length of each chunk, in bytes.
+    """
+
+    chunk_nbytes: int
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a buffer."""
+        ...
+
+    def put_parts(self, key: str, view: memoryview, numbers: Sequence[int], *, ttl_seconds: int) -> list[str]:
+        """Store some chunks of a buffer."""
         ...
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
@@ -162,6 +172,33 @@ class ChunkStore:
             self.counters.bytes_out += len(view)
             self.counters.seconds_out += time.perf_counter() - started
         return BlobRef(key, len(view), self.chunk_nbytes, tuple(sums))
+
+    def put_parts(self, key: str, view: memoryview, numbers: Sequence[int], *, ttl_seconds: int) -> list[str]:
+        """Store some chunks of a buffer, as `put` stores all of them; those that exist are overwritten.
+
+        Args:
+            key: prefix of the chunk keys.
+            view: the whole buffer, or as much of it as is known; these chunks of it must not change
+                until this returns, or are to be stored again.
+            numbers: which chunks, counted from 0; at least one.
+            ttl_seconds: lifetime of the chunks, at least 1.
+
+        Returns:
+            the xxh3_64 of each, in the order of `numbers`.
+
+        Raises:
+            CacheUnreachable: no node answers.
+            CacheError: a node refused.
+        """
+        started = time.perf_counter()
+        size, prefix = self.chunk_nbytes, key.encode()
+        items = [(b"%s:%d" % (prefix, i), view[i * size : (i + 1) * size]) for i in numbers]
+        sums = [""] * len(items)
+        self._patiently(self._store, items, ttl_seconds, sums)
+        with self._lock:
+            self.counters.bytes_out += sum(len(part) for _, part in items)
+            self.counters.seconds_out += time.perf_counter() - started
+        return sums
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
         """Fetch a blob and verify it.
@@ -515,6 +552,16 @@ class MemoryChunkStore:
             self.chunks[f"{key}:{i}"] = (part, time.monotonic() + ttl_seconds)
         self.counters.bytes_out += len(view)
         return BlobRef(key, len(view), self.chunk_nbytes, tuple(map(xxhash.xxh3_64_hexdigest, parts)))
+
+    def put_parts(self, key: str, view: memoryview, numbers: Sequence[int], *, ttl_seconds: int) -> list[str]:
+        """As `ChunkStore.put_parts`."""
+        sums = []
+        for i in numbers:
+            part = bytes(view[i * self.chunk_nbytes : (i + 1) * self.chunk_nbytes])
+            self.chunks[f"{key}:{i}"] = (part, time.monotonic() + ttl_seconds)
+            self.counters.bytes_out += len(part)
+            sums.append(xxhash.xxh3_64_hexdigest(part))
+        return sums
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
         """As `ChunkStore.get`."""

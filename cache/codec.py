@@ -47,6 +47,11 @@ class TensorSpec:
     offset: int
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -144,7 +149,7 @@ def pack(tensors: Mapping[str, Tensor], manifest: Manifest, out: Tensor | None =
     _require_buffer(out, manifest.nbytes)
     targets = views(out, manifest)
     asynchronous = bool(on_cuda) and out.is_pinned()
-    for gap in _gaps(manifest):
+    for gap in gaps(manifest):
         out[gap].zero_()
     with torch.no_grad():
         for spec in manifest.tensors:
@@ -199,6 +204,32 @@ def check(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     for name in tensors:
         if name not in known:
             raise ManifestMismatch(f"tensor {name!r} is in the model but not in the manifest")
+
+
+def copy_bits(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor into one of the same shape and dtype; no element passes through arithmetic."""
+    with torch.no_grad():
+        _as_bits(target).copy_(_as_bits(source.detach().resolve_conj().resolve_neg()))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same shape and dtype, on the CPU, have the same elements, bit for bit.
+
+    False for two equal ones is possible where no integer has the elements' size (complex128 with NaN).
+    """
+    with torch.no_grad():
+        return torch.equal(_as_bits(one), _as_bits(other.detach().resolve_conj().resolve_neg()))
+
+
+def gaps(manifest: Manifest) -> Iterator[slice]:
+    """The bytes of a buffer that belong to no tensor."""
+    end = 0
+    for spec in manifest.tensors:
+        if spec.offset > end:
+            yield slice(end, spec.offset)
+        end = spec.offset + spec.nbytes
+    if manifest.nbytes > end:
+        yield slice(end, manifest.nbytes)
 
 
 def require_same(ours: Manifest, theirs: Manifest) -> None:
@@ -279,16 +310,6 @@ def _as_bits(tensor: Tensor) -> Tensor:
     """View elements as integers of their size, so that a copy is a move of bits (complex128 has none)."""
     integer = _SAME_SIZE_INTEGER.get(tensor.dtype.itemsize)
     return tensor if integer is None else tensor.view(integer)
-
-
-def _gaps(manifest: Manifest) -> Iterator[slice]:
-    end = 0
-    for spec in manifest.tensors:
-        if spec.offset > end:
-            yield slice(end, spec.offset)
-        end = spec.offset + spec.nbytes
-    if manifest.nbytes > end:
-        yield slice(end, manifest.nbytes)
 
 
 def _require_dense(name: str, tensor: Tensor) -> None:

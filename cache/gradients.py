@@ -7,15 +7,15 @@ ledger's slot then points to the attempt that came first and the other deletes i
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cache import keys
-from cache.blob import BlobRef
-from cache.codec import Manifest, layout, pack, views
+from cache.blob import BlobRef, chunk_count
+from cache.codec import Manifest, TensorSpec, copy_bits, gaps, layout, pack, same_bits, views
 from cache.damage import require_fitting, telling
 from cache.errors import CacheError, ManifestMismatch
 from cache.ledger import Ledger
@@ -25,12 +25,103 @@ from cache.tiered import TieredStore
 
 @dataclass(frozen=True, slots=True)
 class StoredGradient:
-    """What `GradientStore.put` returns: enough to write the slot."""
+    """What `GradientStore.put` returns: enough to write the slot.
+
+    Attributes:
+        here: whether the bytes are on this host alone.
+        early: chunks that were handed over before the last tensor was computed.
+    """
 
     nonce: str
     blob: BlobRef
     manifest: dict[str, Any]
     digest: str
+    here: bool = False
+    early: int = 0
+
+
+class GradientUpload:
+    """One attempt's gradients on their way to the chunk store while they are being computed.
+
+    What it is given early is a guess that saves time: `finish` compares every byte with what was to be
+    stored, and sends again what differs. So the blob is the one that `GradientStore.put` would have made.
+
+    Args:
+        chunks: where the bytes go.
+        key: prefix of the chunk keys.
+        nonce: of the attempt.
+        expected: the tensors that are expected, from the start of the buffer on.
+        buffer: uint8, 1-D, to be laid out and sent from; not to be used by others before `finish`.
+    """
+
+    def __init__(
+        self, chunks: TieredStore, key: str, nonce: str, expected: Sequence[TensorSpec], buffer: torch.Tensor
+    ) -> None:
+        self.buffer = buffer
+        self.nbytes = expected[-1].offset + expected[-1].nbytes
+        self._chunks = chunks
+        self._nonce = nonce
+        self._expected = {spec.name: spec for spec in expected}
+        self._views = views(buffer, Manifest(tuple(expected), buffer.numel()))
+        self._written: set[str] = set()
+        size = chunks.chunks.chunk_nbytes
+        due = [0] * (self.nbytes // size)  # what lies behind the last whole chunk waits for the buffers
+        for spec in expected:
+            for number in range(spec.offset // size, min(len(due), chunk_count(spec.end, size))):
+                due[number] += min(spec.end, (number + 1) * size) - max(spec.offset, number * size)
+        for gap in gaps(Manifest(tuple(expected), buffer.numel())):
+            buffer[gap].zero_()
+        self._upload = chunks.upload(key, buffer, due, ttl_seconds=keys.WORK_TTL_SECONDS)
+
+    @property
+    def early(self) -> int:
+        """How many chunks have been handed over."""
+        return self._upload.early
+
+    def place(self, name: str) -> torch.Tensor | None:
+        """Where a tensor belongs, in its shape and dtype; None if it is not expected, or was written."""
+        return None if name in self._written else self._views.get(name)
+
+    def written(self, name: str) -> None:
+        """A tensor is in its place."""
+        spec = self._expected[name]
+        self._written.add(name)
+        self._upload.done(spec.offset, spec.nbytes)
+
+    def finish(self, tensors: Mapping[str, torch.Tensor]) -> StoredGradient | None:
+        """Send what is missing, and wait for all of it.
+
+        Args:
+            tensors: what is to be stored, as for `GradientStore.put`.
+
+        Returns:
+            None if they are laid out otherwise than was expected; the upload is given up then.
+
+        Raises:
+            CacheError: a chunk could not be stored; the upload is given up.
+        """
+        manifest = layout(tensors)
+        count = len(self._expected)
+        fits = manifest.nbytes <= self.buffer.numel()
+        if not fits or manifest.tensors[:count] != tuple(self._expected.values()):
+            self.give_up()
+            return None
+        early, flat = self.early, self.buffer[: manifest.nbytes]
+        flat[self.nbytes :].zero_()
+        for spec, target in zip(manifest.tensors, views(flat, manifest).values(), strict=True):
+            source = tensors[spec.name]
+            if spec.name not in self._written:
+                copy_bits(target, source)
+            elif not same_bits(target, source):  # written once more after its hook, say
+                copy_bits(target, source)
+                self._upload.changed(spec.offset, spec.nbytes)
+        blob = self._upload.finish(manifest.nbytes)
+        self._chunks.uploaded(blob)
+        return StoredGradient(self._nonce, blob, manifest.to_json(), blob.digest, early=early)
+
+    def give_up(self) -> None:
+        """Delete what was sent, unless it is finished; does not wait."""
+        self._upload.give_up()
 
 
 class GradientStore:
@@ -63,17 +154,31 @@ class GradientStore:
         nonce = uuid.uuid4().hex[:12]
         manifest = layout(tensors)
         key = ledger.keys.gradient_blob(step, shard, nonce)
-        near = (
-            for_server
-            and self.chunks.tiered(manifest.nbytes)
-            and ledger.server_memory() == self.chunks.memory_id
-        )
+        near = for_server and self.near(ledger, manifest.nbytes)
         packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
         if near:
             blob = self.chunks.put_local(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
         else:
             blob = self.chunks.put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True)
-        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
+        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest, near)
+
+    def near(self, ledger: Ledger, nbytes: int) -> bool:
+        """Whether the training server shares this host's memory, for a blob of this length."""
+        return self.chunks.tiered(nbytes) and ledger.server_memory() == self.chunks.memory_id
+
+    def upload(
+        self, ledger: Ledger, step: int, shard: int, expected: Sequence[TensorSpec], buffer: torch.Tensor
+    ) -> GradientUpload:
+        """Begin to store one attempt's tensors for everybody, before they are computed.
+
+        Args:
+            expected: the first tensors of their layout.
+            buffer: uint8, 1-D; at least as long as the layout will be.
+        """
+        nonce = uuid.uuid4().hex[:12]
+        return GradientUpload(
+            self.chunks, ledger.keys.gradient_blob(step, shard, nonce), nonce, expected, buffer
+        )
 
     def put_state(
         self, ledger: Ledger, step: int, shard: int, skeleton: Any, tensors: Mapping[str, torch.Tensor]

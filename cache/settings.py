@@ -11,6 +11,8 @@ from pathlib import Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
+OVERLAPS = frozenset({"upload"})
+"""upload: gradients leave a Client while its backward runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Settings:
         dataset_disk_bytes: how much they keep there.
         task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
         read_ahead: whether an idle Client reads the batch that it expects to need next.
+        overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
         faults: plan of injected faults, for tests (see coordinator.faults); "" for none.
     """
 
@@ -50,6 +53,7 @@ class Settings:
     dataset_disk_bytes: int = 16 << 30
     task_log: bool = True
     read_ahead: bool = True
+    overlap: frozenset[str] = OVERLAPS
     faults: str = ""
 
 
@@ -70,6 +74,14 @@ def _urls(value: str) -> tuple[str, ...]:
 
 def _on(value: str) -> bool:
     return value.lower() not in ("off", "0", "no", "false")
+
+
+def _overlap(value: str) -> frozenset[str]:
+    """Read TORCHORD_OVERLAP: on, off, or some of `OVERLAPS` between commas."""
+    words = frozenset(_words(value.lower()))
+    if not words or words & {"on", "1", "yes", "true"}:
+        return OVERLAPS
+    return words & OVERLAPS
 
 
 def cublas_workspace() -> str:
@@ -99,5 +111,6 @@ def from_environment() -> Settings:
         dataset_disk_bytes=int(env.get("TORCHORD_DATASET_DISK_BYTES") or 16 << 30),
         task_log=_on(env.get("TORCHORD_TASK_LOG", "on")),
         read_ahead=_on(env.get("TORCHORD_READ_AHEAD", "on")),
+        overlap=_overlap(env.get("TORCHORD_OVERLAP", "on")),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

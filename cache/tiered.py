@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from cache.blob import BlobRef, checksums, inlined, split, unpacked
 from cache.chunks import CHUNK_NBYTES, Chunks
 from cache.codec import as_bytes
 from cache.host import HostTier
+from cache.upload import Upload
 
 HOST_AT_LEAST_NBYTES = 256 << 10
 INLINE_NBYTES = 4096
@@ -109,6 +110,17 @@ class TieredStore:
             if self.host is not None and isinstance(buffer, Tensor):
                 self.host.give_back(buffer)
         return ref
+
+    def upload(self, key: str, buffer: Tensor, due: Sequence[int], *, ttl_seconds: int) -> Upload:
+        """Begin to store a blob for everybody while it is written; see `Upload`.
+
+        It is not shown to this host: whoever begins early knows that its reader is elsewhere.
+        """
+        return Upload(self.chunks, key, buffer, due, ttl_seconds=ttl_seconds)
+
+    def uploaded(self, ref: BlobRef) -> None:
+        """Count a blob that an upload has finished."""
+        self._count(written_nbytes=ref.nbytes)
 
     def draft(self, nbytes: int) -> Tensor:
         """Memory to write a blob to that `put` or `put_local` is then given: the host's, if it may be.

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ from cache.workers import Heartbeat
 from coordinator import activity, gradient, tiers, tree
 from coordinator.determinism import CUBLAS_WORKSPACE
 from coordinator.faults import Hook, nothing
+from coordinator.outbox import Outbox, Outgoing
 from coordinator.prefetch import Prefetcher
 from coordinator.services import RunContext, Services, device
 from coordinator.shard_work import ShardWork, work
@@ -140,6 +142,7 @@ class Client:
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
         self.writer = SlotWriter(services, sender, fault)
         self.prefetcher = Prefetcher(lambda: services.registry.queue_length(GRADIENTS), heartbeat.doing)
+        self.outbox = Outbox(services.gradients, ahead="upload" in services.settings.overlap)
         self._refusals = 0
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
@@ -317,13 +320,11 @@ class Client:
         toolchain = context.require_same_toolchain()
         self.heartbeat.refuse(run, None)
         began = time.perf_counter()
-        done = self._work(context, step, shard, begun.record)
-        seconds = time.perf_counter() - began
-        self.fault("client.before_put")
-        near = context.plan().fan_in(step).parent(shard) is None
-        stored = self.services.gradients.put(
-            ledger, step, shard, {**done.payload, **done.buffers}, for_server=near
-        )
+        with ExitStack() as unless_stored:
+            done, outgoing = self._work(context, step, shard, begun.record, unless_stored)
+            seconds = time.perf_counter() - began
+            self.fault("client.before_put")
+            stored = self.outbox.put(outgoing, context, ledger, step, shard, done.payload, done.buffers)
         state = None
         if done.state is not None:
             state = self.services.gradients.put_state(ledger, step, shard, *tree.flatten(done.state))
@@ -359,6 +360,8 @@ class Client:
         }
         if self._fetched.ahead:
             written["batch"] = "read ahead"
+        if stored.early:
+            written["gradient"] = f"{stored.early} of {len(stored.blob.checksums)} chunks sent ahead"
         then = None if part is None else partial(part.command, written)
         verdict, answer, present = self.writer.write(
             context, step, slot, incarnation=incarnation, join=join, then=then
@@ -372,11 +375,22 @@ class Client:
             self.prefetcher.idle(context, step, present)
         return {**written, "status": verdict}
 
-    def _work(self, context: RunContext, step: int, shard: int, record: VersionRecord | None) -> ShardWork:
+    def _work(
+        self,
+        context: RunContext,
+        step: int,
+        shard: int,
+        record: VersionRecord | None,
+        unless_stored: ExitStack,
+    ) -> tuple[ShardWork, Outgoing | None]:
         """Load what the shard is computed from, and compute it.
 
         Args:
             record: of the version to compute at, where the ledger gave it.
+            unless_stored: told how to delete what is sent meanwhile.
+
+        Returns:
+            The work, and what of it is on its way already.
         """
         samples: Sequence[int] = ()
         try:
@@ -391,9 +405,22 @@ class Client:
                 allowed = self.services.settings.allowed_modules
                 batch = self.prefetcher.take(context, step, shard, indices, dataset)
                 self._fetched.ahead = batch is not None
-                return work(
-                    replica, context.recipe, plan, dataset, step, shard, state, allowed=allowed, batch=batch
+                outgoing = self.outbox.begin(context, step, shard, replica, plan.config_at(step))
+                if outgoing is not None:
+                    unless_stored.callback(outgoing.upload.give_up)
+                done = work(
+                    replica,
+                    context.recipe,
+                    plan,
+                    dataset,
+                    step,
+                    shard,
+                    state,
+                    allowed=allowed,
+                    batch=batch,
+                    outgoing=outgoing,
                 )
+                return done, outgoing
         except CacheError:
             raise
         except Exception as error:

@@ -34,6 +34,13 @@ from coordinator.shards import derive_seed
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+Watch = Callable[[LossScale | None], AbstractContextManager[None]]
+
+
+def _unwatched(scale: LossScale | None) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 IndexArray = Sequence[int] | npt.NDArray[np.int64]
 
 
@@ -114,6 +121,7 @@ def compute(
     step: int,
     shard: int,
     batch: Batch | None = None,
+    watched: Watch = _unwatched,
 ) -> ShardGradient:
     """Compute the gradient of a shard's mean loss at the replica's version.
 
@@ -127,6 +135,8 @@ def compute(
         step: the global step.
         shard: the shard's number within the step.
         batch: the shard's batch, where it was read ahead; None: it is read here.
+        watched: the context that the backward runs in, made from the loss scale that its gradients will
+            be divided by afterwards.
 
     Returns:
         Gradients, changed buffers and figures. The tensors belong to the caller.
@@ -141,7 +151,7 @@ def compute(
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
         batch = batch or read_batch(resolved, config, dataset, indices, (step, shard))
-        loss = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale)
+        loss = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale, watched)
         gradients = take_gradients(replica)
         with _during("collecting buffers"):
             found = collect(replica, gradients, [loss])
@@ -174,6 +184,7 @@ def forward_backward(
     batch: Batch,
     place: tuple[int, ...],
     scale: LossScale | None = None,
+    watched: Watch = _unwatched,
 ) -> Tensor:
     """Run forward and backward on a batch, and return the loss; the gradients are in the parameters.
 
@@ -181,14 +192,14 @@ def forward_backward(
 
     Called with the process pinned. Arguments as in `compute`; `place` seeds, `(step, shard)` or with
     local steps `(step, shard, local step)`; `scale` multiplies the loss that the backward starts from,
-    and the gradients are divided by it.
+    and the gradients are divided by it; `watched` is the backward's context.
     """
     model = replica.train()
     seed_everything(derive_seed(config.seed, "model", *place))
     with _during("computing forward and loss"), _alone(batch.examples), _autocast(config, replica.device):
         loss = _loss(resolved, model, formatted(to_device(batch.value, replica.device), config))
     _require_loss(loss)
-    with _during("computing the backward"):
+    with _during("computing the backward"), watched(scale):
         (loss if scale is None else loss.float() * scale.scale).backward()
     if scale is not None:
         unscale(replica.parameters.items(), scale)

@@ -17,6 +17,7 @@ from coordinator import gradient, local_steps
 from coordinator.compression import codec_of
 from coordinator.config import TrainingConfig
 from coordinator.determinism import pinned
+from coordinator.outbox import Outgoing
 from coordinator.recipe import ResolvedRecipe
 from coordinator.replica import Replica
 from coordinator.shards import Plan
@@ -61,6 +62,7 @@ def work(
     *,
     allowed: tuple[str, ...] | None,
     batch: gradient.Batch | None = None,
+    outgoing: Outgoing | None = None,
 ) -> ShardWork:
     """Compute one shard.
 
@@ -71,6 +73,7 @@ def work(
             compression or between plain and local steps) is set aside, and the slot starts afresh.
         allowed: the worker's allow-list, for codecs that are imported.
         batch: the shard's batch, where it was read ahead; plain steps only.
+        outgoing: takes gradients as they are accumulated; plain steps without compression only.
 
     Raises:
         Exception: whatever the recipe's code raises.
@@ -87,7 +90,8 @@ def work(
         found, kept["inner"] = taken.gradient, taken.state
     else:
         indices = plan.indices(step, shard)
-        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, batch)
+        more = {} if outgoing is None else {"watched": outgoing.during_backward}
+        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, batch, **more)
     with pinned(config.threads, config.deterministic, replica.device):
         encoded = codec.encode(found.gradients, before.get("residual"))
     if codec.stateful:
