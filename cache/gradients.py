@@ -142,6 +142,7 @@ class GradientStore:
         tensors: Mapping[str, torch.Tensor],
         *,
         for_server: bool = True,
+        server_memory: str | None = None,
     ) -> StoredGradient:
         """Store the tensors of one attempt, on this host alone if the training server is here too.
 
@@ -149,12 +150,13 @@ class GradientStore:
 
         Args:
             for_server: whether the training server reads them; if not, a Client does, on any host.
+            server_memory: what `Ledger.server_memory` says, where the caller knows it; None: it is asked.
             tensors: name -> gradient or buffer, any dtype and shape, on CPU.
         """
         nonce = uuid.uuid4().hex[:12]
         manifest = layout(tensors)
         key = ledger.keys.gradient_blob(step, shard, nonce)
-        near = for_server and self.near(ledger, manifest.nbytes)
+        near = for_server and self.near(ledger, manifest.nbytes, server_memory)
         packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
         if near:
             blob = self.chunks.put_local(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
@@ -162,9 +164,12 @@ class GradientStore:
             blob = self.chunks.put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True)
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest, near)
 
-    def near(self, ledger: Ledger, nbytes: int) -> bool:
+    def near(self, ledger: Ledger, nbytes: int, server_memory: str | None = None) -> bool:
         """Whether the training server shares this host's memory, for a blob of this length."""
-        return self.chunks.tiered(nbytes) and ledger.server_memory() == self.chunks.memory_id
+        if not self.chunks.tiered(nbytes):
+            return False
+        there = ledger.server_memory() if server_memory is None else server_memory
+        return there == self.chunks.memory_id
 
     def upload(
         self, ledger: Ledger, step: int, shard: int, expected: Sequence[TensorSpec], buffer: torch.Tensor

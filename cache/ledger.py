@@ -106,12 +106,14 @@ class Begun:
         incarnation: of the run.
         record: where the version is that the shard is computed at; None if it was not asked for, or
             is not stored.
+        memory: what `Ledger.server_memory` would say, with the verdict "compute".
     """
 
     verdict: BeginVerdict
     attempt: int
     incarnation: str
     record: VersionRecord | None = None
+    memory: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,7 +423,7 @@ class Ledger:
         with self._during(f"begin shard {shard} of step {step}"):
             wanted = step if version is None else version
             arguments = self._begin(step, shard, worker, delivery, backup, environment, wanted)
-            verdict, attempt, incarnation = self._script("begin_shard", *arguments)
+            verdict, attempt, incarnation, *_ = self._script("begin_shard", *arguments)
         return verdict, int(attempt), incarnation
 
     def begin(
@@ -443,25 +445,23 @@ class Ledger:
         """
         wanted = step if version is None else version
         arguments = self._begin(step, shard, worker, delivery, backup, environment, wanted)
-        if self.lane is not None and lacking:
-            with suppress(LaneClosed):
-                answer, text = self.lane.call(
-                    script_command("begin_shard", *arguments),
-                    ("HGET", self.keys.versions, wanted),
-                )
-                found = None if text is None or answer[0] != "compute" else VersionRecord.from_json(text)
-                return Begun(answer[0], int(answer[1]), answer[2], found)
-        verdict, attempt, incarnation = self.begin_shard(
-            step,
-            shard,
-            worker=worker,
-            delivery=delivery,
-            backup=backup,
-            environment=environment,
-            version=version,
-        )
-        record = self.version(wanted) if lacking and verdict == "compute" else None
-        return Begun(verdict, attempt, incarnation, record)
+        record = None
+        with self._during(f"begin shard {shard} of step {step}"):
+            answer, text = None, None
+            if self.lane is not None and lacking:
+                with suppress(LaneClosed):
+                    answer, text = self.lane.call(
+                        script_command("begin_shard", *arguments),
+                        ("HGET", self.keys.versions, wanted),
+                    )
+                    record = None if text is None else VersionRecord.from_json(text)
+            if answer is None:
+                answer = self._script("begin_shard", *arguments)
+                record = self.version(wanted) if lacking and answer[0] == "compute" else None
+        verdict, attempt, incarnation, *memory = answer
+        if verdict != "compute":
+            return Begun(verdict, int(attempt), incarnation)
+        return Begun(verdict, int(attempt), incarnation, record, *memory)
 
     def _begin(
         self,

@@ -394,8 +394,10 @@ class MemoryLedger(Ledger):
                 environment=environment,
                 version=version,
             )
+            if verdict != "compute":
+                return Begun(verdict, attempt, incarnation)
             record = self.version(step if version is None else version) if lacking else None
-            return Begun(verdict, attempt, incarnation, record if verdict == "compute" else None)
+            return Begun(verdict, attempt, incarnation, record, self.server_memory())
 
     def head_and_slots(self, step: int) -> tuple[Head, dict[int, SlotRecord]]:
         """See `Ledger.head_and_slots`."""

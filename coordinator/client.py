@@ -59,6 +59,7 @@ UNWRITTEN = (
     "overtaken",
 )  # what `Client.at_slot` is told when there is nothing to write yet
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
+_FRESH_SECONDS = 1.0  # after so long a training server may have moved: ask where it is
 
 
 @cache
@@ -324,7 +325,9 @@ class Client:
             done, outgoing = self._work(context, step, shard, begun.record, unless_stored)
             seconds = time.perf_counter() - began
             self.fault("client.before_put")
-            stored = self.outbox.put(outgoing, context, ledger, step, shard, done.payload, done.buffers)
+            tensors = {**done.payload, **done.buffers}
+            there = begun.memory if seconds < _FRESH_SECONDS else None
+            stored = self.outbox.put(outgoing, context, ledger, step, shard, tensors, len(done.payload), there)
         state = None
         if done.state is not None:
             state = self.services.gradients.put_state(ledger, step, shard, *tree.flatten(done.state))

@@ -153,15 +153,20 @@ class Outbox:
         ledger: Ledger,
         step: int,
         shard: int,
-        payload: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        count: int,
+        server_memory: str | None = None,
     ) -> StoredGradient:
         """Store a shard's tensors, the rest of them where they went ahead.
+
+        Args:
+            tensors: gradients, then buffers.
+            count: how many of them are gradients.
+            server_memory: as for `GradientStore.put`.
 
         Raises:
             CacheError: that failed.
         """
-        tensors = {**payload, **buffers}
         course = self._courses.setdefault(context, _Course())
         if outgoing is not None:
             stored = outgoing.upload.finish(tensors)
@@ -171,8 +176,10 @@ class Outbox:
             course.misses += 1
             course.resting = min(_MOST_RESTS, 4**course.misses // 4 - 1)
         near = context.plan().fan_in(step).parent(shard) is None
-        stored = self._gradients.put(ledger, step, shard, tensors, for_server=near)
-        self._learn(course, stored, len(payload))
+        stored = self._gradients.put(
+            ledger, step, shard, tensors, for_server=near, server_memory=server_memory
+        )
+        self._learn(course, stored, count)
         return stored
 
     def _learn(self, course: _Course, stored: StoredGradient, count: int) -> None:

@@ -6,7 +6,8 @@
 --      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice),
 --      8 environment of the worker ('' if that is not known); the first one to compute sets the run's,
 --      9 version that the step is computed at (the step itself, or an earlier one with staleness)
--- Returns {verdict, attempt, incarnation}: 'compute', 'duplicate' (slot written), 'late' (step committed),
+-- Returns {verdict, attempt, incarnation, memory that the training server shares with its host ('' for none;
+-- with 'compute' only)}: 'compute', 'duplicate' (slot written), 'late' (step committed),
 -- 'early' (head is behind), 'held' (a live worker is at it), 'stopped' (run not running), 'skewed' (the
 -- run refuses this environment). `attempt` counts the starts after a death or an overdue try; a backup
 -- beside a live holder is none, but `backups` (see late_shard) goes on.
@@ -34,13 +35,14 @@ if environment == '' and ARGV[8] ~= '' then
 elseif ARGV[8] ~= '' and environment ~= ARGV[8] and redis.call('HGET', KEYS[1], 'skew') == 'refuse' then
   return {'skewed', 0, incarnation}
 end
+local memory = redis.call('HGET', KEYS[1], 'memory') or ''
 local attempt, backups = 1, nil
 local held = redis.call('HGET', KEYS[3], ARGV[2])
 if held then
   local lease = cjson.decode(held)
   attempt = lease['attempt'] + 1
   if lease['open'] and lease['delivery'] == ARGV[7] and lease['worker'] == ARGV[3] then
-    return {'compute', lease['attempt'], incarnation}
+    return {'compute', lease['attempt'], incarnation, memory}
   end
   if lease['open'] and redis.call('EXISTS', ARGV[4] .. lease['worker']) == 1 then
     if ARGV[5] ~= '1' then
@@ -54,4 +56,4 @@ local now = redis.call('TIME')
 redis.call('HSET', KEYS[3], ARGV[2], cjson.encode({worker = ARGV[3], attempt = attempt, delivery = ARGV[7],
   open = true, since = tonumber(now[1]) + tonumber(now[2]) / 1e6, backups = backups}))
 redis.call('EXPIRE', KEYS[3], ARGV[6])
-return {'compute', attempt, incarnation}
+return {'compute', attempt, incarnation, memory}
