@@ -23,6 +23,7 @@ class BlobRef:
         checksums: xxh3_64 of each chunk, 16 hexadecimal digits each.
         data: the bytes themselves in base64, for a small blob that travels in its reference and is
             stored nowhere else; "" for all others.
+        local: whether it was shown to one host alone, and the chunk store has nothing of it.
     """
 
     key: str
@@ -30,6 +31,7 @@ class BlobRef:
     chunk_nbytes: int
     checksums: tuple[str, ...]
     data: str = ""
+    local: bool = False
 
     @property
     def digest(self) -> str:
@@ -51,6 +53,8 @@ class BlobRef:
         }
         if self.data:
             fields["data"] = self.data
+        if self.local:
+            fields["local"] = True
         return fields
 
     @classmethod
@@ -68,6 +72,7 @@ class BlobRef:
                 int(value["chunk_nbytes"]),
                 tuple(joined[i : i + 16] for i in range(0, len(joined), 16)),
                 str(value.get("data", "")),
+                value.get("local") is True,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"this is not a blob reference ({error!r})") from error

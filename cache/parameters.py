@@ -143,7 +143,7 @@ class ParameterCache:
         if manifest.nbytes:
             key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
             blob = self.chunks.put(
-                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True
+                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, shown=False
             )
         return replace(record, state=StateRecord(skeleton, manifest.to_json(), blob))
 

@@ -91,11 +91,18 @@ class TieredStore:
             )
 
     def put(
-        self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int, inline: bool = False
+        self,
+        key: str,
+        buffer: Tensor | memoryview,
+        *,
+        ttl_seconds: int,
+        inline: bool = False,
+        shown: bool = True,
     ) -> BlobRef:
         """Store a blob for everybody, and show it to this host.
 
         Args:
+            shown: False for what hardly anybody will read, such as what a successor would start from.
             inline: a small blob may travel inside the reference and is then stored nowhere else; for
                 callers whose references live in the control plane.
         """
@@ -104,7 +111,7 @@ class TieredStore:
         try:
             ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
             self._count(written_nbytes=ref.nbytes)
-            if self.host is not None and self.tiered(ref.nbytes):
+            if shown and self.host is not None and self.tiered(ref.nbytes):
                 self._show(ref, buffer)
         finally:
             if self.host is not None and isinstance(buffer, Tensor):
@@ -147,7 +154,7 @@ class TieredStore:
         if self.host is not None:
             view = as_bytes(buffer)
             parts = split(view, CHUNK_NBYTES)
-            ref = BlobRef(key, len(view), CHUNK_NBYTES, checksums(parts))
+            ref = BlobRef(key, len(view), CHUNK_NBYTES, checksums(parts), local=True)
             if self._show(ref, buffer):
                 self._count(local_nbytes=ref.nbytes)
                 return ref
@@ -230,7 +237,8 @@ class TieredStore:
             return
         if self.host is not None:
             self.host.discard(ref for ref in listed if self.tiered(ref.nbytes))
-        self.chunks.delete(listed)
+        if stored := [ref for ref in listed if not ref.local]:
+            self.chunks.delete(stored)
 
     def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         """Set the remaining lifetime of a blob in the chunk store."""

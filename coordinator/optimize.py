@@ -166,14 +166,18 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
         return ApplyReport(size, clipped, skipped, lr)
 
-    def state(self) -> dict[str, Any]:
-        """Return optimizer and scheduler state, and what deltas hold back, as a tree of copies on the CPU.
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        """Return optimizer and scheduler state, and what deltas hold back, as a tree on the CPU.
 
         The parameters are not in it: they are the version. See `coordinator.tree` for what the
         tree may hold.
+
+        Args:
+            copies: False: tensors that are on the CPU are the optimizer's own, and change with its next step.
         """
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        tree = {"optimizer": _copied(self.optimizer.state_dict()), "scheduler": _copied(scheduler)}
+        taken = partial(_on_cpu, copies=copies)
+        tree = {"optimizer": taken(self.optimizer.state_dict()), "scheduler": taken(scheduler)}
         return tree if self.deltas is None else {**tree, "deltas": self.deltas.state()}
 
     def load_state(self, tree: Mapping[str, Any]) -> None:
@@ -386,12 +390,16 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
         )
 
 
-def _copied(tree: Any) -> Any:
-    """Copy a tree of dicts, lists, tuples and tensors; tensors go to the CPU."""
+def _on_cpu(tree: Any, *, copies: bool) -> Any:
+    """A tree of dicts, lists, tuples and tensors with its tensors on the CPU."""
     if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
+        return tree.detach().to("cpu", copy=copies)
     if type(tree) is dict:
-        return {key: _copied(value) for key, value in tree.items()}
+        return {key: _on_cpu(value, copies=copies) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_copied(value) for value in tree)
+        return type(tree)(_on_cpu(value, copies=copies) for value in tree)
     return tree
+
+
+def _copied(tree: Any) -> Any:
+    return _on_cpu(tree, copies=True)

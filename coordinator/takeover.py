@@ -219,7 +219,7 @@ class TakeOver:
         """Store what a trainer holds as a version with its optimizer state."""
         parameters = self.services.parameters
         record = parameters.publish(self.ledger, version, trainer.replica.pack(None), chain=chain)
-        skeleton, tensors = tree.flatten(trainer.state())
+        skeleton, tensors = tree.flatten(trainer.state(copies=False))
         return parameters.publish_state(self.ledger, record, skeleton, tensors)
 
     def _stored_slots(self, version: int, trees: Mapping[int, Any]) -> dict[int, StateRecord]:

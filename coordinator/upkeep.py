@@ -55,16 +55,12 @@ class Upkeep:
             Fenced: another server has taken the run over.
         """
         self.fault("server.before_state")
-        before = warm.state_version
-        skeleton, tensors = tree.flatten(warm.trainer.state())
+        skeleton, tensors = tree.flatten(warm.trainer.state(copies=False))
         warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
         if not warm.ledger.put_version(warm.record, token=warm.token):
             raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
         warm.state_version, warm.state_at = warm.version, time.monotonic()
-        self.fault("server.after_state")
-        unneeded = before != NEVER and before < min(warm.version - 1, self._oldest_kept(warm))
-        if unneeded and before not in warm.pinned:  # else a later commit drops it, once its readers are done
-            self.services.parameters.drop(warm.ledger, [before], token=warm.token)
+        self.fault("server.after_state")  # the version that had the state before goes with the next commit
 
     # --- versions -----------------------------------------------------------------------------
 

@@ -38,16 +38,16 @@ class Kept:
             WarmRun,
             SimpleNamespace(
                 run="unit", version=version, state_version=state_version, state_at=0.0, token=1, record=None,
-                pinned=frozenset(pinned), trainer=SimpleNamespace(state=dict),
+                pinned=frozenset(pinned), trainer=SimpleNamespace(state=lambda copies: {}),
                 ledger=SimpleNamespace(put_version=lambda record, token: True),
                 oldest_needed=lambda: needed, context=SimpleNamespace(plan=lambda: plan),
             ),
         )  # fmt: skip
 
-    def publish(self) -> list[int]:
+    def publish(self) -> None:
         self.upkeep.publish_state(self.warm)
         assert self.warm.state_version == self.warm.version
-        return self.parameters.dropped
+        assert self.parameters.dropped == [], "readers of the version before may still be at it"
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,27 @@ class Kept:
         (Kept(20, 12, set()), [12]),
         (Kept(20, 12, {12}), []),
         (Kept(20, 12, {11}), [12]),
-        (Kept(20, NEVER, set()), []),
-        (Kept(20, 19, set()), []),
-        (Kept(20, 15, set(), oldest_needed=15), []),
+        (Kept(20, NEVER, set()), [12]),
+        (Kept(20, 15, set(), oldest_needed=12), []),
     ],
-    ids=["nobody needs it", "evaluated", "another is", "there was none", "the one before", "steps use it"],
+    ids=["nobody needs it", "evaluated", "another is", "there was no state", "steps use it"],
 )
-def test_the_version_of_the_last_state_goes_when_nobody_reads_it(one: Kept, dropped: list[int]) -> None:
+def test_the_version_of_the_last_state_goes_once_there_is_another(one: Kept, dropped: list[int]) -> None:
     """While it is being evaluated it stays, or the evaluation could never be made."""
-    assert one.publish() == dropped
+    if one.warm.state_version == 12:
+        one.upkeep.retain(one.warm, (12, 19, 20), one.warm.pinned)
+        assert one.parameters.dropped == [], "a restore starts from it"
+    one.publish()
+    one.upkeep.retain(one.warm, (12, 19, 20), one.warm.pinned)
+    assert one.parameters.dropped == dropped
+
+
+def test_the_commit_after_a_state_outlives_the_version_of_the_state_before() -> None:
+    one = Kept(20, 12, set())
+    one.warm.stored = (12, 19, 20)
+    assert one.upkeep.outlived(one.warm) == [19]
+    one.publish()
+    assert one.upkeep.outlived(one.warm) == [12, 19]
 
 
 def test_a_version_that_was_evaluated_goes_with_a_later_commit() -> None:
