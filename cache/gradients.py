@@ -28,7 +28,6 @@ class StoredGradient:
     """What `GradientStore.put` returns: enough to write the slot.
 
     Attributes:
-        here: whether the bytes are on this host alone.
         early: chunks that were handed over before the last tensor was computed.
     """
 
@@ -36,7 +35,6 @@ class StoredGradient:
     blob: BlobRef
     manifest: dict[str, Any]
     digest: str
-    here: bool = False
     early: int = 0
 
 
@@ -162,7 +160,7 @@ class GradientStore:
             blob = self.chunks.put_local(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
         else:
             blob = self.chunks.put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True)
-        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest, near)
+        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
 
     def near(self, ledger: Ledger, nbytes: int, server_memory: str | None = None) -> bool:
         """Whether the training server shares this host's memory, for a blob of this length."""

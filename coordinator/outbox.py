@@ -185,7 +185,7 @@ class Outbox:
     def _learn(self, course: _Course, stored: StoredGradient, count: int) -> None:
         """Expect of the next shard what this one had."""
         blob = stored.blob
-        if not self._ahead or stored.here or blob.data or blob.nbytes < LEAST_CHUNKS * blob.chunk_nbytes:
+        if not self._ahead or blob.local or blob.data or blob.nbytes < LEAST_CHUNKS * blob.chunk_nbytes:
             course.expected = course.buffer = None
             return
         manifest = Manifest.from_json(stored.manifest)
