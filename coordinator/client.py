@@ -325,9 +325,16 @@ class Client:
             done, outgoing = self._work(context, step, shard, begun.record, unless_stored)
             seconds = time.perf_counter() - began
             self.fault("client.before_put")
-            tensors = {**done.payload, **done.buffers}
-            there = begun.memory if seconds < _FRESH_SECONDS else None
-            stored = self.outbox.put(outgoing, context, ledger, step, shard, tensors, len(done.payload), there)
+            stored = self.outbox.put(
+                outgoing,
+                context,
+                ledger,
+                step,
+                shard,
+                {**done.payload, **done.buffers},
+                len(done.payload),
+                server_memory=begun.memory if seconds < _FRESH_SECONDS else None,
+            )
         state = None
         if done.state is not None:
             state = self.services.gradients.put_state(ledger, step, shard, *tree.flatten(done.state))
