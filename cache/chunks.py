@@ -62,6 +62,10 @@ class Chunks(Protocol):
         """Fetch and verify a blob, into any writable memory."""
         ...
 
+    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
+        """Fetch and verify some chunks of a blob."""
+        ...
+
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """Delete blobs."""
         ...
@@ -230,6 +234,24 @@ class ChunkStore:
             self._patiently(self._load_again, *_wanted(ref, view))
         with self._lock:
             self.counters.bytes_in += len(view)
+            self.counters.seconds_in += time.perf_counter() - started
+
+    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
+        """Fetch some chunks of a blob into its memory and verify them; errors as for `get`.
+
+        Args:
+            key: prefix of the chunk keys.
+            view: memory of the whole blob; of it, these chunks' are written to.
+            sums: number of each wanted chunk -> its xxh3_64; at least one.
+        """
+        started = time.perf_counter()
+        size, prefix = self.chunk_nbytes, key.encode()
+        numbers = sorted(sums)  # only the last one may be shorter
+        parts = [view[i * size : (i + 1) * size] for i in numbers]
+        names = [b"%s:%d" % (prefix, i) for i in numbers]
+        self._patiently(self._load_again, names, parts, [sums[i] for i in numbers])
+        with self._lock:
+            self.counters.bytes_in += sum(len(part) for part in parts)
             self.counters.seconds_in += time.perf_counter() - started
 
     def put_many(self, blobs: Sequence[tuple[str, memoryview]], *, ttl_seconds: int) -> None:
@@ -573,13 +595,11 @@ class MemoryChunkStore:
     def read_into(self, ref: BlobRef, view: memoryview) -> None:
         """As `ChunkStore.read_into`."""
         ref.require_length(view)
-        for i, checksum in enumerate(ref.checksums):
-            self._require(f"{ref.key}:{i}")
-            part = self.chunks[f"{ref.key}:{i}"][0]
-            if xxhash.xxh3_64_hexdigest(part) != checksum:
-                raise ChunkCorrupt(f"chunk {ref.key}:{i} in memory is not what was written")
-            view[i * ref.chunk_nbytes : i * ref.chunk_nbytes + len(part)] = part
-        self.counters.bytes_in += len(view)
+        self._read(ref.key, view, dict(enumerate(ref.checksums)), ref.chunk_nbytes)
+
+    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
+        """As `ChunkStore.read_parts`."""
+        self._read(key, view, sums, self.chunk_nbytes)
 
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """As `ChunkStore.delete`."""
@@ -595,6 +615,15 @@ class MemoryChunkStore:
 
     def close(self) -> None:
         """Nothing to close."""
+
+    def _read(self, key: str, view: memoryview, sums: Mapping[int, str], chunk_nbytes: int) -> None:
+        for i, checksum in sums.items():
+            self._require(f"{key}:{i}")
+            part = self.chunks[f"{key}:{i}"][0]
+            if xxhash.xxh3_64_hexdigest(part) != checksum:
+                raise ChunkCorrupt(f"chunk {key}:{i} in memory is not what was written")
+            view[i * chunk_nbytes : i * chunk_nbytes + len(part)] = part
+            self.counters.bytes_in += len(part)
 
     def _require(self, key: str) -> None:
         if key not in self.chunks or self.chunks[key][1] < time.monotonic():

@@ -7,7 +7,7 @@ ledger's slot then points to the attempt that came first and the other deletes i
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from cache.errors import CacheError, ManifestMismatch
 from cache.ledger import Ledger
 from cache.records import SlotRecord, StateRecord
 from cache.tiered import TieredStore
+from cache.underway import Notice
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,17 @@ class GradientUpload:
         nonce: of the attempt.
         expected: the tensors that are expected, from the start of the buffer on.
         buffer: uint8, 1-D, to be laid out and sent from; not to be used by others before `finish`.
+        tell: as for `Upload`.
     """
 
     def __init__(
-        self, chunks: TieredStore, key: str, nonce: str, expected: Sequence[TensorSpec], buffer: torch.Tensor
+        self,
+        chunks: TieredStore,
+        key: str,
+        nonce: str,
+        expected: Sequence[TensorSpec],
+        buffer: torch.Tensor,
+        tell: Callable[[Mapping[int, str]], None] | None = None,
     ) -> None:
         self.buffer = buffer
         self.nbytes = expected[-1].offset + expected[-1].nbytes
@@ -69,7 +77,7 @@ class GradientUpload:
                 due[number] += min(spec.end, (number + 1) * size) - max(spec.offset, number * size)
         for gap in gaps(Manifest(tuple(expected), buffer.numel())):
             buffer[gap].zero_()
-        self._upload = chunks.upload(key, buffer, due, ttl_seconds=keys.WORK_TTL_SECONDS)
+        self._upload = chunks.upload(key, buffer, due, ttl_seconds=keys.WORK_TTL_SECONDS, tell=tell)
 
     @property
     def early(self) -> int:
@@ -170,18 +178,34 @@ class GradientStore:
         return there == self.chunks.memory_id
 
     def upload(
-        self, ledger: Ledger, step: int, shard: int, expected: Sequence[TensorSpec], buffer: torch.Tensor
+        self,
+        ledger: Ledger,
+        step: int,
+        shard: int,
+        expected: Sequence[TensorSpec],
+        buffer: torch.Tensor,
+        *,
+        announced: bool = False,
     ) -> GradientUpload:
         """Begin to store one attempt's tensors for everybody, before they are computed.
 
         Args:
             expected: the first tensors of their layout.
             buffer: uint8, 1-D; at least as long as the layout will be.
+            announced: whether the training server is told, so that it may read along.
         """
         nonce = uuid.uuid4().hex[:12]
-        return GradientUpload(
-            self.chunks, ledger.keys.gradient_blob(step, shard, nonce), nonce, expected, buffer
-        )
+        key = ledger.keys.gradient_blob(step, shard, nonce)
+
+        size = self.chunks.chunks.chunk_nbytes
+        whole = expected[-1].end // size  # the length of the chunks behind is not known yet
+
+        def tell(sums: Mapping[int, str]) -> None:
+            early = {number: each for number, each in list(sums.items()) if number < whole}
+            notice = Notice.of(step, key, buffer.numel(), size, early)
+            ledger.announce(keys.slot_underway(shard), notice)
+
+        return GradientUpload(self.chunks, key, nonce, expected, buffer, tell if announced else None)
 
     def put_state(
         self, ledger: Ledger, step: int, shard: int, skeleton: Any, tensors: Mapping[str, torch.Tensor]
@@ -203,25 +227,37 @@ class GradientStore:
         what = f"slot state {state.blob.key}"
         return state.skeleton, self._read(what, state.blob, state.manifest)
 
-    def get(self, slot: SlotRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def get(
+        self, slot: SlotRecord, read: Callable[[SlotRecord], torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(gradients as they travelled, buffers) of a slot, as views of one received buffer.
+
+        Args:
+            read: reads the slot's bytes; None: from here.
 
         Raises:
             ChunkMissing, ChunkCorrupt: its bytes are lost; the message names the tensors.
             ManifestMismatch: the slot's record does not describe its bytes.
         """
         what = f"gradient of shard {slot.shard} by worker {slot.worker}"
-        tensors = self._read(what, slot.blob, slot.manifest)
+        get = None if read is None else lambda blob: read(slot)
+        tensors = self._read(what, slot.blob, slot.manifest, get)
         if missing := set(slot.buffers) - set(tensors):
             raise ManifestMismatch(f"{what}: no tensor {min(missing)!r} in its manifest")
         buffers = {name: tensors.pop(name) for name in slot.buffers}
         return tensors, buffers
 
-    def _read(self, what: str, blob: BlobRef, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _read(
+        self,
+        what: str,
+        blob: BlobRef,
+        manifest: Mapping[str, Any],
+        get: Callable[[BlobRef], torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
         layout_of_it = Manifest.from_json(manifest)
         require_fitting(what, blob, layout_of_it)
         with telling(what, blob, lambda: manifest):
-            return views(self.chunks.get(blob), layout_of_it)
+            return views((get or self.chunks.get)(blob), layout_of_it)
 
     def delete(self, blobs: Iterable[BlobRef]) -> None:
         """Delete bytes that no slot points to any more."""

@@ -157,6 +157,10 @@ class HostTier:
         with _closing(part):  # outside of the `try`: an error of `download` is the caller's
             return self._download(ref, part, download)
 
+    def has(self, ref: BlobRef) -> bool:
+        """Whether there is a file of a blob's name; `get` says whether it is good."""
+        return self.directory is not None and self._path(ref).exists()
+
     def publish(self, ref: BlobRef, buffer: Tensor | memoryview, *, keep_seconds: float = 0.0) -> bool:
         """Show a buffer of this process to the others of this host: one copy, by the kernel.
 

@@ -22,6 +22,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
 | torchord:{RUN}:slots:STEP | hash shard -> JSON of SlotRecord | write_slot.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
+| torchord:{RUN}:underway | hash what -> JSON of Notice | announce.lua | UNDERWAY_TTL after the last notice |
 | torchord:{RUN}:parts:VERSION | hash part -> JSON of partial metrics | evaluate | WORK_TTL; deleted when complete |
 | torchord:{RUN}:predict:ID | hash part -> JSON of an output | predict | PREDICT_TTL; deleted by the caller |
 | torchord:datasets | zset dataset name -> time of its put (s) | put_dataset.lua | the longest TTL of a dataset |
@@ -45,6 +46,7 @@ PREFIX = "torchord"
 RUN_TTL_SECONDS = 30 * 24 * 3600
 RESULT_TTL_SECONDS = 7 * 24 * 3600
 WORK_TTL_SECONDS = 24 * 3600
+UNDERWAY_TTL_SECONDS = 60
 BLOB_TTL_SECONDS = 30 * 24 * 3600
 PREDICT_TTL_SECONDS = 3600
 DATASET_TTL_SECONDS = 30 * 24 * 3600
@@ -100,6 +102,15 @@ def chunk(address: str) -> str:
     return f"{PREFIX}:chunk:{address}"
 
 
+def slot_underway(slot: int) -> str:
+    """What a slot's gradient is called while it is on its way."""
+    return f"slot:{slot}"
+
+
+PARAMETERS_UNDERWAY = "parameters"
+"""What the next version is called while it is on its way."""
+
+
 class RunKeys:
     """The keys of one run.
 
@@ -121,6 +132,7 @@ class RunKeys:
         self.events = f"{root}:events"
         self.evaluations = f"{root}:evaluations"
         self.pending_evaluations = f"{root}:evaluating"
+        self.underway = f"{root}:underway"
 
     def lasting(self) -> list[str]:
         """The keys that live as long as the run can be asked about."""

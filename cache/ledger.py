@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
@@ -23,6 +23,7 @@ from cache.errors import CacheError, RunNotFound
 from cache.lane import Command, Lane, LaneClosed, script_command
 from cache.records import GENESIS, Head, Launch, LedgerEntry, SlotRecord, VersionRecord, revision
 from cache.scripts import source
+from cache.underway import Notice, notices
 
 BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped", "skewed"]
 SlotVerdict = Literal["written", "group", "spare", "duplicate", "divergent", "late", "early", "stopped"]
@@ -671,6 +672,35 @@ class Ledger:
         """Which shards of a step are written."""
         with self._during(f"count the slots of step {step}"):
             return {int(shard) for shard in cast(list[str], self.client.hkeys(self.keys.slots(step)))}
+
+    def announce(self, name: str, notice: Notice) -> None:
+        """Tell of a blob that is on its way; it replaces what was told under this name.
+
+        Args:
+            name: `keys.slot_underway` of a slot, or `keys.PARAMETERS_UNDERWAY`.
+        """
+        with self._during(f"tell of {name}"):
+            args = [name, notice.to_json(), keys.UNDERWAY_TTL_SECONDS]
+            self._script("announce", [self.keys.underway], args)
+
+    def underway(self, names: Sequence[str], step: int) -> tuple[dict[str, Notice], set[int]]:
+        """What was told of blobs on their way, by name, and which slots of a step are written.
+
+        Args:
+            names: as for `announce`; at least one.
+        """
+        told, slots = self.keys.underway, self.keys.slots(step)
+        found: list[list[str]] | None = None
+        if self.lane is not None:
+            with suppress(LaneClosed):
+                found = self.lane.call(("HMGET", told, *names), ("HKEYS", slots))
+        if found is None:
+            with self._during(f"look what is on its way to step {step}"):
+                pipe = self.client.pipeline(transaction=False)
+                pipe.hmget(told, list(names))
+                pipe.hkeys(slots)
+                found = cast(list[list[str]], pipe.execute())
+        return notices(zip(names, found[0], strict=True)), {int(slot) for slot in found[1]}
 
     def leases(self, step: int) -> dict[int, Lease]:
         """Who is at which shard of a step."""

@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -37,6 +37,7 @@ from cache.ledger import (
     SlotVerdict,
 )
 from cache.records import GENESIS, Head, Launch, LedgerEntry, SlotRecord, VersionRecord, revised, revision
+from cache.underway import Notice, notices
 from cache.workers import Registry, WorkerInfo, read
 
 URL = "memory://"
@@ -735,6 +736,15 @@ class MemoryLedger(Ledger):
     def called(self, step: int) -> bool:
         """See `Ledger.called`."""
         return self._head.get("called") == str(step)
+
+    def announce(self, name: str, notice: Notice) -> None:
+        """See `Ledger.announce`."""
+        self.plane.hset(self.keys.underway, {name: notice.to_json()}, keys.UNDERWAY_TTL_SECONDS)
+
+    def underway(self, names: Sequence[str], step: int) -> tuple[dict[str, Notice], set[int]]:
+        """See `Ledger.underway`."""
+        told = self.plane.hash(self.keys.underway)
+        return notices((name, told.get(name)) for name in names), self.slots_present(step)
 
     def claim_toolchain(self, toolchain: str) -> str:
         """See `Ledger.claim_toolchain`."""

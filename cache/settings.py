@@ -11,8 +11,9 @@ from pathlib import Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
-OVERLAPS = frozenset({"upload"})
-"""upload: gradients leave a Client while its backward runs."""
+OVERLAPS = frozenset({"upload", "collect"})
+"""upload: gradients leave a Client while its backward runs. collect: the training server reads them while
+the step is computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -38,6 +38,7 @@ class TierCounters:
         store_reads: reads from the chunk store.
         store_nbytes: bytes of those.
         store_seconds: time spent on those.
+        ahead_nbytes: of those bytes, what was read before somebody asked for the blob.
         written_nbytes: bytes written to the chunk store.
         local_nbytes: bytes shown to this host alone.
     """
@@ -48,6 +49,7 @@ class TierCounters:
     store_reads: int = 0
     store_nbytes: int = 0
     store_seconds: float = 0.0
+    ahead_nbytes: int = 0
     written_nbytes: int = 0
     local_nbytes: int = 0
 
@@ -118,16 +120,32 @@ class TieredStore:
                 self.host.give_back(buffer)
         return ref
 
-    def upload(self, key: str, buffer: Tensor, due: Sequence[int], *, ttl_seconds: int) -> Upload:
+    def upload(
+        self,
+        key: str,
+        buffer: Tensor,
+        due: Sequence[int],
+        *,
+        ttl_seconds: int,
+        tell: Callable[[Mapping[int, str]], None] | None = None,
+    ) -> Upload:
         """Begin to store a blob for everybody while it is written; see `Upload`.
 
         It is not shown to this host: whoever begins early knows that its reader is elsewhere.
         """
-        return Upload(self.chunks, key, buffer, due, ttl_seconds=ttl_seconds)
+        return Upload(self.chunks, key, buffer, due, ttl_seconds=ttl_seconds, tell=tell)
 
     def uploaded(self, ref: BlobRef) -> None:
         """Count a blob that an upload has finished."""
         self._count(written_nbytes=ref.nbytes)
+
+    def collected(self, ref: BlobRef, ahead_nbytes: int) -> None:
+        """Count a blob that was read from the chunk store past this tier, most of it maybe ahead."""
+        self._count(store_reads=1, store_nbytes=ref.nbytes, ahead_nbytes=min(ahead_nbytes, ref.nbytes))
+
+    def here(self, ref: BlobRef) -> bool:
+        """Whether a blob travels in its reference, or this host seems to have it."""
+        return bool(ref.data) or (self.host is not None and self.host.has(ref))
 
     def draft(self, nbytes: int) -> Tensor:
         """Memory to write a blob to that `put` or `put_local` is then given: the host's, if it may be.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from cache.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE_NBYTES = 4 << 20  # per round trip of the thread: what an upload that is given up still sends
+_AT_ONCE_NBYTES = 2 << 20  # per round trip of the thread: what an upload that is given up still sends
 
 
 class PartStore(Protocol):
@@ -52,16 +52,26 @@ class Upload:
         due: bytes of each chunk that have to be reported before it goes out; a chunk without an entry
             waits for `finish`.
         ttl_seconds: lifetime of the chunks.
+        tell: called by the thread each time that more is stored, with the checksum of each chunk that is;
+            an error of the store is none of the upload.
     """
 
     def __init__(
-        self, store: PartStore, key: str, buffer: Tensor, due: Sequence[int], *, ttl_seconds: int
+        self,
+        store: PartStore,
+        key: str,
+        buffer: Tensor,
+        due: Sequence[int],
+        *,
+        ttl_seconds: int,
+        tell: Callable[[Mapping[int, str]], None] | None = None,
     ) -> None:
         self._store = store
         self._key = key
         self._view = as_bytes(buffer)
         self._due = list(due)
         self._ttl_seconds = ttl_seconds
+        self._tell = tell
         self._sums: dict[int, str] = {}
         self._queue: deque[int] = deque()
         self._begun: set[int] = set()  # chunks that were handed to the thread
@@ -149,10 +159,20 @@ class Upload:
                     self._key, self._view[: self._nbytes], numbers, ttl_seconds=self._ttl_seconds
                 )
                 self._sums.update(zip(numbers, sums, strict=True))
+                self._say()
         except Exception as error:  # noqa: BLE001  for the thread that waits in `finish`
             self._error = error
         if self._given_up:
             self._delete()
+
+    def _say(self) -> None:
+        if self._tell is None:
+            return
+        try:
+            self._tell(self._sums)
+        except CacheError as error:
+            log.info("nobody is told that %s is on its way: %s", self._key, error)
+            self._tell = None
 
     def _next(self) -> list[int]:
         """The chunks to store next; none at the end."""

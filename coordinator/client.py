@@ -143,7 +143,8 @@ class Client:
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
         self.writer = SlotWriter(services, sender, fault)
         self.prefetcher = Prefetcher(lambda: services.registry.queue_length(GRADIENTS), heartbeat.doing)
-        self.outbox = Outbox(services.gradients, ahead="upload" in services.settings.overlap)
+        overlap = services.settings.overlap
+        self.outbox = Outbox(services.gradients, ahead="upload" in overlap, announced="collect" in overlap)
         self._refusals = 0
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 

@@ -114,11 +114,13 @@ class Outbox:
     Args:
         gradients: where they go.
         ahead: whether any may go ahead.
+        announced: whether the training server is told of what is on its way, so that it may read along.
     """
 
-    def __init__(self, gradients: GradientStore, *, ahead: bool) -> None:
+    def __init__(self, gradients: GradientStore, *, ahead: bool, announced: bool = False) -> None:
         self._gradients = gradients
         self._ahead = ahead
+        self._announced = announced
         self._courses: WeakKeyDictionary[RunContext, _Course] = WeakKeyDictionary()
 
     def begin(
@@ -143,7 +145,9 @@ class Outbox:
         buffer, course.buffer = course.buffer, None
         if buffer is None or buffer.numel() != course.nbytes:
             buffer = torch.empty(course.nbytes, dtype=torch.uint8)
-        upload = self._gradients.upload(ledger, step, shard, course.expected, buffer)
+        upload = self._gradients.upload(
+            ledger, step, shard, course.expected, buffer, announced=self._announced
+        )
         return Outgoing(upload, replica.parameters)
 
     def put(

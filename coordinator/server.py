@@ -32,6 +32,7 @@ from cache.records import Head, Launch, LedgerEntry, SlotRecord, StateRecord, re
 from cache.workers import Heartbeat
 from coordinator import activity, tiers
 from coordinator.client import short_traceback
+from coordinator.collector import collect
 from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport
 from coordinator.roots import PARTIAL_SUMS, loss_of, nonfinite, receipts_of, roots_of, send_missing
@@ -76,6 +77,7 @@ class TrainingServer:
         self._tokens: dict[str, int] = {}
         self._called_again: dict[str, float] = {}
         self._before = tiers.snapshot(services)
+        self._read_nbytes = 0  # of the last step's gradients, from the chunk store
         self._lock = threading.RLock()
         self.upkeep = Upkeep(services, fault)
 
@@ -186,6 +188,7 @@ class TrainingServer:
             if drafted is not None and committed.launched:
                 launched = drafted.step
             launched = self._launch(warm, after=launched, fresh=True)
+            collect(self.services, warm, self._read_nbytes, warm.seconds)
             self._after_commit(warm, committed)
             if drafted is not None and committed.launched and drafted.step == warm.version:
                 return receipt  # it was not launched before, so its chord has yet to call
@@ -288,6 +291,7 @@ class TrainingServer:
             self.services.chunks.delete(record.own_blobs())
             self._refused(warm, committed.verdict, step)
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
+        warm.seconds = entry.seconds
         warm.spent = [*(slot.blob for slot in slots), *unused]
         warm.stored, warm.pinned = committed.stored, committed.pinned
         receipt = {
@@ -327,7 +331,9 @@ class TrainingServer:
         """Average the slots in slot order and step the optimizer."""
         trainer = warm.trainer
         loss, bad = loss_of(slots), nonfinite(slots)
+        before = self.services.chunks.counters.store_nbytes
         self._take_landed(warm, {slot.shard: slot for slot in slots})
+        self._read_nbytes = self.services.chunks.counters.store_nbytes - before
         assert warm.sum is not None
         mean, warm.sum = warm.sum.result(), None
         try:
@@ -350,6 +356,7 @@ class TrainingServer:
         if warm.sum is None or warm.sum.step != step or not warm.sum.agrees(present):
             plan = warm.context.plan()
             self._adopt(warm)
+            ahead = warm.collector
             warm.sum = StepSum(
                 step,
                 plan.fan_in(step),
@@ -357,6 +364,7 @@ class TrainingServer:
                 warm.trainer,
                 self.services.gradients,
                 allowed=self.services.settings.allowed_modules,
+                read=None if ahead is None or ahead.step != step else ahead.read,
             )
         while (slot := present.get(warm.sum.wanted)) is not None:
             try:
@@ -561,6 +569,8 @@ class TrainingServer:
         """Hand every run over before the process ends: a standby goes on at once, without replay."""
         with self._lock:
             for warm in self._warm.values():
+                if warm.collector is not None:
+                    warm.collector.stop()
                 self.upkeep.let_go(warm)
                 try:
                     if warm.ledger.release(warm.token):

@@ -7,7 +7,9 @@ done when the last one lands, and its bits are those of a sum done at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from cache.gradients import GradientStore
 from cache.records import SlotRecord
@@ -29,6 +31,7 @@ class StepSum:
         trainer: holds the version that the step starts from.
         gradients: where the slots' bytes are.
         allowed: the worker's allow-list, for codecs that are imported.
+        read: reads the bytes of a slot; None: from `gradients`.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class StepSum:
         gradients: GradientStore,
         *,
         allowed: tuple[str, ...] | None,
+        read: Callable[[SlotRecord], Tensor] | None = None,
     ) -> None:
         self.step = step
         self.roots = tree.roots
         self._trainer = trainer
         self._gradients = gradients
         self._allowed = allowed
+        self._read = read
         held = trainer.replica.held()
         self._held = held
         self._accumulator = Accumulator(held, examples)
@@ -81,7 +86,7 @@ class StepSum:
             ChunkMissing, ChunkCorrupt: its bytes are lost; nothing was added.
         """
         assert slot.shard == self.wanted, "slots are added in slot order"
-        payload, buffers = self._gradients.get(slot)
+        payload, buffers = self._gradients.get(slot, self._read)
         replica = self._trainer.replica
         config = replica.config
         if self._sums is not None and slot.total is not None:

@@ -15,8 +15,8 @@ def snapshot(services: Services) -> Tiers:
     Returns:
         "process": versions that were loaded already (hits), or not (misses). "host": blobs that this
         host had (hits), or not (misses), nbytes and seconds of the hits, local_nbytes that were shown to
-        this host alone. "store": reads from the chunk store, their nbytes and seconds, and
-        written_nbytes and written_seconds the other way.
+        this host alone. "store": reads from the chunk store, their nbytes and seconds, ahead_nbytes of them
+        that were read before they were asked for, and written_nbytes and written_seconds the other way.
     """
     fetches = services.parameters.counters
     tiers = services.chunks.counters
@@ -34,6 +34,7 @@ def snapshot(services: Services) -> Tiers:
             "reads": tiers.store_reads,
             "nbytes": tiers.store_nbytes,
             "seconds": tiers.store_seconds,
+            "ahead_nbytes": tiers.ahead_nbytes,
             "written_nbytes": tiers.written_nbytes,
             "written_seconds": getattr(moved, "seconds_out", 0.0),
         },

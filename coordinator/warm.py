@@ -8,6 +8,7 @@ from cache.blob import BlobRef
 from cache.ledger import Ledger
 from cache.records import VersionRecord
 from coordinator.checkpoint import CheckpointStore
+from coordinator.collector import Collector
 from coordinator.optimize import Trainer
 from coordinator.services import RunContext
 from coordinator.step_sum import StepSum
@@ -29,12 +30,14 @@ class WarmRun:
         chain: ledger chain of the version.
         record: where the version's bytes are.
         committed_at: Unix time (s) of the last commit.
+        seconds: what the last step took.
         state_version: the newest version whose optimizer state is in the cache.
         state_at: when it went there (monotonic clock, s).
         spilled: up to which version the ledger is on disk.
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
         sum: the sum of the present step, as far as its slots have landed; None before the first.
+        collector: reads the present step's gradients ahead; None where that does not pay.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
     """
@@ -48,12 +51,14 @@ class WarmRun:
     chain: str
     record: VersionRecord
     committed_at: float
+    seconds: float = 0.0
     state_version: int = NEVER
     state_at: float = 0.0
     spilled: int = 0
     nbytes: int = 0
     shared: bool = False
     sum: StepSum | None = field(default=None, repr=False)
+    collector: Collector | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()

@@ -84,6 +84,7 @@ def test_it_was_sent_ahead(apart: Fleet, one_after_the_other: Fleet) -> None:
         _, trained = each.train(recipe, how, "ahead")
         assert reference.bits(trained.module) == plain.bits
     assert sent_ahead(apart) and not sent_ahead(one_after_the_other)
+    assert read_ahead(apart, "ahead") and not read_ahead(one_after_the_other, "ahead")
 
 
 @pytest.mark.parametrize("action", ["kill", "raise"])
@@ -104,6 +105,17 @@ def test_a_client_that_ends_in_the_middle_of_its_upload(tmp_path: Path, action: 
             assert all(0 < seconds <= WORK_TTL_SECONDS for seconds in left.values())
 
 
+def test_a_training_server_that_dies_with_gradients_that_it_has_read_ahead(tmp_path: Path) -> None:
+    """The next one has none of them, and does not know of them either."""
+    plan = tmp_path / "faults.txt"
+    plan.write_text("server.before_apply:5:kill;client.before_put:20:kill")
+    recipe, how = wide(), config(epochs=6)
+    with fleet(tmp_path, workers=2, standby=1, env={**APART, "TORCHORD_FAULTS": f"@{plan}"}) as one:
+        _, trained = one.train(recipe, how, "taken-over")
+        assert fired(plan, 0).exists()
+        assert reference.bits(trained.module) == reference.average(recipe, how).bits
+
+
 def gradient_chunks(each: Fleet) -> dict[str, int]:
     """Chunks of gradients in the store, with the seconds that they have to live."""
     with connect(each.cluster.url) as client:
@@ -118,3 +130,9 @@ def sent_ahead(each: Fleet) -> list[str]:
         for name in each.clients
         for found in re.findall(r"\d+ of \d+ chunks sent ahead", each.log(name))
     ]
+
+
+def read_ahead(each: Fleet, name: str) -> int:
+    """Bytes of gradients that the training server had read before their update began."""
+    told = [event.data.get("tiers", {}) for event in each.master.run(name).events()]
+    return sum(int(tiers.get("store", {}).get("ahead_nbytes", 0)) for tiers in told)

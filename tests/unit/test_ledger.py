@@ -30,6 +30,7 @@ from cache.lane import Lane
 from cache.ledger import Finished, Group, Ledger
 from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
 from cache.records import GENESIS, Head, Launch, LedgerEntry
+from cache.underway import Notice
 from cache.workers import Registry
 from tests.support.control import (
     SPEC,
@@ -1339,6 +1340,8 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "slots": lambda ledger, token: ledger.slots(1),
     "some_slots": lambda ledger, token: ledger.some_slots(1, [0, 7]),
     "slots_present": lambda ledger, token: ledger.slots_present(1),
+    "announce": lambda ledger, token: ledger.announce("slot:1", Notice.of(1, "k", 9, 4, {1: "0" * 16})),
+    "underway": lambda ledger, token: ledger.underway(["slot:0", "slot:1"], 1),
     "leases": lambda ledger, token: ledger.leases(1),
     "drop_slot": lambda ledger, token: ledger.drop_slot(1, 0, nonce="n", token=token),
     "commit": lambda ledger, token: commit(
@@ -1513,7 +1516,7 @@ def test_every_error_of_the_server_is_translated(redis_url: str, name: str) -> N
     ledger = Ledger(client, redis_url, "run-1")
     names = ledger.keys
     work = [f(n) for f in (names.slots, names.leases, names.parts) for n in (0, 1)]
-    for key in [*names.lasting(), *work, names.predict("q")]:
+    for key in [*names.lasting(), *work, names.predict("q"), names.underway]:
         client.zadd(key, {"another type": 1}, nx=True)
         client.expire(key, 60)
     if name in ("retire", "drop_outputs"):  # work on a key of any type
