@@ -43,7 +43,7 @@ from benchmarks.workloads import BATCH, recipe
 from cache.settings import OVERLAPS
 from coordinator import LocalCluster, Master, TrainingConfig
 
-MODES = {"off": "off", "upload": "upload", "collect": "collect", "upload+collect": "upload,collect", "on": "on"}
+MODES = {"off": "off", **{part: part for part in sorted(OVERLAPS)}, "on": "on"}
 MEGABITS = (1000, 200)
 STEPS = {("gpt", 1000): 5, ("gpt", 200): 3, ("cnn", 1000): 20, ("cnn", 200): 12}
 SKIPPED = 3  # first steps: loading, and learning which gradients there are
