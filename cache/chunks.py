@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cache.blob import BlobRef as BlobRef
 from cache.blob import chunk_count, split
+from cache.checker import Checker
 from cache.cluster import node_of
 from cache.codec import as_bytes
 from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
@@ -146,6 +147,7 @@ class ChunkStore:
         self._avoided: dict[str, tuple[float, float]] = {}  # name -> (until, for how long), seconds
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        self._checker = Checker()
         reset_after_fork(self)
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
@@ -171,7 +173,8 @@ class ChunkStore:
         items = [(b"%s:%d" % (prefix, i), part) for i, part in enumerate(parts)]
         sums = [""] * len(items)
         if items:
-            self._patiently(self._store, items, ttl_seconds, sums)
+            with self._checker.beside(parts, sums):
+                self._patiently(self._store, items, ttl_seconds, sums)
         with self._lock:
             self.counters.bytes_out += len(view)
             self.counters.seconds_out += time.perf_counter() - started
@@ -340,6 +343,7 @@ class ChunkStore:
             threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown()
+        self._checker.close()
         for node in self._nodes.values():
             node.close()
 

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -275,9 +276,14 @@ def memory(tensor: Tensor) -> memoryview:
     nbytes = tensor.nbytes
     if nbytes == 0:
         return memoryview(bytearray())
-    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    array = _array_of(nbytes).from_address(tensor.data_ptr())
     array._owner = tensor  # type: ignore[attr-defined]  # the ctypes array owns no memory
     return memoryview(array).cast("B")
+
+
+@lru_cache(maxsize=64)
+def _array_of(nbytes: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    return ctypes.c_ubyte * nbytes  # making a type takes longer than all else that `memory` does
 
 
 def as_bytes(buffer: Tensor | memoryview) -> memoryview:

@@ -16,8 +16,9 @@ import xxhash
 from cache.errors import CacheError, CacheUnreachable
 from cache.wire import Address, Connection, Reply, ServerRefused, command, get_command, set_command
 
-_SENT_AT_ONCE_NBYTES = 4 << 20
-_TOLD_AT_ONCE_NBYTES = 1 << 20
+_SENT_AT_ONCE_NBYTES = 2 << 20
+_TOLD_AT_ONCE_NBYTES = 1 << 19
+_UNANSWERED_NBYTES = 4 << 20  # beyond a connection's window; the rest lies in buffers of the two kernels
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
 
@@ -281,7 +282,7 @@ def _store(
     sent: Callable[[int, int], None] | None,
     referrals: Referrals | None,
 ) -> None:
-    window_nbytes = connection.window_nbytes + _SENT_AT_ONCE_NBYTES
+    window_nbytes = connection.window_nbytes + _UNANSWERED_NBYTES
     waiting_nbytes = 0
     answered = 0
     told = stop = 0
