@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from torch import Tensor
 from cache.codec import ALIGNMENT_NBYTES, Manifest, dtype_name, dtype_of
 from cache.errors import InvalidInput, ManifestMismatch
 
+if TYPE_CHECKING:
+    from coordinator.compression.numbers import NumberFormat
+
 SEPARATOR = "#"
 """Between the name of a parameter and what of it an entry holds, in payloads and memories."""
 
-_PACKED, _NONFINITE = "packed", "nonfinite"
+_PACKED, _NONFINITE, _HELD = "packed", "nonfinite", "held"
 _WIDE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -48,9 +51,10 @@ class Encoded:
             as it was, or "name#packed" -> its compressed form (uint8, 1-D), or "name#nonfinite" ->
             the NaN or infinity that it had (0-d).
         residual: the slot's memory after this encoding, sorted by key: a parameter's name -> what
-            was held back of its gradient, in the parameter's shape; "name#part" -> other state of
-            the codec. Empty for a codec that remembers nothing. May share tensors with the
-            memory that was given, never with the gradients.
+            was held back of its gradient, in the parameter's shape, or "name#held" -> the same in
+            fewer bits (uint8, 1-D); "name#part" -> other state of the codec. Empty for a codec that
+            remembers nothing. May share tensors with the memory that was given, never with the
+            gradients.
     """
 
     payload: dict[str, Tensor]
@@ -139,7 +143,8 @@ class Kept:
     Attributes:
         error: values - expand(parts), in the values' shape and dtype; None: the base class works
             it out, for which `values` must be as it was.
-        state: part name -> tensor to be given to the next `compress` of this parameter.
+        state: part name -> tensor to be given to the next `compress` of this parameter; any name but
+            "held".
     """
 
     error: Tensor | None = None
@@ -170,22 +175,35 @@ class TensorCodec(ABC):
     that it is noticed however little of it would have been sent, and the whole shard's memory
     stays what it was: with nonfinite="skip" the step is left out, and so is its error.
 
+    With `memory`, what is held back is itself rounded, to the same bytes whoever encodes:
+
+        e_{t+1} = Q(v_t - decode(payload_t))
+
+    and what Q drops is lost. The memory is stored with every step, so it is most of what travels.
+
     Paper:
         Seide et al., "1-bit stochastic gradient descent and its application to data-parallel
         distributed training of speech DNNs", Interspeech 2014; Karimireddy et al., "Error
-        feedback fixes SignSGD and other gradient compression schemes", arXiv 1901.09847.
+        feedback fixes SignSGD and other gradient compression schemes", arXiv 1901.09847;
+        with `memory`, Modoranu et al., "MicroAdam: accurate adaptive optimization with low space
+        overhead and provable convergence", arXiv 2405.15593, whose error feedback is quantized, too.
 
     Deviations:
         The paper's algorithm compresses lr * g + e in each worker; here the step size is applied
         after averaging, by any optimizer, so the memory is of gradients and a change of the
         learning rate rescales what is still held back. A memory belongs to a shard slot, not to a
-        worker: "worker k" of the paper is slot k, whoever computes it.
+        worker: "worker k" of the paper is slot k, whoever computes it. Q rounds to nearest, not at
+        random as MicroAdam's analysis would have it: what stays below half a level step after step
+        never arrives.
 
     Attributes:
         feedback: whether what a step leaves out is added to the next; set by subclasses.
+        memory: number format of what is held back; None: as wide as it was computed. May be set by
+            subclasses.
     """
 
     feedback: bool
+    memory: NumberFormat | None = None
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
@@ -317,7 +335,7 @@ class TensorCodec(ABC):
                 )
             return None
         wide = _WIDE[gradient.dtype]
-        held = memory.get("")
+        held = self._held(name, memory, shape, wide)
         if held is not None and not self.feedback:
             raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off.")
         if not self.feedback:
@@ -326,15 +344,42 @@ class TensorCodec(ABC):
         if held is None:
             total.copy_(gradient)
         else:
-            torch.add(gradient, expect(name, held, shape, wide).to(gradient.device), out=total)
+            torch.add(gradient, held.to(gradient.device), out=total)
         return _as_real(total)
+
+    def _held(
+        self, name: str, memory: Mapping[str, Tensor], shape: tuple[int, ...], wide: torch.dtype
+    ) -> Tensor | None:
+        """Return what was held back of a gradient, in its shape and wide dtype; None at first."""
+        if (_HELD if self.memory is None else "") in memory:
+            raise ManifestMismatch(f"the slot's memory of {name!r} is in another number format.")
+        if self.memory is None:
+            return None if "" not in memory else expect(name, memory[""], shape, wide)
+        if _HELD not in memory:
+            return None
+        real, dtype = _real(shape, wide)
+        layout = self.memory.layout(math.prod(real), dtype)
+        packed = expect(_key(name, _HELD), memory[_HELD], (_nbytes(layout),), torch.uint8)
+        found = self.memory.unpack(_split(packed, layout), math.prod(real), dtype).view(real)
+        return torch.view_as_complex(found) if wide.is_complex else found
+
+    def _kept(self, name: str, error: Tensor, dtype: torch.dtype) -> tuple[str, Tensor]:
+        """Return key and value under which an error, as reals, is remembered."""
+        if self.memory is None:
+            return name, torch.view_as_complex(error) if dtype.is_complex else error
+        layout = self.memory.layout(error.numel(), error.dtype)
+        packed = torch.zeros(_nbytes(layout), dtype=torch.uint8, device=error.device)
+        low, high = torch.aminmax(error)
+        peak = float(torch.maximum(-low, high))
+        self.memory.pack(error.contiguous(), peak, _split(packed, layout))
+        return _key(name, _HELD), packed
 
     def _packed(
         self, name: str, dtype: torch.dtype, source: Tensor, memory: Mapping[str, Tensor], peak: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return one tensor compressed, and its entries in the next memory."""
         rounded = _real((), dtype)[1] != source.dtype
-        state = {part: value for part, value in memory.items() if part}
+        state = {part: value for part, value in memory.items() if part not in ("", _HELD)}
         layout = self.layout(tuple(source.shape), source.dtype)
         assert layout is not None
         packed = torch.zeros(_nbytes(layout), dtype=torch.uint8, device=source.device)
@@ -348,7 +393,8 @@ class TensorCodec(ABC):
                 error = source.sub_(
                     self.expand(parts, tuple(source.shape), source.dtype).to(_real((), dtype)[1])
                 )
-            kept[name] = torch.view_as_complex(error) if dtype.is_complex else error
+            key, value = self._kept(name, error, dtype)
+            kept[key] = value
         return packed, kept
 
     def _unpacked(self, key: str, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

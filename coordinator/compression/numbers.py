@@ -20,6 +20,8 @@ from coordinator.compression.arguments import require_integer
 from coordinator.compression.bits import pack_bits, unpack_bits
 from coordinator.compression.codec import Layout
 
+_MEMORIES = ("bf16", "fp16", "int8", "int4")
+
 SLICE = 1 << 17
 """Elements that are worked on at a time on a CPU, so that intermediate results stay in its cache."""
 
@@ -333,3 +335,18 @@ def number_format(name: str) -> NumberFormat:
         if found.name == name:
             return found
     raise ConfigError(f"values must be one of {', '.join(found.name for found in FORMATS)}, not {name!r}.")
+
+
+def memory_format(name: str, *, feedback: bool) -> NumberFormat | None:
+    """Return the format that a codec's memory is stored in; None for "full", as wide as it was computed.
+
+    Raises:
+        ConfigError: there is none of that name, or no feedback, and so no memory.
+    """
+    if name == "full":
+        return None
+    if name not in _MEMORIES:
+        raise ConfigError(f"memory must be one of full, {', '.join(_MEMORIES)}, not {name!r}.")
+    if not feedback:
+        raise ConfigError(f"memory={name} needs feedback=on: without feedback there is no memory.")
+    return number_format(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coordinator.compression.arguments import require_integer, require_switch
 from coordinator.compression.codec import Kept, Layout, TensorCodec, expect
-from coordinator.compression.numbers import NumberFormat, number_format, peak_of
+from coordinator.compression.numbers import NumberFormat, memory_format, number_format, peak_of
 
 
 class PowerSGD(TensorCodec):
@@ -58,17 +58,21 @@ class PowerSGD(TensorCodec):
         least: how many numbers a matrix may take before its rank is held down to `rank`, at least 0;
             0: every matrix has the same rank.
         feedback: whether what the approximation leaves out is kept for the next step.
+        memory: number format of what is kept (Q stays as it is): "full", "bf16", "fp16", "int8" or "int4".
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    def __init__(self, rank: int, values: str = "fp32", least: int = 0, feedback: bool = True) -> None:
+    def __init__(
+        self, rank: int, values: str = "fp32", least: int = 0, feedback: bool = True, memory: str = "full"
+    ) -> None:
         self.rank = require_integer("rank", rank, minimum=1)
         self.least = require_integer("least", least, minimum=0)
         self.numbers: NumberFormat = number_format(values)
         self._levelled = values in ("int8", "int4", "sign")
         self.feedback = require_switch("feedback", feedback)
+        self.memory = memory_format(memory, feedback=self.feedback)
 
     @property
     def stateful(self) -> bool:

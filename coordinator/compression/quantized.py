@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coordinator.compression.arguments import require_switch
 from coordinator.compression.codec import Kept, Layout, TensorCodec
-from coordinator.compression.numbers import Blocks, Cast, Half, NumberFormat, Sign
+from coordinator.compression.numbers import Blocks, Cast, Half, NumberFormat, Sign, memory_format
 
 
 class Quantized(TensorCodec):
@@ -21,11 +21,13 @@ class Quantized(TensorCodec):
     Args:
         numbers: the format.
         feedback: whether what rounding takes is added to the next step.
+        memory: number format in which it is remembered: "full", "bf16", "fp16", "int8" or "int4".
     """
 
-    def __init__(self, numbers: NumberFormat, *, feedback: bool) -> None:
+    def __init__(self, numbers: NumberFormat, *, feedback: bool, memory: str = "full") -> None:
         self.numbers = numbers
         self.feedback = require_switch("feedback", feedback)
+        self.memory = memory_format(memory, feedback=self.feedback)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
         """See `TensorCodec.layout`."""
@@ -50,7 +52,7 @@ class Quantized(TensorCodec):
         return self.numbers.unpack(parts, math.prod(shape), dtype).view(shape)
 
 
-def fp16(feedback: bool = False) -> Quantized:
+def fp16(feedback: bool = False, memory: str = "full") -> Quantized:
     """The codec "fp16": half the bytes of float32.
 
     Equation:
@@ -66,11 +68,12 @@ def fp16(feedback: bool = False) -> Quantized:
     Args:
         feedback: whether what rounding takes (at most 2^-11 of an element) is kept for the next
             step. Off by default: it would cost a memory as large as the parameters in every slot.
+        memory: number format of what is kept: "full", "bf16", "fp16", "int8" or "int4".
     """
-    return Quantized(Half(), feedback=feedback)
+    return Quantized(Half(), feedback=feedback, memory=memory)
 
 
-def bf16(feedback: bool = False) -> Quantized:
+def bf16(feedback: bool = False, memory: str = "full") -> Quantized:
     """The codec "bf16": half the bytes of float32, with its range and 8 bits of precision.
 
     Equation:
@@ -82,11 +85,12 @@ def bf16(feedback: bool = False) -> Quantized:
     Args:
         feedback: whether what rounding takes (at most 2^-9 of an element) is kept for the next
             step. Off by default: it would cost a memory as large as the parameters in every slot.
+        memory: number format of what is kept: "full", "bf16", "fp16", "int8" or "int4".
     """
-    return Quantized(Cast("bf16", torch.bfloat16), feedback=feedback)
+    return Quantized(Cast("bf16", torch.bfloat16), feedback=feedback, memory=memory)
 
 
-def int8(block: int = 1024, feedback: bool = True) -> Quantized:
+def int8(block: int = 1024, feedback: bool = True, memory: str = "full") -> Quantized:
     """The codec "int8": about a quarter of the bytes of float32.
 
     Equation, paper and deviations:
@@ -96,14 +100,15 @@ def int8(block: int = 1024, feedback: bool = True) -> Quantized:
         block: elements that share a scale, a power of two from 16 to 65536.
         feedback: whether what rounding takes is kept for the next step. Without it, elements
             below 1/254 of their block's largest never arrive.
+        memory: number format of what is kept: "full", "bf16", "fp16", "int8" or "int4".
 
     Raises:
         ConfigError: a value is out of range.
     """
-    return Quantized(Blocks(8, block), feedback=feedback)
+    return Quantized(Blocks(8, block), feedback=feedback, memory=memory)
 
 
-def sign(block: int = 1024, feedback: bool = True) -> Quantized:
+def sign(block: int = 1024, feedback: bool = True, memory: str = "full") -> Quantized:
     """The codec "sign": about 1/31 of the bytes of float32.
 
     Equation, papers and deviations:
@@ -113,8 +118,9 @@ def sign(block: int = 1024, feedback: bool = True) -> Quantized:
         block: elements that share a magnitude, a power of two from 16 to 65536.
         feedback: whether what was not sent is kept for the next step; without it, signs need not
             converge.
+        memory: number format of what is kept: "full", "bf16", "fp16", "int8" or "int4".
 
     Raises:
         ConfigError: a value is out of range.
     """
-    return Quantized(Sign(block), feedback=feedback)
+    return Quantized(Sign(block), feedback=feedback, memory=memory)

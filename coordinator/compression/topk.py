@@ -12,7 +12,7 @@ from torch import Tensor
 from coordinator.compression.arguments import require_fraction, require_integer, require_switch
 from coordinator.compression.bits import pack_places, places_layout, unpack_places
 from coordinator.compression.codec import Kept, Layout, TensorCodec
-from coordinator.compression.numbers import number_format, slices
+from coordinator.compression.numbers import memory_format, number_format, slices
 
 _SAMPLE = 1 << 16
 
@@ -50,18 +50,25 @@ class TopK(TensorCodec):
         values: number format of the values: "fp32", "fp16", "bf16", "int8", "int4" or "sign".
         minimum: tensors of fewer elements travel as they are; at least 1.
         feedback: whether what was not sent is kept for the next step.
+        memory: number format of what is kept: "full", "bf16", "fp16", "int8" or "int4".
 
     Raises:
         ConfigError: a value is out of range.
     """
 
     def __init__(
-        self, fraction: float, values: str = "bf16", minimum: int = 256, feedback: bool = True
+        self,
+        fraction: float,
+        values: str = "bf16",
+        minimum: int = 256,
+        feedback: bool = True,
+        memory: str = "full",
     ) -> None:
         self.fraction = require_fraction("fraction", fraction)
         self.minimum = require_integer("minimum", minimum, minimum=1)
         self.numbers = number_format(values)
         self.feedback = require_switch("feedback", feedback)
+        self.memory = memory_format(memory, feedback=self.feedback)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
         """See `TensorCodec.layout`."""
