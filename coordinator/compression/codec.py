@@ -359,7 +359,7 @@ class TensorCodec(ABC):
             return None
         real, dtype = _real(shape, wide)
         layout = self.memory.layout(math.prod(real), dtype)
-        packed = expect(_key(name, _HELD), memory[_HELD], (_nbytes(layout),), torch.uint8)
+        packed = expect(_key(name, _HELD), memory[_HELD], (_nbytes(layout),), torch.uint8).clone()  # aligned
         found = self.memory.unpack(_split(packed, layout), math.prod(real), dtype).view(real)
         return torch.view_as_complex(found) if wide.is_complex else found
 

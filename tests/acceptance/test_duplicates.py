@@ -420,7 +420,7 @@ MODES: dict[str, dict[str, Any]] = {
         "shards": 6,
         "fan_in": 2,
         "local_steps": 2,
-        "compression": "int8",
+        "compression": "int8:memory=int4",
         "staleness": 1,
     },
     "all of them": {"local_steps": 2, "batch_size": 4, "compression": "int8", "staleness": 1},

@@ -24,6 +24,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fp16": {"compression": "fp16"},
     "topk": {"compression": "topk:0.1"},
     "powersgd": {"compression": "powersgd:2"},
+    "rounded-memory": {"compression": "powersgd:1,values=int8,memory=int8"},
     "local": {"local_steps": 3},
     "stale": {"staleness": 2},
     "local-topk": {"local_steps": 2, "compression": "topk:0.1"},
@@ -115,6 +116,7 @@ def test_a_training_server_that_dies_restores_the_slots_states(
     master = master_of(fleet)
     killed = (
         "local-topk",
+        "rounded-memory",
         "stale-powersgd",
         "diloco",
         "half-topk",
@@ -149,14 +151,18 @@ def test_what_the_slots_of_a_skipped_step_made_is_deleted(fleet: LocalCluster) -
         assert not list(client.scan_iter(f"torchord:blob:{run.name}:slot:*", count=1000))
 
 
-def test_a_client_that_dies_takes_no_residual_with_it(fleet: LocalCluster, alone: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("name", ["topk", "rounded-memory"])
+def test_a_client_that_dies_takes_no_residual_with_it(
+    fleet: LocalCluster, alone: dict[str, bytes], name: str
+) -> None:
     master = master_of(fleet)
-    run = master.submit(recipe(), config(**MODES["topk"]), name="topk-killed")
+    run = master.submit(recipe(), config(**MODES[name]), name=f"{name}-without-client")
     wait_until(lambda: run.status().version >= 5, message="the fifth step")
     fleet.processes["client1"].kill()
     fleet.restart("client1")
     run.wait(timeout=PATIENCE_SECONDS)
-    assert bits(run) == alone["topk"]
+    assert bits(run) == alone[name]
+    assert run.verify(reexecute=[run.status().version - 1]).ok
 
 
 def test_deltas_serve_whoever_holds_the_version_before(

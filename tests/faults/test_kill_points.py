@@ -29,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "deep tree, all": {
         "shards": 8,
         "fan_in": 2,
-        "compression": "topk:0.1",
+        "compression": "topk:0.1,memory=int8",
         "local_steps": 2,
         "staleness": 1,
         "epochs": 6,

@@ -51,10 +51,15 @@ LOSSY = (
     "powersgd:2,values=int8",
     "powersgd:1,values=int4,least=300",
     "powersgd:2,feedback=off",
+    "int8:memory=fp16",
+    "sign:memory=bf16",
+    "topk:0.05,memory=int8",
+    "powersgd:2,values=int8,memory=int4",
 )
 # torch warns that complex32 is experimental, whatever one does with it.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-FED_BACK = tuple(spec for spec in LOSSY if parse(spec).feedback)  # type: ignore[attr-defined]
+FED_BACK = tuple(spec for spec in LOSSY if parse(spec).feedback and "memory" not in spec)  # type: ignore[attr-defined]
+ROUNDED = tuple(spec for spec in LOSSY if "memory" in spec)
 ALL = ("none", *LOSSY)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
@@ -284,7 +289,7 @@ def test_stateful_says_whether_there_is_a_memory(spec: str) -> None:
     assert bool(codec.encode(model(), None).residual) == codec.stateful
 
 
-@pytest.mark.parametrize("spec", FED_BACK)
+@pytest.mark.parametrize("spec", [*FED_BACK, *ROUNDED])
 def test_no_gradients_at_all(spec: str) -> None:
     kept = parse(spec).encode(model(), None).residual
     encoded = parse(spec).encode({}, kept)
@@ -299,12 +304,41 @@ def test_no_gradients_at_all(spec: str) -> None:
         ("topk:0.05", {"b": torch.zeros(3)}),
         ("powersgd:2", {"w#q": torch.zeros(20, 1)}),
         ("fp16", {"w": torch.zeros(20, 20)}),
+        ("topk:0.05", {"w#held": torch.zeros(404, dtype=torch.uint8)}),
+        ("topk:0.05,memory=int8", {"w": torch.zeros(20, 20)}),
+        ("topk:0.05,memory=int8", {"w#held": torch.zeros(400, dtype=torch.uint8)}),
+        ("topk:0.05,memory=int8", {"w#held": torch.zeros(404, dtype=torch.int8)}),
     ],
 )
 def test_the_memory_of_another_codec_or_model_is_refused(spec: str, held: dict[str, Tensor]) -> None:
     gradients = {"w": random((20, 20)), "b": random((3,))}
     with pytest.raises(ManifestMismatch):
         parse(spec).encode(gradients, held)
+
+
+@pytest.mark.parametrize("dtype", (*FLOATS, torch.complex64), ids=dtype_name)
+@pytest.mark.parametrize("spec", ROUNDED)
+def test_a_memory_in_fewer_bits_is_the_whole_one_rounded(spec: str, dtype: torch.dtype) -> None:
+    """Both ways: what is kept is Q(e'), and what is added to the next gradient is what Q(e') stands for."""
+    whole, _, memory_name = spec.partition("memory=")
+    rounded, plain, numbers = parse(spec), parse(whole.rstrip(",:")), number_format(memory_name)
+    shapes = {"fc": (40, 300), "conv": (16, 8, 3, 3)}
+    first, second = ({name: random(shape, dtype, seed) for name, shape in shapes.items()} for seed in (1, 2))
+    kept, expected = rounded.encode(first, None), plain.encode(first, None)
+    assert digest(kept.payload) == digest(expected.payload)
+    held = dict(expected.residual)
+    for name in shapes:
+        error = held[name]
+        real = torch.view_as_real(error) if error.is_complex() else error
+        parts = {
+            part: torch.zeros(shape, dtype=what)
+            for part, (what, shape) in numbers.layout(real.numel(), real.dtype).items()
+        }
+        numbers.pack(real, float(real.abs().max()), parts)
+        back = numbers.unpack(parts, real.numel(), real.dtype).view(real.shape)
+        held[name] = torch.view_as_complex(back) if error.is_complex() else back
+        assert kept.residual[f"{name}#held"].numel() == sum(p.nbytes for p in parts.values()) < error.nbytes
+    assert digest(rounded.encode(second, kept.residual).payload) == digest(plain.encode(second, held).payload)
 
 
 def test_a_name_with_the_separator_is_refused() -> None:
@@ -649,7 +683,7 @@ def test_the_first_q_depends_on_name_and_shape_only() -> None:
 # --- what it is for ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["none", *FED_BACK])
+@pytest.mark.parametrize("spec", ["none", *FED_BACK, *ROUNDED])
 def test_gradient_descent_converges(spec: str) -> None:
     """On a quadratic of condition number 10, in two slots whose optima differ, with a falling step."""
     codec = parse(spec)
@@ -745,6 +779,9 @@ def test_specs_that_are_fine(spec: str) -> None:
         ("powersgd:0", "rank must be an integer, at least 1, not 0"),
         ("powersgd:1.5", "rank must be an integer"),
         ("int8:1000", "block must be a power of two from 16 to 65536, not 1000"),
+        ("topk:0.1,memory=sign", "memory must be one of full, bf16, fp16, int8, int4, not 'sign'"),
+        ("powersgd:1,memory=8", "memory must be one of full, bf16, fp16, int8, int4, not 8"),
+        ("bf16:memory=int8", "memory=int8 needs feedback=on"),
         ("none:1", "too many positional arguments; it takes no arguments"),
     ],
 )
