@@ -103,11 +103,11 @@ class Drafts:
             fcntl.flock(draft.fd, fcntl.LOCK_SH)
 
     def give_back(self, buffer: Tensor) -> None:
-        """End the use of a buffer that was taken, unless it was shown."""
+        """Give up a buffer that was taken, unless it was shown; whoever still holds it keeps its memory."""
         with self._lock:
             draft = self._writing.pop(buffer.data_ptr(), None)
-            if draft is not None:
-                self._kept.append(draft)
+            if draft is not None and self._pid == os.getpid():
+                _close(draft)
 
     def close(self) -> None:
         """Let go of every file that is not being written."""

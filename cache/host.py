@@ -226,7 +226,7 @@ class HostTier:
             return False
 
     def give_back(self, buffer: Tensor) -> None:
-        """End the use of a draft, unless it was shown."""
+        """Give up a draft, unless it was shown; whoever still holds it keeps its memory."""
         if self._drafts is not None:
             self._drafts.give_back(buffer)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from cache.blob import BlobRef
 from cache.ledger import Ledger
 from cache.records import VersionRecord
@@ -38,6 +40,8 @@ class WarmRun:
         shared: several processes of this node take turns, so the state goes out with each version.
         sum: the sum of the present step, as far as its slots have landed; None before the first.
         collector: reads the present step's gradients ahead; None where that does not pay.
+        next: memory of the next version, in which the parameters are already; None where they are in the
+            trainer's own, or in that of the present version, which others read.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
     """
@@ -59,6 +63,7 @@ class WarmRun:
     shared: bool = False
     sum: StepSum | None = field(default=None, repr=False)
     collector: Collector | None = field(default=None, repr=False)
+    next: Tensor | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()

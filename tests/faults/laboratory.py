@@ -89,7 +89,7 @@ class Laboratory:
         sys.path.append(str(self.code))
         self.cluster.start()
         self.master = Master(self.cluster.url, checkpoint_dir=self.checkpoints)
-        self._undisturbed: dict[TrainingConfig, Outcome] = {}
+        self._undisturbed: dict[tuple[TrainingConfig, str], Outcome] = {}
 
     def close(self) -> None:
         """End the cluster."""
@@ -194,13 +194,14 @@ class Laboratory:
         """What the undisturbed run comes to."""
         return self.undisturbed(CONFIG)
 
-    def undisturbed(self, config: TrainingConfig) -> Outcome:
+    def undisturbed(self, config: TrainingConfig, **changes: Any) -> Outcome:
         """What a run with this config comes to; it is made when first asked for."""
-        if config not in self._undisturbed:
+        key = (config, repr(changes))
+        if key not in self._undisturbed:
             self._arm("")
             self.fast()
-            self._undisturbed[config] = self.check(self.submit(config), reference=None)
-        return self._undisturbed[config]
+            self._undisturbed[key] = self.check(self.submit(config, **changes), reference=None)
+        return self._undisturbed[key]
 
     def check(self, run: Run, *, reference: Outcome | None) -> Outcome:
         """Wait for a run; its audit must be clean and its outcome the reference's."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 
 from coordinator.faults import POINTS, parse
 from tests.faults.laboratory import CONFIG, HOURS, Laboratory
+from tests.support import models
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -85,6 +87,28 @@ def test_killed_at(lab: Laboratory, mode: str, plan: str) -> None:
         assert run.verify().partial_sums == 6 * run.status().version, "six of each step, once each"
     if mode != "plain":
         assert run.verify(reexecute=[run.status().version - 1]).ok
+
+
+WIDE = partial(models.Mlp, hidden=8192)
+"""Large enough for the same-host tier, in whose memory the server then makes each version."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "plan"),
+    [
+        ("plain", "server.after_apply:2:kill;client.after_put:4:kill"),
+        ("plain", "server.after_publish:2:kill;client.before_put:4:kill"),
+        ("plain", "server.after_commit:4:kill;server.before_rollback:1:kill"),
+        ("staleness", "server.after_launch:3:kill;server.before_state:1:kill"),
+        ("plain", "server.after_state:1:kill;server.after_checkpoint:1:kill"),
+        ("all", "server.after_commit:4:kill;client.after_slot:6:kill"),
+    ],
+)
+def test_killed_with_versions_in_the_hosts_memory(lab: Laboratory, mode: str, plan: str) -> None:
+    config = dataclasses.replace(CONFIG, **MODES[mode])
+    reference = lab.undisturbed(config, model=WIDE)
+    with lab.faults(plan):
+        lab.check(lab.submit(config, model=WIDE), reference=reference)
 
 
 def test_every_point_is_tried() -> None:

@@ -106,6 +106,33 @@ def test_any_optimizer_goes_on_bit_for_bit(name: str) -> None:
         assert interrupted(recipe, stop).bits == whole.bits
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_optimizer_of_torch_follows_its_parameters_to_other_memory(name: str) -> None:
+    recipe = models.mlp(size=24, optimizer=VARIANTS[name], model=Matrices if name == "Muon" else models.Mlp)
+    whole, moved = InProcess(resolved(recipe), CONFIG), InProcess(resolved(recipe), CONFIG, moving=True)
+    assert moved.trainer.steps_in_place
+    assert moved.train().bits == whole.train().bits
+
+
+class Blocks(torch.optim.SGD):
+    """Keeps views of its parameters, as optimizers that work on blocks do."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self.rows = [(p, list(p.detach())) for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter, rows in self.rows:
+            for row, gradient in zip(rows, parameter.grad, strict=True):
+                row.add_(gradient, alpha=-self.param_groups[0]["lr"])
+
+
+def test_an_optimizer_that_may_keep_views_is_left_where_it_was() -> None:
+    recipe = resolved(models.mlp(size=24, optimizer=partial(Blocks, lr=0.1)))
+    assert not Trainer.build(recipe, CONFIG).steps_in_place
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler_goes_on_bit_for_bit(name: str) -> None:
     recipe = models.mlp(
