@@ -456,7 +456,7 @@ class TrainingServer:
             self._make_room(warm)
 
     def _make_room(self, warm: WarmRun) -> None:
-        """Move the parameters to where the next version is to be, so that no step waits for a copy of them."""
+        """Move the parameters to where the next version is to be: no step waits for a copy of them."""
         chunks, replica = self.services.chunks, warm.trainer.replica
         if not chunks.tiered(replica.nbytes()):  # a copy of so little takes less than this
             return
