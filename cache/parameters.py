@@ -9,19 +9,21 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cache import keys
+from cache.blob import BlobRef
 from cache.codec import Manifest, layout, pack, views
 from cache.damage import require_fitting, telling
 from cache.errors import CacheError, ChunkMissing, ManifestMismatch, VersionMissing
 from cache.ledger import Ledger
 from cache.records import DeltaRecord, StateRecord, VersionRecord
 from cache.tiered import TieredStore
+from cache.underway import Ahead, Notice
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +66,25 @@ class ParameterCache:
         """A snapshot of the counters."""
         return self._counters
 
-    def publish(self, ledger: Ledger, version: int, flat: torch.Tensor, *, chain: str) -> VersionRecord:
+    def publish(
+        self, ledger: Ledger, version: int, flat: torch.Tensor, *, chain: str, announced: bool = False
+    ) -> VersionRecord:
         """Store the bytes of a version; the commit that follows makes it visible.
 
         Args:
             flat: uint8, 1-D, laid out by the run's manifest.
             chain: ledger chain of this version; filled in later with `dataclasses.replace`
                 when it depends on the digest that this call computes.
+            announced: whether Clients are told while it is stored, so that they may read along.
         """
         key = ledger.keys.parameters_blob(version, uuid.uuid4().hex[:12])
-        blob = self.chunks.put(key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True)
+
+        def tell(ref: BlobRef, stored: Iterable[int]) -> None:
+            ledger.announce(keys.PARAMETERS_UNDERWAY, Notice.all_of(version, ref, list(stored)))
+
+        blob = self.chunks.put(
+            key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, tell=tell if announced else None
+        )
         return VersionRecord(version, blob.digest, blob, chain)
 
     def publish_delta(
@@ -163,10 +174,12 @@ class ParameterCache:
         *,
         out: torch.Tensor | None = None,
         record: VersionRecord | None = None,
+        ahead: Callable[[BlobRef], Ahead | None] | None = None,
     ) -> tuple[VersionRecord, torch.Tensor, str]:
         """Read a version.
 
         Args:
+            ahead: finds what was read of it before it was committed.
             record: where it is, if that is known already.
             out: preallocated uint8 buffer of the manifest's length.
 
@@ -191,7 +204,7 @@ class ParameterCache:
             )
         try:
             with telling(f"version {version} of run {ledger.run!r}", record.blob, ledger.manifest):
-                flat, source = self.chunks.get_from(record.blob, out)
+                flat, source = self.chunks.get_from(record.blob, out, ahead and ahead(record.blob))
         except ChunkMissing as error:
             raise VersionMissing(f"a chunk is lost: {error}") from error
         seconds = time.perf_counter() - began

@@ -11,9 +11,9 @@ from pathlib import Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
-OVERLAPS = frozenset({"upload", "collect"})
+OVERLAPS = frozenset({"upload", "collect", "fetch"})
 """upload: gradients leave a Client while its backward runs. collect: the training server reads them while
-the step is computed."""
+the step is computed. fetch: Clients read the next version while the training server stores it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from cache.blob import BlobRef, checksums, inlined, split, unpacked
 from cache.chunks import CHUNK_NBYTES, Chunks
 from cache.codec import as_bytes
 from cache.host import HostTier
+from cache.underway import Ahead
 from cache.upload import Upload
 
 HOST_AT_LEAST_NBYTES = 256 << 10
@@ -100,10 +101,13 @@ class TieredStore:
         ttl_seconds: int,
         inline: bool = False,
         shown: bool = True,
+        tell: Callable[[BlobRef, Iterable[int]], None] | None = None,
     ) -> BlobRef:
         """Store a blob for everybody, and show it to this host.
 
         Args:
+            tell: called by another thread each time that more is stored, with the blob's reference and the
+                numbers of the chunks that are.
             shown: False for what hardly anybody will read, such as what a successor would start from.
             inline: a small blob may travel inside the reference and is then stored nowhere else; for
                 callers whose references live in the control plane.
@@ -111,7 +115,10 @@ class TieredStore:
         if inline and 0 < len(view := as_bytes(buffer)) <= INLINE_NBYTES:
             return inlined(key, view, CHUNK_NBYTES)
         try:
-            ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
+            if tell is None or not isinstance(buffer, Tensor):
+                ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
+            else:
+                ref = self._put_telling(key, buffer, ttl_seconds, tell)
             self._count(written_nbytes=ref.nbytes)
             if shown and self.host is not None and self.tiered(ref.nbytes):
                 self._show(ref, buffer)
@@ -119,6 +126,16 @@ class TieredStore:
             if self.host is not None and isinstance(buffer, Tensor):
                 self.host.give_back(buffer)
         return ref
+
+    def _put_telling(
+        self, key: str, buffer: Tensor, ttl_seconds: int, tell: Callable[[BlobRef, Iterable[int]], None]
+    ) -> BlobRef:
+        size, nbytes = self.chunks.chunk_nbytes, buffer.numel()
+        ref = BlobRef(key, nbytes, size, checksums(split(as_bytes(buffer), size)))
+        upload = Upload(
+            self.chunks, key, buffer, (), ttl_seconds=ttl_seconds, tell=lambda sums: tell(ref, sums)
+        )
+        return upload.finish(nbytes)
 
     def upload(
         self,
@@ -145,7 +162,7 @@ class TieredStore:
 
     def here(self, ref: BlobRef) -> bool:
         """Whether a blob travels in its reference, or this host seems to have it."""
-        return bool(ref.data) or (self.host is not None and self.host.has(ref))
+        return bool(ref.data) or ref.local or (self.host is not None and self.host.has(ref))
 
     def draft(self, nbytes: int) -> Tensor:
         """Memory to write a blob to that `put` or `put_local` is then given: the host's, if it may be.
@@ -188,12 +205,15 @@ class TieredStore:
         """Read a blob: the first part of what `get_from` returns."""
         return self.get_from(ref, out)[0]
 
-    def get_from(self, ref: BlobRef, out: Tensor | None = None) -> tuple[Tensor, str]:
+    def get_from(
+        self, ref: BlobRef, out: Tensor | None = None, ahead: Ahead | None = None
+    ) -> tuple[Tensor, str]:
         """Read a blob, and say which tier had it.
 
         Args:
             out: uint8, 1-D, `ref.nbytes` long, used if the blob has to come from the chunk store
                 without the host's tier.
+            ahead: what was read of it before, used likewise.
 
         Returns:
             The bytes (uint8, 1-D: the host's mapping, which is not to be written to, `out`, or new
@@ -218,6 +238,10 @@ class TieredStore:
         if found is not None and not downloaded:
             self._count(host_hits=1, host_nbytes=ref.nbytes, host_seconds=time.perf_counter() - began)
             return found, "host"
+        if found is None and ahead is not None:
+            read = ahead.read_nbytes
+            found = ahead.complete(ref)
+            self._count(ahead_nbytes=0 if found is None else min(read, ref.nbytes))
         if found is None:
             found = self.chunks.get(ref, out)
         self._count(store_reads=1, store_nbytes=ref.nbytes, store_seconds=time.perf_counter() - began)

@@ -38,6 +38,7 @@ from cache.records import Head, SlotRecord, StateRecord, VersionRecord, canonica
 from cache.settings import cublas_workspace
 from cache.workers import Heartbeat
 from coordinator import activity, gradient, tiers, tree
+from coordinator.arrivals import Arrivals
 from coordinator.determinism import CUBLAS_WORKSPACE
 from coordinator.faults import Hook, nothing
 from coordinator.outbox import Outbox, Outgoing
@@ -145,6 +146,7 @@ class Client:
         self.prefetcher = Prefetcher(lambda: services.registry.queue_length(GRADIENTS), heartbeat.doing)
         overlap = services.settings.overlap
         self.outbox = Outbox(services.gradients, ahead="upload" in overlap, announced="collect" in overlap)
+        self.arrivals = Arrivals(services.chunks, on="fetch" in overlap)
         self._refusals = 0
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
@@ -381,6 +383,7 @@ class Client:
             part.answered(answer)
         self.fault("client.after_slot")
         self.heartbeat.worked(run, seconds)
+        self.arrivals.idle(context, begun.memory)
         self.prefetcher.observe(context, done.read_seconds)
         if answer is not None and self.services.settings.read_ahead:  # the chord does not wait for this task
             self.prefetcher.idle(context, step, present)
@@ -411,7 +414,9 @@ class Client:
                 indices = plan.indices(step, shard)
                 samples = indices.tolist()
                 version = plan.version_for(step)
-                replica, self._fetched.source = context.replica_at(version, record)
+                replica, self._fetched.source = context.replica_at(
+                    version, record, partial(self.arrivals.take, context)
+                )
                 state = self._slot_state(context, version, shard) if context.keeps_state(step) else None
                 allowed = self.services.settings.allowed_modules
                 batch = self.prefetcher.take(context, step, shard, indices, dataset)

@@ -117,7 +117,7 @@ class Collector:
         """
         ahead = self._ahead.get(slot.shard)
         self._ahead[slot.shard] = None  # the thread leaves it alone from now on
-        if ahead is not None:
+        if ahead is not None and not self._chunks.here(slot.blob):
             read = ahead.read_nbytes
             found = ahead.complete(slot.blob)
             if found is not None:

@@ -32,7 +32,7 @@ from cache.records import Head, Launch, LedgerEntry, SlotRecord, StateRecord, re
 from cache.workers import Heartbeat
 from coordinator import activity, tiers
 from coordinator.client import short_traceback
-from coordinator.collector import collect
+from coordinator.collector import LEAST_CHUNKS, collect
 from coordinator.faults import Hook, nothing
 from coordinator.optimize import ApplyReport
 from coordinator.roots import PARTIAL_SUMS, loss_of, nonfinite, receipts_of, roots_of, send_missing
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _EVALUATION_PIN_SECONDS = 6 * 3600.0
 _EVALUATION_PART = 4096
 _CALL_AGAIN_SECONDS = 5.0
+_FAR_STEPS = 20
 
 
 class TrainingServer:
@@ -248,7 +249,9 @@ class TrainingServer:
         self.fault("server.after_apply")
         flat = replica.pack(self.services.chunks.draft(replica.nbytes()) if warm.next is None else warm.next)
         warm.next = None
-        draft = self.services.parameters.publish(warm.ledger, step + 1, flat, chain="")
+        draft = self.services.parameters.publish(
+            warm.ledger, step + 1, flat, chain="", announced=self._far(warm, slots)
+        )
         if (delta := warm.trainer.delta) is not None:
             draft = self.services.parameters.publish_delta(
                 warm.ledger, draft, warm.record, delta.compression, delta.payload, delta.buffers
@@ -311,6 +314,16 @@ class TrainingServer:
             "worker": self.heartbeat.info.id,
         }
         return receipt, committed, drafted
+
+    def _far(self, warm: WarmRun, slots: list[SlotRecord]) -> bool:
+        """Whether Clients read versions from the chunk store, so that they are told while one is stored."""
+        if "fetch" not in self.services.settings.overlap:
+            return False
+        if any(slot.fetched == "store" for slot in slots):  # who reads ahead into the host's tier says "host"
+            warm.far_until = warm.version + _FAR_STEPS
+        least = LEAST_CHUNKS * self.services.chunks.chunks.chunk_nbytes
+        far = self._read_nbytes >= least or warm.version < warm.far_until
+        return far and warm.trainer.replica.nbytes() >= least
 
     def _draft(self, warm: WarmRun, *, after: int) -> Launch | None:
         """The chord that the commit of the present step makes possible, None if there is none or several."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cache.blob import BlobRef
 from cache.chunks import ChunkStore
 from cache.codec import Manifest, require_same
 from cache.connection import CLIENT_PATIENCE_SECONDS, Clients
@@ -20,6 +21,7 @@ from cache.parameters import ParameterCache
 from cache.records import VersionRecord, revision
 from cache.settings import Settings
 from cache.tiered import TieredStore
+from cache.underway import Ahead
 from cache.workers import Registry
 from coordinator.config import TrainingConfig
 from coordinator.recipe import ResolvedRecipe, fingerprint, resolve, skewed
@@ -290,11 +292,17 @@ class RunContext:
         """The version that the replica holds, None if there is none."""
         return None if self._replica is None else self._replica.loaded
 
-    def replica_at(self, version: int, record: VersionRecord | None = None) -> tuple[Replica, str]:
+    def replica_at(
+        self,
+        version: int,
+        record: VersionRecord | None = None,
+        ahead: Callable[[BlobRef], Ahead | None] | None = None,
+    ) -> tuple[Replica, str]:
         """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store".
 
         Args:
             record: where the version is, if that is known already.
+            ahead: finds what was read of it before it was committed.
         """
         replica = self.replica()
         if replica.loaded == version and not replica.spoilt():
@@ -309,7 +317,7 @@ class RunContext:
             return replica, "delta"
         fetch = self.services.parameters.fetch
         out = replica.flat if self.services.chunks.tiered(replica.nbytes()) else replica.landing()
-        record, flat, source = fetch(ledger, version, out=out, record=record)
+        record, flat, source = fetch(ledger, version, out=out, record=record, ahead=ahead)
         replica.attach(flat)
         replica.loaded, replica.digest = version, record.digest
         return replica, source

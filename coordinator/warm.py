@@ -39,6 +39,7 @@ class WarmRun:
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
         sum: the sum of the present step, as far as its slots have landed; None before the first.
+        far_until: up to which step it is taken for granted that Clients are on other hosts.
         collector: reads the present step's gradients ahead; None where that does not pay.
         next: memory of the next version, in which the parameters are already; None where they are in the
             trainer's own, or in that of the present version, which others read.
@@ -62,6 +63,7 @@ class WarmRun:
     nbytes: int = 0
     shared: bool = False
     sum: StepSum | None = field(default=None, repr=False)
+    far_until: int = NEVER
     collector: Collector | None = field(default=None, repr=False)
     next: Tensor | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)

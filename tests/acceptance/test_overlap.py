@@ -105,15 +105,28 @@ def test_a_client_that_ends_in_the_middle_of_its_upload(tmp_path: Path, action: 
             assert all(0 < seconds <= WORK_TTL_SECONDS for seconds in left.values())
 
 
-def test_a_training_server_that_dies_with_gradients_that_it_has_read_ahead(tmp_path: Path) -> None:
-    """The next one has none of them, and does not know of them either."""
+@pytest.mark.parametrize("point", ["server.before_apply", "server.after_publish"])
+def test_a_training_server_that_dies_with_what_was_read_ahead(tmp_path: Path, point: str) -> None:
+    """Gradients that only it has read, or a version that only Clients have read: nobody misses them."""
     plan = tmp_path / "faults.txt"
-    plan.write_text("server.before_apply:5:kill;client.before_put:20:kill")
+    plan.write_text(f"{point}:5:kill;client.before_put:20:kill")
     recipe, how = wide(), config(epochs=6)
     with fleet(tmp_path, workers=2, standby=1, env={**APART, "TORCHORD_FAULTS": f"@{plan}"}) as one:
         _, trained = one.train(recipe, how, "taken-over")
         assert fired(plan, 0).exists()
         assert reference.bits(trained.module) == reference.average(recipe, how).bits
+
+
+def test_two_clients_on_one_host_and_the_training_server_on_another(tmp_path: Path) -> None:
+    recipe, how = wide(), config(epochs=4)
+    with fleet(tmp_path, workers=0) as one:
+        one.cluster.add_worker("server", role="server", env=APART)
+        one.resize(2)
+        one.cluster.wait_ready()
+        run, trained = one.train(recipe, how, "two-hosts")
+        assert reference.bits(trained.module) == reference.average(recipe, how).bits
+        assert sent_ahead(one) and read_ahead(one, "two-hosts")
+        assert {slot.fetched for entry in run._ledger.entries() for slot in entry.slots} >= {"host"}
 
 
 def gradient_chunks(each: Fleet) -> dict[str, int]:
