@@ -45,8 +45,8 @@ from coordinator import LocalCluster, Master, TrainingConfig
 
 MODES = {"off": "off", **{part: part for part in sorted(OVERLAPS)}, "on": "on"}
 MEGABITS = (1000, 200)
-STEPS = {("gpt", 1000): 5, ("gpt", 200): 3, ("cnn", 1000): 20, ("cnn", 200): 12}
-SKIPPED = 3  # first steps: loading, and learning which gradients there are
+STEPS = {("gpt", 1000): 4, ("gpt", 200): 2, ("cnn", 1000): 20, ("cnn", 200): 12}
+SKIPPED = 2  # first steps: loading, and learning which gradients there are
 LATENCY = 0.0002
 CLIENTS = 2
 UNLIMITED = 0  # in the place of a rate
