@@ -200,9 +200,32 @@ def _chaos(found: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def _overlap(found: dict[str, Any]) -> Iterator[Row]:
+    for place, modes in found["rounds"].items():
+        workload, _, megabits = place.partition(" ")
+        rounds = {
+            name: [statistics.median(turn["seconds"]) for turn in turns] for name, turns in modes.items()
+        }
+        middle = {name: statistics.median(values) for name, values in rounds.items()}
+        for name in sorted(set(rounds) - {"unlimited"}, key=lambda name: middle[name], reverse=True):
+            against = (
+                [f"{middle[name] / middle['off']:.2f} of off"] if "off" in middle and name != "off" else []
+            )
+            if "unlimited" in middle:
+                against.append(f"no limit {middle['unlimited'] * 1e3:,.0f} ms")
+            yield Row(
+                "overlap",
+                f"{workload}, links of {int(megabits):,} Mbit/s: {name}",
+                f"{middle[name] * 1e3:,.0f} ms",
+                f"{max(rounds[name]) * 1e3:,.0f} ms",
+                "; ".join(against),
+            )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "step": _step,
     "ddp": _ddp,
+    "overlap": _overlap,
     "cache": _cache,
     "codecs": _codecs,
     "accuracy": _accuracy,

@@ -39,6 +39,16 @@ def test_a_ratio_to_ddp_is_of_medians(tmp_path: Path) -> None:
     ]
 
 
+def test_overlap_stands_beside_no_overlap_and_no_limit(tmp_path: Path) -> None:
+    rounds = {"off": [2.0, 3.0, 4.0], "on": [1.5], "unlimited": [1.0]}
+    modes = {name: [{"seconds": [value, value]} for value in values] for name, values in rounds.items()}
+    (tmp_path / "overlap.json").write_text(json.dumps({"machine": MACHINE, "rounds": {"gpt 1000": modes}}))
+    assert table(tmp_path).splitlines()[2:4] == [
+        "| overlap | gpt, links of 1,000 Mbit/s: off | 3,000 ms | 4,000 ms | no limit 1,000 ms |  |",
+        "| overlap | gpt, links of 1,000 Mbit/s: on | 1,500 ms | 1,500 ms | 0.50 of off; no limit 1,000 ms |  |",
+    ]
+
+
 def test_seconds_to_an_accuracy_stand_beside_ddp_at_the_same_batch_and_at_its_best(tmp_path: Path) -> None:
     rows = {
         name: {"seconds": seconds, "worst_seconds": 2 * seconds, "megabytes": 1000.0}
