@@ -77,7 +77,7 @@ class Upload:
         self._begun: set[int] = set()  # chunks that were handed to the thread
         self._nbytes = len(self._view)  # the blob's length, as far as it is known
         self._change = threading.Condition()
-        self._closed = self._given_up = False
+        self._closed = self._given_up = self._over = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -134,9 +134,9 @@ class Upload:
             if self._given_up or (self._closed and self._error is None):
                 return
             self._given_up = True
-            ended = self._closed
+            over = self._over
             self._change.notify()
-        if ended:
+        if over:
             self._delete()
 
     def _hand_over(self, numbers: Sequence[int]) -> None:
@@ -162,7 +162,10 @@ class Upload:
                 self._say()
         except Exception as error:  # noqa: BLE001  for the thread that waits in `finish`
             self._error = error
-        if self._given_up:
+        with self._change:
+            self._over = True
+            given_up = self._given_up
+        if given_up:
             self._delete()
 
     def _say(self) -> None:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 LEAST_CHUNKS = 2
 _PAUSES_SECONDS = (0.004, 0.05)
 _NEXT_PAUSE_SECONDS = 0.002  # while it comes
-_PATIENCE_SECONDS = 30.0  # for the first notice
+_PATIENCE_SECONDS = 120.0  # for the first notice
 _STALL_SECONDS = 3.0  # between two chunks
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LEAST_CHUNKS = 2
 _LOOKS = 25  # a step, where there is nothing to read
 _PAUSES_SECONDS = (0.002, 0.05)
-_PATIENCE_SECONDS = 60.0  # without news
+_PATIENCE_SECONDS = 60.0  # without news, or three steps
 
 
 def collect(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
@@ -95,6 +95,7 @@ class Collector:
         self._chunks = chunks
         self._free_nbytes = most_nbytes
         self._pause_seconds = min(max(step_seconds / _LOOKS, _PAUSES_SECONDS[0]), _PAUSES_SECONDS[1])
+        self._patience_seconds = max(_PATIENCE_SECONDS, 3 * step_seconds)
         self._wanted = wanted
         self._ahead: dict[int, Ahead | None] = {}
         self._whole: set[int] = set()
@@ -130,7 +131,7 @@ class Collector:
     def _work(self) -> None:
         try:
             last = time.monotonic()
-            while len(self._whole) < len(self._roots) and time.monotonic() - last < _PATIENCE_SECONDS:
+            while len(self._whole) < len(self._roots) and time.monotonic() - last < self._patience_seconds:
                 if self._stopped.is_set() or not self._wanted():
                     return
                 if self._look():

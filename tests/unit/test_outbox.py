@@ -220,6 +220,22 @@ def test_a_store_that_fails_is_reported_at_the_end_and_nothing_is_kept() -> None
     assert not store.chunks
 
 
+def test_a_store_that_fails_before_the_end_leaves_nothing_either() -> None:
+    """Its first chunks are stored, then it fails; the shard itself fails before `finish`."""
+    store, buffer = Slow(), torch.arange(8, dtype=torch.uint8)
+    store.go_on.set()
+    upload = upload_to(store, buffer, [4, 4])
+    upload.done(0, 4)
+    wait_until(lambda: bool(store.chunks), message="the first chunk to be stored")
+    store.error = CacheUnreachable("away")
+    upload.done(4, 4)
+    assert upload._thread is not None
+    upload._thread.join(60)
+    assert store.chunks
+    upload.give_up()
+    assert not store.chunks
+
+
 def test_an_upload_that_is_given_up_deletes_what_is_on_its_way() -> None:
     store, buffer = Slow(), torch.arange(8, dtype=torch.uint8)
     upload = upload_to(store, buffer, [4, 4])
