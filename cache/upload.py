@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _AT_ONCE_NBYTES = 2 << 20  # per round trip of the thread: what an upload that is given up still sends
 
+_TOLD_TIMES = 4  # at least, where the chunks are enough: who reads along is that much of the blob behind
+
 
 class PartStore(Protocol):
     """What an upload needs of a chunk store."""
@@ -72,6 +74,9 @@ class Upload:
         self._due = list(due)
         self._ttl_seconds = ttl_seconds
         self._tell = tell
+        count = chunk_count(len(self._view), store.chunk_nbytes)
+        most = max(1, _AT_ONCE_NBYTES // store.chunk_nbytes)
+        self._at_once = most if tell is None else min(most, max(1, count // _TOLD_TIMES))
         self._sums: dict[int, str] = {}
         self._queue: deque[int] = deque()
         self._begun: set[int] = set()  # chunks that were handed to the thread
@@ -184,8 +189,7 @@ class Upload:
                 self._change.wait()
             if self._given_up:
                 return []
-            most = max(1, _AT_ONCE_NBYTES // self._store.chunk_nbytes)
-            return [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
+            return [self._queue.popleft() for _ in range(min(self._at_once, len(self._queue)))]
 
     def _delete(self) -> None:
         count = chunk_count(len(self._view), self._store.chunk_nbytes)

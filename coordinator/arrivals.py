@@ -89,6 +89,7 @@ class _Arrival:
         self._ahead: Ahead | None = None
         self._mapped: Tensor | None = None  # keeps the host's tier from letting it go
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="torchord-arrivals", daemon=True)
         self._thread.start()
 
@@ -106,9 +107,10 @@ class _Arrival:
 
         In the host's tier the thread goes on: whoever fetches the version from there waits for it.
         """
-        if not self._chunks.tiered(ref.nbytes):
-            self.stop()
-        return self._ahead
+        with self._lock:
+            if not self._chunks.tiered(ref.nbytes):
+                self.stop()
+            return self._ahead
 
     # --- in the thread --------------------------------------------------------------------------
 
@@ -124,8 +126,14 @@ class _Arrival:
                     ref, lambda view: self._follow(first, Ahead.into(self._chunks.chunks, ref, view))
                 )
             else:
-                self._ahead = Ahead(self._chunks.chunks, ref.nbytes, ref.chunk_nbytes)
-                self._follow(notice, self._ahead)
+                ahead = Ahead(self._chunks.chunks, ref.nbytes, ref.chunk_nbytes)
+                with self._lock:
+                    if (
+                        self._stopped.is_set()
+                    ):  # the version was needed before it was heard of: once is enough
+                        return
+                    self._ahead = ahead
+                self._follow(notice, ahead)
         except TorchordError as error:
             log.info("no version after %d is read ahead: %s", self.after, error)
         except Exception:  # nothing of this may end a worker

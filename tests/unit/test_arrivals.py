@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,27 @@ def test_a_version_that_is_needed_before_it_was_read_to_its_end() -> None:
     found, _ = client.get(ref)
     assert torch.equal(found, client.store.get(ref))
     assert sorted(client.store.read) == [f"v4:{i}" for i in range(6)]
+
+
+def test_a_version_that_is_needed_before_it_was_heard_of_is_read_once() -> None:
+    client = Client()
+    ref = client.version()
+    client.idle()
+    arrival = client.following
+    look, arrived, go_on = arrival._look, threading.Event(), threading.Event()
+
+    def late() -> Notice | None:
+        arrived.set()
+        assert go_on.wait(60)
+        return look()  # type: ignore[no-any-return]
+
+    arrival._look = late
+    assert arrived.wait(60)
+    client.tell(ref)
+    found, _ = client.get(ref)
+    go_on.set()
+    wait_until(lambda: not arrival.alive, message="the thread to end")
+    assert torch.equal(found, client.store.get(ref)) and not client.store.read
 
 
 def test_a_version_that_another_server_commits_in_its_place() -> None:
