@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from cache.errors import NonFinite
 from coordinator.collect import collect
@@ -85,10 +86,14 @@ def compute(
     examples = sum(len(part) for part in parts)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
+    attached = False
     try:
         with pinned(config.threads, config.deterministic, replica.device):
-            replica.own()
-            replica.restore()
+            attached = replica.own()
+            if attached:
+                replica.reset_buffers()  # its parameters are a copy of the version
+            else:
+                replica.restore()
             optimizer, scheduler = build_optimizer(resolved, config, replica)
             if state is not None:
                 restore_optimizer(optimizer, scheduler, state)
@@ -117,7 +122,10 @@ def compute(
             }
     finally:
         replica.model.zero_grad(set_to_none=True)
-        replica.restore()
+        if attached and replica.flat is not None:
+            replica.attach(replica.flat)
+        else:
+            replica.restore()
     values, sizes = found.figures[: len(parts)], found.figures[len(parts) :]
     total = 0.0
     for value, part in zip(values, parts, strict=True):
@@ -144,10 +152,11 @@ def _check_scale(config: TrainingConfig, scale: LossScale, loss: float, *, overf
 
 
 def _clip(replica: Replica, clip_norm: float | None) -> Tensor:
-    """Clip the gradients in the parameters; returns their norm before."""
+    """Clip the gradients in the parameters, if they are to be clipped; returns their norm before."""
     parameters = [p for p in replica.parameters.values() if p.grad is not None]
-    limit = math.inf if clip_norm is None else clip_norm
-    return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    if clip_norm is None:
+        return get_total_norm(p.grad for p in parameters if p.grad is not None)
+    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
 
 
 @torch.no_grad()

@@ -235,13 +235,19 @@ class Replica:
         return self._attached and any(name not in self.frozen for name in self._written())
 
     @torch.no_grad()
-    def own(self) -> None:
-        """Give the parameters memory of their own again, for whoever writes to them."""
-        if self._attached:
-            for parameter in self.parameters.values():
-                parameter.data = parameter.data.clone()
-            self._counters = [parameter._version for parameter in self.parameters.values()]
-            self._attached = False
+    def own(self) -> bool:
+        """Give the parameters memory of their own again, for whoever writes to them.
+
+        Returns:
+            Whether they were in other memory.
+        """
+        if not self._attached:
+            return False
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.clone()
+        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self._attached = False
+        return True
 
     def _written(self) -> list[str]:
         """Names of the parameters that something wrote to since they held the version."""

@@ -100,6 +100,31 @@ def test_the_same_shard_and_state_give_the_same_bytes_anywhere(make: Any) -> Non
             assert torch.equal(value, other.gradient.gradients[name])
 
 
+@pytest.mark.parametrize("recipe", [models.mlp(optimizer=SGD), models.odd(), models.cnn(24)], ids=repr)
+def test_a_version_in_the_hosts_memory_is_left_alone(recipe: Recipe) -> None:
+    """The steps are taken on a copy; afterwards the parameters lie in the version again."""
+    loaded, attached = Bench(recipe, local_steps=2), Bench(recipe, local_steps=2)
+    version = attached.replica.pack()
+    kept = version.clone()
+    attached.replica.attach(version)
+    for shard in (0, 1, 0):
+        one, other = loaded.shard(0, shard), attached.shard(0, shard)
+        assert one.gradient.gradients.keys() == other.gradient.gradients.keys()
+        for name, value in one.gradient.gradients.items():
+            assert torch.equal(value, other.gradient.gradients[name])
+        for name, value in one.gradient.buffers.items():
+            assert torch.equal(value, other.gradient.buffers[name])
+        assert torch.equal(version, kept) and torch.equal(attached.replica.pack(), kept)
+        first = next(p for p in attached.replica.parameters.values() if p.requires_grad)
+        assert first.data_ptr() in range(version.data_ptr(), version.data_ptr() + version.numel())
+
+
+def test_gradients_below_the_clip_norm_keep_their_bits() -> None:
+    plain, clipped = Bench(models.mlp(), local_steps=3), Bench(models.mlp(), local_steps=3, clip_norm=1e9)
+    for name, value in plain.shard(0, 0).gradient.gradients.items():
+        assert torch.equal(value, clipped.shard(0, 0).gradient.gradients[name])
+
+
 def test_the_slots_state_matters_and_its_scheduler_steps_once_a_global_step() -> None:
     scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
     bench = Bench(models.mlp(optimizer=SGD, scheduler=scheduler), local_steps=2)
