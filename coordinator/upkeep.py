@@ -21,6 +21,7 @@ _STATE_SHARE = 4  # published optimizer state may cost 1/4 of the parameters' by
 _STATE_ALWAYS_NBYTES = 256 << 10
 _STATE_SECONDS = 0.02  # steps that are shorter share one publication of a cheap state,
 _STATE_STEPS = 8  # at most so many: what a restore replays of them
+_REPLAY_SECONDS = 0.5  # larger states wait until a restore would replay this much besides
 
 
 class Upkeep:
@@ -39,14 +40,13 @@ class Upkeep:
 
     def state_due(self, warm: WarmRun) -> bool:
         """Whether the optimizer state should go to the cache with the present version."""
-        return warm.shared or warm.version - warm.state_version >= self._cadence(warm)
-
-    def _cadence(self, warm: WarmRun) -> int:
-        """Every how many steps the state goes to the cache: a cheap one with each, or after 20 ms."""
+        if warm.shared or warm.state_version == NEVER:
+            return True
+        steps, seconds = warm.version - warm.state_version, time.monotonic() - warm.state_at
         nbytes = warm.trainer.state_nbytes()
         if nbytes <= _STATE_ALWAYS_NBYTES:
-            return 1 if time.monotonic() - warm.state_at >= _STATE_SECONDS else _STATE_STEPS
-        return max(1, -(-_STATE_SHARE * nbytes // max(1, warm.record.blob.nbytes)))
+            return steps >= _STATE_STEPS or seconds >= _STATE_SECONDS
+        return seconds >= _REPLAY_SECONDS and steps * warm.record.blob.nbytes >= _STATE_SHARE * nbytes
 
     def publish_state(self, warm: WarmRun) -> None:
         """Store optimizer and scheduler state beside the present version.

@@ -19,7 +19,7 @@ from cache.lane import Command, Lane, LaneClosed, script_command
 from coordinator.task_names import APPLY_UPDATE
 from coordinator.template import CallbackTemplate
 
-_DONE_SECONDS = 300  # how long a chord that has called back is remembered, as in Celery
+_DONE_SECONDS = 60  # how long a chord that has called back is remembered (by Celery: 300)
 _TEMPLATES_KEPT = 16
 
 

@@ -98,7 +98,7 @@ def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
         rf"torchord:blob:({names}):(parameters|state):\d+:\w+:\d+",
         r"torchord:(runs|workers|supervisor|active)",
         r"torchord:worker:.+",
-        r"celery-taskset-meta-[\w-]+\.c",  # the mark of a chord that has called back: 300 s
+        r"celery-taskset-meta-[\w-]+\.c",  # the mark of a chord that has called back: 60 s
     ]
     known = re.compile("|".join(lasting))
     fixed = re.compile(r"_kombu\.binding(\.celery\.pidbox|_deadlines|_permanent\.celery\.pidbox)")
