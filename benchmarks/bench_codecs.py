@@ -71,6 +71,8 @@ CLAIMED = "powersgd:2,values=int8,least=6000"
 VARIANTS = (
     "none",
     CLAIMED,
+    f"{CLAIMED},memory=int8",
+    f"{CLAIMED},memory=int4",
     "powersgd:2,values=int8",
     f"{CLAIMED}/int8",
     "topk:0.01,values=int8",
@@ -78,7 +80,7 @@ VARIANTS = (
     "bf16",
     "sign",
 )
-ONE_SEED = ("topk:0.01,values=int8", "int8", "bf16", "sign")
+ONE_SEED = (f"{CLAIMED},memory=int4", "topk:0.01,values=int8", "int8", "bf16", "sign")
 """Codecs that are shown for comparison, on the first seed alone."""
 LEARNING_RATE, MOMENTUM, WARM_UP = 0.05, 0.9, 100
 SHARDS = 4
