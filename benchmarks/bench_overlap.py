@@ -13,9 +13,9 @@ A figure of a round is the median over its steps after the first ones; shown are
 the worst. Rounds are interleaved: each takes every mode once; the clusters of the other modes are stopped
 (SIGSTOP) meanwhile. Beside them, in the same run: the step with links without limit ("unlimited", overlap
 off), which is what computing and copying cost here, and two anchors on paper. The *bound* is the larger of
-"unlimited" and the time that the busiest link (the server's, which receives a gradient from each shard) needs
-for its bytes: no order of transfers beats that. The *serial* time adds up "unlimited" and the links' times of
-a gradient up, of all of them down, and of the parameters up and down.
+"unlimited" and the time of the busiest link, the server's, for a gradient from each shard and, when these are
+summed, a version: no order of transfers beats that. The *serial* time adds up "unlimited" and the links'
+times of a gradient up, of all of them down, and of a version up and down.
 
 Bias: Redis has no link of its own, as if it sat behind a faster port; with Redis on the server's machine, its
 link would carry what is the server's here. Loopback and proxies cost processor time that a network card
@@ -100,7 +100,7 @@ def mode(overlap: str, folder: str) -> Iterator[Mode]:
 def anchors(unlimited: float, nbytes: int, megabits: int) -> dict[str, float]:
     """Seconds of a step on paper; `nbytes` are those of all gradients, and each is as large as a version."""
     each = nbytes / CLIENTS / (megabits * 125_000)
-    return {"bound": max(unlimited, CLIENTS * each), "serial": unlimited + (CLIENTS + 3) * each}
+    return {"bound": max(unlimited, (CLIENTS + 1) * each), "serial": unlimited + (CLIENTS + 3) * each}
 
 
 def store(path: Path, found: dict[str, Any]) -> None:
