@@ -128,9 +128,7 @@ class _Arrival:
             else:
                 ahead = Ahead(self._chunks.chunks, ref.nbytes, ref.chunk_nbytes)
                 with self._lock:
-                    if (
-                        self._stopped.is_set()
-                    ):  # the version was needed before it was heard of: once is enough
+                    if self._stopped.is_set():  # it was needed before it was heard of: once is enough
                         return
                     self._ahead = ahead
                 self._follow(notice, ahead)
