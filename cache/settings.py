@@ -9,11 +9,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import InvalidInput
+
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
 OVERLAPS = frozenset({"upload", "collect", "fetch"})
 """upload: gradients leave a Client while its backward runs. collect: the training server reads them while
 the step is computed. fetch: Clients read the next version while the training server stores it."""
+
+_ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "no", "false"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,47 @@ def _urls(value: str) -> tuple[str, ...]:
     return tuple(urls)
 
 
-def _on(value: str) -> bool:
-    return value.lower() not in ("off", "0", "no", "false")
+def _whole(name: str, default: int) -> int:
+    """A number of bytes.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidInput(f"{name} must be a whole number of bytes, such as {default}, not {text!r}.")
+    return int(text)
 
 
-def _overlap(value: str) -> frozenset[str]:
-    """Read TORCHORD_OVERLAP: on, off, or some of `OVERLAPS` between commas."""
-    words = frozenset(_words(value.lower()))
-    if not words or words & {"on", "1", "yes", "true"}:
+def _on(name: str) -> bool:
+    """Whether a variable is on, as it is when nobody set it.
+
+    Raises:
+        InvalidInput: it is neither on nor off.
+    """
+    word = os.environ.get(name, "").strip().lower()
+    if word in _OFF:
+        return False
+    if word in _ON:
+        return True
+    raise InvalidInput(f"{name} must be on or off, not {word!r}.")
+
+
+def _overlap(name: str) -> frozenset[str]:
+    """Some of `OVERLAPS`.
+
+    Raises:
+        InvalidInput: a word is none of them.
+    """
+    words = frozenset(_words(os.environ.get(name, "").lower()))
+    if unknown := words - OVERLAPS - _ON - _OFF:
+        among = ", ".join(sorted(OVERLAPS))
+        raise InvalidInput(
+            f"{name} must be on, off, or some of {among} between commas, not {min(unknown)!r}."
+        )
+    if not words or words & _ON:
         return OVERLAPS
     return words & OVERLAPS
 
@@ -95,6 +132,9 @@ def from_environment() -> Settings:
 
     `CELERY_BROKER_URL` comes before `TORCHORD_URL` because `celery -b URL` sets it: an
     argument that a person typed, and the one that Celery itself obeys.
+
+    Raises:
+        InvalidInput: a variable cannot be used; the message names it and what it may be.
     """
     env = os.environ
     allowed = env.get("TORCHORD_ALLOWED_MODULES")
@@ -103,15 +143,15 @@ def from_environment() -> Settings:
         cache_urls=_urls(env.get("TORCHORD_CACHE_URLS", "")),
         checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
         allowed_modules=None if allowed is None else _words(allowed),
-        host_cache=_on(env.get("TORCHORD_HOST_CACHE", "on")),
-        keep_memory=_on(env.get("TORCHORD_KEEP_MEMORY", "on")),
+        host_cache=_on("TORCHORD_HOST_CACHE"),
+        keep_memory=_on("TORCHORD_KEEP_MEMORY"),
         device=env.get("TORCHORD_DEVICE") or "auto",
-        server_memory_bytes=int(env.get("TORCHORD_SERVER_MEMORY_BYTES") or 4 << 30),
-        dataset_memory_bytes=int(env.get("TORCHORD_DATASET_MEMORY_BYTES") or 256 << 20),
+        server_memory_bytes=_whole("TORCHORD_SERVER_MEMORY_BYTES", 4 << 30),
+        dataset_memory_bytes=_whole("TORCHORD_DATASET_MEMORY_BYTES", 256 << 20),
         dataset_disk=env.get("TORCHORD_DATASET_DISK", ""),
-        dataset_disk_bytes=int(env.get("TORCHORD_DATASET_DISK_BYTES") or 16 << 30),
-        task_log=_on(env.get("TORCHORD_TASK_LOG", "on")),
-        read_ahead=_on(env.get("TORCHORD_READ_AHEAD", "on")),
-        overlap=_overlap(env.get("TORCHORD_OVERLAP", "on")),
+        dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),
+        task_log=_on("TORCHORD_TASK_LOG"),
+        read_ahead=_on("TORCHORD_READ_AHEAD"),
+        overlap=_overlap("TORCHORD_OVERLAP"),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 
-from cache.settings import from_environment
+from cache.errors import TorchordError
+from cache.settings import Settings, from_environment
 from coordinator.broker import celery_url, transport_options
 from coordinator.step import nameless_exchange
 from coordinator.task_names import (
@@ -23,8 +25,24 @@ from coordinator.task_names import (
     UPDATES,
 )
 
-settings = from_environment()
-_URL = celery_url(settings.url)
+
+def _read() -> tuple[Settings, str]:
+    """The settings, and the URL as Celery takes it.
+
+    Raises:
+        SystemExit: they cannot be used, and a `celery` command asks; it would print a traceback instead.
+        TorchordError: they cannot be used, and somebody else asks.
+    """
+    try:
+        found = from_environment()
+        return found, celery_url(found.url)
+    except TorchordError as error:
+        if "celery" in Path(sys.argv[0]).parts[-2:]:  # bin/celery, or celery/__main__.py
+            raise SystemExit(f"torchord: {error}") from None
+        raise
+
+
+settings, _URL = _read()
 
 # The nameless exchange delivers by queue name alone, and unlike a named one leaves no
 # `_kombu.binding.*` key behind in Redis for every queue that ever was.

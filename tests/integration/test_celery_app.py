@@ -41,6 +41,39 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield one
 
 
+# --- settings that cannot be used ------------------------------------------------------------
+
+UNUSABLE = [
+    ("TORCHORD_SERVER_MEMORY_BYTES", "4GB", "must be a whole number of bytes"),
+    ("TORCHORD_DATASET_DISK_BYTES", "-1", "must be a whole number of bytes"),
+    ("TORCHORD_HOST_CACHE", "maybe", "must be on or off"),
+    ("TORCHORD_OVERLAP", "upload,colect", "must be on, off, or some of collect, fetch, upload"),
+    ("TORCHORD_URL", "rediss:/nowhere", "is not a Redis URL"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), UNUSABLE)
+def test_a_setting_that_cannot_be_used_is_one_line_to_whoever_starts_a_worker(
+    name: str, value: str, said: str, tmp_path: Path
+) -> None:
+    done = python("", tmp_path, "-m", "celery", "-A", "tasks", "worker", **{name: value})
+    assert done.returncode == 1 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("torchord: ") and said in line and (name in line or value in line)
+
+
+def test_to_python_it_is_an_error_like_others(tmp_path: Path) -> None:
+    code = """
+from cache.errors import InvalidInput
+try:
+    import tasks
+except InvalidInput as error:
+    print(error)
+"""
+    done = python(code, tmp_path, TORCHORD_READ_AHEAD="perhaps")
+    assert done.stdout == "TORCHORD_READ_AHEAD must be on or off, not 'perhaps'.\n", done.stderr
+
+
 # --- what the app is ------------------------------------------------------------------------
 
 
