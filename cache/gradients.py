@@ -215,9 +215,8 @@ class GradientStore:
         blob = None
         if manifest.nbytes:
             key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
-            blob = self.chunks.put(
-                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True
-            )
+            packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
+            blob = self.chunks.put(key, packed, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True)
         return StateRecord(skeleton, manifest.to_json(), blob)
 
     def get_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
