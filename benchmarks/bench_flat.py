@@ -5,7 +5,7 @@
 
 Claim: after the first steps the memory of Redis and of each process is flat. What is shown: a plot and
 the slope over the second half of the run, in bytes a step. Bias: the ledger keeps up to 1,000 entries
-in Redis plus those since the last checkpoint, and Celery keeps a 90-byte mark of each chord for 300 s,
+in Redis plus those since the last checkpoint, and Celery's 90-byte mark of each chord lives for 60 s,
 so the first part of a run does grow; runs shorter than that show only this.
 """
 
