@@ -180,7 +180,7 @@ def views(buffer: Tensor, manifest: Manifest) -> dict[str, Tensor]:
     """
     _require_buffer(buffer, manifest.nbytes)
     return {
-        spec.name: buffer[spec.offset : spec.offset + spec.nbytes].view(dtype_of(spec.dtype)).view(spec.shape)
+        spec.name: buffer[spec.offset : spec.end].view(dtype_of(spec.dtype)).view(spec.shape)
         for spec in manifest.tensors
     }
 
@@ -230,7 +230,7 @@ def gaps(manifest: Manifest) -> Iterator[slice]:
     for spec in manifest.tensors:
         if spec.offset > end:
             yield slice(end, spec.offset)
-        end = spec.offset + spec.nbytes
+        end = spec.end
     if manifest.nbytes > end:
         yield slice(end, manifest.nbytes)
 
@@ -354,6 +354,6 @@ def _validate(manifest: Manifest) -> None:
             raise ManifestMismatch(
                 f"tensor {spec.name!r} overlaps its neighbour or is not aligned (at {spec.offset})"
             )
-        end = spec.offset + spec.nbytes
+        end = spec.end
     if manifest.nbytes < end:
         raise ManifestMismatch(f"the tensors reach byte {end}, the manifest says {manifest.nbytes}")

@@ -64,18 +64,19 @@ class GradientUpload:
         tell: Callable[[Mapping[int, str]], None] | None = None,
     ) -> None:
         self.buffer = buffer
-        self.nbytes = expected[-1].offset + expected[-1].nbytes
+        self.nbytes = expected[-1].end
         self._chunks = chunks
         self._nonce = nonce
         self._expected = {spec.name: spec for spec in expected}
-        self._views = views(buffer, Manifest(tuple(expected), buffer.numel()))
+        manifest = Manifest(tuple(expected), buffer.numel())
+        self._views = views(buffer, manifest)
         self._written: set[str] = set()
         size = chunks.chunks.chunk_nbytes
         due = [0] * (self.nbytes // size)  # what lies behind the last whole chunk waits for the buffers
         for spec in expected:
             for number in range(spec.offset // size, min(len(due), chunk_count(spec.end, size))):
                 due[number] += min(spec.end, (number + 1) * size) - max(spec.offset, number * size)
-        for gap in gaps(Manifest(tuple(expected), buffer.numel())):
+        for gap in gaps(manifest):
             buffer[gap].zero_()
         self._upload = chunks.upload(key, buffer, due, ttl_seconds=keys.WORK_TTL_SECONDS, tell=tell)
 
@@ -196,7 +197,6 @@ class GradientStore:
         """
         nonce = uuid.uuid4().hex[:12]
         key = ledger.keys.gradient_blob(step, shard, nonce)
-
         size = self.chunks.chunks.chunk_nbytes
         whole = expected[-1].end // size  # the length of the chunks behind is not known yet
 

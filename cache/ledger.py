@@ -455,7 +455,8 @@ class Ledger:
                         script_command("begin_shard", *arguments),
                         ("HGET", self.keys.versions, wanted),
                     )
-                    record = None if text is None else VersionRecord.from_json(text)
+                    compute = answer[0] == "compute"
+                    record = VersionRecord.from_json(text) if compute and text is not None else None
             if answer is None:
                 answer = self._script("begin_shard", *arguments)
                 record = self.version(wanted) if lacking and answer[0] == "compute" else None
