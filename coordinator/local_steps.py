@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 
 from cache.errors import NonFinite
 from coordinator.collect import collect
@@ -42,6 +43,10 @@ averaging = partial(torch.optim.SGD, lr=1.0)
 
 diloco = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 """The outer optimizer of DiLoCo, with the paper's values."""
+
+
+_TELLING = frozenset({SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD})
+"""Optimizers that a gradient with a NaN or infinity always takes to parameters with a NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,14 @@ def compute(
                 restore_optimizer(optimizer, scheduler, state)
             scale = at_start(config) if state is None else _scale_of(state)
             overflows = [False] * len(parts)
+            measured = config.clip_norm is not None or scale is not None or not _tells(optimizer, replica)
             for number, part in enumerate(parts):
                 place = (step, shard, number)
                 batch = read_batch(resolved, config, dataset, part, place)
                 loss = forward_backward(replica, resolved, config, batch, place, scale)
                 losses.append(loss)
-                norms.append(_clip(replica, config.clip_norm))
+                if measured:
+                    norms.append(_clip(replica, config.clip_norm))
                 if scale is not None:  # the one case in which a local step waits for a device
                     overflow = overflows[number] = not math.isfinite(float(norms[-1]))
                     _check_scale(config, scale, float(loss), overflow=overflow)
@@ -126,7 +133,7 @@ def compute(
             replica.attach(replica.flat)
         else:
             replica.restore()
-    values, sizes = found.figures[: len(parts)], found.figures[len(parts) :]
+    values, sizes = found.figures[: len(parts)], found.figures[len(parts) :] or [0.0] * len(parts)
     total = 0.0
     for value, part in zip(values, parts, strict=True):
         total += value * len(part)
@@ -149,6 +156,13 @@ def _check_scale(config: TrainingConfig, scale: LossScale, loss: float, *, overf
             f"the gradients of a local step overflow at a loss scale of {scale.scale:g}, which is not the "
             "scale's doing; lower the learning rate, set clip_norm, or set nonfinite='skip'."
         )
+
+
+def _tells(optimizer: torch.optim.Optimizer, replica: Replica) -> bool:
+    """Whether the pseudo-gradient shows that a gradient was not finite, so that none has to be looked at."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = (parameter for parameter in replica.parameters.values() if parameter.requires_grad)
+    return type(optimizer) in _TELLING and all(id(parameter) in held for parameter in trained)
 
 
 def _clip(replica: Replica, clip_norm: float | None) -> Tensor:

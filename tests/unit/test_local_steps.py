@@ -171,6 +171,40 @@ def test_a_step_that_is_not_finite_is_reported() -> None:
     assert not bench.shard(0, 0).gradient.finite
 
 
+OPTIMIZERS = [
+    "ASGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("name", "lr"), [*((name, 0.01) for name in OPTIMIZERS), ("SGD", 0.0), ("AdamW", 0.0)]
+)
+def test_a_gradient_that_is_not_finite_is_reported_though_no_loss_is(
+    name: str, lr: float, value: str
+) -> None:
+    optimizer = partial(getattr(torch.optim, name), lr=lr)
+    bench = Bench(models.mlp(optimizer=optimizer, loss=partial(models.bent_loss, value=value)), local_steps=2)
+    last = bench.plan.parts(0, 0)[-1:]
+    found = local_steps.compute(bench.replica, bench.recipe, bench.config, bench.dataset, last, 0, 0)
+    assert torch.isfinite(torch.tensor(found.gradient.loss))
+    assert not found.gradient.finite
+
+
+def test_optimizers_that_may_hide_a_gradient_have_each_looked_at() -> None:
+    assert {kind.__name__ for kind in local_steps._TELLING} == set(OPTIMIZERS) - {"Rprop"}
+
+
 def test_a_switch_to_local_steps_gives_the_server_its_outer_optimizer() -> None:
     recipe = resolved(models.mlp(optimizer=partial(torch.optim.AdamW, lr=1e-3)))
     trainer = Trainer.build(recipe, TrainingConfig())
