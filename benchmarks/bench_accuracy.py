@@ -7,23 +7,28 @@
 
 Targets: with local steps, 0.7 of the seconds that DDP over gloo takes to 90 % test accuracy; DiLoCo at
 H = 50 within 0.5 points of exact sync. The cnn of `workloads`, 421,642 parameters, two shards or ranks, one
-thread a process, SGD with momentum 0.9 and a rate that falls linearly to 0 over the epochs.
+thread a process. Contestants (`WAYS`): SGD with momentum 0.9 under DDP, in exact sync and with local steps
+that are averaged, and DiLoCo with AdamW inside and the paper's Nesterov 0.7 and 0.9 outside; a rate that
+falls linearly to 0 over two or three epochs.
 
-How: training is deterministic here, so it is taken apart into what no noise can touch and what noise can.
+How: training is deterministic here, so it can be taken apart into what no noise can touch and what noise can.
 `curve` trains each contestant in one process, out of the pure functions that Clients and training server
 call (as `bench_codecs` does), for each seed, until the 10,000 test images say 90 %; they are asked every
-4,096 examples once 30,000 were seen. DDP's curve is exact sync's: both step along the mean gradient of the
-same batches (`bench_ddp` checks that they come to the same loss). `time` measures seconds a batch in pieces
-of 48 batches whose first third is not counted, all contestants in turn, round after round: two Clients and a
-training server, and two processes under DistributedDataParallel, with torchord's processes stopped
-meanwhile. Seconds to 90 % are the product: the median over seeds times the median over rounds; as "worst"
-the slowest seed times the slowest round.
+4,096 examples once 30,000 were seen. `time` measures seconds a batch in pieces of 160 batches whose first
+third is not counted, all contestants in turn, round after round: two Clients and a training server, and two
+processes under DistributedDataParallel, with torchord's processes stopped meanwhile. Seconds to 90 % are the
+product: the median over seeds times the median over rounds; as "worst" the slowest seed times the slowest
+round. DDP's curve is taken to be exact sync's: both step along the mean gradient of the same batches.
 
-Rates and epochs are the same for both sides at each batch size (`WAYS`). Those of 256 were the better ones
-of rates 0.1 and 0.2 and of 2 and 3 epochs (`tune`: trained on the first 50,000 training images, scored on
-the other 10,000); the smaller batches' rates are scaled down from it and were not searched. The batch of 256
-is the usual workload; since a smaller batch takes fewer examples in more steps, what counts is each side's
-best over the batch sizes, DDP's too.
+`whole` asks whether that is so: each side's best train for real, one after the other, seed after seed, DDP
+from the same initial weights on the same batches; the clock runs from the 16th batch to the one after
+which the test images say 90 %, and stands while they are asked. torchord's batch is the curve's, and the
+version that the run has there is looked at.
+
+Rates and epochs come from `tune`, which trains on the first 50,000 training images and scores on the other
+10,000: what it found is in the results. It had about as many tries for DDP's side (exact sync; SGD and AdamW)
+as for local steps and DiLoCo. Since a smaller batch takes fewer examples in more steps, what counts is each
+side's best over the batch sizes, DDP's too.
 
 DiLoCo: AdamW at 0.001 inside, Nesterov 0.7 and 0.9 outside (the paper's), batch 256, beside AdamW in exact
 sync over the same epochs, with the test images after the last step.
@@ -72,39 +77,76 @@ from coordinator.shards import Plan
 
 SHARDS, LOCAL, TARGET = 2, 16, 0.90
 ASKED_EVERY, ASKED_FROM = 4_096, 30_000  # examples
-PIECE = 48  # batches of a piece that is timed; the first third is not counted
+TUNED_SEEDS = (10, 11, 12)
+UNCOUNTED = LOCAL  # first batches of a whole run
+PIECE = 160  # batches of a piece that is timed; the first third is not counted
 DILOCO = {"local_steps": 50, "epochs": 4, "rate": 1e-3, "batch": 256}
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a contestant trains: local steps, global batch, learning rate, epochs over which it falls to 0."""
+    """How a contestant trains.
+
+    Attributes:
+        local_steps: batches between two exchanges.
+        batch: the global batch.
+        rate: learning rate at the start.
+        epochs: over which it falls to 0.
+        optimizer: of `OPTIMIZERS`.
+        outer: of `OUTERS`.
+    """
 
     local_steps: int
     batch: int
     rate: float
     epochs: int
+    optimizer: str = "sgd"
+    outer: str = "averaging"
+
+    @property
+    def kind(self) -> str:
+        """What it is called, without its batch."""
+        return "diloco" if self.outer == "diloco" else "local" if self.local_steps > 1 else "sync"
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+    "fused adamw": partial(torch.optim.AdamW, fused=True),
+}
+OUTERS = {"averaging": averaging, "diloco": diloco}
+KINDS = ("ddp", "sync", "local", "diloco")
 
 
 WAYS = {
     "sync 256": Way(1, 256, 0.1, 3),
+    "sync 128": Way(1, 128, 0.05, 2),
     "sync 64": Way(1, 64, 0.05, 2),
     "sync 32": Way(1, 32, 0.03, 2),
     "local 256": Way(LOCAL, 256, 0.1, 3),
     "local 64": Way(LOCAL, 64, 0.05, 2),
     "local 32": Way(LOCAL, 32, 0.03, 2),
+    "diloco 64": Way(LOCAL, 64, 1e-3, 2, "fused adamw", "diloco"),
+    "diloco 32": Way(2 * LOCAL, 32, 1e-3, 2, "fused adamw", "diloco"),
 }
 """The same for both sides; "ddp N" trains as "sync N" does."""
+WHOLE = ("ddp 64", "local 64", "diloco 64")
+"""Who trains for real in `whole_runs`."""
 SEARCHED = [
-    (256, 0.1, 2),
-    (256, 0.2, 2),
-    (256, 0.1, 3),
-    (64, 0.05, 1),
-    (64, 0.05, 2),
-    (64, 0.1, 2),
-    (32, 0.03, 2),
+    *(Way(1, 32, rate, 2) for rate in (0.03, 0.05)),
+    *(Way(1, 64, rate, 2) for rate in (0.03, 0.05, 0.1)),
+    Way(1, 64, 0.05, 3),
+    *(Way(1, 128, rate, 2) for rate in (0.03, 0.05, 0.1)),
+    *(Way(1, 64, rate, 2, "fused adamw") for rate in (5e-4, 1e-3, 2e-3)),
+    *(Way(LOCAL, 64, rate, 2) for rate in (0.05, 0.1)),
+    Way(LOCAL, 32, 0.03, 2),
+    *(Way(LOCAL, 32, rate, 2, "fused adamw", "diloco") for rate in (5e-4, 1e-3)),
+    *(Way(LOCAL, 64, rate, 2, "fused adamw", "diloco") for rate in (5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3)),
+    *(Way(LOCAL, 64, rate, 2, "sgd", "diloco") for rate in (0.01, 0.02)),
+    *(Way(LOCAL, 128, rate, 2, "fused adamw", "diloco") for rate in (1e-3, 2e-3)),
+    *(Way(32, batch, 1e-3, 2, "fused adamw", "diloco") for batch in (32, 64, 128)),
 ]
-"""Batch, rate, epochs."""
+"""What `tune` tries. Where it was stopped by hand, the rest is missing in the results."""
 
 
 # --- what is trained --------------------------------------------------------------------------
@@ -118,17 +160,16 @@ def config(way: Way, seed: int = 0) -> TrainingConfig:
     )  # fmt: skip
 
 
-def recipe(way: Way, data: partial[TensorDataset], size: int, outer: Any = averaging) -> Recipe:
-    """The cnn under SGD, or under AdamW for DiLoCo and what is compared with it."""
-    sgd = partial(torch.optim.SGD, lr=way.rate, momentum=0.9)
+def recipe(way: Way, data: partial[TensorDataset], size: int) -> Recipe:
+    """The cnn under a way's optimizers."""
     steps = Plan(size, config(way)).total_steps
     return Recipe(
         model=cnn_model,
         dataset=data,
         loss=nn.functional.cross_entropy,
-        optimizer=sgd if outer is averaging else partial(torch.optim.AdamW, lr=way.rate),
+        optimizer=partial(OPTIMIZERS[way.optimizer], lr=way.rate),
         scheduler=partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=steps, power=1.0),
-        outer_optimizer=outer,
+        outer_optimizer=OUTERS[way.outer],
     )
 
 
@@ -213,20 +254,20 @@ def ddp_rank(rank: int, port: int, folder: str, ways: list[Way], pipe: Any) -> N
     dist.destroy_process_group()
 
 
-def ddp_pieces(folder: Path, ways: list[Way]) -> list[float]:
-    """Seconds a batch of each way under DDP, in two fresh processes."""
+def in_two_processes(target: Any, *arguments: Any) -> Any:
+    """What rank 0 of two fresh processes sends; both are called with rank, port, the arguments and a pipe."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     port = free_port()
     ranks = [
-        context.Process(target=ddp_rank, args=(rank, port, str(folder), ways, sender), daemon=True)
+        context.Process(target=target, args=(rank, port, *arguments, sender), daemon=True)
         for rank in range(SHARDS)
     ]
     for each in ranks:
         each.start()
     if not receiver.poll(240):
         raise RuntimeError("DDP did not answer within 240 s")
-    found: list[float] = receiver.recv()
+    found = receiver.recv()
     for each in ranks:
         each.join(timeout=30)
     return found
@@ -241,7 +282,8 @@ def our_piece(master: Master, folder: Path, way: Way, name: str) -> tuple[float,
     counted = trained.history[-(-len(trained.history) // 3) :]
     seconds = sum(report.seconds for report in counted) / (len(counted) * way.local_steps)
     version = sum(tensor.nbytes for tensor in trained.module.state_dict().values())
-    moved = SHARDS * version * (2 if way.local_steps > 1 else 1)  # with local steps, momentum, too
+    kept = (1 if way.optimizer == "sgd" else 2) if way.local_steps > 1 else 0  # moments, in the slot's state
+    moved = SHARDS * version * (1 + kept)
     return seconds, (statistics.mean(report.nbytes for report in counted) + moved) / way.local_steps
 
 
@@ -255,7 +297,8 @@ def timed(folder: Path, rounds: int) -> None:
         master = Master(made.url, checkpoint_dir=where)
         for turn in range(rounds):
             with stopped(made):
-                for name, each in zip(plain, ddp_pieces(folder, list(plain.values())), strict=True):
+                found: list[float] = in_two_processes(ddp_rank, str(folder), list(plain.values()))
+                for name, each in zip(plain, found, strict=True):
                     seconds[name].append(each)
             for name, way in WAYS.items():
                 each, nbytes[name] = our_piece(master, folder, way, f"{name.replace(' ', '-')}-{turn}")
@@ -265,13 +308,107 @@ def timed(folder: Path, rounds: int) -> None:
             store(time={"seconds": seconds, "nbytes": nbytes})
 
 
+# --- whole runs -------------------------------------------------------------------------------
+
+
+def ddp_whole(rank: int, port: int, folder: str, way: Way, seed: int, pipe: Any) -> None:
+    """One of two ranks: trains from our initial weights until the test images say 90 %; sends a row.
+
+    Asking takes place outside of the time that is counted, and at the same examples as in `curve`.
+    """
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
+    train, test = section(folder, "train"), section(folder, "test")
+    how, due = config(way, seed), ASKED_FROM
+    plan = Plan(len(train), how)
+    made = resolve(recipe(way, partial(section, folder, "train"), len(train)).to_spec(), allowed=("*",))
+    model = DistributedDataParallel(Replica.build(made, how).model)
+    optimizer = made.optimizer(model.parameters())
+    assert made.scheduler is not None
+    scheduler, seconds, found = made.scheduler(optimizer), 0.0, 0.0
+    dist.barrier()
+    began = time.perf_counter()
+    for step in range(plan.total_steps):
+        chosen = torch.from_numpy(plan.indices(step, rank).copy())
+        inputs, targets = (tensor[chosen] for tensor in train.tensors)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        scheduler.step()
+        if step + 1 == UNCOUNTED:
+            began = time.perf_counter()
+        if (step + 1) * way.batch < due:
+            continue
+        seconds, due = seconds + time.perf_counter() - began, due + ASKED_EVERY
+        found = accuracy(model.module, test)
+        model.train()
+        dist.barrier()
+        if found >= TARGET:
+            break
+        began = time.perf_counter()
+    if rank == 0:
+        pipe.send({"batches": step + 1, "seconds": seconds, "accuracy": found})
+    dist.destroy_process_group()
+
+
+def our_whole(
+    master: Master, folder: Path, way: Way, seed: int, batches: int, name: str, test: TensorDataset
+) -> dict[str, float]:
+    """The same on the cluster: where its curve says 90 %, the version is looked at."""
+    size = len(section(str(folder), "train"))
+    plan = Plan(size, config(way, seed))
+    done, last, uncounted = 0, 0, 0
+    while done < batches:
+        done += len(plan.batch_sizes(last))
+        last += 1
+        uncounted += done <= UNCOUNTED
+    how = replace(config(way, seed), checkpoint_every=last)
+    run = master.submit(recipe(way, partial(section, str(folder), "train"), size), how, name=name)
+    for event in run.events():
+        if event.type == "checkpoint":
+            break
+    reports = run.history()[uncounted:last]
+    run.cancel()
+    seconds = sum(report.seconds for report in reports)
+    return {"batches": done, "seconds": seconds, "accuracy": accuracy(run.model(version=last), test)}
+
+
+def whole_runs(options: argparse.Namespace) -> None:
+    """Train for real until 90 %, everybody in turn, seed after seed; goes on where it was stopped."""
+    test, found = section(str(options.data), "test"), stored()["curves"]
+    with TemporaryDirectory() as where, LocalCluster(SHARDS, checkpoint_dir=where, wait_ready=True) as made:
+        master = Master(made.url, checkpoint_dir=where)
+        for seed in options.seeds:
+            for name in options.only or WHOLE:
+                rows = stored().get("whole", {})
+                if str(seed) in rows.get(name, {}):
+                    continue
+                if name.startswith("ddp"):
+                    with stopped(made):
+                        arguments = (str(options.data), WAYS[name.replace("ddp", "sync")], seed)
+                        row = in_two_processes(ddp_whole, *arguments)
+                else:
+                    batches = reached(found[name][str(seed)])
+                    if batches is None:
+                        print(f"{name}, seed {seed}: never reaches {TARGET:.0%}")
+                        continue
+                    label = f"{name.replace(' ', '-')}-{seed}"
+                    row = our_whole(master, options.data, WAYS[name], seed, batches, label, test)
+                print(f"{name}, seed {seed}: {row}", flush=True)
+                store(whole={**rows, name: {**rows.get(name, {}), str(seed): row}})
+
+
 # --- DiLoCo ------------------------------------------------------------------------------------
 
 
 def final_accuracy(local_steps: int, seed: int, train: TensorDataset, test: TensorDataset) -> float:
     """Of AdamW in exact sync (1 local step) or of DiLoCo, after the same examples."""
-    way = Way(local_steps, int(DILOCO["batch"]), DILOCO["rate"], int(DILOCO["epochs"]))
-    given = recipe(way, partial(section, "", "train"), len(train), outer=diloco)
+    batch, epochs = int(DILOCO["batch"]), int(DILOCO["epochs"])
+    way = Way(local_steps, batch, DILOCO["rate"], epochs, "adamw", "diloco")
+    given = recipe(way, partial(section, "", "train"), len(train))
     *_, (_, model) = simulate(given, config(way, seed), train)
     return accuracy(model, test)
 
@@ -326,7 +463,7 @@ def report(found: dict[str, Any]) -> None:
         )
     best = {
         kind: min((name for name in rows if name.startswith(kind)), key=lambda name: rows[name]["seconds"])
-        for kind in ("ddp", "sync", "local")
+        for kind in KINDS
         if any(name.startswith(kind) for name in rows)
     }
     ratios = {}
@@ -356,7 +493,7 @@ def plot(found: dict[str, Any], best: dict[str, str]) -> None:
             continue
         points = next(iter(seeds.values()))[1:]  # without the start
         pace = statistics.median(found["time"]["seconds"][name])
-        style = dict(zip(("ddp", "sync", "local"), ("--", ":", "-"), strict=True))[name.split()[0]]
+        style = dict(zip(KINDS, ("--", ":", "-", "-."), strict=True))[name.split()[0]]
         shown = [100 * p[1] for p in points]
         left.plot([p[0] * pace for p in points], shown, style, marker=".", label=name)
         megabytes = found["time"]["nbytes"][name] / 1e6
@@ -379,23 +516,28 @@ def plot(found: dict[str, Any], best: dict[str, str]) -> None:
 def tune(options: argparse.Namespace) -> None:
     """Examples to 90 % of the validation images for everything on the grid; goes on where it was stopped."""
     train, test = section(str(options.data), "fit"), section(str(options.data), "validation")
-    for batch, rate, epochs in SEARCHED:
-        for kind, local_steps in (("sync", 1), ("local", LOCAL)):
-            key = f"{kind} {batch}, rate {rate}, {epochs} epochs"
-            if key in stored().get("tuned", {}) or f"{kind} {batch}" not in options.only:
+    for seed in TUNED_SEEDS[: options.tuned_seeds]:
+        for way in SEARCHED:
+            name = f"{way.kind} {way.batch}"
+            if options.only and name not in options.only:
                 continue
-            points = curve(Way(local_steps, batch, rate, epochs), 10, train, test)
+            key = f"{name}, H = {way.local_steps}, {way.optimizer} {way.rate:g}, {way.epochs} epochs"
+            mine = stored().get("tuned", {}).get(key, {})
+            if str(seed) in mine:
+                continue
+            points = curve(way, seed, train, test)
             batches, best = reached(points), max(each for _, each in points)
-            print(f"{key}: 90 % after {batches and batches * batch} examples, best {best:.4f}", flush=True)
-            row = {"examples": batches and batches * batch, "best": best}
-            store(tuned={**stored().get("tuned", {}), key: row})
+            examples = batches and batches * way.batch
+            print(f"{key}, seed {seed}: 90 % after {examples} examples, best {best:.4f}", flush=True)
+            tuned = stored().get("tuned", {})
+            store(tuned={**tuned, key: {**tuned.get(key, {}), str(seed): examples}})
 
 
 def curves(options: argparse.Namespace) -> None:
     """The curve of each contestant and seed; goes on where it was stopped."""
     train, test = section(str(options.data), "train"), section(str(options.data), "test")
     for seed in options.seeds:
-        for name in options.only:
+        for name in options.only or WAYS:
             found = stored().get("curves", {})
             ways = stored().get("ways", {})
             mine = found.get(name, {}) if ways.get(name) == asdict(WAYS[name]) else {}
@@ -424,29 +566,32 @@ def diloco_beside_sync(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """The parts that are named, or all but `tune`."""
-    whole = ("curve", "time", "diloco", "report")
+    every = ("curve", "time", "whole", "diloco", "report")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"tune or of {', '.join(whole)} (default: those)"
+        "parts", nargs="*", metavar="PART", help=f"tune or of {', '.join(every)} (default: those)"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files")
-    parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS), help="of tune and curve")
+    parser.add_argument("--only", nargs="+", help="of tune and curve")
+    parser.add_argument("--tuned-seeds", type=int, default=1, help="of tune (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     options = parser.parse_args()
-    if unknown := set(options.parts) - {*whole, "tune"}:
+    if unknown := set(options.parts) - {*every, "tune"}:
         parser.error(f"no part {unknown.pop()!r}")
     if not options.data.is_dir():
         print(f"no {options.data}: see the head of this file for where Fashion-MNIST is", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    for each in options.parts or whole:
+    for each in options.parts or every:
         if each == "tune":
             tune(options)
         elif each == "curve":
             curves(options)
         elif each == "time":
             timed(options.data, options.rounds)
+        elif each == "whole":
+            whole_runs(options)
         elif each == "diloco":
             diloco_beside_sync(options)
         else:
