@@ -476,6 +476,9 @@ def report(found: dict[str, Any]) -> None:
         print(f"each at its best: {', '.join(best.values())}")
         store(to_target=rows, best=best, ratios=ratios)
         plot(found, best)
+    for name, each in found.get("whole", {}).items():
+        took = sorted(row["seconds"] for row in each.values())
+        print(f"{name}, whole runs: {statistics.median(took):.1f} s ({', '.join(f'{t:.1f}' for t in took)})")
     if found.get("diloco"):
         off = [100 * (row["diloco"] - row["sync"]) for row in found["diloco"].values() if len(row) == 2]
         print(f"DiLoCo at H = 50 less sync, points: {', '.join(f'{each:+.2f}' for each in off)}")
