@@ -39,7 +39,7 @@ gradient each way a batch.
 
 Bias: start-up is in no figure (DDP's two processes start faster than a cluster), nor is testing. One
 machine, loopback: a network makes bytes dear and helps local steps. torchord's server and Redis share the
-two cores with the Clients.
+two cores with the Clients. DDP's processes keep the memory that they free, as Clients do.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ from benchmarks.fashion_mnist import DATA, section
 from benchmarks.workloads import cnn_model
 from coordinator import LocalCluster, Master, Recipe, TrainingConfig
 from coordinator.aggregate import Accumulator
+from coordinator.allocator import keep_memory
 from coordinator.embedded import free_port
 from coordinator.local_steps import averaging, diloco
 from coordinator.optimize import Trainer
@@ -230,6 +231,7 @@ def ddp_rank(rank: int, port: int, folder: str, ways: list[Way], pipe: Any) -> N
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    keep_memory()  # as Clients do; a step takes some 7 % longer without
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
     found = []
@@ -319,6 +321,7 @@ def ddp_whole(rank: int, port: int, folder: str, way: Way, seed: int, pipe: Any)
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    keep_memory()  # as Clients do; a step takes some 7 % longer without
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
     train, test = section(folder, "train"), section(folder, "test")
@@ -368,6 +371,8 @@ def our_whole(
     how = replace(config(way, seed), checkpoint_every=last)
     run = master.submit(recipe(way, partial(section, str(folder), "train"), size), how, name=name)
     for event in run.events():
+        if event.type == "failed":
+            run.wait()  # raises
         if event.type == "checkpoint":
             break
     reports = run.history()[uncounted:last]
@@ -477,7 +482,7 @@ def report(found: dict[str, Any]) -> None:
         store(to_target=rows, best=best, ratios=ratios)
         plot(found, best)
     for name, each in found.get("whole", {}).items():
-        took = sorted(row["seconds"] for row in each.values())
+        took = [row["seconds"] for row in each.values()]
         print(f"{name}, whole runs: {statistics.median(took):.1f} s ({', '.join(f'{t:.1f}' for t in took)})")
     if found.get("diloco"):
         off = [100 * (row["diloco"] - row["sync"]) for row in found["diloco"].values() if len(row) == 2]
@@ -575,13 +580,17 @@ def main() -> int:
         "parts", nargs="*", metavar="PART", help=f"tune or of {', '.join(every)} (default: those)"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files")
-    parser.add_argument("--only", nargs="+", help="of tune and curve")
+    parser.add_argument("--only", nargs="+", help="of tune, curve and whole")
     parser.add_argument("--tuned-seeds", type=int, default=1, help="of tune (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     options = parser.parse_args()
     if unknown := set(options.parts) - {*every, "tune"}:
         parser.error(f"no part {unknown.pop()!r}")
+    known = {*WAYS, *(f"{way.kind} {way.batch}" for way in SEARCHED)}
+    known |= {name.replace("sync", "ddp") for name in WAYS}
+    if strange := set(options.only or ()) - known:
+        parser.error(f"no contestant {strange.pop()!r}; there are {', '.join(sorted(known))}")
     if not options.data.is_dir():
         print(f"no {options.data}: see the head of this file for where Fashion-MNIST is", file=sys.stderr)
         return 2
