@@ -27,8 +27,8 @@ version that the run has there is looked at.
 
 Rates and epochs come from `tune`, which trains on the first 50,000 training images and scores on the other
 10,000: what it found is in the results. It had about as many tries for DDP's side (exact sync; SGD and AdamW)
-as for local steps and DiLoCo, nearly all with one seed. Since a smaller batch takes fewer examples in more steps, what counts is each
-side's best over the batch sizes, DDP's too.
+as for local steps and DiLoCo, nearly all with one seed. Since a smaller batch takes fewer examples in more
+steps, what counts is each side's best over the batch sizes, DDP's too.
 
 DiLoCo: AdamW at 0.001 inside, Nesterov 0.7 and 0.9 outside (the paper's), batch 256, beside AdamW in exact
 sync over the same epochs, with the test images after the last step.
