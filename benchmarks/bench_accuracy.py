@@ -226,14 +226,30 @@ def reached(points: Sequence[Sequence[float]]) -> int | None:
 # --- seconds a batch --------------------------------------------------------------------------
 
 
+def join(rank: int, port: int) -> None:
+    """Make this process one of the two ranks."""
+    import torch.distributed as dist
+
+    keep_memory()  # as Clients do; a step takes some 7 % longer without
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
+
+
+def ddp_batch(model: nn.Module, optimizer: Any, data: TensorDataset, indices: Any) -> None:
+    """One batch of the usual loop."""
+    chosen = torch.from_numpy(indices.copy())
+    inputs, targets = (tensor[chosen] for tensor in data.tensors)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+
+
 def ddp_rank(rank: int, port: int, folder: str, ways: list[Way], pipe: Any) -> None:
     """One of two ranks: trains a piece for each way; sends the counted seconds a batch of each."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    keep_memory()  # as Clients do; a step takes some 7 % longer without
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
+    join(rank, port)
     found = []
     for way in ways:
         data = section(folder, "train", PIECE * way.batch)
@@ -243,11 +259,7 @@ def ddp_rank(rank: int, port: int, folder: str, ways: list[Way], pipe: Any) -> N
         dist.barrier()
         stamps = []
         for step in range(PIECE):
-            chosen = torch.from_numpy(plan.indices(step, rank).copy())
-            inputs, targets = (tensor[chosen] for tensor in data.tensors)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
+            ddp_batch(model, optimizer, data, plan.indices(step, rank))
             stamps.append(time.perf_counter())
         found.append((stamps[-1] - stamps[PIECE // 3 - 1]) / (PIECE - PIECE // 3))
     dist.barrier()
@@ -321,9 +333,7 @@ def ddp_whole(rank: int, port: int, folder: str, way: Way, seed: int, pipe: Any)
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    keep_memory()  # as Clients do; a step takes some 7 % longer without
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SHARDS)
+    join(rank, port)
     train, test = section(folder, "train"), section(folder, "test")
     how, due = config(way, seed), ASKED_FROM
     plan = Plan(len(train), how)
@@ -335,11 +345,7 @@ def ddp_whole(rank: int, port: int, folder: str, way: Way, seed: int, pipe: Any)
     dist.barrier()
     began = time.perf_counter()
     for step in range(plan.total_steps):
-        chosen = torch.from_numpy(plan.indices(step, rank).copy())
-        inputs, targets = (tensor[chosen] for tensor in train.tensors)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
+        ddp_batch(model, optimizer, train, plan.indices(step, rank))
         scheduler.step()
         if step + 1 == UNCOUNTED:
             began = time.perf_counter()
@@ -383,7 +389,7 @@ def our_whole(
 
 def whole_runs(options: argparse.Namespace) -> None:
     """Train for real until 90 %, everybody in turn, seed after seed; goes on where it was stopped."""
-    test, found = section(str(options.data), "test"), stored()["curves"]
+    test, found = section(str(options.data), "test"), stored().get("curves", {})
     with TemporaryDirectory() as where, LocalCluster(SHARDS, checkpoint_dir=where, wait_ready=True) as made:
         master = Master(made.url, checkpoint_dir=where)
         for seed in options.seeds:
@@ -396,9 +402,10 @@ def whole_runs(options: argparse.Namespace) -> None:
                         arguments = (str(options.data), WAYS[name.replace("ddp", "sync")], seed)
                         row = in_two_processes(ddp_whole, *arguments)
                 else:
-                    batches = reached(found[name][str(seed)])
+                    points = found.get(name, {}).get(str(seed))
+                    batches = reached(points) if points else None
                     if batches is None:
-                        print(f"{name}, seed {seed}: never reaches {TARGET:.0%}")
+                        print(f"{name}, seed {seed}: no curve that reaches {TARGET:.0%}")
                         continue
                     label = f"{name.replace(' ', '-')}-{seed}"
                     row = our_whole(master, options.data, WAYS[name], seed, batches, label, test)
@@ -545,7 +552,9 @@ def curves(options: argparse.Namespace) -> None:
     """The curve of each contestant and seed; goes on where it was stopped."""
     train, test = section(str(options.data), "train"), section(str(options.data), "test")
     for seed in options.seeds:
-        for name in options.only or WAYS:
+        for name in WAYS:
+            if options.only and name not in options.only:
+                continue
             found = stored().get("curves", {})
             ways = stored().get("ways", {})
             mine = found.get(name, {}) if ways.get(name) == asdict(WAYS[name]) else {}
