@@ -3,13 +3,17 @@
     python -m benchmarks.bench_cache                          # every server found here, 1 to 1,600 MB
     python -m benchmarks.bench_cache --sizes 45 --only Valkey # one row; the others in the file are kept
 
-Each round runs every method once, in random order, against the same server and with the same bytes. A
-ratio is taken within a round: the chunk store's rate over that of a bare socket, of two (one value per
-blob, up to the protocol's limit, and the same chunks pipelined) the one with the better median. Shown are
-the median and the worst of the rounds. Bias against the chunk store: it computes and checks a checksum of
-every byte each way, and sets a TTL; the bare sockets do not. "Checked socket" is the bare socket with the
-same checksums, which says how much of the difference they are. Bias for nobody: all send from, and
-receive into, memory that has been touched before. Plain SET/GET through redis-py, and `torch.save` through
+Each round samples every method once, in random order, against the same server and with the same bytes: a
+gigabyte in as many transfers as it takes. A ratio is taken within a round: the chunk store's rate over that
+of a bare socket, of several ways (one value per blob, up to the protocol's limit; the same chunks pipelined;
+received whole, or in pieces of 128 KiB) the one with the best median. Shown are the median and the worst of
+the rounds, and the median of the rounds' first transfers, which follow one of another method, so that
+nothing is where it was before.
+
+Bias against the chunk store: it computes and checks a checksum of every byte each way, and sets a TTL; the
+bare sockets do not. "Checked socket" is the bare socket with the same checksums, a chunk's when it has been
+received, which says how much of the difference they are. Bias for nobody: all send from, and receive into,
+memory that has been touched before. Plain SET/GET through redis-py, and `torch.save` through
 it, are beside them; at 400 MB and more these take many seconds, so each is measured once.
 
 Client and server share the machine with whatever else runs on it. A sample during which other
@@ -53,6 +57,8 @@ from cache.tiered import TieredStore
 MB = 1_000_000
 MOST_IN_ONE_VALUE = 500 * MB  # the protocol's limit is 512 MiB
 TTL = 3600
+SAMPLE_NBYTES = 1000 * MB
+PIECE_NBYTES = 1 << 17  # of a chunk, as the chunk store receives it
 
 
 # --- the bare socket -----------------------------------------------------------------------
@@ -111,7 +117,9 @@ class Bare:
                     xxhash.xxh3_64_hexdigest(part)
         self.expect(b"+OK\r\n" * count)
 
-    def get_chunks(self, key: bytes, out: memoryview, window: int, check: bool = False) -> None:
+    def get_chunks(
+        self, key: bytes, out: memoryview, window: int, *, piece: int = CHUNK_NBYTES, check: bool = False
+    ) -> None:
         count = -(-len(out) // CHUNK_NBYTES)
         names = [b"%s:%d" % (key, i) for i in range(count)]
         asks = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name) for name in names]
@@ -121,6 +129,8 @@ class Bare:
         for i, part in enumerate(parts):
             after = b"\r\n" + (b"$%d\r\n" % len(parts[i + 1]) if i + 1 < count else b"")
             filled, total = 0, len(part) + len(after)
+            while len(part) - filled > piece:
+                filled += self.socket.recv_into(part[filled : filled + piece])
             while filled < len(part):
                 filled += self.socket.recvmsg_into([part[filled:], self.tail[: len(after)]])[0]
             while filled < total:
@@ -196,9 +206,12 @@ def methods(port: int, nbytes: int) -> dict[str, Callable[[], None]]:
         "out: bare socket, chunks": lambda: bare.set_chunks(b"ours", source, 4),
         "out: chunk store": lambda: store.put("ours", sent, ttl_seconds=TTL),
         "in: bare socket, chunks": lambda: bare.get_chunks(b"ours", target, 4),
+        "in: bare socket, pieces": lambda: bare.get_chunks(b"ours", target, 4, piece=PIECE_NBYTES),
         "in: chunk store": lambda: store.get(ref, got),
         "out: checked socket, chunks": lambda: bare.set_chunks(b"ours", source, 4, check=True),
-        "in: checked socket, chunks": lambda: bare.get_chunks(b"ours", target, 4, check=True),
+        "in: checked socket, chunks": lambda: bare.get_chunks(
+            b"ours", target, 4, piece=PIECE_NBYTES, check=True
+        ),
     }
     check(found["in: bare socket, chunks"])
     check(found["in: chunk store"])
@@ -240,36 +253,40 @@ class Neighbours:
         return busy - server - time.process_time()
 
 
-def sample(transfer: Callable[[], object], repeat: int, others: Neighbours) -> tuple[float, float]:
-    """(seconds per transfer, processors that others used meanwhile)."""
+def sample(transfer: Callable[[], object], repeat: int, others: Neighbours) -> tuple[float, float, float]:
+    """(seconds per transfer, those of the first, processors that others used meanwhile)."""
     before = others.seconds()
     started = time.perf_counter()
-    for _ in range(repeat):
+    transfer()
+    first = time.perf_counter() - started
+    for _ in range(repeat - 1):
         transfer()
     elapsed = time.perf_counter() - started
-    return elapsed / repeat, (others.seconds() - before) / elapsed
+    return elapsed / repeat, first, (others.seconds() - before) / elapsed
 
 
 def measure(
     found: dict[str, Callable[[], object]], nbytes: int, rounds: int, others: Neighbours, patience: float
-) -> tuple[dict[str, list[float]], int]:
-    """(method -> GB/s of each round, number of samples that others disturbed)."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
+    """(method -> GB/s of each round, of each round's first transfer, samples that others disturbed)."""
     rates: dict[str, list[float]] = defaultdict(list)
+    firsts: dict[str, list[float]] = defaultdict(list)
     disturbed = 0
     deadline = time.monotonic() + patience
-    repeat = max(1, 200 * MB // nbytes)  # long enough for the clock ticks that processor time is counted in
+    repeat = max(1, SAMPLE_NBYTES // nbytes)
     for _ in range(rounds):
         for name in random.sample(list(found), len(found)):
             slow = "redis-py" in name
             if slow and len(rates[name]) >= (3 if nbytes < 200 * MB else 1):
                 continue
             while True:
-                seconds, used = sample(found[name], 1 if slow else repeat, others)
+                seconds, first, used = sample(found[name], 1 if slow else repeat, others)
                 if used < 0.1 or time.monotonic() > deadline:
                     break
             disturbed += used >= 0.1
             rates[name].append(nbytes / seconds / 1e9)
-    return rates, disturbed
+            firsts[name].append(nbytes / first / 1e9)
+    return rates, firsts, disturbed
 
 
 def high_water_kb() -> int:
@@ -382,6 +399,7 @@ def row(
     size: int,
     way: str,
     rates: dict[str, list[float]],
+    firsts: dict[str, list[float]],
     disturbed: int,
     extra: dict[str, float],
 ) -> dict[str, object]:
@@ -392,16 +410,21 @@ def row(
         if method.startswith(f"{way}: ")
     }
     median = {method: statistics.median(values) for method, values in mine.items()}
-    bare = mine[max((m for m in mine if m.startswith("bare")), key=lambda method: median[method])]
-    ratios = [ours / best for ours, best in zip(mine["chunk store"], bare, strict=True)]
+    best = max((m for m in mine if m.startswith("bare")), key=lambda method: median[method])
+    bare = mine[best]
+    ratios = [ours / other for ours, other in zip(mine["chunk store"], bare, strict=True)]
     ratio, worst = statistics.median(ratios), min(ratios)
+    first = statistics.median(
+        ours / other
+        for ours, other in zip(firsts[f"{way}: chunk store"], firsts[f"{way}: {best}"], strict=True)
+    )
     checked = statistics.median(
         ours / other for ours, other in zip(mine["chunk store"], mine["checked socket, chunks"], strict=True)
     )
     words = ", ".join(f"{m} {r:.2f}" for m, r in median.items() if m != "chunk store")
     print(
         f"{server_name:14} {size:5} {way:4} {statistics.median(bare):6.2f} {median['chunk store']:6.2f} "
-        f"{ratio:6.2f} {worst:6.2f} {checked:7.2f}  {words}; {disturbed} of "
+        f"{ratio:6.2f} {worst:6.2f} {first:6.2f} {checked:7.2f}  {words}; {disturbed} of "
         f"{sum(map(len, rates.values()))} samples disturbed; extra {extra.get(way, float('nan')):.1f} MB",
         flush=True,
     )
@@ -413,6 +436,7 @@ def row(
         "samples_disturbed": disturbed,
         "ratio_to_bare_socket": round(ratio, 3),
         "ratio_in_the_worst_round": round(worst, 3),
+        "ratio_of_first_transfers": round(first, 3),
         "ratio_to_checked_socket": round(checked, 3),
         "extra_memory_megabytes": round(extra.get(way, float("nan")), 1),
         "gigabytes_per_second": {method: round(rate, 3) for method, rate in median.items()},
@@ -432,13 +456,19 @@ def keep(path: Path, part: str, found: dict[str, object], identity: tuple[str, .
 def table(path: Path) -> None:
     """Print the rows of a record as a table in Markdown."""
     record = json.loads(path.read_text())
-    print("| server | MB | way | bare socket, GB/s | chunk store | ratio | worst | to checked | extra MB |")
-    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| server | MB | way | bare, GB/s | chunk store | ratio | worst | first | to checked | extra MB |")
+    print(f"| --- | ---: | --- |{' ---: |' * 7}")
     for found in sorted(record["rows"], key=lambda row: (row["server"], row["megabytes"], row["way"])):
         rates = found["gigabytes_per_second"]
         bare = max(rate for method, rate in rates.items() if method.startswith("bare"))
         numbers = [
-            found[f"ratio_{which}"] for which in ("to_bare_socket", "in_the_worst_round", "to_checked_socket")
+            found[f"ratio_{which}"]
+            for which in (
+                "to_bare_socket",
+                "in_the_worst_round",
+                "of_first_transfers",
+                "to_checked_socket",
+            )
         ]
         cells = [
             found["server"],
@@ -467,9 +497,8 @@ def main() -> None:
         return table(arguments.output)
     torch.set_num_threads(1)  # so that a copy is one thread's, as everywhere else here
     rows = []
-    print(
-        f"{'server':14} {'MB':>5} {'way':4} {'bare':>6} {'ours':>6} {'ratio':>6} {'worst':>6}  others, GB/s"
-    )
+    heads = ("bare", "ours", "ratio", "worst", "first")
+    print(f"{'server':14} {'MB':>5} {'way':4}", *(f"{head:>6}" for head in heads), "checked  others, GB/s")
     for name, binary in servers().items():
         if not name.startswith(arguments.only):
             continue
@@ -477,10 +506,12 @@ def main() -> None:
             rounds = arguments.rounds if size < 200 else max(3, arguments.rounds // 2)
             with server(binary) as (port, pid):
                 found = methods(port, size * MB)
-                rates, disturbed = measure(found, size * MB, rounds, Neighbours(pid), arguments.patience)
+                rates, firsts, disturbed = measure(
+                    found, size * MB, rounds, Neighbours(pid), arguments.patience
+                )
                 extra = extra_memory(port, size * MB)
             for way in ("out", "in"):
-                rows.append(row(name, size, way, rates, disturbed, extra))
+                rows.append(row(name, size, way, rates, firsts, disturbed, extra))
                 keep(arguments.output, "rows", rows[-1], ("server", "megabytes", "way"))
     if not arguments.no_host:
         for size in arguments.sizes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
+from torch import Tensor
 
+from cache.codec import as_bytes
 from cache.errors import ChunkCorrupt, InvalidInput
 
 
@@ -86,14 +88,14 @@ class BlobRef:
             )
         return ref
 
-    def require_length(self, view: memoryview) -> None:
+    def require_length(self, buffer: Tensor | memoryview) -> None:
         """Refuse memory of another length than the blob's.
 
         Raises:
             InvalidInput: names both lengths.
         """
-        if len(view) != self.nbytes:
-            raise InvalidInput(f"blob {self.key!r} has {self.nbytes} bytes, the buffer {len(view)}")
+        if buffer.nbytes != self.nbytes:
+            raise InvalidInput(f"blob {self.key!r} has {self.nbytes} bytes, the buffer {buffer.nbytes}")
 
 
 def inlined(key: str, view: memoryview, chunk_nbytes: int) -> BlobRef:
@@ -119,6 +121,39 @@ def unpacked(ref: BlobRef) -> bytes:
     if len(data) != ref.nbytes or checksums(split(memoryview(data), ref.chunk_nbytes)) != ref.checksums:
         raise ChunkCorrupt(f"blob {ref.key}, inside its reference, is not what was written")
     return data
+
+
+class Parts(Protocol):
+    """Memory of each of some chunks, by number: a list, or a `Cut`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> memoryview: ...
+
+
+class Cut:
+    """A buffer's chunks, each cut when it is asked for.
+
+    The few calls into torch that find out where a tensor's memory is take as long, right after a large
+    transfer, as 50 KB on their way: a reader sends its request first.
+
+    Args:
+        buffer: contiguous CPU tensor (any dtype) or memoryview, of at least one byte.
+        nbytes: length of each chunk but the last.
+    """
+
+    def __init__(self, buffer: Tensor | memoryview, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._buffer = buffer
+        self._view: memoryview | None = None
+
+    def __len__(self) -> int:
+        return chunk_count(self._buffer.nbytes, self.nbytes)
+
+    def __getitem__(self, index: int, /) -> memoryview:
+        if self._view is None:
+            self._view = as_bytes(self._buffer)
+        return self._view[index * self.nbytes : (index + 1) * self.nbytes]
 
 
 def chunk_count(nbytes: int, chunk_nbytes: int) -> int:

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from cache.blob import BlobRef as BlobRef
-from cache.blob import chunk_count, split
+from cache.blob import Cut, Parts, chunk_count, split
 from cache.checker import Checker
 from cache.cluster import node_of
 from cache.codec import as_bytes
@@ -59,7 +59,7 @@ class Chunks(Protocol):
         """Fetch and verify a blob."""
         ...
 
-    def read_into(self, ref: BlobRef, view: memoryview) -> None:
+    def read_into(self, ref: BlobRef, buffer: Tensor | memoryview) -> None:
         """Fetch and verify a blob, into any writable memory."""
         ...
 
@@ -226,17 +226,17 @@ class ChunkStore:
         """
         if out is None:
             out = torch.empty(ref.nbytes, dtype=torch.uint8)
-        self.read_into(ref, as_bytes(out))
+        self.read_into(ref, out)
         return out
 
-    def read_into(self, ref: BlobRef, view: memoryview) -> None:
-        """As `get`, into any writable memory of `ref.nbytes` bytes."""
-        ref.require_length(view)
+    def read_into(self, ref: BlobRef, buffer: Tensor | memoryview) -> None:
+        """As `get`, into any memory of `ref.nbytes` bytes: of a contiguous CPU tensor, or writable."""
+        ref.require_length(buffer)
         started = time.perf_counter()
         if ref.nbytes:
-            self._patiently(self._load_again, *_wanted(ref, view))
+            self._patiently(self._load_again, _keys(ref), Cut(buffer, ref.chunk_nbytes), ref.checksums)
         with self._lock:
-            self.counters.bytes_in += len(view)
+            self.counters.bytes_in += ref.nbytes
             self.counters.seconds_in += time.perf_counter() - started
 
     def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
@@ -282,7 +282,9 @@ class ChunkStore:
         outs = [torch.empty(ref.nbytes, dtype=torch.uint8) for ref in refs]
         alike: dict[int, tuple[list[bytes], list[memoryview], list[str]]] = {}
         for ref, out in zip(refs, outs, strict=True):
-            for key, part, checksum in zip(*_wanted(ref, as_bytes(out)), strict=True):
+            for key, part, checksum in zip(
+                _keys(ref), split(as_bytes(out), ref.chunk_nbytes), ref.checksums, strict=True
+            ):
                 keys, parts, sums = alike.setdefault(len(part), ([], [], []))
                 keys.append(key)
                 parts.append(part)
@@ -387,7 +389,7 @@ class ChunkStore:
         if not all(placed):
             raise _nowhere(failed)
 
-    def _load_again(self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]) -> None:
+    def _load_again(self, keys: Sequence[bytes], parts: Parts, sums: Sequence[str]) -> None:
         """Load; what arrives with other bytes than were written is asked for once more."""
         try:
             self._load(keys, parts, sums)
@@ -395,7 +397,7 @@ class ChunkStore:
             _log.warning("%s; reading it once more", error)
             self._load(keys, parts, sums)
 
-    def _load(self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]) -> None:
+    def _load(self, keys: Sequence[bytes], parts: Parts, sums: Sequence[str]) -> None:
         if self._only is not None and self._connections == 1:
             problems = self._only.load(keys, parts, sums)
             if problems:
@@ -593,13 +595,13 @@ class MemoryChunkStore:
         """As `ChunkStore.get`."""
         if out is None:
             out = torch.empty(ref.nbytes, dtype=torch.uint8)
-        self.read_into(ref, as_bytes(out))
+        self.read_into(ref, out)
         return out
 
-    def read_into(self, ref: BlobRef, view: memoryview) -> None:
+    def read_into(self, ref: BlobRef, buffer: Tensor | memoryview) -> None:
         """As `ChunkStore.read_into`."""
-        ref.require_length(view)
-        self._read(ref.key, view, dict(enumerate(ref.checksums)), ref.chunk_nbytes)
+        ref.require_length(buffer)
+        self._read(ref.key, as_bytes(buffer), dict(enumerate(ref.checksums)), ref.chunk_nbytes)
 
     def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
         """As `ChunkStore.read_parts`."""
@@ -634,11 +636,10 @@ class MemoryChunkStore:
             raise ChunkMissing(f"chunk {key} is not in memory")
 
 
-def _wanted(ref: BlobRef, view: memoryview) -> tuple[list[bytes], list[memoryview], tuple[str, ...]]:
-    """Key, memory and checksum of each chunk of a blob."""
+def _keys(ref: BlobRef) -> list[bytes]:
+    """The key of each chunk of a blob, also of one that travels in its reference."""
     prefix = ref.key.encode()
-    parts = split(view, ref.chunk_nbytes)
-    return [b"%s:%d" % (prefix, i) for i in range(len(parts))], parts, ref.checksums
+    return [b"%s:%d" % (prefix, i) for i in range(len(ref.checksums))]
 
 
 def _number(key: str) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import urlsplit
 
+from cache.blob import Parts
 from cache.errors import CacheError, CacheUnreachable, InvalidInput
 from cache.node import Node, Problem, Referrals, reset_after_fork
 from cache.wire import Address, Connection, Reply, ServerRefused, command
@@ -154,9 +155,7 @@ class Cluster:
 
         self._spread([key for key, _ in items], write)
 
-    def load(
-        self, keys: Sequence[bytes], parts: Sequence[memoryview], sums: Sequence[str]
-    ) -> dict[int, Problem]:
+    def load(self, keys: Sequence[bytes], parts: Parts, sums: Sequence[str]) -> dict[int, Problem]:
         """As `Node.load`."""
         problems: dict[int, Problem] = {}
 

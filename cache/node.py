@@ -13,11 +13,14 @@ from typing import Protocol, TypeVar
 
 import xxhash
 
+from cache.blob import Cut, Parts
 from cache.errors import CacheError, CacheUnreachable
 from cache.wire import Address, Connection, Reply, ServerRefused, command, get_command, set_command
 
 _SENT_AT_ONCE_NBYTES = 2 << 20
 _TOLD_AT_ONCE_NBYTES = 1 << 19
+_PIECE_NBYTES = 1 << 17  # received at once: still in the processor's nearest cache when it is checked
+_WHOLE_NBYTES = 1 << 20  # a blob of so much is in the next one anyhow: each chunk is received whole
 _UNANSWERED_NBYTES = 4 << 20  # beyond a connection's window; the rest lies in buffers of the two kernels
 _MOST_IDLE_CONNECTIONS = 8
 _KEYS_AT_ONCE = 512
@@ -146,7 +149,7 @@ class Node:
     def load(
         self,
         keys: Sequence[bytes],
-        parts: Sequence[memoryview],
+        parts: Parts,
         sums: Sequence[str],
         referrals: Referrals | None = None,
     ) -> dict[int, Problem]:
@@ -362,29 +365,32 @@ def _groups(items: Sequence[tuple[bytes, memoryview]]) -> Iterator[tuple[int, in
 def _load(
     connection: Connection,
     keys: Sequence[bytes],
-    parts: Sequence[memoryview],
+    parts: Parts,
     sums: Sequence[str],
     referrals: Referrals | None,
 ) -> dict[int, Problem]:
-    asked = max(1, connection.window_nbytes // max(1, len(parts[0])))
+    nbytes_each = parts.nbytes if isinstance(parts, Cut) else len(parts[0])
+    asked = max(1, connection.window_nbytes // max(1, nbytes_each))
     asking = referrals is not None and referrals.asking
     before = _ASKING if asking else b""
     connection.ask(b"".join([before + get_command(key) for key in keys[:asked]]))
     problems: dict[int, Problem] = {}
-    for i, part in enumerate(parts):
+    piece_nbytes = _PIECE_NBYTES if nbytes_each * len(keys) > _WHOLE_NBYTES else nbytes_each
+    for i in range(len(keys)):
+        part = parts[i]
         digest = xxhash.xxh3_64()
         nbytes = None
         if asking:
             _skip(connection)
         try:
-            nbytes = connection.reply_into(part, digest.update)
+            nbytes = connection.reply_into(part, digest.update, piece_nbytes)
         except ServerRefused as refusal:
             if referrals is None or not referrals.noted(i, refusal):
-                for later in parts[i + 1 : asked]:
+                for later in range(i + 1, min(asked, len(keys))):
                     if asking:
                         _skip(connection)
                     with contextlib.suppress(ServerRefused):
-                        connection.reply_into(later)
+                        connection.reply_into(parts[later])
                 raise
         if asked < len(keys):
             connection.ask(before + get_command(keys[asked]))

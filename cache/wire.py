@@ -24,7 +24,6 @@ from cache.sentinel import SentinelUrl, is_sentinel
 SCRATCH_NBYTES = 4096
 _MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
 
-_PIECE_NBYTES = 1 << 18  # received at once: still in the processor's cache when it is checked
 _LEAST_WINDOW_NBYTES, _MOST_WINDOW_NBYTES = 2 << 20, 32 << 20
 _LINK_NBYTES_PER_SECOND = 1.25e9  # of a 10 Gbit/s link
 
@@ -224,7 +223,10 @@ class Connection:
         raise _unexpected(line)
 
     def reply_into(
-        self, part: memoryview, received: Callable[[memoryview], object] | None = None
+        self,
+        part: memoryview,
+        received: Callable[[memoryview], object] | None = None,
+        piece_nbytes: int | None = None,
     ) -> int | None:
         """Read one string reply into memory of the expected size.
 
@@ -232,6 +234,7 @@ class Connection:
             part: where the value belongs.
             received: called with each piece of the value, in order, while it is still in the
                 processor's cache; not called for a value of another length.
+            piece_nbytes: at most so much is received at once; None: whatever is there.
 
         Returns:
             The value's length in bytes, or None for nil. With any other length than that of
@@ -246,7 +249,7 @@ class Connection:
             self._fill(len(head))
         if self._end - self._start >= len(head) and self._bytes.startswith(head, self._start):
             self._start += len(head)  # as expected; what follows is for all other replies
-            self._value_into(part, received)
+            self._value_into(part, received, piece_nbytes)
             return len(part)
         line = self._line()
         if line[:1] == b"-":
@@ -257,7 +260,7 @@ class Connection:
         if nbytes < 0:
             return None
         if nbytes == len(part):
-            self._value_into(part, received)
+            self._value_into(part, received, piece_nbytes)
         else:
             self._skip(nbytes + 2)
         return nbytes
@@ -309,7 +312,12 @@ class Connection:
             raise ConnectionResetError("the server closed the connection")
         return count
 
-    def _value_into(self, part: memoryview, received: Callable[[memoryview], object] | None = None) -> None:
+    def _value_into(
+        self,
+        part: memoryview,
+        received: Callable[[memoryview], object] | None = None,
+        piece_nbytes: int | None = None,
+    ) -> None:
         filled = min(self._end - self._start, len(part))
         if filled:
             part[:filled] = self._scratch[self._start : self._start + filled]
@@ -320,8 +328,9 @@ class Connection:
             # What follows is most likely the header of a value of the same length. Reading just that
             # far lets the next value start where the kernel copies fastest, at the head of its memory.
             overflow = self._scratch[: len(str(len(part))) + 5]
+            step = piece_nbytes or len(part)
             while filled < len(part):
-                piece = part[filled : filled + _PIECE_NBYTES]
+                piece = part[filled : filled + step]
                 last = filled + len(piece) == len(part)
                 count = self._receive(piece, overflow if last else None)
                 if received is not None:
