@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
-from torch import Tensor
 
-from cache.codec import as_bytes
 from cache.errors import ChunkCorrupt, InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +139,23 @@ class Cut:
     transfer, as 50 KB on their way: a reader sends its request first.
 
     Args:
-        buffer: contiguous CPU tensor (any dtype) or memoryview, of at least one byte.
+        look: the buffer's memory, at least one byte; called once.
+        total_nbytes: its length.
         nbytes: length of each chunk but the last.
     """
 
-    def __init__(self, buffer: Tensor | memoryview, nbytes: int) -> None:
+    def __init__(self, look: Callable[[], memoryview], total_nbytes: int, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._buffer = buffer
+        self._look = look
+        self._total_nbytes = total_nbytes
         self._view: memoryview | None = None
 
     def __len__(self) -> int:
-        return chunk_count(self._buffer.nbytes, self.nbytes)
+        return chunk_count(self._total_nbytes, self.nbytes)
 
     def __getitem__(self, index: int, /) -> memoryview:
         if self._view is None:
-            self._view = as_bytes(self._buffer)
+            self._view = self._look()
         return self._view[index * self.nbytes : (index + 1) * self.nbytes]
 
 

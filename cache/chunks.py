@@ -234,7 +234,8 @@ class ChunkStore:
         ref.require_length(buffer)
         started = time.perf_counter()
         if ref.nbytes:
-            self._patiently(self._load_again, _keys(ref), Cut(buffer, ref.chunk_nbytes), ref.checksums)
+            parts = Cut(partial(as_bytes, buffer), ref.nbytes, ref.chunk_nbytes)
+            self._patiently(self._load_again, _keys(ref), parts, ref.checksums)
         with self._lock:
             self.counters.bytes_in += ref.nbytes
             self.counters.seconds_in += time.perf_counter() - started
