@@ -12,9 +12,10 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 from cache.errors import (
     CacheError,
@@ -40,7 +41,7 @@ from coordinator.services import Services
 from coordinator.step import Sender
 from coordinator.step_sum import StepSum
 from coordinator.takeover import TakeOver
-from coordinator.task_names import private_queue
+from coordinator.task_names import GRADIENTS, private_queue
 from coordinator.upkeep import Upkeep
 from coordinator.warm import WarmRun
 
@@ -189,7 +190,7 @@ class TrainingServer:
             if drafted is not None and committed.launched:
                 launched = drafted.step
             launched = self._launch(warm, after=launched, fresh=True)
-            collect(self.services, warm, self._read_nbytes, warm.seconds)
+            collect(self.services, warm, self._read_nbytes, warm.seconds, self._adder(warm))
             self._after_commit(warm, committed)
             if drafted is not None and committed.launched and drafted.step == warm.version:
                 return receipt  # it was not launched before, so its chord has yet to call
@@ -245,6 +246,7 @@ class TrainingServer:
         replica = warm.trainer.replica
         if warm.next is None:
             replica.own()  # nothing may be written where others read the present version
+        early = 0 if warm.sum is None else warm.sum.taken
         report, loss = self._update(warm, slots)
         self.fault("server.after_apply")
         flat = replica.pack(self.services.chunks.draft(replica.nbytes()) if warm.next is None else warm.next)
@@ -289,7 +291,7 @@ class TrainingServer:
             shards=tree.total,
             entry=entry,
             record=record,
-            event={**_step_event(entry), "tiers": tiers.since(self._before, self.services)},
+            event={**_step_event(entry), "early": early, "tiers": self._served(warm)},
             drop=() if warm.record.slots or record.slots else self.upkeep.outlived(warm),
             launch=drafted,
         )
@@ -298,7 +300,7 @@ class TrainingServer:
             self.services.chunks.delete(record.own_blobs())
             self._refused(warm, committed.verdict, step)
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
-        warm.seconds = entry.seconds
+        warm.seconds, warm.early = entry.seconds, {}
         warm.spent = [*(slot.blob for slot in slots), *unused]
         warm.stored, warm.pinned = committed.stored, committed.pinned
         receipt = {
@@ -310,6 +312,7 @@ class TrainingServer:
             "grad_norm": report.grad_norm,
             "examples": entry.examples,
             "nbytes": sum(receipt.nbytes for receipt in receipts),
+            "early": early,
             "skipped": report.skipped,
             "worker": self.heartbeat.info.id,
         }
@@ -350,7 +353,8 @@ class TrainingServer:
         loss, bad = loss_of(slots), nonfinite(slots)
         before = self.services.chunks.counters.store_nbytes
         self._take_landed(warm, {slot.shard: slot for slot in slots})
-        self._read_nbytes = self.services.chunks.counters.store_nbytes - before
+        early = int(warm.early.get("store", {}).get("nbytes", 0))
+        self._read_nbytes = early + self.services.chunks.counters.store_nbytes - before
         assert warm.sum is not None
         mean, warm.sum = warm.sum.result(), None
         try:
@@ -360,11 +364,57 @@ class TrainingServer:
             raise NonFinite(f"run {warm.run!r}: {error} The NaN or infinity arose {where}.") from error
         return report, loss
 
-    def _take_landed(self, warm: WarmRun, present: Mapping[int, SlotRecord]) -> int:
+    def _served(self, warm: WarmRun) -> tiers.Tiers:
+        """What the tiers have done for the present step so far."""
+        return tiers.plus(warm.early, tiers.since(self._before, self.services))
+
+    def _adder(self, warm: WarmRun) -> Callable[[Mapping[int, SlotRecord]], int] | None:
+        """What adds slots of the present step as they land; None where it would disturb what is computed.
+
+        torch's switches belong to the process, so a process that also computes gradients adds up when it is
+        called to; and so does one that sums on a device.
+        """
+        if GRADIENTS in self.heartbeat.info.queues or warm.trainer.replica.memory is not None:
+            return None
+        step, held = warm.version, ref(warm)
+
+        def add(landed: Mapping[int, SlotRecord]) -> int:
+            found = held()
+            return 0 if found is None else self._add_landed(found, step, landed)
+
+        return add
+
+    def _add_landed(self, warm: WarmRun, step: int, landed: Mapping[int, SlotRecord]) -> int:
+        """Add slots of a step that are next in order and have landed, one at a time, while nobody updates.
+
+        Returns:
+            How many slots are in the sum.
+        """
+        taken = 0
+        while self._lock.acquire(blocking=False):
+            try:
+                if self._warm.get(warm.run) is not warm or warm.version != step:
+                    return taken
+                before = tiers.snapshot(self.services)
+                taken = self._take_landed(warm, landed, most=1)
+                warm.early = tiers.plus(warm.early, tiers.since(before, self.services))
+                if warm.sum is None or warm.sum.wanted not in landed:
+                    return taken
+            except Exception:
+                warm.sum = None  # the update finds out what is wrong
+                raise
+            finally:
+                self._lock.release()
+        return taken
+
+    def _take_landed(
+        self, warm: WarmRun, present: Mapping[int, SlotRecord], *, most: int | None = None
+    ) -> int:
         """Add slots of the present step to its sum, in slot order, as far as they have landed.
 
         Args:
             present: number -> root slot of step `warm.version`, at least those that are in the sum already.
+            most: add no more than so many, and report none that is lost; None: the update asks.
 
         Returns:
             How many slots are in the sum.
@@ -383,10 +433,13 @@ class TrainingServer:
                 allowed=self.services.settings.allowed_modules,
                 read=None if ahead is None or ahead.step != step else ahead.read,
             )
-        while (slot := present.get(warm.sum.wanted)) is not None:
+        while most != 0 and (slot := present.get(warm.sum.wanted)) is not None:
+            most = None if most is None else most - 1
             try:
                 warm.sum.add(slot)
             except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
+                if most is not None:
+                    raise
                 below = warm.context.plan().fan_in(step).below(slot.shard)
                 warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
                 raise

@@ -49,11 +49,11 @@ def kind_of(args: Sequence[Any]) -> Kind:
     """A task's name and, as far as its message tells, its run.
 
     Args:
-        args: of Celery's tracer: name, id, request, body, …
+        args: of Celery's tracer: name, id, request, body, …; of anything else that runs in a pool.
     """
-    body = args[3]
+    name, body = args[0] if args else "", args[3] if len(args) > 3 else b""
     found = _RUN.search(body.encode() if isinstance(body, str) else body)
-    return str(args[0]), b"" if found is None else found[1]
+    return str(name), b"" if found is None else bytes(found[1])
 
 
 class TaskPool(ThreadPool):

@@ -1,4 +1,4 @@
-"""When a training server launches an evaluation."""
+"""What a training server does beside its updates: launch evaluations, add slots up as they land."""
 
 from __future__ import annotations
 

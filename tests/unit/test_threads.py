@@ -124,8 +124,14 @@ def test_the_kind_is_the_task_and_its_run(encode: bool) -> None:
     assert kind_of(message("update", "digits-01", encode=encode)) == ("update", b"digits-01")
 
 
+def test_a_body_may_be_a_view() -> None:
+    args = message()
+    assert kind_of((*args[:3], memoryview(args[3]), *args[4:])) == kind_of(args)
+
+
 def test_a_message_without_a_run() -> None:
     assert kind_of(("other", "id", {}, b"[[], {}, {}]")) == ("other", b"")
+    assert kind_of(()) == ("", b"")
 
 
 def test_kinds_are_forgotten() -> None:
