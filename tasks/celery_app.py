@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from celery import Celery
-from celery.concurrency import ALIASES as POOL_ALIASES
 from kombu import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 
@@ -78,8 +77,6 @@ app = Celery(
 # Kombu's transport with less to do in each turn of the event loop; under its own names, so that URLs read
 # as ever.
 TRANSPORT_ALIASES.update(redis="tasks.transport:Transport", rediss="tasks.transport:Transport")
-# Celery's pool of threads, whose brief tasks need none; under its own name, too.
-POOL_ALIASES["threads"] = "tasks.threads:TaskPool"
 # Where messages and results are on one plain server, a chord's parts are counted in one script.
 if _URL.startswith(("redis://", "rediss://")):
     app.backend_cls = f"tasks.backend:Backend+{_URL}"
@@ -112,8 +109,8 @@ app.conf.update(
         APPLY_UPDATE: {"queue": UPDATES},
         ADVANCE: {"queue": UPDATES},
     },
-    # threads -c 1: one process owns one device and answers pings while it computes (see tasks/threads.py);
-    # nothing is forked, so CUDA and OpenMP may be initialised. prefork and solo work too (docs/workers.md).
+    # threads -c 1: one process owns one device and answers pings while it computes; nothing is
+    # forked, so CUDA and OpenMP may be initialised. prefork and solo work too (docs/workers.md).
     worker_pool=_pool(sys.argv[1:]),
     worker_concurrency=1,
     # A task is acknowledged when it is done, so a worker that stops hands it back; running it

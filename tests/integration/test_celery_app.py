@@ -185,8 +185,8 @@ Worker.start = lambda self: print("POOL", self.pool_cls.__module__)
 celery()
 """
     found = python(code, tmp_path, TORCHORD_URL="redis://127.0.0.1:7/0")
-    module = "tasks.threads" if typed == "threads" else f"celery.concurrency.{typed}"
-    assert f"POOL {module}" in found.stdout, found.stderr
+    module = {"threads": "thread"}.get(typed, typed)
+    assert f"POOL celery.concurrency.{module}" in found.stdout, found.stderr
 
 
 # --- what it does ---------------------------------------------------------------------------

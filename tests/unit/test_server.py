@@ -1,4 +1,4 @@
-"""What a training server does beside its updates: launch evaluations, add slots up as they land."""
+"""When a training server launches an evaluation."""
 
 from __future__ import annotations
 
