@@ -37,6 +37,7 @@ _SCHEMES = {
 }
 _LOOKS = "a Redis Cluster URL looks like redis+cluster://HOST:PORT,HOST:PORT (or rediss+cluster:// for TLS)"
 _TURNS = 8  # how often a key may be referred on before something must be wrong
+_SETTLE_SECONDS = 0.02  # before the third of them, then twice as long: servers agree by gossip, 1.3 s in all
 _TRY_AGAIN_SECONDS = 0.05
 _MOST_THREADS = 64
 
@@ -223,7 +224,9 @@ class Cluster:
         owners = self._owners or self._refresh()
         referred: dict[int, tuple[Endpoint, bool]] = {}  # index -> whom to ask, and whether with ASKING
         rest: Sequence[int] = range(len(keys))
-        for _ in range(_TURNS):
+        for turn in range(_TURNS):
+            if turn > 1:  # the first two are usual: the owner in the table, and whom that one refers to
+                time.sleep(_SETTLE_SECONDS * 2 ** (turn - 2))
             tasks = self._tasks(rest, slots, owners, referred)
             self._side_by_side([partial(self._try, task, work) for task in tasks])
             lost = [task for task in tasks if task.lost is not None]
