@@ -352,11 +352,10 @@ class TrainingServer:
         trainer = warm.trainer
         loss, bad = loss_of(slots), nonfinite(slots)
         before = self.services.chunks.counters.store_nbytes
-        self._take_landed(warm, {slot.shard: slot for slot in slots})
+        total = self._take_landed(warm, {slot.shard: slot for slot in slots})
         early = int(warm.early.get("store", {}).get("nbytes", 0))
         self._read_nbytes = early + self.services.chunks.counters.store_nbytes - before
-        assert warm.sum is not None
-        mean, warm.sum = warm.sum.result(), None
+        mean, warm.sum = total.result(), None
         try:
             report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
@@ -395,11 +394,14 @@ class TrainingServer:
             try:
                 if self._warm.get(warm.run) is not warm or warm.version != step:
                     return taken
+                total = self._sum(warm, landed)
+                slot = landed.get(total.wanted)
+                if slot is None:
+                    return total.taken
                 before = tiers.snapshot(self.services)
-                taken = self._take_landed(warm, landed, most=1)
+                total.add(slot)
+                taken = total.taken
                 warm.early = tiers.plus(warm.early, tiers.since(before, self.services))
-                if warm.sum is None or warm.sum.wanted not in landed:
-                    return taken
             except Exception:
                 warm.sum = None  # the update finds out what is wrong
                 raise
@@ -407,18 +409,25 @@ class TrainingServer:
                 self._lock.release()
         return taken
 
-    def _take_landed(
-        self, warm: WarmRun, present: Mapping[int, SlotRecord], *, most: int | None = None
-    ) -> int:
-        """Add slots of the present step to its sum, in slot order, as far as they have landed.
+    def _take_landed(self, warm: WarmRun, present: Mapping[int, SlotRecord]) -> StepSum:
+        """Add slots of the present step to its sum, in slot order, as far as they have landed. Returns it.
 
         Args:
             present: number -> root slot of step `warm.version`, at least those that are in the sum already.
-            most: add no more than so many, and report none that is lost; None: the update asks.
-
-        Returns:
-            How many slots are in the sum.
         """
+        total = self._sum(warm, present)
+        while (slot := present.get(total.wanted)) is not None:
+            try:
+                total.add(slot)
+            except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
+                step, plan = warm.version, warm.context.plan()
+                below = plan.fan_in(step).below(slot.shard)
+                warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
+                raise
+        return total
+
+    def _sum(self, warm: WarmRun, present: Mapping[int, SlotRecord]) -> StepSum:
+        """The sum of the present step, as far as it is made; a new one if the ledger names other slots."""
         step = warm.version
         if warm.sum is None or warm.sum.step != step or not warm.sum.agrees(present):
             plan = warm.context.plan()
@@ -433,17 +442,7 @@ class TrainingServer:
                 allowed=self.services.settings.allowed_modules,
                 read=None if ahead is None or ahead.step != step else ahead.read,
             )
-        while most != 0 and (slot := present.get(warm.sum.wanted)) is not None:
-            most = None if most is None else most - 1
-            try:
-                warm.sum.add(slot)
-            except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
-                if most is not None:
-                    raise
-                below = warm.context.plan().fan_in(step).below(slot.shard)
-                warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
-                raise
-        return warm.sum.taken
+        return warm.sum
 
     def _adopt(self, warm: WarmRun) -> None:
         """Follow a switch of the config that holds from the present step on."""

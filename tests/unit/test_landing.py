@@ -24,6 +24,7 @@ from coordinator.server import TrainingServer
 from coordinator.step_sum import StepSum
 from coordinator.task_names import GRADIENTS, UPDATES
 from tests.support import models
+from tests.support.control import slot as any_slot
 from tests.support.inprocess import resolved
 
 SLOTS = 4
@@ -52,10 +53,9 @@ class Server(TrainingServer):
             tensors = {name: torch.randn(p.shape) for name, p in trainer.replica.parameters.items()}
             stored = gradients.put(ledger, 0, shard, tensors)
             self.slots.append(
-                SlotRecord(
-                    shard=shard, digest=stored.digest, nonce=stored.nonce, blob=stored.blob,
-                    manifest=stored.manifest, buffers=(), examples=1, loss=1.0, grad_norm=1.0, worker="w",
-                    attempt=1, seconds=0.1,
+                any_slot(
+                    0, shard, stored.nonce, digest=stored.digest, blob=stored.blob, manifest=stored.manifest,
+                    examples=1,
                 )
             )  # fmt: skip
 
