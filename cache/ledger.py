@@ -1000,6 +1000,26 @@ class Ledger:
                 )
             )
 
+    def abandon_evaluation(self, version: int, reason: str) -> bool:
+        """Give an evaluation under way up, because its version is lost; True if this call did.
+
+        Event `evaluation lost`: version, and `message` with the reason.
+        """
+        with self._during(f"give the evaluation of version {version} up"):
+            names = self.keys
+            return bool(
+                self._script(
+                    "abandon_evaluation",
+                    [names.pending_evaluations, names.parts(version), names.pins, names.events],
+                    [
+                        version,
+                        json.dumps({"version": version, "message": reason}),
+                        keys.RUN_TTL_SECONDS,
+                        keys.EVENTS_KEPT,
+                    ],
+                )
+            )
+
     def pending_evaluations(self) -> dict[int, int]:
         """Evaluations under way: version -> number of parts."""
         with self._during("list the evaluations under way"):

@@ -887,6 +887,18 @@ class MemoryLedger(Ledger):
             self.pin(version, seconds=pin_seconds)
             return field not in pending
 
+    def abandon_evaluation(self, version: int, reason: str) -> bool:
+        """See `Ledger.abandon_evaluation`."""
+        plane, names, field = self.plane, self.keys, str(version)
+        with plane.changed:
+            if field not in plane.hash(names.pending_evaluations):
+                return False
+            plane.hdel(names.pending_evaluations, field)
+            plane.delete(names.parts(version))
+            plane.hdel(names.pins, field)
+            self._event("evaluation lost", {"version": version, "message": reason})
+            return True
+
     def pending_evaluations(self) -> dict[int, int]:
         """See `Ledger.pending_evaluations`."""
         found = self.plane.hash(self.keys.pending_evaluations)

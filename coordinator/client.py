@@ -22,8 +22,10 @@ import torch
 
 from cache.chunks import BlobRef
 from cache.codec import Manifest, layout, pack, views
+from cache.connection import WORKER_PATIENCE_SECONDS
 from cache.errors import (
     CacheError,
+    CacheUnreachable,
     ChunkCorrupt,
     ChunkMissing,
     ManifestMismatch,
@@ -33,7 +35,7 @@ from cache.errors import (
     VersionMissing,
 )
 from cache.lane import Command
-from cache.ledger import Begun
+from cache.ledger import Begun, Ledger
 from cache.records import Head, SlotRecord, StateRecord, VersionRecord, canonical
 from cache.settings import cublas_workspace
 from cache.workers import Heartbeat
@@ -148,6 +150,7 @@ class Client:
         self.outbox = Outbox(services.gradients, ahead="upload" in overlap, announced="collect" in overlap)
         self.arrivals = Arrivals(services.chunks, on="fetch" in overlap)
         self._refusals = 0
+        self._silent_since: dict[tuple[str, int], float] = {}  # (run, version) to evaluate -> monotonic clock
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
     # --- gradients ----------------------------------------------------------------------
@@ -288,6 +291,12 @@ class Client:
             log.error("%s", reason)
             self.services.ledger(run).emit("refused", {"worker": self.heartbeat.info.id, "reason": reason})
             self._refusals = 0
+        self._send_again(receipt)
+        return {**receipt, "status": "refused", "reason": reason}
+
+    def _send_again(self, receipt: dict[str, Any]) -> None:
+        """Put a task back into the queue and step back for a while, so that others may take it."""
+        run = receipt["run"]
         if "slot" in receipt:
             self.sender.partial_sum(run, receipt["step"], receipt["slot"], version=receipt["version"])
         elif "shard" in receipt:
@@ -296,7 +305,6 @@ class Client:
             self.sender.evaluation(run, receipt["version"], [receipt["part"]], receipt["parts"])
         time.sleep(min(_REFUSAL_SECONDS[1], _REFUSAL_SECONDS[0] * 2**self._refusals))
         self._refusals += 1
-        return {**receipt, "status": "refused", "reason": reason}
 
     def hand_back(self) -> None:
         """Give the shards at work to others at once, because this process is about to end.
@@ -528,8 +536,7 @@ class Client:
         except ManifestMismatch as error:
             return self._refuse({**receipt, "parts": parts}, str(error))
         except CacheError as error:
-            log.warning("evaluation part %d of run %s goes back: %s", part, run, error)
-            return {**receipt, "status": "handed back", "error": str(error)}
+            return self._evaluation_back({**receipt, "parts": parts}, error)
         except Exception as error:
             raise self._evaluation_failed(context, error, version=version, part=part) from error
         finally:
@@ -539,13 +546,56 @@ class Client:
             version, part, {"examples": examples, "metrics": metrics}, parts=parts
         )
         self.fault("client.after_part")
+        self._refusals = 0
+        self._silent_since.pop((run, version), None)
         if verdict == "complete":
             _, whole = gradient.combine([(value["examples"], value["metrics"]) for value in values])
             ledger.record_evaluation(version, whole)
             receipt["evaluation"] = whole
-            if ledger.head().version == head.total_steps and not ledger.pending_evaluations():
-                self.sender.advance(run, queue=head.queue or UPDATES)
+            self._call_if_evaluated(ledger)
         return {**receipt, "status": verdict, "examples": examples, **metrics}
+
+    def _evaluation_back(self, receipt: dict[str, Any], error: CacheError) -> dict[str, Any]:
+        """Give a part of an evaluation back that the store does not let this worker compute.
+
+        Of the present version the training server still holds the bytes and stores them again. Those of an
+        earlier one are gone for good, unless a cache node that may have them comes back in time, and the run
+        goes on without its evaluation.
+        """
+        run, version, status = receipt["run"], receipt["version"], "handed back"
+        log.warning("evaluation part %d of run %s goes back: %s", receipt["part"], run, error)
+        ledger = self.services.ledger(run)
+        try:
+            if not isinstance(error, (VersionMissing, ChunkMissing, ChunkCorrupt)):
+                self._send_again(receipt)
+            elif version == ledger.head().version or not self._gone_for_good(run, version, error):
+                self._report_loss(run, version)
+                self._send_again(receipt)
+            else:
+                ledger.abandon_evaluation(version, f"version {version} cannot be evaluated any more: {error}")
+                self._call_if_evaluated(ledger)
+                status = "version lost"
+        except (CacheError, RunNotFound) as away:  # the supervisor sends it again
+            log.warning("evaluation part %d of run %s not sent again: %s", receipt["part"], run, away)
+        return {**receipt, "status": status, "error": str(error)}
+
+    def _gone_for_good(self, run: str, version: int, error: CacheError) -> bool:
+        """Whether every node said that it lacks a version's bytes, or one has been silent for too long."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, CacheUnreachable):
+            cause = cause.__cause__
+        now = time.monotonic()
+        since = self._silent_since.setdefault((run, version), now)
+        if cause is not None and now - since < WORKER_PATIENCE_SECONDS:
+            return False
+        self._silent_since.pop((run, version), None)
+        return True
+
+    def _call_if_evaluated(self, ledger: Ledger) -> None:
+        """Call the training server if the run has waited for nothing but its evaluations."""
+        head = ledger.head()
+        if head.version == head.total_steps and not ledger.pending_evaluations():
+            self.sender.advance(ledger.run, queue=head.queue or UPDATES)
 
     def _evaluation_failed(
         self, context: RunContext, error: Exception, *, version: int, part: int

@@ -560,6 +560,8 @@ class TrainingServer:
             if version not in ledger.evaluations():
                 self._launch_evaluation(warm)
             if ledger.pending_evaluations():
+                if receipt["status"] == "waiting":  # somebody called for another reason than a commit
+                    self.upkeep.keep_stored(warm)
                 return {**receipt, "status": "evaluating"}
         if warm.spilled != version:
             self.upkeep.checkpoint(warm)

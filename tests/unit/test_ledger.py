@@ -1257,6 +1257,29 @@ def test_an_evaluation_that_is_done_does_not_begin_again(plane: Plane, running: 
     assert running.pending_evaluations() == {}
 
 
+def test_an_evaluation_is_given_up(plane: Plane, running: Ledger) -> None:
+    running.launch_evaluation(0, 2, pin_seconds=60)
+    running.launch_evaluation(1, 1, pin_seconds=60)
+    running.write_part(0, 0, {"loss": 1.0}, parts=2)
+    assert running.abandon_evaluation(0, "its bytes are gone")
+    assert running.pending_evaluations() == {1: 1}
+    assert running.parts_present(0) == set()
+    last = running.read_events()[-1]
+    assert (last.type, last.data) == ("evaluation lost", {"version": 0, "message": "its bytes are gone"})
+    assert not only_counters_change(plane, lambda: running.abandon_evaluation(0, "again"))
+    assert running.evaluations() == {}
+    advance(running, running.head().token, 1)
+    fill(running, 1)
+    assert commit(running, 1, running.head().token).pinned == {1}, "it is not kept for its evaluation"
+
+
+def test_what_is_recorded_is_not_given_up(plane: Plane, running: Ledger) -> None:
+    running.launch_evaluation(0, 1, pin_seconds=60)
+    running.record_evaluation(0, {"loss": 1.0})
+    assert not only_counters_change(plane, lambda: running.abandon_evaluation(0, "late"))
+    assert running.evaluations() == {0: {"loss": 1.0}}
+
+
 def test_an_evaluation_is_launched_once(plane: Plane, running: Ledger) -> None:
     assert running.launch_evaluation(0, 4, pin_seconds=60)
     assert not running.launch_evaluation(0, 2, pin_seconds=60)
@@ -1365,6 +1388,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "parts_present": lambda ledger, token: ledger.parts_present(1),
     "record_evaluation": lambda ledger, token: ledger.record_evaluation(1, {"loss": 1.0}),
     "launch_evaluation": lambda ledger, token: ledger.launch_evaluation(1, 2, pin_seconds=60),
+    "abandon_evaluation": lambda ledger, token: ledger.abandon_evaluation(1, "gone"),
     "pending_evaluations": lambda ledger, token: ledger.pending_evaluations(),
     "evaluations": lambda ledger, token: ledger.evaluations(),
     "write_output": lambda ledger, token: ledger.write_output("q", 0, {}),

@@ -712,6 +712,14 @@ class Protocol(RuleBasedStateMachine):
             for ledger in (self.real, self.twin):
                 ledger.record_evaluation(version, {"loss": float(len(values))})
 
+    @precondition(lambda self: self.twin.pending_evaluations())
+    @rule(data=st.data(), under_way=st.booleans())
+    def an_evaluation_is_given_up(self, data: Dice, under_way: bool) -> None:
+        pending = self.twin.pending_evaluations()
+        version = pick(data, sorted(pending)) if under_way else max(pending) + 1
+        answers = [ledger.abandon_evaluation(version, "lost") for ledger in (self.real, self.twin)]
+        assert answers == [under_way, under_way] or self.kind is Stammering
+
     @rule(status=st.just("again"))
     def the_same_name_is_submitted_again(self, status: str) -> None:
         answer = self.unchanged(lambda: self.both(lambda ledger, _: ledger.create(SPEC, incarnation=status)))
