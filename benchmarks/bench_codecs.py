@@ -71,6 +71,7 @@ CLAIMED = "powersgd:2,values=int8,least=6000"
 VARIANTS = (
     "none",
     CLAIMED,
+    f"{CLAIMED},memory=bf16",
     f"{CLAIMED},memory=int8",
     f"{CLAIMED},memory=int4",
     "powersgd:2,values=int8",

@@ -425,7 +425,9 @@ class Client:
                 replica, self._fetched.source = context.replica_at(
                     version, record, partial(self.arrivals.take, context)
                 )
-                state = self._slot_state(context, version, shard) if context.keeps_state(step) else None
+                state = None
+                if context.keeps_state(step):
+                    state = self._slot_state(context, version, shard, record)
                 allowed = self.services.settings.allowed_modules
                 batch = self.prefetcher.take(context, step, shard, indices, dataset)
                 self._fetched.ahead = batch is not None
@@ -451,9 +453,14 @@ class Client:
             place = f"shard {shard} of step {step} (samples {shown(samples)})"
             raise self.failed(context, error, step=step, shard=shard, place=place, samples=samples) from error
 
-    def _slot_state(self, context: RunContext, version: int, shard: int) -> Any:
-        """What the shard's slot kept at a version, None if nothing."""
-        record = self.services.ledger(context.run).version(version)
+    def _slot_state(self, context: RunContext, version: int, shard: int, record: VersionRecord | None) -> Any:
+        """What the shard's slot kept at a version, None if nothing.
+
+        Args:
+            record: of the version, where the ledger gave it with the lease; None: it is asked for.
+        """
+        if record is None or record.version != version:
+            record = self.services.ledger(context.run).version(version)
         if record is None:
             raise VersionMissing(f"version {version} of run {context.run!r} is not in the cache any more")
         kept = record.slots.get(shard)

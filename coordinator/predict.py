@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from cache import keys
 from cache.chunks import BlobRef
-from cache.errors import InvalidInput, NoWorker, RunFailed, VersionMissing, WaitTimeout
+from cache.errors import (
+    ChunkCorrupt,
+    ChunkMissing,
+    InvalidInput,
+    NoWorker,
+    RunFailed,
+    VersionMissing,
+    WaitTimeout,
+)
 from cache.ledger import Ledger
-from coordinator.task_names import GRADIENTS, PREDICT, worker_command
+from coordinator.task_names import GRADIENTS, PREDICT, UPDATES, worker_command
 
 if TYPE_CHECKING:
+    import torch
+
     from coordinator.services import Services
     from coordinator.step import Sender
 
@@ -49,7 +59,8 @@ def predict(
         )
     request = uuid.uuid4().hex[:12]
     waiting = _batches(inputs, batch_size)
-    sent: dict[int, tuple[float, dict[str, Any]]] = {}
+    sent: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}  # part -> its inputs' bytes, its message
+    kwargs: dict[str, Any]
     done: dict[int, Any] = {}
     number = 0
     exhausted = False
@@ -67,12 +78,13 @@ def predict(
                 skeleton, tensors = tree.flatten(batch)
                 manifest = layout(tensors)
                 key = ledger.keys.predict_blob(request, number, "inputs")
-                blob = services.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.PREDICT_TTL_SECONDS)
+                packed = pack(tensors, manifest)
+                blob = services.chunks.put(key, packed, ttl_seconds=keys.PREDICT_TTL_SECONDS)
                 reference = {"blob": blob.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
                 kwargs = {"run": ledger.run, "version": version, "request": request, "part": number}
                 kwargs["inputs"] = reference
                 sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
-                sent[number] = (time.monotonic(), kwargs)
+                sent[number] = (packed, kwargs)
                 number += 1
             for part, answer in ledger.outputs(request).items():
                 if part not in sent:
@@ -100,7 +112,9 @@ def predict(
                         f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
                     )
             if sent and now - progressed > _RESEND_SECONDS:
-                for _, kwargs in sent.values():  # a worker may have died with one; each is written once
+                _require_version(services, sender, ledger, version)
+                for packed, kwargs in sent.values():  # a worker may have died with one; each is written once
+                    _keep_stored(services, BlobRef.from_json(kwargs["inputs"]["blob"]), packed)
                     sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
                 progressed = now
             if sent:
@@ -111,6 +125,35 @@ def predict(
     if not done:
         raise InvalidInput("predict() was given no examples")
     return _joined([done[part] for part in range(number)], torch)
+
+
+def _require_version(services: Services, sender: Sender, ledger: Ledger, version: int) -> None:
+    """Make sure that the workers can load the version, which they may have tried in vain.
+
+    Raises:
+        VersionMissing: it is lost, and no training server can store it again.
+    """
+    record = ledger.version(version)
+    try:
+        if record is None:
+            raise VersionMissing("its record is gone")
+        services.chunks.require_stored(record.blob)
+    except (VersionMissing, ChunkMissing, ChunkCorrupt) as error:
+        head = ledger.head()
+        if record is None or head.status != "running" or head.version != version:
+            raise VersionMissing(
+                f"version {version} of run {ledger.run!r} was lost while workers predicted from it: {error}. "
+                "Predict from another version, or load a checkpoint with run.model(version)"
+            ) from error
+        sender.advance(ledger.run, queue=head.queue or UPDATES)
+
+
+def _keep_stored(services: Services, blob: BlobRef, packed: torch.Tensor) -> None:
+    """Store a part's inputs again, under their name, if they were lost."""
+    try:
+        services.chunks.require_stored(blob)
+    except (ChunkMissing, ChunkCorrupt):
+        services.chunks.put(blob.key, packed, ttl_seconds=keys.PREDICT_TTL_SECONDS)
 
 
 def _batches(inputs: Any, batch_size: int) -> Iterator[Any]:

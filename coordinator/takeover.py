@@ -166,6 +166,10 @@ class TakeOver:
                 skeleton, tensors = self.services.parameters.fetch_state(record.state)
                 for slot in record.slots.values():
                     self.services.gradients.get_state(slot)
+                for earlier in needed:
+                    self.services.parameters.fetch(self.ledger, earlier, record=stored[earlier])
+                    for slot in stored[earlier].slots.values():
+                        self.services.gradients.get_state(slot)
             except CacheError as error:
                 log.warning("run %s: version %d cannot be restored: %s", self.ledger.run, version, error)
                 continue

@@ -99,6 +99,8 @@ class Upkeep:
 
         Raises:
             Fenced: another server has taken the run over.
+            CacheError: what else the steps under way are computed from is lost, of which nobody has a copy:
+                the run has to be restored.
         """
         try:
             self.services.chunks.require_stored(warm.record.blob)
@@ -110,6 +112,22 @@ class Upkeep:
             if not warm.ledger.put_version(record, token=warm.token):
                 raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
             warm.record, warm.state_version = record, NEVER
+        if warm.version < warm.context.plan().total_steps:
+            self._require_others(warm)
+
+    def _require_others(self, warm: WarmRun) -> None:
+        """Make sure of what the steps under way need beside the present version's parameters.
+
+        These are what slots kept, and with staleness earlier versions with what slots kept there.
+        """
+        needed = [blob for state in warm.record.slots.values() for blob in state.blobs()]
+        for version in range(warm.oldest_needed(), warm.version):
+            record = warm.ledger.version(version)
+            if record is None:
+                raise VersionMissing(f"version {version} of run {warm.run!r} is not in the cache any more")
+            needed += [record.blob, *(blob for state in record.slots.values() for blob in state.blobs())]
+        for blob in {blob.key: blob for blob in needed}.values():
+            self.services.chunks.require_stored(blob)
 
     # --- checkpoints --------------------------------------------------------------------------
 

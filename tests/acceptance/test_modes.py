@@ -263,7 +263,15 @@ def test_the_hosts_tier_changes_no_bit_and_saves_reads(cluster: Callable[..., Lo
     assert found["on"] == found["off"]
 
 
-def test_a_cache_node_that_dies_changes_no_bit(cluster: Callable[..., LocalCluster]) -> None:
+@pytest.mark.parametrize(
+    "mode",
+    [{}, {"local_steps": 2}, {"compression": "topk:0.1"}, {"staleness": 1, "compression": "topk:0.1"}],
+    ids=["exact", "local-steps", "compressed", "stale-compressed"],
+)
+def test_a_cache_node_that_dies_changes_no_bit(
+    cluster: Callable[..., LocalCluster], mode: dict[str, Any]
+) -> None:
+    """Without replicas: what the node had is stored again, or the run goes back and replays."""
     nodes = [EmbeddedServer() for _ in range(3)]
     try:
         for node in nodes:
@@ -273,7 +281,7 @@ def test_a_cache_node_that_dies_changes_no_bit(cluster: Callable[..., LocalClust
         for kill in (False, True):
             made = cluster(2, env={"TORCHORD_CACHE_URLS": ",".join(urls), "TORCHORD_HOST_CACHE": "off"})
             master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=urls)
-            run = master.submit(wide(), config(epochs=3, checkpoint_every=50), name=f"ring-{kill}")
+            run = master.submit(wide(), config(epochs=3, checkpoint_every=50, **mode), name=f"ring-{kill}")
             if kill:
                 wait_until(lambda run=run: run.status().version >= 8, message="the eighth step")
                 nodes[1].kill()
