@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -293,3 +294,31 @@ def test_a_cache_node_that_dies_changes_no_bit(
     finally:
         for node in nodes:
             node.stop()
+
+
+@pytest.mark.parametrize("mode", ["topk", "stale-powersgd", "local-topk", "all"])
+def test_bytes_vanish_all_the_time(cluster: Callable[..., LocalCluster], mode: str) -> None:
+    """After each commit that is seen, one chunk of anything is gone: the same bits, and a clean audit."""
+    chance = random.Random(mode)
+    with EmbeddedServer() as tensors:
+        made = cluster(2, env={"TORCHORD_CACHE_URLS": tensors.url, "TORCHORD_HOST_CACHE": "off"})
+        master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=[tensors.url])
+        found, lost = [], []
+        for loses in (False, True):
+            run = master.submit(recipe(), config(**{"epochs": 3, **MODES[mode]}), name=f"vanishing-{loses}")
+            while loses and run.status().state in ("pending", "running"):
+                with connect(tensors.url) as client:
+                    stored = sorted(client.scan_iter(f"torchord:blob:{run.name}:*"))
+                    if stored and client.delete(gone := chance.choice(stored)):
+                        lost.append(gone)
+                seen = run.status().version
+                wait_until(
+                    lambda run=run, seen=seen: run.status().version != seen or run.status().state == "done",
+                    message=f"a commit after version {seen} without {lost[-1:]}",
+                )
+            run.wait(timeout=PATIENCE_SECONDS)
+            audit = run.verify()
+            assert audit.ok, audit
+            found.append(bits(run))
+        assert found[0] == found[1]
+        assert len(lost) >= 3, lost
