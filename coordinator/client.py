@@ -654,6 +654,8 @@ class Client:
             key = ledger.keys.predict_blob(request, part, "outputs")
             stored = self.services.chunks.put(key, pack(found, manifest), ttl_seconds=3600)
             answer = {"blob": stored.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
+        except ChunkCorrupt as error:  # and so it will stay; what is only missing may be stored again
+            answer = {"error": f"part {part} cannot be computed: {error}"}
         except CacheError:
             raise
         except Exception as error:  # noqa: BLE001  the recipe's own code; it goes to whoever asked

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from cache import keys
 from cache.chunks import BlobRef
 from cache.errors import (
-    ChunkCorrupt,
     ChunkMissing,
     InvalidInput,
     NoWorker,
@@ -137,8 +136,8 @@ def _require_version(services: Services, sender: Sender, ledger: Ledger, version
     try:
         if record is None:
             raise VersionMissing("its record is gone")
-        services.chunks.require_stored(record.blob)
-    except (VersionMissing, ChunkMissing, ChunkCorrupt) as error:
+        services.chunks.touch(record.blob, keys.BLOB_TTL_SECONDS)
+    except (VersionMissing, ChunkMissing) as error:
         head = ledger.head()
         if record is None or head.status != "running" or head.version != version:
             raise VersionMissing(
@@ -149,10 +148,10 @@ def _require_version(services: Services, sender: Sender, ledger: Ledger, version
 
 
 def _keep_stored(services: Services, blob: BlobRef, packed: torch.Tensor) -> None:
-    """Store a part's inputs again, under their name, if they were lost."""
+    """Have a part's inputs live on; stored again, under their name, if they were lost."""
     try:
-        services.chunks.require_stored(blob)
-    except (ChunkMissing, ChunkCorrupt):
+        services.chunks.touch(blob, keys.PREDICT_TTL_SECONDS)
+    except ChunkMissing:
         services.chunks.put(blob.key, packed, ttl_seconds=keys.PREDICT_TTL_SECONDS)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from cache.blob import BlobRef
 from cache.connection import WORKER_PATIENCE_SECONDS
-from cache.errors import CacheError, CacheUnreachable, ChunkMissing, VersionMissing
+from cache.errors import CacheError, CacheUnreachable, ChunkMissing, RunFailed, VersionMissing
 from cache.settings import Settings
 from coordinator import Master, Run, TrainingConfig
 from coordinator.predict import predict
@@ -64,6 +64,11 @@ class Laboratory(Shuffle):
             self.post.callbacks -= 1
             self.server.advance(self.run.name)
 
+    def evaluate_all(self) -> None:
+        """Deliver every part that waits."""
+        while self.post.parts:
+            self.evaluate()
+
     def lose(self, version: int) -> None:
         """Delete a version's bytes from the cache."""
         record = self.run._ledger.version(version)
@@ -95,8 +100,7 @@ def expected(start: Callable[[str], Laboratory]) -> tuple[Any, dict[int, Any]]:
     lab = start("quiet")
     for version in range(1, LAST + 1):
         lab.train_to(version)
-        while lab.post.parts:
-            lab.evaluate()
+        lab.evaluate_all()
     assert lab.run.status().state == "done"
     assert set(lab.statuses) == {"written", "complete"}
     found = lab.run.evaluations()
@@ -113,11 +117,9 @@ def test_an_earlier_version_is_lost(start: Callable[[str], Laboratory], expected
     lab.train_to(4)
     lab.lose(2)
     lab.evaluate(client=0)  # the other one holds the version still
-    while lab.post.parts:
-        lab.evaluate()
+    lab.evaluate_all()
     lab.train_to(LAST)
-    while lab.post.parts:
-        lab.evaluate()
+    lab.evaluate_all()
     assert lab.statuses == ["written", "version lost", "written", "complete", "written", "complete"]
     assert lab.run.status().state == "done"
     assert reference.bits(lab.run.model()) == bits
@@ -155,19 +157,16 @@ def test_the_present_version_is_lost(start: Callable[[str], Laboratory], expecte
     lab = start("present")
     for earlier in range(1, version):
         lab.train_to(earlier)
-        while lab.post.parts:
-            lab.evaluate()
+        lab.evaluate_all()
     lab.train_to(version)
     lab.lose(version)
     del lab.statuses[:]
     lab.evaluate()
     assert lab.statuses == ["handed back"]
-    while lab.post.parts:
-        lab.evaluate()
+    lab.evaluate_all()
     assert lab.statuses == ["handed back", "written", "complete"]
     lab.train_to(LAST)
-    while lab.post.parts:
-        lab.evaluate()
+    lab.evaluate_all()
     assert lab.run.status().state == "done"
     assert lab.run.evaluations() == evaluations
     assert reference.bits(lab.run.model()) == bits
@@ -217,12 +216,10 @@ def test_a_store_that_is_away_ends_no_run(
         for _ in range(10):
             lab.evaluate()
     assert lab.statuses == ["handed back"] * 10
-    while lab.post.parts:
-        lab.evaluate()
+    lab.evaluate_all()
     for version in range(3, LAST + 1):
         lab.train_to(version)
-        while lab.post.parts:
-            lab.evaluate()
+        lab.evaluate_all()
     assert lab.run.evaluations() == evaluations
     assert reference.bits(lab.run.model()) == bits
 
@@ -441,3 +438,19 @@ def test_the_version_of_a_prediction_is_lost(start: Callable[[str], Laboratory])
     with pytest.raises(VersionMissing, match=r"version 3 of run 'version' was lost .* Predict from another"):
         predicted(lab, sender, 3)
     assert sender.calls == 1
+
+
+@pytest.mark.usefixtures("resent_at_once")
+def test_inputs_of_a_prediction_are_damaged(start: Callable[[str], Laboratory]) -> None:
+    """Whoever asked is told, with the key of the chunk."""
+    lab = start("damaged")
+    lab.train_to(3)
+
+    def damage(kwargs: dict[str, Any]) -> None:
+        if kwargs["part"] == 1:
+            key = next(iter(BlobRef.from_json(kwargs["inputs"]["blob"]).chunk_keys()))
+            stored = lab.run._ledger.client
+            stored.set(key, bytes(stored.strlen(key)).decode())
+
+    with pytest.raises(RunFailed, match=r"part 1 cannot be computed: .*torchord:blob:damaged:predict"):
+        predicted(lab, Predicting(lab, damage), 3)
