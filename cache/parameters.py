@@ -167,6 +167,20 @@ class ParameterCache:
         with telling(f"optimizer state {state.blob.key}", state.blob, lambda: state.manifest):
             return state.skeleton, views(self.chunks.get(state.blob), manifest)
 
+    def record(self, ledger: Ledger, version: int) -> VersionRecord:
+        """Where a version is, and what its slots kept.
+
+        Raises:
+            VersionMissing: it is not stored (any more); the message lists which are.
+        """
+        record = ledger.version(version)
+        if record is None:
+            raise VersionMissing(
+                f"version {version} of run {ledger.run!r} is not in the cache; stored: "
+                f"{sorted(ledger.versions())}"
+            )
+        return record
+
     def fetch(
         self,
         ledger: Ledger,
@@ -191,12 +205,7 @@ class ParameterCache:
         """
         began = time.perf_counter()
         if record is None or record.version != version:
-            record = ledger.version(version)
-        if record is None:
-            raise VersionMissing(
-                f"version {version} of run {ledger.run!r} is not in the cache; stored: "
-                f"{sorted(ledger.versions())}"
-            )
+            record = self.record(ledger, version)
         if out is not None and out.numel() != record.blob.nbytes:
             raise ManifestMismatch(
                 f"version {version} of run {ledger.run!r} has {record.blob.nbytes} bytes, the model here "

@@ -27,7 +27,7 @@ from cache.errors import (
     CacheError,
     CacheUnreachable,
     ChunkCorrupt,
-    ChunkMissing,
+    ChunkLost,
     ManifestMismatch,
     RunNotFound,
     ShardFailed,
@@ -62,6 +62,7 @@ UNWRITTEN = (
     "overtaken",
 )  # what `Client.at_slot` is told when there is nothing to write yet
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
+_LOSSES = (VersionMissing, ChunkLost)  # bytes that were committed cannot be had
 _FRESH_SECONDS = 1.0  # after so long a training server may have moved: ask where it is
 
 
@@ -249,7 +250,7 @@ class Client:
         except CacheError as error:
             # Not the recipe's fault: the slot goes back at once and the supervisor sends it again.
             log.warning("step %d slot %d of run %s goes back: %s", step, slot, run, error)
-            if isinstance(error, (VersionMissing, ChunkMissing, ChunkCorrupt)):
+            if isinstance(error, _LOSSES):
                 self._report_loss(run, step)
             return {**receipt, "status": "handed back", "error": str(error)}
         finally:
@@ -266,7 +267,7 @@ class Client:
             log.warning("step %d shard %d of run %s not handed back: %s", step, shard, run, error)
 
     def _report_loss(self, run: str, step: int) -> None:
-        """The version to compute from is gone: its training server still holds it and stores it again."""
+        """What is to be computed from is gone: the run's training server stores it again, or goes back."""
         try:
             head = self.services.ledger(run).head()
             if head.version <= step:
@@ -460,9 +461,7 @@ class Client:
             record: of the version, where the ledger gave it with the lease; None: it is asked for.
         """
         if record is None or record.version != version:
-            record = self.services.ledger(context.run).version(version)
-        if record is None:
-            raise VersionMissing(f"version {version} of run {context.run!r} is not in the cache any more")
+            record = self.services.parameters.record(self.services.ledger(context.run), version)
         kept = record.slots.get(shard)
         return None if kept is None else tree.unflatten(*self.services.gradients.get_state(kept))
 
@@ -569,22 +568,21 @@ class Client:
         earlier one are gone for good, unless a cache node that may have them comes back in time, and the run
         goes on without its evaluation.
         """
-        run, version, status = receipt["run"], receipt["version"], "handed back"
+        run, version = receipt["run"], receipt["version"]
         log.warning("evaluation part %d of run %s goes back: %s", receipt["part"], run, error)
         ledger = self.services.ledger(run)
         try:
-            if not isinstance(error, (VersionMissing, ChunkMissing, ChunkCorrupt)):
-                self._send_again(receipt)
-            elif version == ledger.head().version or not self._gone_for_good(run, version, error):
+            if isinstance(error, _LOSSES):
+                if version != ledger.head().version and self._gone_for_good(run, version, error):
+                    why = f"version {version} cannot be evaluated any more: {error}"
+                    ledger.abandon_evaluation(version, why)
+                    self._call_if_evaluated(ledger)
+                    return {**receipt, "status": "version lost", "error": str(error)}
                 self._report_loss(run, version)
-                self._send_again(receipt)
-            else:
-                ledger.abandon_evaluation(version, f"version {version} cannot be evaluated any more: {error}")
-                self._call_if_evaluated(ledger)
-                status = "version lost"
+            self._send_again(receipt)
         except (CacheError, RunNotFound) as away:  # the supervisor sends it again
             log.warning("evaluation part %d of run %s not sent again: %s", receipt["part"], run, away)
-        return {**receipt, "status": status, "error": str(error)}
+        return {**receipt, "status": "handed back", "error": str(error)}
 
     def _gone_for_good(self, run: str, version: int, error: CacheError) -> bool:
         """Whether every node said that it lacks a version's bytes, or one has been silent for too long."""

@@ -132,14 +132,11 @@ def _require_version(services: Services, sender: Sender, ledger: Ledger, version
     Raises:
         VersionMissing: it is lost, and no training server can store it again.
     """
-    record = ledger.version(version)
     try:
-        if record is None:
-            raise VersionMissing("its record is gone")
-        services.chunks.touch(record.blob, keys.BLOB_TTL_SECONDS)
+        services.chunks.touch(services.parameters.record(ledger, version).blob, keys.BLOB_TTL_SECONDS)
     except (VersionMissing, ChunkMissing) as error:
         head = ledger.head()
-        if record is None or head.status != "running" or head.version != version:
+        if isinstance(error, VersionMissing) or head.status != "running" or head.version != version:
             raise VersionMissing(
                 f"version {version} of run {ledger.run!r} was lost while workers predicted from it: {error}. "
                 "Predict from another version, or load a checkpoint with run.model(version)"

@@ -164,11 +164,10 @@ class TakeOver:
                 trainer = self._trainer(version)
                 _, flat, _ = self.services.parameters.fetch(self.ledger, version)
                 skeleton, tensors = self.services.parameters.fetch_state(record.state)
-                for slot in record.slots.values():
-                    self.services.gradients.get_state(slot)
                 for earlier in needed:
                     self.services.parameters.fetch(self.ledger, earlier, record=stored[earlier])
-                    for slot in stored[earlier].slots.values():
+                for each in (*needed, version):
+                    for slot in stored[each].slots.values():
                         self.services.gradients.get_state(slot)
             except CacheError as error:
                 log.warning("run %s: version %d cannot be restored: %s", self.ledger.run, version, error)

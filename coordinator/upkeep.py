@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cache import keys
-from cache.errors import CacheError, ChunkCorrupt, ChunkMissing, Fenced, VersionMissing
+from cache.errors import CacheError, ChunkLost, Fenced
 from cache.records import StateRecord
 from coordinator import tree
 from coordinator.faults import Hook
@@ -104,7 +104,7 @@ class Upkeep:
         """
         try:
             self.services.chunks.require_stored(warm.record.blob)
-        except (ChunkCorrupt, ChunkMissing, VersionMissing) as error:
+        except ChunkLost as error:
             log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
             flat = warm.trainer.replica.pack()
             record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
@@ -120,13 +120,11 @@ class Upkeep:
 
         These are what slots kept, and with staleness earlier versions with what slots kept there.
         """
-        needed = [blob for state in warm.record.slots.values() for blob in state.blobs()]
-        for version in range(warm.oldest_needed(), warm.version):
-            record = warm.ledger.version(version)
-            if record is None:
-                raise VersionMissing(f"version {version} of run {warm.run!r} is not in the cache any more")
-            needed += [record.blob, *(blob for state in record.slots.values() for blob in state.blobs())]
-        for blob in {blob.key: blob for blob in needed}.values():
+        record = self.services.parameters.record
+        earlier = [record(warm.ledger, version) for version in range(warm.oldest_needed(), warm.version)]
+        states = [state for each in (*earlier, warm.record) for state in each.slots.values()]
+        needed = [*(each.blob for each in earlier), *(blob for state in states for blob in state.blobs())]
+        for blob in {blob.key: blob for blob in needed}.values():  # a state may be several versions'
             self.services.chunks.require_stored(blob)
 
     # --- checkpoints --------------------------------------------------------------------------

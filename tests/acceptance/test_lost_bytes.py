@@ -13,6 +13,7 @@ import torch
 from cache.blob import BlobRef
 from cache.connection import WORKER_PATIENCE_SECONDS
 from cache.errors import CacheError, CacheUnreachable, ChunkMissing, RunFailed, VersionMissing
+from cache.records import VersionRecord
 from cache.settings import Settings
 from coordinator import Master, Run, TrainingConfig
 from coordinator.predict import predict
@@ -24,6 +25,13 @@ MOST_DELIVERIES = 300
 # Six steps of two shards; versions 2, 4 and 6 are evaluated, each in two parts.
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=2, seed=3, evaluate_every=2)
 SIZE, LAST = 48, 6
+
+
+def record_of(run: Run, version: int) -> VersionRecord:
+    """Where a stored version is."""
+    record = run._ledger.version(version)
+    assert record is not None
+    return record
 
 
 class EvaluatingPost(Post):
@@ -71,9 +79,7 @@ class Laboratory(Shuffle):
 
     def lose(self, version: int) -> None:
         """Delete a version's bytes from the cache."""
-        record = self.run._ledger.version(version)
-        assert record is not None
-        self.server.services.chunks.delete(record.blobs())
+        self.server.services.chunks.delete(record_of(self.run, version).blobs())
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """What the run's events of a kind say."""
@@ -238,31 +244,24 @@ KEEPING: dict[str, dict[str, Any]] = {
 
 def lost_slot_states(run: Run, version: int) -> list[BlobRef]:
     """What the slots kept at the present version."""
-    record = run._ledger.version(version)
-    assert record is not None
-    return [blob for state in record.slots.values() for blob in state.blobs()]
+    return [blob for state in record_of(run, version).slots.values() for blob in state.blobs()]
 
 
 def lost_version(run: Run, version: int) -> list[BlobRef]:
     """All that the present version points to: parameters, optimizer state, slots' states."""
-    record = run._ledger.version(version)
-    assert record is not None
-    return record.blobs()
+    return record_of(run, version).blobs()
 
 
 def lost_delta(run: Run, version: int) -> list[BlobRef]:
     """How the present version follows from the one before."""
-    record = run._ledger.version(version)
-    assert record is not None
-    assert record.delta is not None
-    return [record.delta.blob]
+    delta = record_of(run, version).delta
+    assert delta is not None
+    return [delta.blob]
 
 
 def lost_earlier(run: Run, version: int) -> list[BlobRef]:
     """The parameters of the version before, which a stale step is computed at."""
-    record = run._ledger.version(version - 1)
-    assert record is not None
-    return [record.blob]
+    return [record_of(run, version - 1).blob]
 
 
 def lost_all(run: Run, version: int) -> list[BlobRef]:
@@ -278,11 +277,8 @@ def go_on(lab: Shuffle) -> None:
         if head.status not in ("pending", "running"):
             return
         lab.post.arrived(ledger.client)
-        if lab.post.callbacks:
-            lab.post.callbacks -= 1
-            lab.server.advance(run.name)
-        elif lab.post.gradients:
-            lab._deliver(lab.post.gradients.pop(0), lab.clients[0], "once", backup=False)
+        if lab.post.callbacks or lab.post.gradients:
+            lab._in_order()
         else:  # as the supervisor does
             plan = lab.clients[0].services.context(run.name, head.incarnation).plan()
             for step in plan.window(head.version):
