@@ -12,7 +12,6 @@ BENCHMARKS = {
     "step": "what a step costs when there is nothing to compute",
     "ddp": "exact steps and local steps beside DDP-gloo, torchft, hivemind and no communication",
     "overlap": "steps between hosts, with transfers that run while something is computed and without",
-    "landing": "gradients added up as they land, and when all are there",
     "flat": "whether anything accumulates over 10,000 steps",
     "cache": "the chunk store against a bare socket",
     "straggler": "what a worker that is ten times slower costs a run",

@@ -125,19 +125,6 @@ def _straggler(found: dict[str, Any]) -> Iterator[Row]:
         )
 
 
-def _landing(found: dict[str, Any]) -> Iterator[Row]:
-    for work, ways in found["work"].items():
-        early, late = ways["collect"], ways["without"]
-        yield Row(
-            "landing",
-            f"{work}, K={found['shards']}: added as they land",
-            f"{early['median'] * 1e3:.0f} ms",
-            f"{early['worst'] * 1e3:.0f} ms",
-            f"all at the end {late['median'] * 1e3:.0f} ms: x {early['median'] / late['median']:.2f}",
-            "",
-        )
-
-
 def _codecs(found: dict[str, Any]) -> Iterator[Row]:
     for row in found["rows"]:
         if row["variant"] != "none" and row["points_lost"] is not None:
@@ -262,7 +249,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "accuracy": _accuracy,
     "tree": _tree,
     "scale": _scale,
-    "landing": _landing,
     "straggler": _straggler,
     "flat": _flat,
     "gpu": _gpu,

@@ -156,13 +156,6 @@ class Ahead:
                 self._read(notice.key, self.nbytes, {i: sums[i] for i in new[first : first + most]})
         return bool(new)
 
-    def has(self, ref: BlobRef) -> bool:
-        """Whether all of a blob has been read, but maybe a last chunk that is shorter than the others."""
-        if ref.nbytes > self.nbytes or ref.chunk_nbytes != self.chunk_nbytes:
-            return False
-        whole = ref.checksums[: ref.nbytes // ref.chunk_nbytes]
-        return all(self._sums.get(i) == each for i, each in enumerate(whole))
-
     def complete(self, ref: BlobRef) -> Tensor | None:
         """The blob, once its reference is known: what is not here, or differs, is read now.
 

@@ -1,24 +1,18 @@
-"""The training server reads and adds up gradients while others of their step are still computed.
+"""The training server reads gradients while they are on their way, so that the update finds them here.
 
 Between hosts a gradient takes as long to come to the server as it took to leave its Client. While a step is
 computed, a thread looks which chunks of it are stored already, of slots that are written and of slots whose
 Client tells of its upload (`cache.underway`), and reads them into memory of its own. The update is called and
 decides as ever: it takes from here what has the checksums that the slot's record names, and reads the rest.
-
-What has landed, from other hosts or on this one, is added to the step's sum at once, in slot order. The sum
-notes which attempt of each slot it took, and the update begins a new one if the ledger names others by then.
 So this thread decides nothing, and whatever goes wrong with it costs only time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -37,49 +31,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Add = Callable[[Mapping[int, SlotRecord]], int]
-
 LEAST_CHUNKS = 2
-LEAST_ADDED_NBYTES = 32 << 20
-"""What is added early has to be worth the looks: so much takes some 13 ms, 25 looks take 5."""
 _LOOKS = 25  # a step, where there is nothing to read
 _PAUSES_SECONDS = (0.002, 0.05)
-_NICENESS = 5  # a quarter of a core beside one who computes: the update may have to wait for one addition
 _PATIENCE_SECONDS = 60.0  # without news, or three steps
 
 
-def collect(
-    services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float, add: Add | None = None
-) -> None:
-    """Begin to read the present step's gradients ahead, and to add them up, if that can pay.
+def collect(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
+    """Begin to read the present step's gradients ahead, if that can pay.
 
     Args:
         read_nbytes: what the update of the step before had to read from the chunk store.
         step_seconds: what that step took.
-        add: adds slots that have landed to the step's sum, as `Collector` takes it; None: nobody may, before
-            the update.
     """
     if warm.collector is not None:
         warm.collector.stop()
         warm.collector = None
     plan, store = warm.context.plan(), services.chunks.chunks
-    if "collect" not in services.settings.overlap or warm.version >= plan.total_steps:
+    if "collect" not in services.settings.overlap or read_nbytes < LEAST_CHUNKS * store.chunk_nbytes:
         return
-    roots = plan.fan_in(warm.version).roots
-    reads = read_nbytes >= LEAST_CHUNKS * store.chunk_nbytes
-    adds = add is not None and (len(roots) - 1) * warm.trainer.replica.nbytes() >= LEAST_ADDED_NBYTES
-    if not (reads or (adds and len(roots) > 2)):  # two equal Clients show the last two at once
+    if warm.version >= plan.total_steps:
         return
     held = ref(warm)
     warm.collector = Collector(
         warm.ledger,
         warm.version,
-        roots,
+        plan.fan_in(warm.version).roots,
         services.chunks,
         most_nbytes=max(services.settings.server_memory_bytes // 4, read_nbytes),
         step_seconds=step_seconds,
         wanted=lambda: held() is not None,
-        add=add,
     )
     warm.collector.start()
 
@@ -95,8 +76,6 @@ class Collector:
         most_nbytes: memory that it may take.
         step_seconds: what a step takes usually.
         wanted: whether anybody still waits for it; asked again and again.
-        add: adds slots whose bytes are here, of all that it is given the next ones, and tells how many are
-            in the sum now.
     """
 
     def __init__(
@@ -109,7 +88,6 @@ class Collector:
         most_nbytes: int,
         step_seconds: float,
         wanted: Callable[[], bool],
-        add: Add | None = None,
     ) -> None:
         self.step = step
         self._ledger = ledger
@@ -121,9 +99,6 @@ class Collector:
         self._wanted = wanted
         self._ahead: dict[int, Ahead | None] = {}
         self._whole: set[int] = set()  # those that there is nothing more to read of
-        self._add = add
-        self._added = 0
-        self._landed: dict[int, SlotRecord] = {}  # written, and their bytes are here
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="torchord-collector", daemon=True)
 
@@ -154,7 +129,6 @@ class Collector:
     # --- in the thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
-        _let_others_first()
         try:
             last = time.monotonic()
             while len(self._whole) < len(self._roots) and time.monotonic() - last < self._patience_seconds:
@@ -184,18 +158,9 @@ class Collector:
                 record = records.get(root)
                 if record is not None and not self._chunks.here(record.blob):
                     moved |= self._follow(root, Notice.all_of(self.step, record.blob))
-                if record is not None and self._is_here(record):
-                    self._landed[root] = record
             elif notice is not None and notice.number == self.step:
                 moved |= self._follow(root, notice)
-        if self._add is not None and not present.issuperset(self._roots):  # the update is not called yet
-            before, self._added = self._added, self._add(self._landed)
-            moved |= self._added > before
         return moved
-
-    def _is_here(self, record: SlotRecord) -> bool:
-        ahead = self._ahead.get(record.shard)
-        return self._chunks.here(record.blob) or (ahead is not None and ahead.has(record.blob))
 
     def _follow(self, root: int, notice: Notice) -> bool:
         if self._stopped.is_set():
@@ -214,10 +179,3 @@ class Collector:
             log.info("slot %d of step %d is not read ahead: %s", root, self.step, error)
             self._whole.add(root)
             return False
-
-
-def _let_others_first() -> None:
-    """Leave the processor to whoever computes on this machine: what is not done now, the update does."""
-    if sys.platform == "linux":  # elsewhere this is about the process, not the thread
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -12,10 +12,8 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
-from weakref import ref
 
 from cache.errors import (
     CacheError,
@@ -32,6 +30,7 @@ from cache.ledger import Committed, Ledger
 from cache.records import Head, Launch, LedgerEntry, SlotRecord, StateRecord, revision
 from cache.workers import Heartbeat
 from coordinator import activity, tiers
+from coordinator.aggregate import Aggregate
 from coordinator.client import short_traceback
 from coordinator.collector import LEAST_CHUNKS, collect
 from coordinator.faults import Hook, nothing
@@ -41,7 +40,7 @@ from coordinator.services import Services
 from coordinator.step import Sender
 from coordinator.step_sum import StepSum
 from coordinator.takeover import TakeOver
-from coordinator.task_names import GRADIENTS, private_queue
+from coordinator.task_names import private_queue
 from coordinator.upkeep import Upkeep
 from coordinator.warm import WarmRun
 
@@ -190,7 +189,7 @@ class TrainingServer:
             if drafted is not None and committed.launched:
                 launched = drafted.step
             launched = self._launch(warm, after=launched, fresh=True)
-            collect(self.services, warm, self._read_nbytes, warm.seconds, self._adder(warm))
+            collect(self.services, warm, self._read_nbytes, warm.seconds)
             self._after_commit(warm, committed)
             if drafted is not None and committed.launched and drafted.step == warm.version:
                 return receipt  # it was not launched before, so its chord has yet to call
@@ -246,7 +245,6 @@ class TrainingServer:
         replica = warm.trainer.replica
         if warm.next is None:
             replica.own()  # nothing may be written where others read the present version
-        early = 0 if warm.sum is None else warm.sum.taken
         report, loss = self._update(warm, slots)
         self.fault("server.after_apply")
         flat = replica.pack(self.services.chunks.draft(replica.nbytes()) if warm.next is None else warm.next)
@@ -291,7 +289,7 @@ class TrainingServer:
             shards=tree.total,
             entry=entry,
             record=record,
-            event={**_step_event(entry), "early": early, "tiers": self._served(warm)},
+            event={**_step_event(entry), "tiers": tiers.since(self._before, self.services)},
             drop=() if warm.record.slots or record.slots else self.upkeep.outlived(warm),
             launch=drafted,
         )
@@ -300,7 +298,7 @@ class TrainingServer:
             self.services.chunks.delete(record.own_blobs())
             self._refused(warm, committed.verdict, step)
         warm.version, warm.chain, warm.record, warm.committed_at = step + 1, entry.chain, record, now
-        warm.seconds, warm.early = entry.seconds, {}
+        warm.seconds = entry.seconds
         warm.spent = [*(slot.blob for slot in slots), *unused]
         warm.stored, warm.pinned = committed.stored, committed.pinned
         receipt = {
@@ -312,7 +310,6 @@ class TrainingServer:
             "grad_norm": report.grad_norm,
             "examples": entry.examples,
             "nbytes": sum(receipt.nbytes for receipt in receipts),
-            "early": early,
             "skipped": report.skipped,
             "worker": self.heartbeat.info.id,
         }
@@ -352,10 +349,8 @@ class TrainingServer:
         trainer = warm.trainer
         loss, bad = loss_of(slots), nonfinite(slots)
         before = self.services.chunks.counters.store_nbytes
-        total = self._take_landed(warm, {slot.shard: slot for slot in slots})
-        early = int(warm.early.get("store", {}).get("nbytes", 0))
-        self._read_nbytes = early + self.services.chunks.counters.store_nbytes - before
-        mean, warm.sum = total.result(), None
+        mean = self._sum(warm, slots)
+        self._read_nbytes = self.services.chunks.counters.store_nbytes - before
         try:
             report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
@@ -363,86 +358,26 @@ class TrainingServer:
             raise NonFinite(f"run {warm.run!r}: {error} The NaN or infinity arose {where}.") from error
         return report, loss
 
-    def _served(self, warm: WarmRun) -> tiers.Tiers:
-        """What the tiers have done for the present step so far."""
-        return tiers.plus(warm.early, tiers.since(self._before, self.services))
-
-    def _adder(self, warm: WarmRun) -> Callable[[Mapping[int, SlotRecord]], int] | None:
-        """What adds slots of the present step as they land; None where it would disturb what is computed.
-
-        torch's switches belong to the process, so a process that also computes gradients adds up when it is
-        called to; and so does one that sums on a device.
-        """
-        if GRADIENTS in self.heartbeat.info.queues or warm.trainer.replica.memory is not None:
-            return None
-        step, held = warm.version, ref(warm)
-
-        def add(landed: Mapping[int, SlotRecord]) -> int:
-            found = held()
-            return 0 if found is None else self._add_landed(found, step, landed)
-
-        return add
-
-    def _add_landed(self, warm: WarmRun, step: int, landed: Mapping[int, SlotRecord]) -> int:
-        """Add slots of a step that are next in order and have landed, one at a time, while nobody updates.
-
-        Returns:
-            How many slots are in the sum.
-        """
-        taken = 0
-        while self._lock.acquire(blocking=False):
-            try:
-                if self._warm.get(warm.run) is not warm or warm.version != step:
-                    return taken
-                total = self._sum(warm, landed)
-                slot = landed.get(total.wanted)
-                if slot is None:
-                    return total.taken
-                before = tiers.snapshot(self.services)
-                total.add(slot)
-                taken = total.taken
-                warm.early = tiers.plus(warm.early, tiers.since(before, self.services))
-            except Exception:
-                warm.sum = None  # the update finds out what is wrong
-                raise
-            finally:
-                self._lock.release()
-        return taken
-
-    def _take_landed(self, warm: WarmRun, present: Mapping[int, SlotRecord]) -> StepSum:
-        """Add slots of the present step to its sum, in slot order, as far as they have landed. Returns it.
-
-        Args:
-            present: number -> root slot of step `warm.version`, at least those that are in the sum already.
-        """
-        total = self._sum(warm, present)
-        while (slot := present.get(total.wanted)) is not None:
+    def _sum(self, warm: WarmRun, slots: list[SlotRecord]) -> Aggregate:
+        """The average of all root slots of the present step, added up in slot order."""
+        step, plan, ahead = warm.version, warm.context.plan(), warm.collector
+        tree = plan.fan_in(step)
+        total = StepSum(
+            tree,
+            plan.examples(step),
+            warm.trainer,
+            self.services.gradients,
+            allowed=self.services.settings.allowed_modules,
+            read=None if ahead is None or ahead.step != step else ahead.read,
+        )
+        for slot in slots:
             try:
                 total.add(slot)
             except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
-                step, plan = warm.version, warm.context.plan()
-                below = plan.fan_in(step).below(slot.shard)
+                below = tree.below(slot.shard)
                 warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
                 raise
-        return total
-
-    def _sum(self, warm: WarmRun, present: Mapping[int, SlotRecord]) -> StepSum:
-        """The sum of the present step, as far as it is made; a new one if the ledger names other slots."""
-        step = warm.version
-        if warm.sum is None or warm.sum.step != step or not warm.sum.agrees(present):
-            plan = warm.context.plan()
-            self._adopt(warm)
-            ahead = warm.collector
-            warm.sum = StepSum(
-                step,
-                plan.fan_in(step),
-                plan.examples(step),
-                warm.trainer,
-                self.services.gradients,
-                allowed=self.services.settings.allowed_modules,
-                read=None if ahead is None or ahead.step != step else ahead.read,
-            )
-        return warm.sum
+        return total.result()
 
     def _adopt(self, warm: WarmRun) -> None:
         """Follow a switch of the config that holds from the present step on."""

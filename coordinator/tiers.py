@@ -41,16 +41,6 @@ def snapshot(services: Services) -> Tiers:
     }
 
 
-def plus(some: Tiers, more: Tiers) -> Tiers:
-    """What the tiers have done in two spans of time, each as `since` tells it."""
-    found = {tier: dict(counts) for tier, counts in some.items()}
-    for tier, counts in more.items():
-        mine = found.setdefault(tier, {})
-        for name, value in counts.items():
-            mine[name] = round(mine.get(name, 0) + value, 6)
-    return found
-
-
 def since(before: Tiers, services: Services) -> Tiers:
     """What the tiers have done since a snapshot; what is zero is left out.
 

@@ -13,8 +13,6 @@ from coordinator.checkpoint import CheckpointStore
 from coordinator.collector import Collector
 from coordinator.optimize import Trainer
 from coordinator.services import RunContext
-from coordinator.step_sum import StepSum
-from coordinator.tiers import Tiers
 
 NEVER = -1
 
@@ -39,10 +37,8 @@ class WarmRun:
         spilled: up to which version the ledger is on disk.
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
-        sum: the sum of the present step, as far as its slots have landed; None before the first.
         far_until: up to which step it is taken for granted that Clients are on other hosts.
-        collector: reads the present step's gradients ahead and has them added up; None where that is no use.
-        early: what the tiers did for the sum of the present step before its update was called.
+        collector: reads the present step's gradients ahead; None where that does not pay.
         next: memory of the next version, in which the parameters are already; None where they are in the
             trainer's own, or in that of the present version, which others read.
         spent: gradient bytes of the last committed step, to be deleted.
@@ -64,10 +60,8 @@ class WarmRun:
     spilled: int = 0
     nbytes: int = 0
     shared: bool = False
-    sum: StepSum | None = field(default=None, repr=False)
     far_until: int = NEVER
     collector: Collector | None = field(default=None, repr=False)
-    early: Tiers = field(default_factory=dict, repr=False)
     next: Tensor | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()

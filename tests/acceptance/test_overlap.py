@@ -85,30 +85,6 @@ def test_it_was_sent_ahead(apart: Fleet, one_after_the_other: Fleet) -> None:
         assert reference.bits(trained.module) == plain.bits
     assert sent_ahead(apart) and not sent_ahead(one_after_the_other)
     assert read_ahead(apart, "ahead") and not read_ahead(one_after_the_other, "ahead")
-    assert added_early(apart, "ahead") and not added_early(one_after_the_other, "ahead")
-
-
-def test_slots_of_one_host_are_added_up_as_they_land(tmp_path: Path) -> None:
-    """Where a step has several large ones, in slot order: the bits are those of a plain loop."""
-    plan = tmp_path / "faults.txt"
-    plan.write_text("server.before_apply:7:kill")
-    recipe, how = wide(model=partial(models.Mlp, hidden=3 * _WIDE)), config(shards=8, epochs=4)
-    with fleet(tmp_path, workers=2, standby=1, env={"TORCHORD_FAULTS": f"@{plan}"}) as one:
-        _, trained = one.train(recipe, how, "landed")
-        assert fired(plan, 0).exists(), "with some of its slots in the sum of a training server that is dead"
-        assert reference.bits(trained.module) == reference.average(recipe, how).bits
-        assert max(added_early(one, "landed")) > 1
-
-
-def test_one_worker_for_everything_adds_up_when_it_is_called(tmp_path: Path) -> None:
-    """What is computed in the same process has torch's switches to itself."""
-    recipe, how = wide(model=partial(models.Mlp, hidden=3 * _WIDE)), config(shards=8)
-    with fleet(tmp_path, workers=0) as one:
-        one.cluster.add_worker("alone", role="single")
-        one.cluster.wait_ready()
-        _, trained = one.train(recipe, how, "alone")
-        assert reference.bits(trained.module) == reference.average(recipe, how).bits
-        assert not added_early(one, "alone")
 
 
 @pytest.mark.parametrize("action", ["kill", "raise"])
@@ -151,12 +127,6 @@ def test_two_clients_on_one_host_and_the_training_server_on_another(tmp_path: Pa
         assert reference.bits(trained.module) == reference.average(recipe, how).bits
         assert sent_ahead(one) and read_ahead(one, "two-hosts")
         assert {slot.fetched for entry in run._ledger.entries() for slot in entry.slots} >= {"host"}
-
-
-def added_early(each: Fleet, run: str) -> list[int]:
-    """How many slots were in the sum when the update was called, of each step in which there were any."""
-    found = each.master.run(run)._ledger.read_events()
-    return [event.data["early"] for event in found if event.type == "step" and event.data["early"]]
 
 
 def gradient_chunks(each: Fleet) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -113,21 +112,15 @@ def test_a_blob_that_does_not_fit_is_left_to_the_store() -> None:
 class Server:
     """One step of two slots, and a collector of it."""
 
-    def __init__(self, most_nbytes: int = 1000, slots: int = 2) -> None:
+    def __init__(self, most_nbytes: int = 1000) -> None:
         self.store = Counting()
         self.ledger = MemoryLedger(MemoryPlane(), "r")
         self.chunks = TieredStore(self.store, None)
         self.wanted = True
         self.collector = Collector(
-            self.ledger, 1, range(slots), self.chunks,
-            most_nbytes=most_nbytes, step_seconds=0.0, wanted=lambda: self.wanted, add=self.add,
+            self.ledger, 1, range(2), self.chunks,
+            most_nbytes=most_nbytes, step_seconds=0.0, wanted=lambda: self.wanted,
         )  # fmt: skip
-        self.landed: list[set[int]] = []
-
-    def add(self, landed: Mapping[int, SlotRecord]) -> int:
-        """As the training server: as many as are there in a row."""
-        self.landed.append(set(landed))
-        return next(i for i in range(len(landed) + 1) if i not in landed)
 
     def slot(self, shard: int, ref: BlobRef) -> SlotRecord:
         """A slot that is written, as the update sees it."""
@@ -205,47 +198,3 @@ def test_it_ends_when_it_is_stopped() -> None:
     server.collector.stop()
     server.thread.join(60)
     assert not server.thread.is_alive()
-
-
-def test_what_has_landed_is_added_until_the_last_one_is_there() -> None:
-    """The last one calls the update, which adds what is left itself."""
-    server = Server(slots=3)
-    refs = [stored(server.store, f"slot{shard}") for shard in range(3)]
-    server.collector.start()
-    server.tell(0, some(refs[0], 0, 1))  # on its way
-    server.slot(1, refs[1])
-    wait_until(lambda: {1} in server.landed, message="the second one")
-    server.slot(0, refs[0])
-    wait_until(lambda: {0, 1} in server.landed, message="the first one")
-    assert {0} not in server.landed
-    server.slot(2, refs[2])
-    server.thread.join(60)
-    assert not server.thread.is_alive()
-    assert not any(2 in landed for landed in server.landed)
-
-
-def test_what_is_not_here_is_not_added() -> None:
-    """A slot whose bytes are lost, or for which there is no memory, is the update's to read."""
-    server = Server(most_nbytes=18, slots=3)
-    here, lost = stored(server.store, "here"), stored(server.store, "lost")
-    server.store.delete([lost])
-    server.slot(0, here)
-    server.slot(1, lost)
-    server.collector.start()
-    wait_until(lambda: len(server.landed) > 3, message="some looks")
-    server.collector.stop()
-    server.thread.join(60)
-    assert set().union(*server.landed) == {0}
-
-
-def test_an_error_of_the_sum_ends_nothing_but_the_looks(caplog: pytest.LogCaptureFixture) -> None:
-    server = Server(slots=3)
-
-    def add(landed: Mapping[int, SlotRecord]) -> int:
-        raise ArithmeticError("a codec's own")
-
-    server.collector._add = add
-    server.slot(0, stored(server.store))
-    server.collector.start()
-    server.thread.join(60)
-    assert not server.thread.is_alive() and "not read ahead" in caplog.text
