@@ -20,6 +20,7 @@ COPY constraints.txt /src/
 RUN pip install -c /src/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 
 COPY pyproject.toml README.md LICENSE /src/
+COPY torchord /src/torchord
 COPY cache /src/cache
 COPY coordinator /src/coordinator
 COPY tasks /src/tasks
@@ -41,4 +42,4 @@ VOLUME /var/lib/torchord/checkpoints /var/lib/torchord/tensorboard
 
 # Celery finishes the task in hand on SIGTERM.
 STOPSIGNAL SIGTERM
-CMD ["celery", "-A", "tasks", "worker", "--loglevel", "INFO"]
+CMD ["celery", "-A", "torchord", "worker", "--loglevel", "INFO"]

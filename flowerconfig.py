@@ -1,4 +1,4 @@
-"""Settings of `celery -A tasks flower`, which reads this file in the directory that it is started in.
+"""Settings of `celery -A torchord flower`, which reads this file in the directory that it is started in.
 
 An option on the command line or a variable FLOWER_<OPTION> comes before what is set here.
 """

@@ -5,8 +5,8 @@ For `python -m benchmarks.chaos --apart`: there a lease alone tells of a death.
 
 from __future__ import annotations
 
-from cache import process
-from tasks import app
+from torchord.cache.ledger import process
+from torchord.tasks import app
 
 process.place = lambda: ""  # type: ignore[assignment]
 

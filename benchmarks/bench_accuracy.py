@@ -65,16 +65,16 @@ from benchmarks import RESULTS, machine
 from benchmarks.bench_ddp import stopped
 from benchmarks.fashion_mnist import DATA, section
 from benchmarks.workloads import cnn_model
-from coordinator import LocalCluster, Master, Recipe, TrainingConfig
-from coordinator.aggregate import Accumulator
-from coordinator.allocator import keep_memory
-from coordinator.embedded import free_port
-from coordinator.local_steps import averaging, diloco
-from coordinator.optimize import Trainer
-from coordinator.recipe import resolve
-from coordinator.replica import Replica
-from coordinator.shard_work import work
-from coordinator.shards import Plan
+from torchord import LocalCluster, Master, Recipe, TrainingConfig
+from torchord.coordinator.compute.inner_steps import averaging, diloco
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shard import work
+from torchord.coordinator.compute.sums import Accumulator
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.local_cluster.embedded_server import free_port
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.recipe import resolve
+from torchord.tasks.allocator import keep_memory
 
 SHARDS, LOCAL, TARGET = 2, 16, 0.90
 ASKED_EVERY, ASKED_FROM = 4_096, 30_000  # examples

@@ -54,18 +54,18 @@ from torch.utils.data import TensorDataset
 from benchmarks import RESULTS, machine
 from benchmarks.fashion_mnist import DATA, accuracy, images
 from benchmarks.workloads import cnn_model
-from cache.codec import layout
-from coordinator import tree
-from coordinator.aggregate import Accumulator
-from coordinator.compression import codec_of
-from coordinator.config import TrainingConfig
-from coordinator.determinism import pinned
-from coordinator.gradient import compute, evaluate
-from coordinator.optimize import Trainer
-from coordinator.recipe import ResolvedRecipe
-from coordinator.replica import Replica
-from coordinator.shard_work import decoded, work
-from coordinator.shards import Plan
+from torchord.cache.tensors import tree
+from torchord.cache.tensors.codec import layout
+from torchord.coordinator.compression import codec_of
+from torchord.coordinator.compute.determinism import pinned
+from torchord.coordinator.compute.gradient import compute, evaluate
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shard import decoded, work
+from torchord.coordinator.compute.sums import Accumulator
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.recipe import ResolvedRecipe
 
 CLAIMED = "powersgd:2,values=int8,least=6000"
 VARIANTS = (
@@ -371,7 +371,7 @@ def on_cluster(variant: str, folder: Path, steps: int) -> dict[str, Any]:
     """
     from redis import Redis
 
-    from coordinator import LocalCluster, Master, Recipe
+    from torchord import LocalCluster, Master, Recipe
 
     examples = 256 * steps
     config = config_of(variant, epochs=1, seed=0)

@@ -15,7 +15,7 @@ tensors pass through its memory; against it, the training server and Redis share
 Clients, and the opponents' processes write no ledger, no version and no checkpoint (torchord's checkpoints
 are turned off too; versions and optimizer state are published). While the others run, torchord's processes
 are stopped (SIGSTOP); torchft's and hivemind's, whose helpers are never idle, are ended before torchord runs.
-torchord's workers have glibc keep freed memory (`coordinator.allocator`); the others are given the same
+torchord's workers have glibc keep freed memory (`torchord.tasks.allocator`); the others are given the same
 setting, unless `--as-they-come`.
 """
 
@@ -38,7 +38,7 @@ import psutil
 from benchmarks import RESULTS, machine
 from benchmarks.opponents import Peers, Trace, peers
 from benchmarks.workloads import BATCH, recipe
-from coordinator import LocalCluster, Master, TrainingConfig
+from torchord import LocalCluster, Master, TrainingConfig
 
 STEPS = {"mlp": 172, "cnn": 27, "gpt": 6}  # that count; with those skipped, whole epochs
 SKIPPED = {"mlp": 20, "cnn": 5, "gpt": 2}  # while everything is loaded

@@ -23,7 +23,7 @@ import redis
 
 from benchmarks import RESULTS, machine
 from benchmarks.workloads import recipe
-from coordinator import LocalCluster, Master, TrainingConfig
+from torchord import LocalCluster, Master, TrainingConfig
 
 
 def measure(steps: int, shards: int, samples: int) -> dict[str, object]:

@@ -42,9 +42,9 @@ from benchmarks import RESULTS, machine
 from benchmarks.bench_ddp import SAME_LOSS, stopped
 from benchmarks.gpu_loop import PlainLoop, Trace, sampled
 from benchmarks.workloads import BATCH, recipe
-from cache.settings import Settings
-from coordinator import LocalCluster, Master, TrainingConfig
-from coordinator.services import Services
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.cache.settings import Settings
+from torchord.coordinator.runtime.services import Services
 
 H = 16
 WORKERS = (1, 2)

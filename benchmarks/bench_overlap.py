@@ -40,8 +40,8 @@ from benchmarks import RESULTS, machine
 from benchmarks.bench_ddp import cluster_processes, stopped
 from benchmarks.links import Links, links
 from benchmarks.workloads import BATCH, recipe
-from cache.settings import OVERLAPS
-from coordinator import LocalCluster, Master, TrainingConfig
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.cache.settings import OVERLAPS
 
 MODES = {"off": "off", **{part: part for part in sorted(OVERLAPS)}, "on": "on"}
 MEGABITS = (1000, 200)

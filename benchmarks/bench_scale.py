@@ -36,8 +36,8 @@ from benchmarks import RESULTS, machine
 from benchmarks.bench_tree import by_thread, cpu_seconds, watchers
 from benchmarks.fleet import serve
 from benchmarks.workloads import recipe
-from coordinator import LocalCluster, Master, TrainingConfig
-from coordinator.fan_in import FanIn
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.coordinator.spec.sum_tree import FanIn
 
 _SKIPPED = 3  # first steps, while everything is loaded
 FAN_IN = 8

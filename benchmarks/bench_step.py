@@ -31,7 +31,7 @@ import redis
 
 from benchmarks import RESULTS, machine
 from benchmarks.workloads import recipe
-from coordinator import LocalCluster, Master, TrainingConfig
+from torchord import LocalCluster, Master, TrainingConfig
 
 _SKIPPED = 10  # first steps, while everything is loaded
 _PATIENCE = 60  # seconds; redis-py's own 5 are too few for a process that starts on a busy machine

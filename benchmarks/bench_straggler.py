@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 
 from benchmarks import RESULTS, machine
 from benchmarks.workloads import noop_model
-from coordinator import LocalCluster, Master, Recipe, TrainingConfig
+from torchord import LocalCluster, Master, Recipe, TrainingConfig
 
 PAUSE_SECONDS = 0.04
 SLOWNESS = 10

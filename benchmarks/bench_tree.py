@@ -32,7 +32,7 @@ import redis
 
 from benchmarks import RESULTS, machine
 from benchmarks.workloads import recipe
-from coordinator import LocalCluster, Master, TrainingConfig
+from torchord import LocalCluster, Master, TrainingConfig
 
 NO_TREE = 1 << 20
 _SKIPPED = 2  # first steps, while everything is loaded

@@ -42,11 +42,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks import RESULTS, machine
-from cache.errors import CacheError
-from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
-from coordinator.embedded import EmbeddedServer
-from coordinator.local import WorkerProcess
-from coordinator.recipe import Target
+from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
+from torchord.cache.errors import CacheError
+from torchord.coordinator.local_cluster.cluster import WorkerProcess
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
+from torchord.coordinator.spec.recipe import Target
 
 BATCH = 48
 EXTRA_STEPS = 30  # for each kill, beside those between two: what is done while one recovers, and in pauses
@@ -300,7 +300,7 @@ def storm(
             checkpoint_dir=checkpoints,
             log_dir=folder / "logs",
             wait_ready=True,
-            app="benchmarks.apart" if apart else "tasks",
+            app="benchmarks.apart" if apart else "torchord",
         ) as cluster,
     ):
         master = Master(cluster.url, checkpoint_dir=checkpoints)

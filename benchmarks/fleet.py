@@ -2,10 +2,11 @@
 
 Each simulated Client has a connection of its own on which it waits in BRPOP as kombu does, its own
 worker id and heartbeat, and fetches each version for itself, as on a host of its own. A message that it
-gets is recorded as unacknowledged, executed by the Clients' own code (`coordinator.client`: lease,
-gradient, bytes, slot; `coordinator.adder` for partial sums), counted into its chord by Celery's result
-backend, and acknowledged. Only the execution is shared: the process has one Python, so the Clients take
-turns there, and one set of connections for all but the waiting.
+gets is recorded as unacknowledged, executed by the Clients' own code
+(`torchord.coordinator.client.shard_task`: lease, gradient, bytes, slot;
+`torchord.coordinator.client.partial_sum_task` for partial sums), counted into its chord by Celery's result
+backend, and acknowledged. Only the execution is shared: the process has one Python, so the Clients take turns
+there, and one set of connections for all but the waiting.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from urllib.parse import urlsplit
 import hiredis
 from celery.app.task import Context
 
-from cache import keys
-from cache.errors import CacheError
-from cache.settings import Settings
-from cache.workers import Heartbeat, new_info
-from coordinator.adder import Adder
-from coordinator.client import Client, environment
-from coordinator.services import Services
-from coordinator.step import Sender
-from coordinator.task_names import COMPUTE_GRADIENT, GRADIENTS, PARTIAL_SUM
+from torchord.cache import keys
+from torchord.cache.errors import CacheError
+from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.settings import Settings
+from torchord.coordinator.client.partial_sum_task import Adder
+from torchord.coordinator.client.shard_task import Client, environment
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT, GRADIENTS, PARTIAL_SUM
+from torchord.coordinator.runtime.services import Services
 
 _PRIORITIES = "\x06\x16"  # kombu's: a queue has one list for each of the priorities 0, 3, 6 and 9
 _QUEUES = [GRADIENTS, *(f"{GRADIENTS}{_PRIORITIES}{priority}" for priority in (3, 6, 9))]
@@ -62,7 +63,7 @@ class Fleet:
     """
 
     def __init__(self, url: str, size: int) -> None:
-        from tasks.celery_app import app
+        from torchord.tasks.celery_app import app
 
         self.app: Any = app
         self.services = Services(Settings(url=url, host_cache=False))

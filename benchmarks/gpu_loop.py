@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import BATCH, recipe
-from coordinator import TrainingConfig
-from coordinator.determinism import pinned, seed_everything
-from coordinator.gradient import load_batch, to_device
-from coordinator.recipe import resolve
-from coordinator.replica import Replica
-from coordinator.shards import Plan, derive_seed
+from torchord import TrainingConfig
+from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.gradient import load_batch, to_device
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.plan import Plan, derive_seed
+from torchord.coordinator.spec.recipe import resolve
 
 _SAMPLE_MILLISECONDS = 100
 _ANSWER_SECONDS = 600.0

@@ -24,13 +24,13 @@ import psutil
 import torch
 
 from benchmarks.workloads import BATCH, recipe
-from coordinator import TrainingConfig
-from coordinator.allocator import keep_memory
-from coordinator.determinism import seed_everything
-from coordinator.gradient import load_batch
-from coordinator.recipe import resolve
-from coordinator.replica import Replica
-from coordinator.shards import Plan, derive_seed
+from torchord import TrainingConfig
+from torchord.coordinator.compute.determinism import seed_everything
+from torchord.coordinator.compute.gradient import load_batch
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.plan import Plan, derive_seed
+from torchord.coordinator.spec.recipe import resolve
+from torchord.tasks.allocator import keep_memory
 
 PEERS = 2
 _ANSWER_SECONDS = 240.0

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from coordinator import Recipe
+from torchord import Recipe
 
 
 def noop_model() -> nn.Module:

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import re
 
-from cache.errors import InvalidInput
+from torchord.cache.errors import InvalidInput
 
 PREFIX = "torchord"
 

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import InvalidInput
+from torchord.cache.errors import InvalidInput
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
@@ -42,7 +42,7 @@ class Settings:
         task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
         read_ahead: whether an idle Client reads the batch that it expects to need next.
         overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
-        faults: plan of injected faults, for tests (see coordinator.faults); "" for none.
+        faults: plan of injected faults, for tests (see torchord.coordinator.runtime.faults); "" for none.
     """
 
     url: str = DEFAULT_URL

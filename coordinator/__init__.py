@@ -1,6 +1,6 @@
 """torchord's Python interface: describe a run, submit it, follow it, use its model.
 
-Names are imported at first use, so that `celery -A tasks` starts without loading torch.
+Names are imported at first use, so that `celery -A torchord` starts without loading torch.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coordinator.audit import Audit
-    from coordinator.config import TrainingConfig
-    from coordinator.datasets import stored_dataset
-    from coordinator.local import LocalCluster
-    from coordinator.master import Master
-    from coordinator.recipe import Recipe
-    from coordinator.run import Run, RunStatus, StepReport, TrainedModel
+    from torchord.coordinator.datasets import stored_dataset
+    from torchord.coordinator.local_cluster.cluster import LocalCluster
+    from torchord.coordinator.master.audit import Audit
+    from torchord.coordinator.master.master import Master
+    from torchord.coordinator.master.run import Run, RunStatus, StepReport, TrainedModel
+    from torchord.coordinator.spec.config import TrainingConfig
+    from torchord.coordinator.spec.recipe import Recipe
 
 _HOME = {
-    "Audit": "coordinator.audit",
-    "LocalCluster": "coordinator.local",
-    "Master": "coordinator.master",
-    "Recipe": "coordinator.recipe",
-    "Run": "coordinator.run",
-    "RunStatus": "coordinator.run",
-    "StepReport": "coordinator.run",
-    "TrainedModel": "coordinator.run",
-    "TrainingConfig": "coordinator.config",
-    "stored_dataset": "coordinator.datasets",
+    "Audit": "torchord.coordinator.master.audit",
+    "LocalCluster": "torchord.coordinator.local_cluster.cluster",
+    "Master": "torchord.coordinator.master.master",
+    "Recipe": "torchord.coordinator.spec.recipe",
+    "Run": "torchord.coordinator.master.run",
+    "RunStatus": "torchord.coordinator.master.run",
+    "StepReport": "torchord.coordinator.master.run",
+    "TrainedModel": "torchord.coordinator.master.run",
+    "TrainingConfig": "torchord.coordinator.spec.config",
+    "stored_dataset": "torchord.coordinator.datasets",
 }
 
 __all__ = [
@@ -47,8 +47,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'coordinator' has no attribute {name!r}")
+    raise AttributeError(f"module 'torchord.coordinator' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if not __name__.startswith("torchord."):  # a checkout's folder, imported by its own name
+    from torchord.doors import open_door
+
+    open_door(__name__)

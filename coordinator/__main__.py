@@ -1,4 +1,4 @@
-"""Operations on runs from a shell: `python -m coordinator list|status|watch|pause|resume|cancel|verify`.
+"""Operations on runs from a shell: `torchord list|status|watch|pause|resume|cancel|verify`.
 
 Exit codes: 0 all is well; 1 the run or its audit is not (verify found a discrepancy, watch saw the
 run fail, the run cannot do that in its state); 2 wrong arguments; 3 no such run; 4 Redis does not
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cache.connection import masked
-from cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
-from coordinator.master import Master
+from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
+from torchord.cache.servers.redis_client import masked
+from torchord.coordinator.master.master import Master
 
 OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     parser = argparse.ArgumentParser(
-        prog="python -m coordinator",
+        prog="torchord",
         description="Look at, stop, continue and audit torchord's runs.",
         epilog="Exit codes: 0 all is well; 1 the run or its audit is not; 2 wrong arguments; "
         "3 no such run; 4 Redis does not answer.",
@@ -136,7 +136,7 @@ def _status(master: Master, options: argparse.Namespace) -> int:
         for line in status["traceback"].splitlines():
             print(f"               {line}")
     for queue in status["waiting_for"]:
-        print(f"  waiting for  a worker on queue {queue!r}: celery -A tasks worker -Q {queue} -c 1")
+        print(f"  waiting for  a worker on queue {queue!r}: celery -A torchord worker -Q {queue} -c 1")
     for refusal in status["refused"]:
         print(f"  refused      {refusal}")
     return OK

@@ -1,4 +1,5 @@
-"""Writes the events of all runs as TensorBoard summaries: `python -m coordinator.tensorboard --logdir DIR`.
+"""Writes the events of all runs as TensorBoard summaries: `python -m torchord.coordinator.tensorboard
+--logdir DIR`.
 
 A follower like any other: it reads the event streams, computes nothing, and may be started, stopped
 and started again at any time. It remembers where it was in `DIR/RUN/torchord.json`.
@@ -14,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache.errors import RunNotFound, TorchordError
-from cache.ledger import Event
-from coordinator.master import Master
+from torchord.cache.errors import RunNotFound, TorchordError
+from torchord.cache.ledger.ledger import Event
+from torchord.coordinator.master.master import Master
 
 _POLL_SECONDS = 1.0
 _PLACE = "torchord.json"
@@ -73,7 +74,7 @@ def scalars(event: Event) -> list[tuple[str, float, int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Follow every run until interrupted; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m coordinator.tensorboard", description=__doc__.splitlines()[0]
+        prog="python -m torchord.coordinator.tensorboard", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--logdir", type=Path, required=True, help="directory for TensorBoard's event files")
     parser.add_argument("--url", default=None, help="Redis URL; default TORCHORD_URL")

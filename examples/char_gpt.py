@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from coordinator import Recipe, TrainingConfig
 from examples import launch
+from torchord import Recipe, TrainingConfig
 
 VOCABULARY = 256  # bytes
 CONTEXT = 64

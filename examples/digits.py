@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from coordinator import Recipe, TrainingConfig
 from examples import launch
+from torchord import Recipe, TrainingConfig
 
 HELD_OUT = 360  # of 1,797
 BATCH = 256

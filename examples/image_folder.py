@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from coordinator import Recipe, TrainingConfig
 from examples import launch
+from torchord import Recipe, TrainingConfig
 
 SIZE = 32  # pixels, after scaling
 HELD_OUT = 5  # every fifth picture of a class

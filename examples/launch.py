@@ -19,10 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from cache.errors import TorchordError
+from torchord.cache.errors import TorchordError
 
 if TYPE_CHECKING:
-    from coordinator import Master, Run, TrainedModel
+    from torchord import Master, Run, TrainedModel
 
 INTERRUPTED = 130
 FLOWER_PORT = 5555
@@ -131,7 +131,7 @@ def cluster(chosen: Options) -> Iterator[Master]:
     Ctrl-C ends a cluster that was started here. It leaves a run on another cluster alone: that
     goes on, and `Run.wait` says how to come back to it.
     """
-    from coordinator import LocalCluster, Master
+    from torchord import LocalCluster, Master
 
     chosen.folder.mkdir(parents=True, exist_ok=True)
     if chosen.url is not None:
@@ -190,8 +190,8 @@ def what_next(chosen: Options, command: str) -> None:
         f"\nWatch every task in Flower:      python -m {command} --flower\n"
         "Train on workers that stay up, each line in a terminal of its own:\n"
         "    redis-server                              (or any Redis or Valkey that is up)\n"
-        "    celery -A tasks worker\n"
-        "    celery -A tasks flower\n"
+        "    celery -A torchord worker\n"
+        "    celery -A torchord flower\n"
         f"    python -m {command} --url redis://localhost:6379/0"
     )
 
@@ -208,8 +208,8 @@ def _flower(chosen: Options, url: str, *, workers: int) -> Iterator[None]:
     if not chosen.flower:
         yield
         return
-    from coordinator.embedded import free_port
-    from coordinator.guardian import Guardian
+    from torchord.coordinator.local_cluster.embedded_server import free_port
+    from torchord.coordinator.local_cluster.guardian import Guardian
 
     port = FLOWER_PORT if _is_free(FLOWER_PORT) else free_port()
     page = f"http://127.0.0.1:{port}"
@@ -217,7 +217,7 @@ def _flower(chosen: Options, url: str, *, workers: int) -> Iterator[None]:
     guardian = Guardian()
     try:
         guardian.spawn(
-            [sys.executable, "-P", "-m", "celery", "-A", "tasks", "flower", *arguments],
+            [sys.executable, "-P", "-m", "celery", "-A", "torchord", "flower", *arguments],
             env={"TORCHORD_URL": url, "CELERY_BROKER_URL": None, "PYTHONPATH": str(ROOT)},
             log=(chosen.folder / "logs" / "flower.log").absolute(),
         )
@@ -246,7 +246,7 @@ def _watches(page: str, url: str, workers: int) -> bool:
 
     from celery import Celery
 
-    from coordinator.broker import celery_url
+    from torchord.coordinator.messages.broker import celery_url
 
     try:
         with urlopen(f"{page}/workers?json=1", timeout=2) as reply:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from coordinator import TrainedModel
+    from torchord import TrainedModel
 
 BLUE, ORANGE, RED, GREY = "#1f6fb4", "#d9720f", "#c62828", "#6b7280"
 _WINDOWS = 40  # smoothing averages over about 1/40 of the run

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache.errors import TorchordError
-from coordinator.task_names import ADVANCE, APPLY_UPDATE
-from tasks.celery_app import app
-from tasks.receipt import Receipt
+from torchord.cache.errors import TorchordError
+from torchord.coordinator.messages.task_names import ADVANCE, APPLY_UPDATE
+from torchord.tasks.celery_app import app
+from torchord.tasks.receipt import Receipt
 
 
 @app.task(name=APPLY_UPDATE, throws=(TorchordError,))
@@ -17,7 +17,7 @@ def apply_update(receipts: list[Any], *, run: str, step: int) -> Receipt:
     Safe to run twice, early or late: it acts on the ledger's slots, not on `receipts`, and the
     commit is a compare-and-swap of the head under a fencing token.
     """
-    from tasks.worker import process
+    from torchord.tasks.worker import process
 
     return Receipt(process().server.advance(run, step=step))
 
@@ -28,6 +28,6 @@ def advance(*, run: str) -> Receipt:
 
     Safe to run twice: see `apply_update`.
     """
-    from tasks.worker import process
+    from torchord.tasks.worker import process
 
     return Receipt(process().server.advance(run))

@@ -15,9 +15,9 @@ from typing import Any
 from celery import states
 from celery.backends.redis import RedisBackend
 
-from cache.lane import Command, Lane, LaneClosed, script_command
-from coordinator.task_names import APPLY_UPDATE
-from coordinator.template import CallbackTemplate
+from torchord.cache.servers.fast_client import Command, Lane, LaneClosed, script_command
+from torchord.coordinator.messages.task_names import APPLY_UPDATE
+from torchord.coordinator.messages.templates import CallbackTemplate
 
 _DONE_SECONDS = 60  # how long a chord that has called back is remembered (by Celery: 300)
 _TEMPLATES_KEPT = 16
@@ -87,7 +87,7 @@ class Backend(RedisBackend):
 
 
 def _process_lane() -> Lane:
-    from tasks.worker import process
+    from torchord.tasks.worker import process
 
     return process().services.lane
 

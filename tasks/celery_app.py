@@ -10,11 +10,11 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 
-from cache.errors import TorchordError
-from cache.settings import Settings, from_environment
-from coordinator.broker import celery_url, transport_options
-from coordinator.step import nameless_exchange
-from coordinator.task_names import (
+from torchord.cache.errors import TorchordError
+from torchord.cache.settings import Settings, from_environment
+from torchord.coordinator.messages.broker import celery_url, transport_options
+from torchord.coordinator.messages.sender import nameless_exchange
+from torchord.coordinator.messages.task_names import (
     ADVANCE,
     APPLY_UPDATE,
     COMPUTE_GRADIENT,
@@ -65,23 +65,25 @@ def _pool(arguments: Sequence[str]) -> str:
 app = Celery(
     "torchord",
     include=[
-        "tasks.compute_gradient",
-        "tasks.partial_sum",
-        "tasks.apply_update",
-        "tasks.evaluate",
-        "tasks.predict",
-        "tasks.worker",
+        "torchord.tasks.compute_gradient",
+        "torchord.tasks.partial_sum",
+        "torchord.tasks.apply_update",
+        "torchord.tasks.evaluate",
+        "torchord.tasks.predict",
+        "torchord.tasks.worker",
     ],
 )
 
 # Kombu's transport with less to do in each turn of the event loop; under its own names, so that URLs read
 # as ever.
-TRANSPORT_ALIASES.update(redis="tasks.transport:Transport", rediss="tasks.transport:Transport")
+TRANSPORT_ALIASES.update(
+    redis="torchord.tasks.transport:Transport", rediss="torchord.tasks.transport:Transport"
+)
 # Where messages and results are on one plain server, a chord's parts are counted in one script.
 if _URL.startswith(("redis://", "rediss://")):
-    app.backend_cls = f"tasks.backend:Backend+{_URL}"
+    app.backend_cls = f"torchord.tasks.backend:Backend+{_URL}"
 elif _URL.startswith("redis+socket://"):
-    app.backend_cls = f"tasks.backend:Backend+{_URL.removeprefix('redis+')}"
+    app.backend_cls = f"torchord.tasks.backend:Backend+{_URL.removeprefix('redis+')}"
 
 app.amqp.autoexchange = nameless_exchange
 
@@ -135,7 +137,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     # ... and notice within 2 s that it is back.
-    worker_consumer="tasks.consumer:Consumer",
+    worker_consumer="torchord.tasks.consumer:Consumer",
     # Also shortens the lease under which a chord's callback is claimed, from 21 s to 6 s.
     broker_connection_timeout=1,
     worker_cancel_long_running_tasks_on_connection_loss=False,

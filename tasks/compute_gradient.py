@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache.errors import TorchordError
-from cache.lane import Command
-from coordinator.task_names import COMPUTE_GRADIENT
-from tasks.backend import Backend, counted
-from tasks.celery_app import app
-from tasks.receipt import Receipt
+from torchord.cache.errors import TorchordError
+from torchord.cache.servers.fast_client import Command
+from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT
+from torchord.tasks.backend import Backend, counted
+from torchord.tasks.celery_app import app
+from torchord.tasks.receipt import Receipt
 
 
 @app.task(bind=True, name=COMPUTE_GRADIENT, throws=(TorchordError,))
@@ -21,8 +21,8 @@ def compute_gradient(
     Safe to run twice: the gradient is a function of (run, version, shard) alone, and the slot is
     written once; a duplicate, early or late delivery changes nothing but a counter.
     """
-    from tasks.partial_sum import joined
-    from tasks.worker import process
+    from torchord.tasks.partial_sum import joined
+    from torchord.tasks.worker import process
 
     done = process().client.compute_gradient(
         run,

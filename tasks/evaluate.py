@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache.errors import TorchordError
-from coordinator.task_names import EVALUATE
-from tasks.celery_app import app
+from torchord.cache.errors import TorchordError
+from torchord.coordinator.messages.task_names import EVALUATE
+from torchord.tasks.celery_app import app
 
 
 @app.task(name=EVALUATE, throws=(TorchordError,))
@@ -15,6 +15,6 @@ def evaluate(*, run: str, version: int, part: int, parts: int) -> dict[str, Any]
 
     Safe to run twice: the metrics are a function of (run, version, part), written once.
     """
-    from tasks.worker import process
+    from torchord.tasks.worker import process
 
     return process().client.evaluate(run, version, part, parts)

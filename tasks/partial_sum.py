@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache.errors import TorchordError
-from coordinator.task_names import PARTIAL_SUM
-from tasks.celery_app import app
-from tasks.receipt import Receipt
+from torchord.cache.errors import TorchordError
+from torchord.coordinator.messages.task_names import PARTIAL_SUM
+from torchord.tasks.celery_app import app
+from torchord.tasks.receipt import Receipt
 
 
 @app.task(bind=True, name=PARTIAL_SUM, throws=(TorchordError,))
@@ -18,7 +18,7 @@ def partial_sum(self: Any, *, run: str, step: int, slot: int, version: int, back
     numbers, and the slot is written once. It waits for nothing: it is sent when its inputs are there,
     and ends at once if one is missing.
     """
-    from tasks.worker import process
+    from torchord.tasks.worker import process
 
     done = process().adder.partial_sum(
         run, step, slot, delivery=self.request.id, join=joined(self.request), backup=backup, version=version

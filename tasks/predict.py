@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache.errors import TorchordError
-from coordinator.task_names import PREDICT
-from tasks.celery_app import app
+from torchord.cache.errors import TorchordError
+from torchord.coordinator.messages.task_names import PREDICT
+from torchord.tasks.celery_app import app
 
 
 @app.task(name=PREDICT, throws=(TorchordError,))
@@ -15,6 +15,6 @@ def predict(*, run: str, version: int, request: str, part: int, inputs: dict[str
 
     Safe to run twice: the outputs are a function of (run, version, inputs), written once.
     """
-    from tasks.worker import process
+    from torchord.tasks.worker import process
 
     return process().client.predict(run, version, request, part, inputs)

@@ -12,19 +12,19 @@ from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
 from kombu import Exchange, Queue
 
-from cache.connection import WORKER_PATIENCE_SECONDS
-from cache.errors import CacheError
-from cache.workers import Heartbeat, new_info
-from coordinator import faults
-from coordinator.allocator import keep_memory
-from coordinator.step import Sender
-from coordinator.task_names import GRADIENTS, UPDATES, private_queue
-from tasks.celery_app import app, settings
+from torchord.cache.errors import CacheError
+from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, private_queue
+from torchord.coordinator.runtime import faults
+from torchord.tasks.allocator import keep_memory
+from torchord.tasks.celery_app import app, settings
 
 # What needs torch is imported where it is used: Flower and the `celery` commands load this module too.
 if TYPE_CHECKING:
-    from coordinator.services import Services
-    from coordinator.supervisor import Supervisor
+    from torchord.coordinator.runtime.services import Services
+    from torchord.coordinator.server.supervisor.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ class Process:
     """
 
     def __init__(self, node: str, queues: tuple[str, ...]) -> None:
-        from coordinator.adder import Adder
-        from coordinator.client import Client
-        from coordinator.server import TrainingServer
-        from coordinator.services import Services
+        from torchord.coordinator.client.partial_sum_task import Adder
+        from torchord.coordinator.client.shard_task import Client
+        from torchord.coordinator.runtime.services import Services
+        from torchord.coordinator.server.server import TrainingServer
 
         self.pid = os.getpid()
         self.services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
@@ -62,7 +62,7 @@ class Process:
 
     def supervise(self) -> None:
         """Stand for election as the supervisor."""
-        from coordinator.supervisor import Supervisor
+        from torchord.coordinator.server.supervisor.supervisor import Supervisor
 
         self.supervisor = Supervisor(self.services, self.heartbeat.info.id, self.sender, fault=self.fault)
         self.supervisor.start()
@@ -94,7 +94,7 @@ def process() -> Process:
 
 
 def _environment() -> str:
-    from coordinator.client import environment
+    from torchord.coordinator.client.shard_task import environment
 
     return environment()
 
@@ -157,8 +157,8 @@ _parent_services: Services | None = None
 
 def _supervise_from_parent() -> None:
     """The parent of a prefork pool speaks for the node: heartbeat with its queues, supervisor."""
-    from coordinator.services import Services
-    from coordinator.supervisor import Supervisor
+    from torchord.coordinator.runtime.services import Services
+    from torchord.coordinator.server.supervisor.supervisor import Supervisor
 
     global _parent_supervisor, _parent_heartbeat, _parent_services
     if _parent_heartbeat is not None:
@@ -201,9 +201,9 @@ def _preload(**_: Any) -> None:
         keep_memory()  # before torch has threads; children inherit it
     import torch
 
-    import coordinator.client
-    import coordinator.server  # noqa: F401
-    from coordinator.services import set_device
+    import torchord.coordinator.client.shard_task
+    import torchord.coordinator.server.server  # noqa: F401
+    from torchord.coordinator.runtime.services import set_device
 
     torch.use_deterministic_algorithms(False)  # changes nothing, but its first call imports for a second
     set_device(settings.device)
@@ -224,7 +224,7 @@ def _child_started(sender: str = "", **_: Any) -> None:
     if settings.device in ("auto", "cuda"):
         import torch
 
-        from coordinator.services import set_device
+        from torchord.coordinator.runtime.services import set_device
 
         if torch.cuda.is_available():
             set_device(f"cuda:{index % torch.cuda.device_count()}")
@@ -260,7 +260,7 @@ def _hand_back() -> None:
     if parts is not None and parts.pid == os.getpid():
         parts.client.hand_back()
     elif _parent_services is not None:
-        from coordinator.hand_back import hand_back
+        from torchord.coordinator.client.hand_back import hand_back
 
         try:
             hand_back(_parent_services, _node)

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import redis
 
-from coordinator.embedded import EmbeddedServer
-from coordinator.local import LocalCluster
 from tests.support.keys import keys_without_ttl
+from torchord.coordinator.local_cluster.cluster import LocalCluster
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 
 DATABASES = 1024
 _numbers = itertools.count(1)

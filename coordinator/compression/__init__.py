@@ -3,11 +3,20 @@
 See docs/compression.md for what each codec costs and gives.
 """
 
-from coordinator.compression.codec import Codec, Encoded, Kept, Layout, Plain, Shapes, TensorCodec, expect
-from coordinator.compression.powersgd import PowerSGD
-from coordinator.compression.quantized import Quantized, bf16, fp16, int8, sign
-from coordinator.compression.spec import CODECS, check, codec_of, parse
-from coordinator.compression.topk import TopK
+from torchord.coordinator.compression.codec import (
+    Codec,
+    Encoded,
+    Kept,
+    Layout,
+    Plain,
+    Shapes,
+    TensorCodec,
+    expect,
+)
+from torchord.coordinator.compression.powersgd import PowerSGD
+from torchord.coordinator.compression.quantized import Quantized, bf16, fp16, int8, sign
+from torchord.coordinator.compression.topk import TopK
+from torchord.coordinator.spec.codecs import CODECS, check, codec_of, parse
 
 __all__ = [
     "CODECS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cache.errors import ConfigError
+from torchord.cache.errors import ConfigError
 
 
 def require_switch(name: str, value: object) -> bool:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import ManifestMismatch
-from coordinator.compression.codec import Layout
+from torchord.cache.errors import ManifestMismatch
+from torchord.coordinator.compression.codec import Layout
 
 _EIGHT = tuple(1 << place for place in range(8))
 

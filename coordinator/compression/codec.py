@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from cache.codec import ALIGNMENT_NBYTES, Manifest, dtype_name, dtype_of
-from cache.errors import InvalidInput, ManifestMismatch
+from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord.cache.tensors.codec import ALIGNMENT_NBYTES, Manifest, dtype_name, dtype_of
 
 if TYPE_CHECKING:
-    from coordinator.compression.numbers import NumberFormat
+    from torchord.coordinator.compression.number_formats import NumberFormat
 
 SEPARATOR = "#"
 """Between the name of a parameter and what of it an entry holds, in payloads and memories."""

@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coordinator.compression.arguments import require_integer, require_switch
-from coordinator.compression.codec import Kept, Layout, TensorCodec, expect
-from coordinator.compression.numbers import NumberFormat, memory_format, number_format, peak_of
+from torchord.coordinator.compression.arguments import require_integer, require_switch
+from torchord.coordinator.compression.codec import Kept, Layout, TensorCodec, expect
+from torchord.coordinator.compression.number_formats import (
+    NumberFormat,
+    memory_format,
+    number_format,
+    peak_of,
+)
 
 
 class PowerSGD(TensorCodec):

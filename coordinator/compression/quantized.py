@@ -8,9 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coordinator.compression.arguments import require_switch
-from coordinator.compression.codec import Kept, Layout, TensorCodec
-from coordinator.compression.numbers import Blocks, Cast, Half, NumberFormat, Sign, memory_format
+from torchord.coordinator.compression.arguments import require_switch
+from torchord.coordinator.compression.codec import Kept, Layout, TensorCodec
+from torchord.coordinator.compression.number_formats import (
+    Blocks,
+    Cast,
+    Half,
+    NumberFormat,
+    Sign,
+    memory_format,
+)
 
 
 class Quantized(TensorCodec):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coordinator.compression.arguments import require_fraction, require_integer, require_switch
-from coordinator.compression.bits import pack_places, places_layout, unpack_places
-from coordinator.compression.codec import Kept, Layout, TensorCodec
-from coordinator.compression.numbers import memory_format, number_format, slices
+from torchord.coordinator.compression.arguments import require_fraction, require_integer, require_switch
+from torchord.coordinator.compression.bits import pack_places, places_layout, unpack_places
+from torchord.coordinator.compression.codec import Kept, Layout, TensorCodec
+from torchord.coordinator.compression.number_formats import memory_format, number_format, slices
 
 _SAMPLE = 1 << 16
 

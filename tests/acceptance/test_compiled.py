@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import CompilerMissing
-from coordinator import LocalCluster, Master, TrainingConfig
-from coordinator.compiling import toolchain
 from tests.support import models, reference
 from tests.support.waiting import wait_until
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.cache.errors import CompilerMissing
+from torchord.coordinator.compute.compiling import toolchain
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 CONFIG = TrainingConfig(

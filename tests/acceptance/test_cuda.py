@@ -17,15 +17,17 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cache.codec import layout, pack
-from coordinator import Recipe, TrainingConfig, gradient, local_steps
-from coordinator.device_memory import STAGE_NBYTES, STAGES, CudaCopies, DeviceMemory
-from coordinator.optimize import Trainer
-from coordinator.replica import Replica
-from coordinator.shards import Plan
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, fleet
 from tests.support.inprocess import resolved
+from torchord import Recipe, TrainingConfig
+from torchord.cache.tensors.codec import layout, pack
+from torchord.coordinator.compute import gradient
+from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.device_memory import STAGE_NBYTES, STAGES, CudaCopies, DeviceMemory
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.plan import Plan
 
 pytestmark = [
     pytest.mark.cuda,
@@ -238,7 +240,7 @@ def test_prefork_children_take_the_devices_and_the_parent_none(tmp_path: Path) -
 def test_cuda_in_use_before_the_import_is_refused_with_a_remedy() -> None:
     program = (
         "import torch; torch.ones(2, 2, device='cuda') @ torch.ones(2, 2, device='cuda')\n"
-        "from coordinator.determinism import pinned\n"
+        "from torchord.coordinator.compute.determinism import pinned\n"
         "with pinned(1, True, 'cuda'): pass"
     )
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}

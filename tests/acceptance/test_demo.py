@@ -17,11 +17,11 @@ import numpy as np
 import psutil
 import pytest
 
-from cache import errors
-from coordinator.local import LocalCluster
 from examples import char_gpt, fashion_mnist
 from tests.support.processes import MARK, describe, marked
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord.cache import errors
+from torchord.coordinator.local_cluster.cluster import LocalCluster
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -66,7 +66,7 @@ def test_the_demo_trains_and_says_what_came_out(tmp_path: Path) -> None:
     assert (made / "model.safetensors").stat().st_size > 10_000
     assert list((tmp_path / "checkpoints" / name[1]).rglob("*.safetensors"))
     assert str(made / "loss.png") in stdout and str(made / "model.safetensors") in stdout
-    assert "celery -A tasks flower" in stdout and "--url redis://" in stdout
+    assert "celery -A torchord flower" in stdout and "--url redis://" in stdout
     nothing_is_left(mark)
 
 

@@ -20,17 +20,23 @@ import pytest
 import redis
 from celery import Celery
 
-from cache.settings import Settings
-from coordinator import Master, Run, TrainingConfig
-from coordinator.services import Services
-from coordinator.shards import Plan
-from coordinator.step import Sender
-from coordinator.supervisor import Supervisor
-from coordinator.task_names import APPLY_UPDATE, COMPUTE_GRADIENT, GRADIENTS, UPDATES, private_queue
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.shuffle import Shuffle
 from tests.support.waiting import wait_until
+from torchord import Master, Run, TrainingConfig
+from torchord.cache.settings import Settings
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.messages.task_names import (
+    APPLY_UPDATE,
+    COMPUTE_GRADIENT,
+    GRADIENTS,
+    UPDATES,
+    private_queue,
+)
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.server.supervisor.supervisor import Supervisor
+from torchord.coordinator.spec.plan import Plan
 
 # 33 examples in batches of 8: four steps of four shards, then one of a single example and a single shard,
 # whose sample the test holds back until it has counted.
@@ -293,7 +299,9 @@ def test_lost_bytes_in_a_tree(
     wide = partial(models.Mlp, hidden=512)  # too large to travel inside a slot's record
     recipe = models.mlp(SIZE, model=wide, evaluation=None, metrics=None)
     run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, config, name="lost")
-    monkeypatch.setattr("cache.tiered.INLINE_NBYTES", 0)  # bytes inside a slot are lost with the slot only
+    monkeypatch.setattr(
+        "torchord.cache.blobs.tiered_store.INLINE_NBYTES", 0
+    )  # bytes inside a slot are lost with the slot only
     lab = Shuffle(settings, run, None)
     ledger = run._ledger
     while number not in ledger.slots_present(2):

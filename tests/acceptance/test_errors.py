@@ -24,7 +24,11 @@ import redis
 import torch
 import torch.nn.functional as F
 
-from cache.errors import (
+from tests.support import models, recipes_more, reference
+from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import Master, Recipe, Run, TrainingConfig
+from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
     ConfigError,
@@ -40,16 +44,12 @@ from cache.errors import (
     VersionMissing,
     WaitTimeout,
 )
-from cache.settings import Settings
-from cache.workers import Heartbeat, new_info
-from coordinator import Master, Recipe, Run, TrainingConfig
-from coordinator.embedded import EmbeddedServer, free_port
-from coordinator.local import ROOT
-from coordinator.services import Services
-from coordinator.shards import Plan
-from tests.support import models, recipes_more, reference
-from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
-from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.settings import Settings
+from torchord.coordinator.local_cluster.cluster import ROOT
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.plan import Plan
 
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, seed=1)
 SIZE = 40
@@ -256,7 +256,19 @@ def _worker(url: str, folder: Path) -> subprocess.Popen[bytes]:
     log = (folder / "worker.log").open("wb")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "celery", "-A", "tasks", "worker", "-n", "lonely@%h", "-l", "INFO"],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "celery",
+                "-A",
+                "torchord",
+                "worker",
+                "-n",
+                "lonely@%h",
+                "-l",
+                "INFO",
+            ],
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TORCHORD_URL": url, "HOME": str(folder)},
             cwd=folder,
             stdout=log,
@@ -465,8 +477,8 @@ def test_nobody_works(master: Master, redis_url: str) -> None:
         run.wait(worker_timeout=0.0)
     message = str(caught.value)
     for part in (
-        "'updates' and 'gradients'", "run 'lonely'", "celery -A tasks worker -Q gradients -c 1",
-        "celery -A tasks worker -Q updates -c 1", "it stays queued",
+        "'updates' and 'gradients'", "run 'lonely'", "celery -A torchord worker -Q gradients -c 1",
+        "celery -A torchord worker -Q updates -c 1", "it stays queued",
     ):  # fmt: skip
         assert part in message
     # Someone who serves updates only: the other queue is named, and only that.
@@ -493,7 +505,9 @@ def test_predicting_when_the_workers_have_gone(one: Fleet) -> None:
     one.resize(0)
     with pytest.raises(WaitTimeout, match=r"'deserted': 0 parts in 0\.01 s"):
         run.predict(torch.zeros(2, 6), timeout=0.01)
-    with pytest.raises(NoWorker, match=r"queue 'gradients'; start one: celery -A tasks worker -Q gradients"):
+    with pytest.raises(
+        NoWorker, match=r"queue 'gradients'; start one: celery -A torchord worker -Q gradients"
+    ):
         run.predict(torch.zeros(2, 6))
     one.resize(1)
     assert run.predict(torch.zeros(2, 6)).shape == (2, models.CLASSES)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from coordinator import Recipe, TrainingConfig
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.waiting import wait_until
+from torchord import Recipe, TrainingConfig
 
 WORKERS = (1, 2, 3)
 _SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)

@@ -1,4 +1,4 @@
-"""`celery -A tasks flower` shows each task: what it worked on, and what came of it."""
+"""`celery -A torchord flower` shows each task: what it worked on, and what came of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from coordinator import Master, TrainingConfig
-from coordinator.embedded import free_port
-from coordinator.local import LocalCluster
 from examples import digits
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import Master, TrainingConfig
+from torchord.coordinator.local_cluster.cluster import LocalCluster
+from torchord.coordinator.local_cluster.embedded_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., LocalCluster]
@@ -41,7 +41,7 @@ def flower(trained: LocalCluster, tmp_path: Path) -> Iterator[str]:
     port = free_port()
     with (tmp_path / "flower.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}"],
+            [sys.executable, "-m", "celery", "-A", "torchord", "flower", f"--port={port}"],
             cwd=ROOT,
             env=flower_environment(trained.url),
             stdout=log,
@@ -100,10 +100,10 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
     def seen() -> Counter[str]:
         return Counter(task["name"] for task in finished(flower))
 
-    wait_until(lambda: seen()["tasks.apply_update"] >= steps, message=seen, interval=0.2)
+    wait_until(lambda: seen()["torchord.apply_update"] >= steps, message=seen, interval=0.2)
     tasks = finished(flower)
 
-    gradients = [task for task in tasks if task["name"] == "tasks.compute_gradient"]
+    gradients = [task for task in tasks if task["name"] == "torchord.compute_gradient"]
     arguments = [literal_eval(task["kwargs"]) for task in gradients]
     assert {(given["step"], given["shard"]) for given in arguments} == {
         (step, shard) for step in range(steps) for shard in range(2)
@@ -117,12 +117,12 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
         assert process.get("hits", 0) + process.get("misses", 0) == 1
         assert task["state"] == "SUCCESS" and task["worker"].startswith("client1@")
 
-    updates = [literal_eval(task["result"]) for task in tasks if task["name"] == "tasks.apply_update"]
+    updates = [literal_eval(task["result"]) for task in tasks if task["name"] == "torchord.apply_update"]
     committed = {receipt["version"]: receipt["loss"] for receipt in updates if "loss" in receipt}
     moved = [receipt["tiers"] for receipt in updates if receipt.get("status") == "committed"]
     assert moved and all("store" in tiers or "host" in tiers for tiers in moved)
     assert committed == {report.version: report.loss for report in run.history()}
-    assert any(task["name"] == "tasks.evaluate" for task in tasks)
+    assert any(task["name"] == "torchord.evaluate" for task in tasks)
 
     table = rows_of_the_page(flower)
     shown = {(row["kwargs"], row["result"].split(",")[0]) for row in table}

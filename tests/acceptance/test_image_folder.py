@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator import LocalCluster, Master, TrainingConfig
 from examples import image_folder
 from tests.support import reference
+from torchord import LocalCluster, Master, TrainingConfig
 
 WITHOUT = importlib.util.find_spec("cv2") is None
 needs_opencv = pytest.mark.skipif(

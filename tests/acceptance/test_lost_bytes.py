@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from cache.blob import BlobRef
-from cache.connection import WORKER_PATIENCE_SECONDS
-from cache.errors import CacheError, CacheUnreachable, ChunkMissing, RunFailed, VersionMissing
-from cache.records import VersionRecord
-from cache.settings import Settings
-from coordinator import Master, Run, TrainingConfig
-from coordinator.predict import predict
 from tests.support import models, reference
 from tests.support.shuffle import Post, Shuffle
+from torchord import Master, Run, TrainingConfig
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.errors import CacheError, CacheUnreachable, ChunkMissing, RunFailed, VersionMissing
+from torchord.cache.ledger.records import VersionRecord
+from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
+from torchord.cache.settings import Settings
+from torchord.coordinator.master.prediction import predict
 
 MOST_DELIVERIES = 300
 
@@ -88,8 +88,10 @@ class Laboratory(Shuffle):
 
 @pytest.fixture
 def start(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Laboratory]:
-    monkeypatch.setattr("cache.tiered.INLINE_NBYTES", 0)  # bytes inside a record are lost with it only
-    monkeypatch.setattr("coordinator.client._REFUSAL_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(
+        "torchord.cache.blobs.tiered_store.INLINE_NBYTES", 0
+    )  # bytes inside a record are lost with it only
+    monkeypatch.setattr("torchord.coordinator.client.shard_task._REFUSAL_SECONDS", (0.0, 0.0))
     recipe = models.mlp(SIZE)
 
     def make(name: str) -> Laboratory:
@@ -190,7 +192,7 @@ def test_a_node_that_may_come_back(
     def silent(*_: Any) -> Any:
         raise ChunkMissing("on none of the nodes; silent: b") from CacheUnreachable("b is away")
 
-    monkeypatch.setattr("coordinator.client.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchord.coordinator.client.shard_task.time.monotonic", lambda: now[0])
     monkeypatch.setattr(client.services.chunks, "get_from", silent)
     lab.evaluate()
     now[0] = WORKER_PATIENCE_SECONDS - 1
@@ -322,7 +324,7 @@ def test_what_the_next_steps_start_from_is_lost(
     checkpoints: bool,
 ) -> None:
     """Nobody has a copy: the run goes back to what can be restored, and replays to the same bits."""
-    monkeypatch.setattr("cache.tiered.INLINE_NBYTES", 0)
+    monkeypatch.setattr("torchord.cache.blobs.tiered_store.INLINE_NBYTES", 0)
     changes = {**KEEPING[mode], "evaluate_every": None, "checkpoint_every": 2 if checkpoints else 1_000}
     config = TrainingConfig(**{**CONFIG.to_json(), **changes})
     master = Master(redis_url, checkpoint_dir=str(tmp_path))
@@ -395,7 +397,7 @@ def predicted(lab: Laboratory, sender: Any, version: int) -> torch.Tensor:
 
 @pytest.fixture
 def resent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.predict._RESEND_SECONDS", 0.0)
+    monkeypatch.setattr("torchord.coordinator.master.prediction._RESEND_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("resent_at_once")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from coordinator import LocalCluster, Master, TrainingConfig
 from tests.support import recipes_models, reference
+from torchord import LocalCluster, Master, TrainingConfig
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from cache.connection import connect
-from coordinator import LocalCluster, Master, Recipe, Run, TrainingConfig
-from coordinator.embedded import EmbeddedServer
-from coordinator.local_steps import diloco
 from tests.support import models
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
+from torchord.cache.servers.redis_client import connect
+from torchord.coordinator.compute.inner_steps import diloco
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 
 HALF = {"precision": "fp16", "loss_scale": 2.0**18, "loss_scale_interval": 3}
 """A loss scale that overflows at first and again and again, so that steps are skipped."""

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from cache.connection import connect
-from cache.keys import WORK_TTL_SECONDS
-from coordinator import Recipe, TrainingConfig
-from coordinator.faults import fired
 from tests.support import hooked, models, reference
 from tests.support.fleet import Fleet, fleet
 from tests.support.waiting import wait_until
+from torchord import Recipe, TrainingConfig
+from torchord.cache.keys import WORK_TTL_SECONDS
+from torchord.cache.servers.redis_client import connect
+from torchord.coordinator.runtime.faults import fired
 
 APART = {"TORCHORD_HOST_CACHE": "off"}
 """No two processes share memory: all tensors pass through the chunk store."""

@@ -1,4 +1,4 @@
-"""`celery -A tasks worker` simply works: one worker for everything, in any pool, and split by queue.
+"""`celery -A torchord worker` simply works: one worker for everything, in any pool, and split by queue.
 
 Also what such a worker refuses (pickle), and what it leaves behind: nothing without an end.
 """
@@ -19,14 +19,14 @@ import psutil
 import pytest
 import redis
 
-from cache.errors import CacheUnreachable
-from cache.keys import RunKeys
-from coordinator import Master, TrainingConfig
-from coordinator.embedded import free_port
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.processes import describe, marked
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import Master, TrainingConfig
+from torchord.cache.errors import CacheUnreachable
+from torchord.cache.keys import RunKeys
+from torchord.coordinator.local_cluster.embedded_server import free_port
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=2, evaluate_every=5)
 SINGLE = {"layout": "single", "workers": 1}
@@ -128,7 +128,7 @@ def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """`celery -A tasks worker`, nothing else."""
+    """`celery -A torchord worker`, nothing else."""
     with fleet(tmp_path_factory.mktemp("single"), workers=1, layout="single") as one:
         yield one
 
@@ -161,7 +161,7 @@ def test_only_json_is_read(
         "body": base64.b64encode(bytecode).decode(),
         "content-type": content_type,
         "content-encoding": encoding,
-        "headers": {"lang": "py", "task": "tasks.advance", "id": name, "argsrepr": "", "kwargsrepr": ""},
+        "headers": {"lang": "py", "task": "torchord.advance", "id": name, "argsrepr": "", "kwargsrepr": ""},
         "properties": {
             "delivery_info": {"exchange": "", "routing_key": queue},
             "delivery_tag": name,
@@ -188,8 +188,8 @@ def test_a_message_that_is_no_task_of_ours(single: Fleet) -> None:
 
     with Celery("stranger", broker=single.cluster.url, set_as_current=False) as app:
         unknown = app.send_task("os.system", args=["true"], queue="gradients").id
-        wrong = app.send_task("tasks.compute_gradient", kwargs={"command": "true"}, queue="gradients").id
-        missing = app.send_task("tasks.advance", kwargs={"run": "nobody-submitted"}, queue="updates").id
+        wrong = app.send_task("torchord.compute_gradient", kwargs={"command": "true"}, queue="gradients").id
+        missing = app.send_task("torchord.advance", kwargs={"run": "nobody-submitted"}, queue="updates").id
     for task in (wrong, missing):
         wait_until(lambda task=task: f"[{task}] raised" in single.log("worker"), message=f"task {task}")  # type: ignore[misc]
     wait_until(lambda: unknown in single.log("worker"), message="the unknown task")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import TrainingConfig
 from tests.support import models, reference
 from tests.support.fleet import fleet
+from torchord import TrainingConfig
 
 RECIPE = models.cnn(dataset=partial(models.SlowImages, size=32))
 READ_AHEAD = "'batch': 'read ahead'"

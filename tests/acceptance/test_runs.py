@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordinator import Master, Recipe, TrainingConfig
-from coordinator.local import ROOT
-from coordinator.shards import Plan
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import Master, Recipe, TrainingConfig
+from torchord.coordinator.local_cluster.cluster import ROOT
+from torchord.coordinator.spec.plan import Plan
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=6, evaluate_every=3)
 
@@ -47,7 +47,7 @@ class Program:
     """
 
     def __init__(self, one: Fleet, folder: Path, body: str) -> None:
-        head = f"from coordinator import *\nURL = {one.cluster.url!r}\nFOLDER = {str(folder)!r}\n"
+        head = f"from torchord import *\nURL = {one.cluster.url!r}\nFOLDER = {str(folder)!r}\n"
         self.script = folder / "program.py"
         self.script.write_text(head + dedent(body))
         self.out, self.err = folder / "stdout", folder / "stderr"

@@ -10,10 +10,10 @@ import pytest
 import redis
 import torch
 
-from coordinator import Recipe, TrainingConfig
 from tests.support import models, recipes_more, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.waiting import wait_until
+from torchord import Recipe, TrainingConfig
 
 
 def _config(shards: int, **changes: object) -> TrainingConfig:

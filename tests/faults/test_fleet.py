@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from coordinator import Run
 from tests.faults.laboratory import CONFIG, HOURS, Laboratory, wait_version
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import Run
 
 ONE_SHARD = dataclasses.replace(CONFIG, shards=1)
 

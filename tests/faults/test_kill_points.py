@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.faults import POINTS, parse
 from tests.faults.laboratory import CONFIG, HOURS, Laboratory
 from tests.support import models
+from torchord.coordinator.runtime.faults import POINTS, parse
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator import Run
 from tests.faults.laboratory import HOURS, Laboratory, wait_version
 from tests.support.waiting import wait_until
+from torchord import Run
 
 
 def tokens(run: Run) -> list[int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import TrainingConfig
 from tests.faults.laboratory import (
     CONFIG,
     WAIT_SECONDS,
@@ -20,6 +19,7 @@ from tests.faults.laboratory import (
     wait_version,
 )
 from tests.support.waiting import wait_until
+from torchord import TrainingConfig
 
 LONGER = TrainingConfig(**{**CONFIG.to_json(), "epochs": 8})  # 40 steps: the loss comes in the middle
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cache.connection import connect
-from cache.errors import CacheUnreachable
-from coordinator import LocalCluster, Master, TrainingConfig
-from coordinator.broker import celery_url, transport_options
-from coordinator.embedded import EmbeddedServer, find_server, free_port
 from tests.support import models
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.cache.errors import CacheUnreachable
+from torchord.cache.servers.redis_client import connect
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, find_server, free_port
+from torchord.coordinator.messages.broker import celery_url, transport_options
 
 SERVICE = "torchord"
 

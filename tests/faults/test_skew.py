@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from cache.errors import NoWorker
-from coordinator import Run
-from coordinator.client import environment, processor_vendor
 from tests.faults.laboratory import CONFIG, HOURS, WAIT_SECONDS, Laboratory, Outcome, wait_version
 from tests.support.waiting import wait_until
+from torchord import Run
+from torchord.cache.errors import NoWorker
+from torchord.coordinator.client.shard_task import environment, processor_vendor
 
 ODD = {"ATEN_CPU_CAPABILITY": "default"}
 """Makes torch leave the vector units of the CPU alone, as on an older machine."""

@@ -16,10 +16,14 @@ import pytest
 import redis
 import torch
 
-from cache.blob import BlobRef
-from cache.chunks import ChunkStore
-from cache.codec import Manifest, layout, pack, require_same
-from cache.errors import (
+from tests.support import models
+from tests.support.waiting import wait_until
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import ChunkStore
+from torchord.cache.blobs.host_tier import HostTier
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
     ChunkCorrupt,
@@ -28,17 +32,13 @@ from cache.errors import (
     TorchordError,
     VersionMissing,
 )
-from cache.gradients import GradientStore
-from cache.host import HostTier
-from cache.ledger import Ledger
-from cache.memory import MemoryLedger, MemoryPlane
-from cache.parameters import ParameterCache
-from cache.records import SlotRecord
-from cache.tiered import TieredStore
-from coordinator import LocalCluster, Master, TrainingConfig
-from coordinator.embedded import EmbeddedServer
-from tests.support import models
-from tests.support.waiting import wait_until
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import SlotRecord
+from torchord.cache.stores.gradients import GradientStore
+from torchord.cache.stores.parameters import ParameterCache
+from torchord.cache.tensors.codec import Manifest, layout, pack, require_same
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 
 KB = 1 << 10
 CHUNK = 16 * KB
@@ -411,9 +411,9 @@ def said(folder: Path, word: str) -> bool:
 
 
 def test_a_worker_with_another_model_refuses_and_says_which_tensor(redis_url: str) -> None:
-    from coordinator.replica import Replica
-    from coordinator.services import RunContext
     from tests.support.inprocess import resolved
+    from torchord.coordinator.compute.replica import Replica
+    from torchord.coordinator.runtime.services import RunContext
 
     class Services:
         def ledger(self, run: str) -> Any:

@@ -13,13 +13,14 @@ import psutil
 import pytest
 import redis
 
-from cache.errors import CacheUnreachable
-from coordinator import Master, TrainingConfig, task_names
-from coordinator.broker import celery_url
-from coordinator.local import ROOT
 from tests.support import models
 from tests.support.fleet import Fleet, fleet
 from tests.support.waiting import wait_until
+from torchord import Master, TrainingConfig
+from torchord.cache.errors import CacheUnreachable
+from torchord.coordinator.local_cluster.cluster import ROOT
+from torchord.coordinator.messages import task_names
+from torchord.coordinator.messages.broker import celery_url
 
 
 def python(code: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +37,7 @@ def python(code: str, folder: Path, *arguments: str, **environment: str) -> subp
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """`celery -A tasks worker`."""
+    """`celery -A torchord worker`."""
     with fleet(tmp_path_factory.mktemp("app"), workers=1, layout="single") as one:
         yield one
 
@@ -56,7 +57,7 @@ UNUSABLE = [
 def test_a_setting_that_cannot_be_used_is_one_line_to_whoever_starts_a_worker(
     name: str, value: str, said: str, tmp_path: Path
 ) -> None:
-    done = python("", tmp_path, "-m", "celery", "-A", "tasks", "worker", **{name: value})
+    done = python("", tmp_path, "-m", "celery", "-A", "torchord", "worker", **{name: value})
     assert done.returncode == 1 and done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith("torchord: ") and said in line and (name in line or value in line)
@@ -64,9 +65,9 @@ def test_a_setting_that_cannot_be_used_is_one_line_to_whoever_starts_a_worker(
 
 def test_to_python_it_is_an_error_like_others(tmp_path: Path) -> None:
     code = """
-from cache.errors import InvalidInput
+from torchord.cache.errors import InvalidInput
 try:
-    import tasks
+    import torchord.tasks
 except InvalidInput as error:
     print(error)
 """
@@ -80,7 +81,7 @@ except InvalidInput as error:
 def test_the_tasks_are_those_that_the_coordinator_names(tmp_path: Path) -> None:
     """The coordinator knows tasks by name only, so the names must agree; and each says why twice is safe."""
     code = """
-from tasks import app
+from torchord.tasks import app
 app.loader.import_default_modules()
 for name, task in sorted(app.tasks.items()):
     if not name.startswith("celery."):
@@ -89,7 +90,7 @@ for name, task in sorted(app.tasks.items()):
     found = python(code, tmp_path)
     assert found.returncode == 0, found.stderr
     names = [str(value) for name, value in vars(task_names).items() if name.isupper()]
-    tasks = sorted(name for name in names if name.startswith("tasks."))
+    tasks = sorted(name for name in names if name.startswith("torchord."))
     assert found.stdout.splitlines() == [f"{name} True True True" for name in tasks]
 
 
@@ -102,7 +103,7 @@ def test_the_celery_commands_do_not_load_torch(tmp_path: Path) -> None:
 
 def test_the_app_is_found_from_any_directory(tmp_path: Path) -> None:
     found = python(
-        "", tmp_path, "-m", "celery", "-A", "tasks", "report", TORCHORD_URL="redis://127.0.0.1:7/3"
+        "", tmp_path, "-m", "celery", "-A", "torchord", "report", TORCHORD_URL="redis://127.0.0.1:7/3"
     )
     assert found.returncode == 0, found.stderr
     for part in ("redis://127.0.0.1:7/3", "accept_content: ['json']", "task_serializer: 'json'"):
@@ -121,7 +122,7 @@ def test_whose_url_it_is(
     tmp_path: Path, environment: dict[str, str], arguments: tuple[str, ...], expected: str
 ) -> None:
     """Argument, then environment, then default; broker and result backend are one server."""
-    found = python("", tmp_path, "-m", "celery", "-A", "tasks", *arguments, "report", **environment)
+    found = python("", tmp_path, "-m", "celery", "-A", "torchord", *arguments, "report", **environment)
     shown = expected.replace("//", "//:********@")  # Celery hides a password, also where there is none
     assert f"broker_url: '{shown}'" in found.stdout, found.stdout
     assert f"result_backend: '{expected}'" in found.stdout
@@ -167,7 +168,7 @@ def test_the_pool_that_was_typed(tmp_path: Path) -> None:
     """Celery takes a typed `prefork` for its own default; the app's default must not win over it."""
     code = f"""
 import json
-from tasks.celery_app import _pool
+from torchord.tasks.celery_app import _pool
 print(json.dumps({{typed: _pool(typed.split()) for typed in {list(TYPED)!r}}}))
 """
     found = python(code, tmp_path)
@@ -178,7 +179,7 @@ print(json.dumps({{typed: _pool(typed.split()) for typed in {list(TYPED)!r}}}))
 def test_the_pool_that_celery_takes(tmp_path: Path, typed: str) -> None:
     code = f"""
 import sys
-sys.argv = ["celery", "-A", "tasks", "worker", "-P", {typed!r}]
+sys.argv = ["celery", "-A", "torchord", "worker", "-P", {typed!r}]
 from celery.apps.worker import Worker
 from celery.bin.celery import celery
 Worker.start = lambda self: print("POOL", self.pool_cls.__module__)
@@ -207,7 +208,7 @@ def test_a_worker_says_who_it_is(single: Fleet) -> None:
 def test_remote_control_answers(single: Fleet, tmp_path: Path) -> None:
     """`celery inspect` works, also from a shell that only knows the URL."""
     url = single.cluster.url
-    found = python("", tmp_path, "-m", "celery", "-A", "tasks", "inspect", "registered", TORCHORD_URL=url)
+    found = python("", tmp_path, "-m", "celery", "-A", "torchord", "inspect", "registered", TORCHORD_URL=url)
     assert found.returncode == 0, found.stderr
     for name in (task_names.COMPUTE_GRADIENT, task_names.APPLY_UPDATE, task_names.PREDICT):
         assert f"* {name}" in found.stdout

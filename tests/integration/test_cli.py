@@ -1,4 +1,4 @@
-"""`python -m coordinator`: what a person at a shell sees, and what a script can rely on."""
+"""`torchord`: what a person at a shell sees, and what a script can rely on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import redis
 
-from cache.keys import RunKeys
-from cache.records import LedgerEntry
-from coordinator import LocalCluster, Master, Run, TrainingConfig
-from coordinator.__main__ import BAD, NOT_FOUND, OK, UNREACHABLE, USAGE, main
 from tests.support import models
+from torchord import LocalCluster, Master, Run, TrainingConfig
+from torchord.cache.keys import RunKeys
+from torchord.cache.ledger.records import LedgerEntry
+from torchord.coordinator.__main__ import BAD, NOT_FOUND, OK, UNREACHABLE, USAGE, main
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=2, checkpoint_every=4)  # 10 steps
 
@@ -104,7 +104,7 @@ def test_status_says_what_is_missing(idle: Shell) -> None:
     Master(idle.url).submit(models.mlp(), CONFIG, name="waits")
     code, out, _ = idle("status", "waits")
     assert code == OK
-    assert "celery -A tasks worker -Q updates -c 1" in out and "-Q gradients" in out
+    assert "celery -A torchord worker -Q updates -c 1" in out and "-Q gradients" in out
 
 
 def test_watch(shell: Shell) -> None:
@@ -234,7 +234,7 @@ def vars_of(slot: Any) -> dict[str, Any]:
 
 
 def test_as_a_program(shell: Shell) -> None:
-    base = [sys.executable, "-m", "coordinator"]
+    base = [sys.executable, "-m", "torchord"]
     end = ["--url", shell.url, "--checkpoint-dir", str(shell.checkpoints)]
     verified = subprocess.run([*base, "verify", "digits", *end], capture_output=True, text=True)
     assert (verified.returncode, verified.stderr) == (OK, "")

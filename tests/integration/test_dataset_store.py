@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import redis
 
-from cache.errors import RunFailed
-from coordinator import Recipe, TrainingConfig, stored_dataset
 from tests.support import models
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.inprocess import same
 from tests.support.stored import Noted
+from torchord import Recipe, TrainingConfig, stored_dataset
+from torchord.cache.errors import RunFailed
 
 SIZE = 48
 CONFIG = TrainingConfig(epochs=2, batch_size=16, shards=4, checkpoint_every=100)

@@ -15,11 +15,11 @@ import psutil
 import pytest
 from celery import Celery
 
-from cache.errors import CacheUnreachable, InvalidInput, NoWorker
-from coordinator.embedded import EmbeddedServer, free_port
-from coordinator.local import ROOT, LocalCluster
 from tests.support.processes import MARK, describe, marked
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from torchord.cache.errors import CacheUnreachable, InvalidInput, NoWorker
+from torchord.coordinator.local_cluster.cluster import ROOT, LocalCluster
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
 STUB = "tests.support.stub_app"
 Start = Callable[..., LocalCluster]
@@ -302,7 +302,7 @@ def program(tmp_path: Path) -> Iterator[Callable[[str], Program]]:
 
 HOLD = f"""
     import signal
-    from coordinator.local import LocalCluster
+    from torchord.coordinator.local_cluster.cluster import LocalCluster
     with LocalCluster(workers=1, app="{STUB}", pool="solo", wait_ready=True) as cluster:
         print("up", flush=True)
         signal.pause()
@@ -319,7 +319,7 @@ def test_a_program_that_ends_normally(program: Callable[[str], Program]) -> None
 
 def test_a_program_that_never_calls_stop(program: Callable[[str], Program]) -> None:
     one = program(f"""
-        from coordinator.local import LocalCluster
+        from torchord.coordinator.local_cluster.cluster import LocalCluster
         cluster = LocalCluster(workers=1, app="{STUB}", wait_ready=True)
         cluster.start()
     """)
@@ -391,7 +391,7 @@ def test_a_killed_program_whose_fork_holds_the_pipe_open(program: Callable[[str]
 def test_a_fork_that_leaves_the_block_stops_nothing(program: Callable[[str], Program]) -> None:
     one = program(f"""
         import os
-        from coordinator.local import LocalCluster
+        from torchord.coordinator.local_cluster.cluster import LocalCluster
         parent = os.getpid()
         with LocalCluster(workers=1, app="{STUB}", wait_ready=True) as cluster:
             fork = os.fork()
@@ -420,6 +420,8 @@ def test_program_and_guardian_killed_at_once(program: Callable[[str], Program]) 
 
 
 def test_importing_the_cluster_is_quick_and_light() -> None:
-    code = "import sys, coordinator.local; print({'torch', 'redis', 'celery'} & set(sys.modules))"
+    code = (
+        "import sys; from torchord import LocalCluster; print({'torch', 'redis', 'celery'} & {*sys.modules})"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("set()", "")

@@ -12,15 +12,15 @@ import redis
 import redis.cluster
 import torch
 
-from cache.chunks import BlobRef, ChunkStore
-from cache.cluster import Cluster, ClusterUrl, key_slot, owners_of
-from cache.errors import CacheError, CacheUnreachable, ChunkMissing, InvalidInput
-from cache.settings import from_environment
-from coordinator import LocalCluster, Master, TrainingConfig
-from coordinator.embedded import EmbeddedServer, free_port
 from tests.support import models
 from tests.support.redis_cluster import RedisCluster, redis_cluster
 from tests.support.waiting import wait_until
+from torchord import LocalCluster, Master, TrainingConfig
+from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore
+from torchord.cache.errors import CacheError, CacheUnreachable, ChunkMissing, InvalidInput
+from torchord.cache.servers.cluster import Cluster, ClusterUrl, key_slot, owners_of
+from torchord.cache.settings import from_environment
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
 KB = 1 << 10
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, dtype
 
-from coordinator.compression import Kept, Layout, TensorCodec
+from torchord.coordinator.compression import Kept, Layout, TensorCodec
 
 
 class EveryNth(TensorCodec):

@@ -9,11 +9,18 @@ from typing import Any
 
 import redis
 
-from cache import keys
-from cache.chunks import BlobRef
-from cache.memory import MemoryPlane
-from cache.records import GENESIS, LedgerEntry, SlotReceipt, SlotRecord, StateRecord, VersionRecord
-from cache.workers import WorkerInfo
+from torchord.cache import keys
+from torchord.cache.blobs.chunk_store import BlobRef
+from torchord.cache.ledger.records import (
+    GENESIS,
+    LedgerEntry,
+    SlotReceipt,
+    SlotRecord,
+    StateRecord,
+    VersionRecord,
+)
+from torchord.cache.ledger.workers import WorkerInfo
+from torchord.cache.testing.memory_ledger import MemoryPlane
 
 SPEC = {"recipe": {"model": {"target": "m:Model"}}, "config": {"epochs": 1, "skew": "refuse"}}
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coordinator import LocalCluster, Master, Recipe, Run, TrainedModel, TrainingConfig
 from tests.support.keys import keys_without_ttl
+from torchord import LocalCluster, Master, Recipe, Run, TrainedModel, TrainingConfig
 
 WAIT_SECONDS = 120.0  # far more than any run here needs: a run that hangs fails, a slow machine does not
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from coordinator.aggregate import Accumulator
-from coordinator.config import TrainingConfig
-from coordinator.gradient import compute, open_dataset
-from coordinator.optimize import ApplyReport, Trainer
-from coordinator.recipe import Recipe, ResolvedRecipe, resolve
-from coordinator.replica import Replica
-from coordinator.shards import Plan
+from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.sums import Accumulator
+from torchord.coordinator.compute.trainer import ApplyReport, Trainer
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.recipe import Recipe, ResolvedRecipe, resolve
 
 
 def resolved(recipe: Recipe) -> ResolvedRecipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cache.connection import connect
+from torchord.cache.servers.redis_client import connect
 
 
 def keys_without_ttl(url: str, pattern: str = "torchord:*") -> list[str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from coordinator.recipe import Recipe
+from torchord.coordinator.spec.recipe import Recipe
 
 CLASSES = 3
 FEATURES = 6

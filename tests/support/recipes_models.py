@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from coordinator import Recipe
+from torchord import Recipe
 
 VOCABULARY, LENGTH = 32, 12
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from coordinator.recipe import Recipe
 from tests.support import models
+from torchord.coordinator.spec.recipe import Recipe
 
 GATE_SECONDS = 120.0
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import redis
 
-from coordinator.embedded import EmbeddedServer, free_port
 from tests.support.waiting import wait_until
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
 SLOTS = 16384
 _OPTIONS = {

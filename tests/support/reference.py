@@ -3,7 +3,7 @@
 Nothing of the training server, the Clients, the queue, the store or the averaging is used here. The
 loops follow the documented contract alone:
 
-- which examples belong to which shard of which step: `coordinator.shards.Plan`;
+- which examples belong to which shard of which step: `torchord.coordinator.spec.plan.Plan`;
 - every generator (torch, numpy's global one, `random`) is seeded with `derive_seed(seed, ...)` of
   "init" before the model is built, "dataset" before the dataset is, "optimizer" before the optimizer
   is, ("data", step, shard) before a shard is read, ("model", step, shard) before its forward, and
@@ -35,8 +35,8 @@ import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from coordinator import Recipe, TrainingConfig
-from coordinator.shards import Plan, derive_seed
+from torchord import Recipe, TrainingConfig
+from torchord.coordinator.spec.plan import Plan, derive_seed
 
 Bits = dict[str, tuple[str, tuple[int, ...], bytes]]
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cache.records import Launch
-from cache.settings import Settings
-from cache.workers import Heartbeat, new_info
-from coordinator import Run
-from coordinator.adder import Adder
-from coordinator.client import Client
-from coordinator.server import TrainingServer
-from coordinator.services import Services
-from coordinator.task_names import GRADIENTS, UPDATES
 from tests.support import reference
 from tests.support.fleet import finished
+from torchord import Run
+from torchord.cache.ledger.records import Launch
+from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.settings import Settings
+from torchord.coordinator.client.partial_sum_task import Adder
+from torchord.coordinator.client.shard_task import Client
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.server.server import TrainingServer
 
 
 @dataclass

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tasks import app
+from torchord.tasks import app
 
 app.conf.worker_pool_start_method = "spawn"

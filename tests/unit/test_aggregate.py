@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cache.errors import InvalidInput
-from coordinator.aggregate import Accumulator
-from coordinator.config import TrainingConfig
-from coordinator.determinism import seed_everything
-from coordinator.gradient import compute, load_batch, open_dataset
-from coordinator.optimize import Trainer
-from coordinator.shards import Plan, derive_seed
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, run, same
+from torchord.cache.errors import InvalidInput
+from torchord.coordinator.compute.determinism import seed_everything
+from torchord.coordinator.compute.gradient import compute, load_batch, open_dataset
+from torchord.coordinator.compute.sums import Accumulator
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan, derive_seed
 
 
 def average(

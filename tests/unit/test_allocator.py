@@ -7,7 +7,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from coordinator.allocator import keep_memory
+from torchord.tasks.allocator import keep_memory
 known = keep_memory() if sys.argv[1] == "keep" else True
 def work(): return [torch.ones(12 << 20) for _ in range(3)]  # 48 MB: more than glibc keeps of its own accord
 for _ in range(6): work()

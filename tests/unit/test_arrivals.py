@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from cache.blob import BlobRef
-from cache.chunks import MemoryChunkStore
-from cache.host import HostTier
-from cache.keys import PARAMETERS_UNDERWAY
-from cache.memory import MemoryLedger, MemoryPlane
-from cache.tiered import TieredStore
-from cache.underway import Notice
-from coordinator import arrivals
-from coordinator.arrivals import Arrivals
 from tests.support.waiting import wait_until
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.host_tier import HostTier
+from torchord.cache.blobs.read_ahead import Notice
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.keys import PARAMETERS_UNDERWAY
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.client import version_download as arrivals
+from torchord.coordinator.client.version_download import Arrivals
 
 SIZE = 64 << 10
 NBYTES = 5 * SIZE + 64

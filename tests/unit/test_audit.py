@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.memory import MemoryLedger, MemoryPlane
-from cache.records import GENESIS, Head, LedgerEntry, SlotReceipt, VersionRecord
-from coordinator.audit import Audit, audit
-from coordinator.config import TrainingConfig
-from coordinator.shards import Plan
 from tests.support.control import SPEC, digest, entry, history, record, slot
+from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, SlotReceipt, VersionRecord
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.master.audit import Audit, audit
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
 
 STEPS, SHARDS = 6, 4
 PLAN = Plan(96, TrainingConfig(batch_size=16, shards=SHARDS))  # 6 steps of 4 shards of 4 examples

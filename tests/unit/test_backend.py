@@ -13,10 +13,10 @@ import redis
 from celery import Celery, states
 from celery.backends.redis import RedisBackend
 
-from cache.lane import Lane
-from coordinator import task_names
-from coordinator.step import Sender, nameless_exchange
-from tasks.backend import Backend
+from torchord.cache.servers.fast_client import Lane
+from torchord.coordinator.messages import task_names
+from torchord.coordinator.messages.sender import Sender, nameless_exchange
+from torchord.tasks.backend import Backend
 
 RUN = "a-run"
 QUEUE = "updates.server@host"
@@ -26,7 +26,7 @@ QUEUE = "updates.server@host"
 def app(redis_url: str) -> Celery:
     made = Celery("test", broker=redis_url, set_as_current=False)
     made.conf.update(task_ignore_result=True, result_expires=3600, result_backend=redis_url)
-    made.backend_cls = f"tasks.backend:Backend+{redis_url}"
+    made.backend_cls = f"torchord.tasks.backend:Backend+{redis_url}"
     made.amqp.autoexchange = nameless_exchange
     made.backend.lane = Lane(redis_url)
     return made

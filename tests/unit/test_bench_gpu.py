@@ -11,8 +11,8 @@ import torch
 from benchmarks import bench_gpu, gpu_loop
 from benchmarks.gpu_loop import Busy, Trace
 from benchmarks.workloads import recipe
-from coordinator import TrainingConfig
 from tests.support import reference
+from torchord import TrainingConfig
 
 
 def test_without_a_gpu_it_is_skipped_in_one_line(

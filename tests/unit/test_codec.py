@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import codec
-from cache.errors import InvalidInput, ManifestMismatch
+from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord.cache.tensors import codec
 
 DTYPES = [
     d

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from cache import keys
-from cache.blob import BlobRef
-from cache.chunks import MemoryChunkStore
-from cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
-from cache.memory import MemoryLedger, MemoryPlane
-from cache.records import SlotRecord
-from cache.tiered import TieredStore
-from cache.underway import Ahead, Notice
-from coordinator.collector import Collector
 from tests.support.control import slot as any_slot
 from tests.support.waiting import wait_until
+from torchord.cache import keys
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.read_ahead import Ahead, Notice
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
+from torchord.cache.ledger.records import SlotRecord
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.server.gradient_download import Collector
 
 SIZE = 4
 BYTES = torch.arange(18, dtype=torch.uint8)

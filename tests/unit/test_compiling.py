@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from cache.errors import CompilerMissing, Skewed
-from cache.memory import MemoryLedger, MemoryPlane
-from coordinator import compiling, gradient
-from coordinator.client import environment
-from coordinator.config import TrainingConfig
-from coordinator.gradient import open_dataset
-from coordinator.optimize import Trainer
-from coordinator.replica import Replica
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, same
+from torchord.cache.errors import CompilerMissing, Skewed
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.client.shard_task import environment
+from torchord.coordinator.compute import compiling, gradient
+from torchord.coordinator.compute.gradient import open_dataset
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
 
 # torch's own imports: torch.utils.mkldnn is still written with torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -76,7 +76,7 @@ def test_only_pictures_are_reordered() -> None:
 
 def test_an_inner_optimizers_state_keeps_its_order_in_memory() -> None:
     """A state that came back from the store is contiguous, a fresh one has the parameter's order."""
-    from coordinator.optimize import build_optimizer, restore_optimizer
+    from torchord.coordinator.compute.trainer import build_optimizer, restore_optimizer
 
     given, how = resolved(models.cnn()), config(memory_format="channels_last")
     replica = Replica.build(given, how, computing=True)

@@ -109,7 +109,7 @@ def ports_are_local(document: Document) -> list[str]:
 def workers_reach_the_store(document: Document) -> list[str]:
     broken = []
     for name, service in ours(document).items():
-        if "-A tasks" not in command_of(service):
+        if "-A torchord" not in command_of(service):
             continue
         if "TORCHORD_URL" not in service.get("environment", {}):
             broken.append(f"{name}: no TORCHORD_URL")
@@ -196,7 +196,7 @@ def _no_wait(services: Document) -> None:
 
 
 def _no_server(services: Document) -> None:
-    services["server"]["command"] = ["celery", "-A", "tasks", "worker"]
+    services["server"]["command"] = ["celery", "-A", "torchord", "worker"]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,6 @@ def test_the_image_needs_no_root_and_holds_every_package() -> None:
     users = [line.split()[1] for line in dockerfile.splitlines() if line.startswith("USER ")]
     assert users and users[-1] != "root"
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    for name in ("cache", "coordinator", "tasks"):
+    for name in ("torchord", "cache", "coordinator", "tasks"):
         assert f"COPY {name} " in dockerfile
         assert f"!{name}" in ignored

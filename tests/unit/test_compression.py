@@ -20,16 +20,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from cache.codec import dtype_name, layout, memory, pack, views
-from cache.errors import ConfigError, InvalidInput, ManifestMismatch, NotAllowed
-from coordinator.admission import Admission
-from coordinator.compression import CODECS, Codec, Encoded, Plain, TensorCodec, check, parse
-from coordinator.compression.bits import pack_bits, pack_places, places_layout, unpack_bits, unpack_places
-from coordinator.compression.numbers import FORMATS, SLICE, number_format
-from coordinator.compression.powersgd import orthonormalised
-from coordinator.compression.topk import largest
-from coordinator.determinism import pinned
 from tests.support.inprocess import same
+from torchord.cache.errors import ConfigError, InvalidInput, ManifestMismatch, NotAllowed
+from torchord.cache.tensors.codec import dtype_name, layout, memory, pack, views
+from torchord.coordinator.compression import CODECS, Codec, Encoded, Plain, TensorCodec, check, parse
+from torchord.coordinator.compression.bits import (
+    pack_bits,
+    pack_places,
+    places_layout,
+    unpack_bits,
+    unpack_places,
+)
+from torchord.coordinator.compression.number_formats import FORMATS, SLICE, number_format
+from torchord.coordinator.compression.powersgd import orthonormalised
+from torchord.coordinator.compression.topk import largest
+from torchord.coordinator.compute.determinism import pinned
+from torchord.coordinator.spec.admission import Admission
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "compression.md"
@@ -821,7 +827,7 @@ def test_an_import_path_is_resolved_within_the_allow_list() -> None:
     with pytest.raises(ConfigError, match="made a OrderedDict, but must make a codec"):
         parse("collections:OrderedDict", resolve=Admission(("*",)).fetch)
     assert isinstance(
-        parse("coordinator.compression:TopK:0.1", resolve=Admission(("coordinator",)).fetch), Codec
+        parse("torchord.coordinator.compression:TopK:0.1", resolve=Admission(("coordinator",)).fetch), Codec
     )
 
 

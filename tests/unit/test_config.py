@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cache.errors import ConfigError
-from coordinator.config import TrainingConfig
+from torchord.cache.errors import ConfigError
+from torchord.coordinator.spec.config import TrainingConfig
 
 
 def test_defaults_are_valid_and_travel_as_json() -> None:

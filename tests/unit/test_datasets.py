@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from cache import keys
-from cache.chunk_cache import ChunkCache, DiskTier, ReadCounters
-from cache.content import Bytes, Chunk, ContentStore
-from cache.datasets import CachePlace, place_of
-from cache.errors import (
+from tests.support import models
+from tests.support.inprocess import same
+from torchord import Master, stored_dataset
+from torchord.cache import keys
+from torchord.cache.datasets.cache_place import CachePlace, place_of
+from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier, ReadCounters
+from torchord.cache.datasets.content import Bytes, Chunk, ContentStore
+from torchord.cache.datasets.library import Datasets, StoredDataset
+from torchord.cache.datasets.samples import Manifest
+from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
     DatasetChanged,
@@ -33,14 +38,9 @@ from cache.errors import (
     InvalidInput,
     NotAllowed,
 )
-from cache.settings import Settings
-from coordinator import Master, stored_dataset
-from coordinator.datasets import Datasets, StoredDataset
-from coordinator.gradient import load_batch
-from coordinator.recipe import resolve
-from coordinator.samples import Manifest
-from tests.support import models
-from tests.support.inprocess import same
+from torchord.cache.settings import Settings
+from torchord.coordinator.compute.gradient import load_batch
+from torchord.coordinator.spec.recipe import resolve
 
 DAY = 24 * 3600
 _bounds = itertools.count(64 << 20)
@@ -874,14 +874,14 @@ def test_a_recipe_names_a_stored_dataset(
 ) -> None:
     datasets.put("points", models.points(30))
     spec = models.mlp(dataset=partial(stored_dataset, name="points")).to_spec()
-    assert spec["dataset"]["target"] == "coordinator.datasets:stored_dataset"
+    assert spec["dataset"]["target"] == "torchord.coordinator.datasets:stored_dataset"
     monkeypatch.setenv("TORCHORD_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("CELERY_BROKER_URL", redis_url)  # what `celery -b URL` sets
-    for target in ("coordinator.datasets:stored_dataset", "coordinator:stored_dataset"):
+    for target in ("torchord.coordinator.datasets:stored_dataset", "coordinator:stored_dataset"):
         spec["dataset"]["target"] = target
         found = resolve(spec, allowed=("tests.support", "torch")).dataset()  # not in the list, yet admitted
         check(found, [(a, b) for a, b in models.points(30)])
-    spec["dataset"]["target"] = "coordinator.datasets:Datasets"
+    spec["dataset"]["target"] = "torchord.coordinator.datasets:Datasets"
     with pytest.raises(NotAllowed):
         resolve(spec, allowed=("tests.support", "torch"))
 

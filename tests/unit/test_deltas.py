@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache.chunks import MemoryChunkStore
-from cache.codec import layout, pack
-from cache.keys import RunKeys
-from cache.parameters import ParameterCache
-from cache.records import VersionRecord
-from cache.tiered import TieredStore
-from coordinator import tree
-from coordinator.config import TrainingConfig
-from coordinator.deltas import Delta, DeltaEncoder, advanced, forward
-from coordinator.determinism import pinned
-from coordinator.optimize import Trainer
-from coordinator.replica import Replica
 from tests.support import models
 from tests.support.inprocess import resolved
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.keys import RunKeys
+from torchord.cache.ledger.records import VersionRecord
+from torchord.cache.stores.parameters import ParameterCache
+from torchord.cache.tensors import tree
+from torchord.cache.tensors.codec import layout, pack
+from torchord.coordinator.compute.deltas import Delta, DeltaEncoder, advanced, forward
+from torchord.coordinator.compute.determinism import pinned
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
 
 SPECS = ("int8", "fp16:on", "sign", "topk:0.05,values=int8", "powersgd:1,values=int8")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

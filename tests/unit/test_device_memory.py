@@ -16,19 +16,22 @@ import pytest
 import torch
 from billiard.process import current_process
 
-from cache import pinned
-from cache.codec import layout, pack, views
-from cache.errors import InvalidInput
-from coordinator import Recipe, TrainingConfig, determinism, device_memory, gradient, local_steps, services
-from coordinator.client import environment
-from coordinator.device_memory import DeviceMemory
-from coordinator.optimize import Trainer
-from coordinator.replica import Replica
-from coordinator.shards import Plan
-from tasks import worker
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved
 from tests.support.stand_in import StandIn
+from torchord import Recipe, TrainingConfig
+from torchord.cache.errors import InvalidInput
+from torchord.cache.tensors import pinned
+from torchord.cache.tensors.codec import layout, pack, views
+from torchord.coordinator.client.shard_task import environment
+from torchord.coordinator.compute import determinism, device_memory, gradient
+from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.device_memory import DeviceMemory
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.runtime import services
+from torchord.coordinator.spec.plan import Plan
+from torchord.tasks import worker
 
 CONFIG = TrainingConfig(batch_size=8, shards=4, seed=3)
 RECIPES = {"mlp": models.mlp, "cnn": models.cnn, "gpt": models.gpt, "odd": models.odd}

@@ -5,12 +5,12 @@ import multiprocessing
 import pytest
 import torch
 
-from cache.blob import BlobRef, checksums, split
-from cache.chunks import MemoryChunkStore
-from cache.codec import as_bytes
-from cache.errors import CacheUnreachable
-from cache.host import HostTier
-from cache.tiered import TieredStore
+from torchord.cache.blobs.blob import BlobRef, checksums, split
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.host_tier import HostTier
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.errors import CacheUnreachable
+from torchord.cache.tensors.codec import as_bytes
 
 NBYTES = 300_000
 CHUNK = 64 << 10

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
-from coordinator import embedded
-from coordinator.embedded import EmbeddedServer, ask, find_server, process_id
 from tests.support.waiting import wait_until
+from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
+from torchord.coordinator.local_cluster import embedded_server as embedded
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, ask, find_server, process_id
 
 
 @pytest.fixture

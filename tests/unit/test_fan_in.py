@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.errors import ConfigError
-from coordinator.config import TrainingConfig
-from coordinator.fan_in import FanIn
-from coordinator.shards import Plan
+from torchord.cache.errors import ConfigError
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.sum_tree import FanIn
 
 TREES = st.builds(FanIn, st.integers(1, 700), st.integers(2, 9))
 

@@ -13,15 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
-from cache.errors import InvalidInput, ManifestMismatch
-from coordinator.config import TrainingConfig
-from coordinator.determinism import COMPUTE_LOCK, pinned, seed_everything
-from coordinator.gradient import ShardGradient, combine, compute, evaluate, load_batch, open_dataset, predict
-from coordinator.recipe import Recipe
-from coordinator.replica import Replica
-from coordinator.shards import Plan, derive_seed
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, run, same
+from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord.coordinator.compute.determinism import COMPUTE_LOCK, pinned, seed_everything
+from torchord.coordinator.compute.gradient import (
+    ShardGradient,
+    combine,
+    compute,
+    evaluate,
+    load_batch,
+    open_dataset,
+    predict,
+)
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan, derive_seed
+from torchord.coordinator.spec.recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "mlp": models.mlp,

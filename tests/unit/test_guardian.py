@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.guardian import Child, Guardian, GuardianLost
 from tests.support.waiting import wait_until
+from torchord.coordinator.local_cluster.guardian import Child, Guardian, GuardianLost
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(600)"
 POLITE = "import time; print('up'); time.sleep(600)"

@@ -15,12 +15,12 @@ import pytest
 import torch
 import xxhash
 
-from cache import host
-from cache.blob import BlobRef
-from cache.chunks import MemoryChunkStore
-from cache.codec import memory
-from cache.errors import CacheUnreachable, ChunkMissing
-from cache.host import HostTier
+from torchord.cache.blobs import host_tier as host
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.host_tier import HostTier
+from torchord.cache.errors import CacheUnreachable, ChunkMissing
+from torchord.cache.tensors.codec import memory
 
 NBYTES = 300_000
 SPAWN = multiprocessing.get_context("spawn")
@@ -153,8 +153,8 @@ def test_processes_download_once(store, tier):
 
 HANG = """
 import sys, time
-from cache.blob import BlobRef
-from cache.host import HostTier
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.host_tier import HostTier
 ref = BlobRef("t:0", 300000, 65536, tuple(sys.argv[2:]))
 def download(view):
     view[:1000] = bytes(1000)

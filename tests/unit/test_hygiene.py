@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("cache", "coordinator", "tasks")
+PACKAGES = ("cache", "coordinator", "tasks", "torchord")
 FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks")
 
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
@@ -19,7 +19,7 @@ PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "ma
 MAY_PICKLE = {"tests/support/attackable.py", "benchmarks/bench_cache.py"}
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb"}
 MAY_READ_ENVIRONMENT = {"cache/settings.py"}
-MAY_COPY_ENVIRONMENT = {"coordinator/local.py", "coordinator/guardian.py"}
+MAY_COPY_ENVIRONMENT = {"coordinator/local_cluster/cluster.py", "coordinator/local_cluster/guardian.py"}
 
 Rule = Callable[[ast.Module, str], list[str]]
 
@@ -215,19 +215,31 @@ REFUSED: list[tuple[Rule, str]] = [
 
 @pytest.mark.parametrize(("rule", "source"), REFUSED)
 def test_a_violation_is_noticed(rule: Rule, source: str) -> None:
-    assert rule(ast.parse(source), "coordinator/step.py")
+    assert rule(ast.parse(source), "coordinator/messages/sender.py")
 
 
 ALLOWED: list[tuple[Rule, str, str]] = [
-    (no_pickle, "import torch\ntorch.load('f', weights_only=True)", "cache/codec.py"),
-    (no_pickle, "import json\njson.load(f)", "cache/codec.py"),
+    (no_pickle, "import torch\ntorch.load('f', weights_only=True)", "cache/tensors/codec.py"),
+    (no_pickle, "import json\njson.load(f)", "cache/tensors/codec.py"),
     (one_reader_of_the_environment, "import os\nos.environ.get('A')", "cache/settings.py"),
     (one_reader_of_the_environment, "import os\nos.environ['A'] = '1'", "tasks/worker.py"),
     (one_reader_of_the_environment, "import os\nos.environ.setdefault('A', '1')", "tasks/worker.py"),
-    (one_reader_of_the_environment, "import os\nrun(env=dict(os.environ))", "coordinator/local.py"),
-    (one_reader_of_the_environment, "import os\nrun(env={**os.environ, 'A': '1'})", "coordinator/local.py"),
-    (one_reader_of_the_environment, "import os\nrun(env=os.environ | more)", "coordinator/guardian.py"),
-    (redis_stays_in_the_cache, "import redis", "cache/connection.py"),
+    (
+        one_reader_of_the_environment,
+        "import os\nrun(env=dict(os.environ))",
+        "coordinator/local_cluster/cluster.py",
+    ),
+    (
+        one_reader_of_the_environment,
+        "import os\nrun(env={**os.environ, 'A': '1'})",
+        "coordinator/local_cluster/cluster.py",
+    ),
+    (
+        one_reader_of_the_environment,
+        "import os\nrun(env=os.environ | more)",
+        "coordinator/local_cluster/guardian.py",
+    ),
+    (redis_stays_in_the_cache, "import redis", "cache/servers/redis_client.py"),
     (
         public_names_are_documented,
         '"""Module."""\ndef _f(): ...\nclass _C:\n    def m(self): ...',
@@ -243,4 +255,4 @@ def test_what_is_allowed_passes(rule: Rule, source: str, path: str) -> None:
 
 def test_a_launcher_may_copy_the_environment_but_not_read_it() -> None:
     tree = ast.parse("import os\nos.environ.get('A')\nos.environ['B']")
-    assert len(one_reader_of_the_environment(tree, "coordinator/local.py")) == 2
+    assert len(one_reader_of_the_environment(tree, "coordinator/local_cluster/cluster.py")) == 2

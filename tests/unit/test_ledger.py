@@ -23,15 +23,6 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cache import keys
-from cache.connection import connect
-from cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
-from cache.lane import Lane
-from cache.ledger import Finished, Group, Ledger
-from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
-from cache.records import GENESIS, Head, Launch, LedgerEntry
-from cache.underway import Notice
-from cache.workers import Registry
 from tests.support.control import (
     SPEC,
     comparable,
@@ -43,6 +34,15 @@ from tests.support.control import (
     slot,
     worker,
 )
+from torchord.cache import keys
+from torchord.cache.blobs.read_ahead import Notice
+from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
+from torchord.cache.ledger.ledger import Finished, Group, Ledger
+from torchord.cache.ledger.records import GENESIS, Head, Launch, LedgerEntry
+from torchord.cache.ledger.workers import Registry
+from torchord.cache.servers.fast_client import Lane
+from torchord.cache.servers.redis_client import connect
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
 
 SCRIPTS = Path(keys.__file__).parent / "scripts"
 Queued = Callable[[], list[str]]

@@ -28,14 +28,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cache import keys
-from cache.connection import connect
-from cache.ledger import Group, Ledger
-from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
-from cache.records import GENESIS, LedgerEntry, VersionRecord
-from cache.scripts import source
-from cache.workers import Registry
 from tests.support.control import comparable, digest, entry, memory_state, record, redis_state, slot, worker
+from torchord.cache import keys
+from torchord.cache.ledger.ledger import Group, Ledger
+from torchord.cache.ledger.records import GENESIS, LedgerEntry, VersionRecord
+from torchord.cache.ledger.workers import Registry
+from torchord.cache.scripts import source
+from torchord.cache.servers.redis_client import connect
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
 
 CLIENTS = ("w0", "w1", "w2")
 SERVERS = ("s0", "s1")
@@ -916,7 +916,9 @@ def test_a_script_with_a_fault_is_found(redis_url: str, monkeypatch: pytest.Monk
     script, old, new = MUTANTS[mutant]
     changed = source(script).replace(old, new)
     assert changed != source(script)
-    monkeypatch.setattr("cache.ledger.source", lambda name: changed if name == script else source(name))
+    monkeypatch.setattr(
+        "torchord.cache.ledger.ledger.source", lambda name: changed if name == script else source(name)
+    )
     with connect(redis_url) as Protocol.client:
         Protocol.url = redis_url
         with pytest.raises(AssertionError):

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from coordinator import local_steps, tree
-from coordinator.config import TrainingConfig
-from coordinator.determinism import seed_everything
-from coordinator.gradient import compute, open_dataset
-from coordinator.optimize import Trainer
-from coordinator.recipe import Recipe, ResolvedRecipe
-from coordinator.replica import Replica
-from coordinator.shards import Plan, derive_seed
 from tests.support import models
 from tests.support.inprocess import resolved
+from torchord.cache.tensors import tree
+from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.determinism import seed_everything
+from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan, derive_seed
+from torchord.coordinator.spec.recipe import Recipe, ResolvedRecipe
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -150,7 +151,7 @@ def test_the_default_outer_optimizer_averages_the_shards_weights() -> None:
 
 
 def test_diloco_is_nesterov_momentum_on_the_mean_with_the_papers_values() -> None:
-    recipe = models.mlp(optimizer=SGD, outer_optimizer="coordinator.local_steps:diloco")
+    recipe = models.mlp(optimizer=SGD, outer_optimizer="torchord.coordinator.local_steps:diloco")
     trainer = Trainer.build(resolved(recipe), TrainingConfig(local_steps=50))
     [group] = trainer.optimizer.param_groups
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.7, 0.9, True)

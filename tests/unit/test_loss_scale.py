@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from cache.errors import InvalidInput, NonFinite
-from coordinator import local_steps
-from coordinator.config import TrainingConfig
-from coordinator.gradient import compute, open_dataset
-from coordinator.loss_scale import ENTRY, LossScale, at_start
-from coordinator.optimize import Trainer
-from coordinator.replica import Replica
-from coordinator.shards import Plan
 from tests.support import models, reference
 from tests.support.inprocess import InProcess, resolved
+from torchord.cache.errors import InvalidInput, NonFinite
+from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
 
 
 def config(**changes: Any) -> TrainingConfig:
@@ -189,9 +189,9 @@ def test_the_slots_scale_is_grad_scalers() -> None:
     replica = Replica.build(given, how)
     replica.load(replica.pack())
     data, plan = open_dataset(given, how), Plan(96, how)
-    from coordinator.determinism import pinned
-    from coordinator.gradient import forward_backward, read_batch
-    from coordinator.optimize import build_optimizer
+    from torchord.coordinator.compute.determinism import pinned
+    from torchord.coordinator.compute.gradient import forward_backward, read_batch
+    from torchord.coordinator.compute.trainer import build_optimizer
 
     with pinned(1, True, restore=True):
         optimizer, _ = build_optimizer(given, how, replica)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
-from coordinator import tree
-from coordinator.checkpoint import CheckpointStore
-from coordinator.config import TrainingConfig
-from coordinator.optimize import Trainer
-from coordinator.recipe import Recipe
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, same
+from torchord.cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
+from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.tensors import tree
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.recipe import Recipe
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, shards=2, seed=5)
 

@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from cache.blob import BlobRef
-from cache.chunks import MemoryChunkStore
-from cache.codec import Manifest, layout, pack
-from cache.errors import CacheUnreachable
-from cache.gradients import GradientStore, GradientUpload, StoredGradient
-from cache.keys import WORK_TTL_SECONDS
-from cache.memory import MemoryLedger, MemoryPlane
-from cache.tiered import TieredStore
-from cache.upload import Upload
-from coordinator.config import TrainingConfig
-from coordinator.determinism import seed_everything
-from coordinator.gradient import ShardGradient, compute, open_dataset
-from coordinator.outbox import Outgoing
-from coordinator.recipe import Recipe
-from coordinator.replica import Replica
-from coordinator.shards import Plan
 from tests.support import hooked, models, recipes_more
 from tests.support.inprocess import resolved, same
 from tests.support.waiting import wait_until
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.blobs.upload import Upload
+from torchord.cache.errors import CacheUnreachable
+from torchord.cache.keys import WORK_TTL_SECONDS
+from torchord.cache.stores.gradients import GradientStore, GradientUpload, StoredGradient
+from torchord.cache.tensors.codec import Manifest, layout, pack
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.client.gradient_upload import Outgoing
+from torchord.coordinator.compute.determinism import seed_everything
+from torchord.coordinator.compute.gradient import ShardGradient, compute, open_dataset
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.recipe import Recipe
 
 CHUNK_NBYTES = 64
 PLAIN: dict[str, Any] = {"batch_size": 8, "shards": 4, "seed": 3}

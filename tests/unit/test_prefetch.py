@@ -7,12 +7,13 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator import TrainingConfig, prefetch
-from coordinator.prefetch import Prefetcher
-from coordinator.services import RunContext
-from coordinator.shards import Plan
 from tests.support import models
 from tests.support.inprocess import resolved
+from torchord import TrainingConfig
+from torchord.coordinator.client import batch_prefetch as prefetch
+from torchord.coordinator.client.batch_prefetch import Prefetcher
+from torchord.coordinator.runtime.services import RunContext
+from torchord.coordinator.spec.plan import Plan
 
 SLOW = 1.0  # seconds: worth reading ahead
 
@@ -82,8 +83,8 @@ def test_a_batch_is_handed_out_once_and_for_its_place_only() -> None:
 
 
 def test_the_bits_are_those_of_reading_it_later() -> None:
-    from coordinator.determinism import pinned
-    from coordinator.gradient import read_batch
+    from torchord.coordinator.compute.determinism import pinned
+    from torchord.coordinator.compute.gradient import read_batch
 
     one = Watched()
     one.idle(4, 1)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cache import process
-from cache.workers import new_info
 from tests.support.waiting import wait_until
+from torchord.cache.ledger import process
+from torchord.cache.ledger.workers import new_info
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 
@@ -59,7 +59,7 @@ def test_nothing_is_known_of_a_process_that_does_not_say_since_when() -> None:
 def test_a_process_that_is_hidden_has_not_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The mount option `hidepid` hides the processes of other users, or what is in their folders."""
     where, began = process.place(), process.started(os.getpid())
-    monkeypatch.setattr("cache.process._PROC", tmp_path)
+    monkeypatch.setattr("torchord.cache.ledger.process._PROC", tmp_path)
     assert not process.ended(where, os.getpid(), began)
     (tmp_path / str(os.getpid())).mkdir()
     (tmp_path / str(os.getpid()) / "stat").write_text("")

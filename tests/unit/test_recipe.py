@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cache.errors import NotAllowed, RecipeError
-from coordinator.admission import START_DIRECTORY, torch_admits
-from coordinator.recipe import Recipe, Target, fingerprint, modules_of, resolve, skewed
 from tests.support import models
+from torchord.cache.errors import NotAllowed, RecipeError
+from torchord.coordinator.spec.admission import START_DIRECTORY, torch_admits
+from torchord.coordinator.spec.recipe import Recipe, Target, fingerprint, modules_of, resolve, skewed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -181,7 +181,7 @@ def test_a_script_cannot_submit_its_own_definitions(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import torch\n"
-        "from coordinator.recipe import Recipe\n"
+        "from torchord.coordinator.spec.recipe import Recipe\n"
         "class Net(torch.nn.Linear): pass\n"
         "Recipe(model=Net, dataset='a:b', loss='a:b', optimizer=torch.optim.SGD).to_spec()\n"
     )
@@ -530,10 +530,10 @@ def test_a_worker_elsewhere_finds_its_own_project(tmp_path: Path) -> None:
     """From another process, started in a directory of its own: what a worker does."""
     shutil.copy(REPOSITORY / "tests/support/attackable.py", tmp_path / "my_models.py")
     script = (
-        "from coordinator.recipe import resolve\n"
+        "from torchord.coordinator.spec.recipe import resolve\n"
         f"spec = {spec_of(model=entry('my_models:fine'))!r}\n"
         "print(resolve(spec, allowed=None).model())\n"
-        f"spec = {spec_of(model=entry('coordinator.recipe:resolve'))!r}\n"
+        f"spec = {spec_of(model=entry('torchord.coordinator.spec.recipe:resolve'))!r}\n"
         "resolve(spec, allowed=None)\n"
     )
     ended = subprocess.run(

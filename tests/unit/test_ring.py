@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import InvalidInput
-from cache.ring import Ring
+from torchord.cache.blobs.ring import Ring
+from torchord.cache.errors import InvalidInput
 
 KEYS = [f"torchord:blob:run:parameters:{i // 100}:{i % 100}" for i in range(10_000)]
 
@@ -60,7 +60,7 @@ def test_the_order_is_a_permutation_that_begins_with_the_owner(names, key):
 
 def test_every_process_draws_the_same_ring():
     script = (
-        "from cache.ring import Ring\n"
+        "from torchord.cache.blobs.ring import Ring\n"
         "print([Ring({'a': 1, 'b': 1, 'c': 1}).owner(f'k{i}') for i in range(50)])"
     )
     seen = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.scale_cache import Costs, Fleet, levels, memory, phases, traffic
-from coordinator.fan_in import FanIn
+from torchord.coordinator.spec.sum_tree import FanIn
 
 
 @pytest.mark.parametrize("shards", [1, 8, 9, 64, 65, 1000])

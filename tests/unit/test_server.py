@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.server import TrainingServer
+from torchord.coordinator.server.server import TrainingServer
 
 
 class Server(TrainingServer):

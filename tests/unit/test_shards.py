@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import InvalidInput
-from coordinator.config import TrainingConfig
-from coordinator.shards import Plan, derive_seed, epoch_order
+from torchord.cache.errors import InvalidInput
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan, derive_seed, epoch_order
 
 plans = st.builds(
     lambda size, batch, shards, epochs: Plan(

@@ -5,19 +5,19 @@ from functools import partial
 import pytest
 import torch
 
-from cache.chunks import MemoryChunkStore
-from cache.errors import ChunkMissing, InvalidInput
-from cache.gradients import GradientStore
-from cache.memory import MemoryLedger, MemoryPlane
-from cache.records import SlotRecord
-from cache.tiered import TieredStore
-from coordinator.aggregate import Accumulator
-from coordinator.config import TrainingConfig
-from coordinator.fan_in import FanIn
-from coordinator.optimize import Trainer
-from coordinator.step_sum import StepSum
 from tests.support import models
 from tests.support.inprocess import resolved, same
+from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.errors import ChunkMissing, InvalidInput
+from torchord.cache.ledger.records import SlotRecord
+from torchord.cache.stores.gradients import GradientStore
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.coordinator.compute.sums import Accumulator
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.server.step_sum import StepSum
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.sum_tree import FanIn
 
 SIZES = [3, 1, 4]
 WIDE = partial(models.Mlp, hidden=512)  # too large to travel inside a slot's record

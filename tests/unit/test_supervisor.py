@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from cache import keys
-from cache.errors import CheckpointError, RunNotFound
-from cache.ledger import BACKUP_FACTOR, BACKUP_LOST_SECONDS, Ledger
-from cache.memory import MemoryLedger, MemoryPlane, MemoryRegistry
-from cache.records import GENESIS
-from cache.workers import WorkerInfo
-from coordinator import activity
-from coordinator.config import TrainingConfig
-from coordinator.shard_watch import ASTRAY_SECONDS
-from coordinator.supervisor import POLL_SECONDS, Supervisor
-from coordinator.supervisor_memory import IDLE_SECONDS, UNSEEN_SECONDS
-from coordinator.task_names import GRADIENTS, UPDATES
 from tests.support.control import entry, record, slot, worker
 from tests.support.waiting import wait_until
+from torchord.cache import keys
+from torchord.cache.errors import CheckpointError, RunNotFound
+from torchord.cache.ledger.ledger import BACKUP_FACTOR, BACKUP_LOST_SECONDS, Ledger
+from torchord.cache.ledger.records import GENESIS
+from torchord.cache.ledger.workers import WorkerInfo
+from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.runtime import activity
+from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, UNSEEN_SECONDS
+from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS
+from torchord.coordinator.server.supervisor.supervisor import POLL_SECONDS, Supervisor
+from torchord.coordinator.spec.config import TrainingConfig
 
 RUN = "run-1"
 CONFIG = TrainingConfig(batch_size=8, shards=4, max_attempts=3)  # 3 steps of 4 shards on 24 examples
@@ -365,7 +365,7 @@ def test_a_worker_that_died_beside_the_supervisor_is_not_waited_for(
     lab.begin(1, "w1")
     lab.registry.beat(replace(lab.living.pop("w0"), pid=1, started=2, place="here"))
     lab.registry.beat(replace(lab.living.pop("w1"), pid=1, started=2, place="elsewhere"))
-    monkeypatch.setattr("cache.process.ended", lambda place, pid, started: place == "here")
+    monkeypatch.setattr("torchord.cache.ledger.process.ended", lambda place, pid, started: place == "here")
     assert lab.rounds(POLL_SECONDS) == [("gradient", 0, 0)]
     assert lab.registry.worker("w0") is None and lab.registry.worker("w1") is not None
 
@@ -401,7 +401,7 @@ def test_a_server_that_died_beside_the_supervisor_is_replaced_at_once(
     lab.rounds(1)
     lab.registry.beat(replace(lab.living["s0"], pid=1, started=2, place="here"))
     successor(lab)
-    monkeypatch.setattr("cache.process.ended", lambda place, pid, started: place == "here")
+    monkeypatch.setattr("torchord.cache.ledger.process.ended", lambda place, pid, started: place == "here")
     assert lab.rounds(POLL_SECONDS) == [("advance", UPDATES)]
 
 
@@ -412,7 +412,7 @@ def test_a_supervisor_that_died_beside_another_is_followed_at_once(
     lab.registry.beat(replace(lab.living["s0"], pid=1, started=2, place="here"))
     lab.supervisor.worker = "s1"
     assert not lab.supervisor._elected(lab.registry)
-    monkeypatch.setattr("cache.process.ended", lambda place, pid, started: place == "here")
+    monkeypatch.setattr("torchord.cache.ledger.process.ended", lambda place, pid, started: place == "here")
     assert lab.supervisor._elected(lab.registry)
     assert lab.registry.supervisor() == "s1"
 
@@ -525,7 +525,10 @@ def test_after_an_outage_nobody_is_taken_for_dead_at_once(lab: Laboratory) -> No
 
 def test_a_run_that_redis_lost_is_created_again(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
     recreated: list[str] = []
-    monkeypatch.setattr("coordinator.supervisor.recreate", lambda services, run: recreated.append(run) or 0)
+    monkeypatch.setattr(
+        "torchord.coordinator.server.supervisor.supervisor.recreate",
+        lambda services, run: recreated.append(run) or 0,
+    )
     lab.queued()
     lab.rounds(1)
     lab.plane.delete(*lab.plane.names())
@@ -541,7 +544,7 @@ def test_a_run_that_cannot_be_created_again_is_let_go(
     def recreate(services: object, run: str) -> int:
         raise CheckpointError("no checkpoint here")
 
-    monkeypatch.setattr("coordinator.supervisor.recreate", recreate)
+    monkeypatch.setattr("torchord.coordinator.server.supervisor.supervisor.recreate", recreate)
     lab.queued()
     lab.rounds(1)
     lab.plane.delete(*lab.plane.names())
@@ -553,7 +556,9 @@ def test_a_run_that_cannot_be_created_again_is_let_go(
 def test_a_run_that_a_person_deleted_is_not_created_again(
     lab: Laboratory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.supervisor.recreate", lambda services, run: pytest.fail(run))
+    monkeypatch.setattr(
+        "torchord.coordinator.server.supervisor.supervisor.recreate", lambda services, run: pytest.fail(run)
+    )
     lab.queued()
     lab.rounds(1)
     lab.plane.delete(*[name for name in lab.plane.names() if RUN in name])

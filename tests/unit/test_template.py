@@ -11,9 +11,9 @@ import pytest
 import redis
 from celery import Celery
 
-from coordinator import task_names
-from coordinator.step import Sender, nameless_exchange
-from coordinator.template import StepTemplate
+from torchord.coordinator.messages import task_names
+from torchord.coordinator.messages.sender import Sender, nameless_exchange
+from torchord.coordinator.messages.templates import StepTemplate
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 RUN = "a-run"

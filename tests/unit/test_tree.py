@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cache.errors import CheckpointError
-from coordinator.tree import flatten, unflatten
 from tests.support.inprocess import same
+from torchord.cache.errors import CheckpointError
+from torchord.cache.tensors.tree import flatten, unflatten
 
 leaves = st.one_of(
     st.none(),

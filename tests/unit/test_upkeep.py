@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.upkeep import Upkeep
-from coordinator.warm import NEVER, WarmRun
+from torchord.coordinator.server.upkeep import Upkeep
+from torchord.coordinator.server.warm_run import NEVER, WarmRun
 
 
 class Parameters:

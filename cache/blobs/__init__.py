@@ -1,0 +1,1 @@
+"""Large bytes by reference: chunk store, ring, host tier, uploads, reading ahead."""

@@ -1,0 +1,174 @@
+"""The reference to a blob: small, JSON-able, and enough to find its chunks and to check them."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import xxhash
+
+from torchord.cache.errors import ChunkCorrupt, InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRef:
+    """Where a blob is and what it contains.
+
+    Attributes:
+        key: prefix of its chunks; chunk i is stored under `<key>:<i>`.
+        nbytes: length in bytes.
+        chunk_nbytes: length of each chunk but the last.
+        checksums: xxh3_64 of each chunk, 16 hexadecimal digits each.
+        data: the bytes themselves in base64, for a small blob that travels in its reference and is
+            stored nowhere else; "" for all others.
+        local: whether it was shown to one host alone, and the chunk store has nothing of it.
+    """
+
+    key: str
+    nbytes: int
+    chunk_nbytes: int
+    checksums: tuple[str, ...]
+    data: str = ""
+    local: bool = False
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that depend on the content (and chunk size), not on the key."""
+        text = f"{self.nbytes}:{self.chunk_nbytes}:{''.join(self.checksums)}"
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    def chunk_keys(self) -> Iterable[str]:
+        """The key of each chunk that is stored, in order."""
+        return () if self.data else (f"{self.key}:{i}" for i in range(len(self.checksums)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the reference as a dict of strings and integers."""
+        fields: dict[str, Any] = {
+            "key": self.key,
+            "nbytes": self.nbytes,
+            "chunk_nbytes": self.chunk_nbytes,
+            "checksums": "".join(self.checksums),
+        }
+        if self.data:
+            fields["data"] = self.data
+        if self.local:
+            fields["local"] = True
+        return fields
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BlobRef:
+        """Rebuild a reference that `to_json` produced, trusting nothing in it.
+
+        Raises:
+            InvalidInput: a field is missing, of the wrong type or at odds with the others.
+        """
+        try:
+            joined = str(value["checksums"])
+            ref = cls(
+                str(value["key"]),
+                int(value["nbytes"]),
+                int(value["chunk_nbytes"]),
+                tuple(joined[i : i + 16] for i in range(0, len(joined), 16)),
+                str(value.get("data", "")),
+                value.get("local") is True,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"this is not a blob reference ({error!r})") from error
+        if (
+            ref.nbytes < 0
+            or ref.chunk_nbytes <= 0
+            or len(joined) != 16 * chunk_count(ref.nbytes, ref.chunk_nbytes)
+        ):
+            raise InvalidInput(
+                f"blob {ref.key!r}: {len(joined) // 16} checksums do not fit {ref.nbytes} bytes"
+            )
+        return ref
+
+    def require_length(self, buffer: Tensor | memoryview) -> None:
+        """Refuse memory of another length than the blob's.
+
+        Raises:
+            InvalidInput: names both lengths.
+        """
+        if buffer.nbytes != self.nbytes:
+            raise InvalidInput(f"blob {self.key!r} has {self.nbytes} bytes, the buffer {buffer.nbytes}")
+
+
+def inlined(key: str, view: memoryview, chunk_nbytes: int) -> BlobRef:
+    """The reference to a small blob that carries its bytes itself.
+
+    Args:
+        view: at least one byte, at most `chunk_nbytes`.
+    """
+    sums = checksums(split(view, chunk_nbytes))
+    return BlobRef(key, len(view), chunk_nbytes, sums, b64encode(view).decode())
+
+
+def unpacked(ref: BlobRef) -> bytes:
+    """The bytes that a reference carries.
+
+    Raises:
+        ChunkCorrupt: they are not what was written.
+    """
+    try:
+        data = b64decode(ref.data, validate=True)
+    except ValueError as error:
+        raise ChunkCorrupt(f"blob {ref.key} is not what was written: {error}") from error
+    if len(data) != ref.nbytes or checksums(split(memoryview(data), ref.chunk_nbytes)) != ref.checksums:
+        raise ChunkCorrupt(f"blob {ref.key}, inside its reference, is not what was written")
+    return data
+
+
+class Parts(Protocol):
+    """Memory of each of some chunks, by number: a list, or a `Cut`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> memoryview: ...
+
+
+class Cut:
+    """A buffer's chunks, each cut when it is asked for.
+
+    The few calls into torch that find out where a tensor's memory is take as long, right after a large
+    transfer, as 50 KB on their way: a reader sends its request first.
+
+    Args:
+        look: the buffer's memory, at least one byte; called once.
+        total_nbytes: its length.
+        nbytes: length of each chunk but the last.
+    """
+
+    def __init__(self, look: Callable[[], memoryview], total_nbytes: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._look = look
+        self._total_nbytes = total_nbytes
+        self._view: memoryview | None = None
+
+    def __len__(self) -> int:
+        return chunk_count(self._total_nbytes, self.nbytes)
+
+    def __getitem__(self, index: int, /) -> memoryview:
+        if self._view is None:
+            self._view = self._look()
+        return self._view[index * self.nbytes : (index + 1) * self.nbytes]
+
+
+def chunk_count(nbytes: int, chunk_nbytes: int) -> int:
+    """How many chunks so many bytes make."""
+    return -(-nbytes // chunk_nbytes)
+
+
+def split(view: memoryview, nbytes: int) -> list[memoryview]:
+    """Cut a view into views of `nbytes` bytes, the last one shorter."""
+    return [view[start : start + nbytes] for start in range(0, len(view), nbytes)]
+
+
+def checksums(parts: Iterable[memoryview]) -> tuple[str, ...]:
+    """xxh3_64 of each chunk, 16 hexadecimal digits."""
+    return tuple(xxhash.xxh3_64_hexdigest(part) for part in parts)

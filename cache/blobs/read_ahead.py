@@ -1,0 +1,200 @@
+"""What is told of a blob that is on its way: enough to read what there is of it, and to promise nothing.
+
+A *notice* names the chunks of a blob that are stored so far. Whoever reads them early keeps them to himself
+until the ledger names a blob with the same checksums; a notice that is lost, late or of an attempt that came
+to nothing costs time only.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchord.cache.blobs.blob import BlobRef, chunk_count
+from torchord.cache.blobs.chunk_store import Chunks
+from torchord.cache.errors import InvalidInput
+from torchord.cache.tensors.codec import as_bytes
+
+_DIGITS = 16
+_NOT_YET = "-" * _DIGITS
+_AT_ONCE_NBYTES = 2 << 20  # what is read before somebody who waits for the blob has his turn
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A blob that is on its way.
+
+    Attributes:
+        number: the step or version that it is for.
+        key: prefix of its chunks.
+        nbytes: its length in bytes, or a little more where that is not known yet.
+        chunk_nbytes: length of each chunk but the last.
+        checksums: of each chunk, xxh3_64 as 16 hexadecimal digits; "" where it is not known yet.
+        stored: bit i is set if chunk i is stored; its checksum is known then.
+    """
+
+    number: int
+    key: str
+    nbytes: int
+    chunk_nbytes: int
+    checksums: tuple[str, ...]
+    stored: int
+
+    @classmethod
+    def of(cls, number: int, key: str, nbytes: int, chunk_nbytes: int, sums: Mapping[int, str]) -> Notice:
+        """The notice of a blob of which some chunks are known, and stored."""
+        count = chunk_count(nbytes, chunk_nbytes)
+        known = tuple(sums.get(i, "") for i in range(count))
+        return cls(number, key, nbytes, chunk_nbytes, known, _bits(i for i in sums if i < count))
+
+    @classmethod
+    def all_of(cls, number: int, ref: BlobRef, stored: Iterable[int] | None = None) -> Notice:
+        """The notice of a blob that is known whole.
+
+        Args:
+            stored: which chunks are stored; None: all.
+        """
+        numbers = range(len(ref.checksums)) if stored is None else stored
+        return cls(number, ref.key, ref.nbytes, ref.chunk_nbytes, ref.checksums, _bits(numbers))
+
+    @property
+    def ref(self) -> BlobRef | None:
+        """The reference of the blob, None while that is not known."""
+        if not all(self.checksums):
+            return None
+        return BlobRef(self.key, self.nbytes, self.chunk_nbytes, self.checksums)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is stored."""
+        return self.stored == (1 << len(self.checksums)) - 1
+
+    def to_json(self) -> str:
+        """Return the notice as text."""
+        sums = "".join(checksum or _NOT_YET for checksum in self.checksums)
+        return json.dumps([self.number, self.key, self.nbytes, self.chunk_nbytes, sums, f"{self.stored:x}"])
+
+    @classmethod
+    def from_json(cls, text: str) -> Notice:
+        """Rebuild a notice that `to_json` produced, trusting nothing in it.
+
+        Raises:
+            InvalidInput: it is none.
+        """
+        try:
+            number, key, nbytes, chunk_nbytes, joined, stored = json.loads(text)
+            sums = [str(joined)[i : i + _DIGITS] for i in range(0, len(joined), _DIGITS)]
+            found = tuple("" if checksum == _NOT_YET else checksum for checksum in sums)
+            bits = int(stored, 16)
+            made = cls(int(number), str(key), int(nbytes), int(chunk_nbytes), found, bits)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"this is not a notice of a blob ({error!r})") from error
+        if made.nbytes < 0 or made.chunk_nbytes < 1:
+            raise InvalidInput(f"a blob of {made.nbytes} bytes in chunks of {made.chunk_nbytes}")
+        if len(found) != chunk_count(made.nbytes, made.chunk_nbytes):
+            raise InvalidInput(f"{len(found)} checksums do not fit {made.nbytes} bytes")
+        if not 0 <= bits < 1 << len(found) or not all(each for i, each in enumerate(found) if bits >> i & 1):
+            raise InvalidInput("a chunk is said to be stored that there is not")
+        return made
+
+
+class Ahead:
+    """What of a blob was read before its reference was known. Threads may share one.
+
+    Args:
+        chunks: where it is read from.
+        nbytes: at most so long.
+        chunk_nbytes: length of its chunks.
+        view: memory to read into; None: memory of its own.
+    """
+
+    def __init__(
+        self, chunks: Chunks, nbytes: int, chunk_nbytes: int, view: memoryview | None = None
+    ) -> None:
+        self.nbytes = nbytes
+        self.chunk_nbytes = chunk_nbytes
+        self._chunks = chunks
+        self._buffer = torch.empty(nbytes if view is None else 0, dtype=torch.uint8)
+        self._view = as_bytes(self._buffer) if view is None else view
+        self._sums: dict[int, str] = {}  # of the chunks that are in the buffer
+        self._wanted = threading.Event()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def into(cls, chunks: Chunks, ref: BlobRef, view: memoryview) -> Ahead:
+        """For a blob whose reference is known, and which `follow` therefore reads to its end."""
+        return cls(chunks, ref.nbytes, ref.chunk_nbytes, view)
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that are here."""
+        return len(self._sums) * self.chunk_nbytes
+
+    def follow(self, notice: Notice) -> bool:
+        """Read chunks that a notice names and that are not here; False if there were none.
+
+        Raises:
+            CacheError: that failed.
+        """
+        if notice.nbytes > self.nbytes or notice.chunk_nbytes != self.chunk_nbytes:
+            return False
+        exact = notice.nbytes == self.nbytes and notice.ref is not None
+        # Else the last one may turn out to be shorter.
+        whole = len(notice.checksums) if exact else notice.nbytes // self.chunk_nbytes
+        sums = {i: each for i, each in enumerate(notice.checksums[:whole]) if notice.stored >> i & 1}
+        new = [i for i, each in sums.items() if self._sums.get(i) != each]
+        most = max(1, _AT_ONCE_NBYTES // self.chunk_nbytes)
+        for first in range(0, len(new), most):
+            with self._lock:
+                if self._wanted.is_set():
+                    return False
+                self._read(notice.key, self.nbytes, {i: sums[i] for i in new[first : first + most]})
+        return bool(new)
+
+    def complete(self, ref: BlobRef) -> Tensor | None:
+        """The blob, once its reference is known: what is not here, or differs, is read now.
+
+        Returns:
+            uint8, 1-D, `ref.nbytes` long; None if this is of no use for it.
+
+        Raises:
+            ChunkMissing, ChunkCorrupt, CacheUnreachable: as the chunk store says.
+        """
+        self._wanted.set()
+        if ref.nbytes > self.nbytes or ref.chunk_nbytes != self.chunk_nbytes or ref.data:
+            return None
+        with self._lock:
+            whole = ref.nbytes // self.chunk_nbytes
+            if ref.nbytes != self.nbytes:
+                self._sums = {i: each for i, each in self._sums.items() if i < whole}
+            missing = {i: each for i, each in enumerate(ref.checksums) if self._sums.get(i) != each}
+            if missing:
+                self._read(ref.key, ref.nbytes, missing)
+            return self._buffer[: ref.nbytes]
+
+    def _read(self, key: str, nbytes: int, sums: Mapping[int, str]) -> None:
+        for i in sums:
+            self._sums.pop(i, None)
+        self._chunks.read_parts(key, self._view[:nbytes], sums)
+        self._sums.update(sums)
+
+
+def _bits(numbers: Iterable[int]) -> int:
+    return sum(1 << number for number in numbers)
+
+
+def notices(texts: Iterable[tuple[str, str | None]]) -> dict[str, Notice]:
+    """What can be read of (name, text of a notice)."""
+    found = {}
+    for name, text in texts:
+        if text:
+            try:
+                found[name] = Notice.from_json(text)
+            except InvalidInput:
+                continue
+    return found

@@ -1,0 +1,1 @@
+"""The dataset store: library, reader, writer, samples, places, content, chunk cache."""

@@ -1,0 +1,499 @@
+"""What the control plane stores, as frozen values with a JSON form.
+
+A record holds references and small numbers, never tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchord.cache.blobs.blob import BlobRef
+
+GENESIS = "0" * 32
+
+
+def life(incarnation: str) -> str:
+    """The part of an incarnation that all its revisions share: names what outlives a correction."""
+    return revision(incarnation).partition(".")[0]
+
+
+def revision(incarnation: str) -> str:
+    """The part of an incarnation that a switch of the config leaves alone: slots are computed for it."""
+    return incarnation.partition("+")[0]
+
+
+def revised(incarnation: str) -> str:
+    """The incarnation's next revision, after its recipe's code was corrected.
+
+    Example:
+        >>> revised("5e1f"), revised("5e1f.1+3")
+        ('5e1f.1', '5e1f.2+3')
+    """
+    before, plus, switches = incarnation.partition("+")
+    name, _, number = before.partition(".")
+    return f"{name}.{int(number or 0) + 1}{plus}{switches}"
+
+
+def switched(incarnation: str) -> str:
+    """The incarnation after one more live switch of the config.
+
+    Example:
+        >>> switched("5e1f"), switched("5e1f.1+3")
+        ('5e1f+1', '5e1f.1+4')
+    """
+    before, _, switches = incarnation.partition("+")
+    return f"{before}+{int(switches or 0) + 1}"
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReceipt:
+    """What the ledger keeps of a slot after its bytes are gone."""
+
+    shard: int
+    digest: str
+    examples: int
+    loss: float
+    worker: str
+    attempt: int
+    seconds: float
+    nbytes: int
+    environment: str = ""
+    fetched: str = "process"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form (`dataclasses.asdict` costs ten times as much, and there may be hundreds)."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class SumRecord:
+    """What belongs to a partial sum beside its tensors.
+
+    Attributes:
+        receipts: of the shards in it, in slot order.
+        sums: of the partial sums that it was made from, in slot order; its own is not among them.
+        nonfinite: the shards whose loss or gradient was NaN or infinite.
+        notes: what its tensors stand for (torchord.coordinator.compute.partial).
+    """
+
+    receipts: tuple[SlotReceipt, ...]
+    sums: tuple[SlotReceipt, ...] = ()
+    nonfinite: tuple[int, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form."""
+        return {
+            "receipts": [receipt.as_dict() for receipt in self.receipts],
+            "sums": [receipt.as_dict() for receipt in self.sums],
+            "nonfinite": list(self.nonfinite),
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SumRecord:
+        """The inverse of `as_dict`."""
+        return cls(
+            receipts=tuple(SlotReceipt(**receipt) for receipt in fields["receipts"]),
+            sums=tuple(SlotReceipt(**receipt) for receipt in fields["sums"]),
+            nonfinite=tuple(fields["nonfinite"]),
+            notes=fields["notes"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """One written slot: a shard's gradient, or a partial sum.
+
+    Attributes:
+        shard: number of the shard in its global step; partial sums are numbered on from the last shard.
+        digest: checksum of the stored bytes (gradients, then changed buffers).
+        nonce: which attempt wrote it; names its chunks.
+        blob: where the bytes are.
+        manifest: layout of the bytes (torchord.cache.tensors.codec.Manifest as JSON).
+        buffers: names in the manifest that are buffers, not gradients.
+        examples: how many examples the shard held.
+        loss: mean loss over the shard.
+        grad_norm: L2 norm of the shard's gradient.
+        worker: id of the worker process that computed it.
+        attempt: 1 for the first try of this shard.
+        seconds: compute time of the shard.
+        environment: what could change bits: torch version, device, threads, CPU capability.
+        compression: how the gradients are encoded (`TrainingConfig.compression`).
+        state: what the slot keeps for its next step, None if nothing.
+        fetched: which tier the worker had the parameters from: "process", "delta" (added to the version
+            that it held), "host" or "store".
+        total: of a partial sum, what it sums up; None for a gradient.
+    """
+
+    shard: int
+    digest: str
+    nonce: str
+    blob: BlobRef
+    manifest: dict[str, Any]
+    buffers: tuple[str, ...]
+    examples: int
+    loss: float
+    grad_norm: float
+    worker: str
+    attempt: int
+    seconds: float
+    environment: str = ""
+    compression: str = "none"
+    state: StateRecord | None = None
+    fetched: str = "process"
+    total: SumRecord | None = None
+
+    def to_json(self) -> str:
+        """Text for the slots hash."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["blob"] = self.blob.to_json()
+        fields["buffers"] = list(self.buffers)
+        fields["state"] = None if self.state is None else self.state.as_dict()
+        fields["total"] = None if self.total is None else self.total.as_dict()
+        return json.dumps(fields, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> SlotRecord:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        fields["blob"] = BlobRef.from_json(fields["blob"])
+        fields["buffers"] = tuple(fields["buffers"])
+        fields["state"] = None if fields["state"] is None else StateRecord.from_dict(fields["state"])
+        fields["total"] = SumRecord.from_dict(fields["total"]) if fields.get("total") else None
+        return cls(**fields)
+
+    def receipt(self) -> SlotReceipt:
+        """What the ledger keeps of it."""
+        return SlotReceipt(
+            shard=self.shard,
+            digest=self.digest,
+            examples=self.examples,
+            loss=self.loss,
+            worker=self.worker,
+            attempt=self.attempt,
+            seconds=self.seconds,
+            nbytes=self.blob.nbytes,
+            environment=self.environment,
+            fetched=self.fetched,
+        )
+
+    def blobs(self) -> list[BlobRef]:
+        """All bytes that the slot points to."""
+        return [self.blob] if self.state is None else [self.blob, *self.state.blobs()]
+
+
+@dataclass(frozen=True, slots=True)
+class StateRecord:
+    """A stored tree (of the optimizer's state, or of a slot's): its skeleton and its tensors."""
+
+    skeleton: Any
+    manifest: dict[str, Any]
+    blob: BlobRef | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form."""
+        blob = None if self.blob is None else self.blob.to_json()
+        return {"skeleton": self.skeleton, "manifest": self.manifest, "blob": blob}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> StateRecord:
+        """The inverse of `as_dict`."""
+        blob = fields["blob"]
+        return cls(fields["skeleton"], fields["manifest"], None if blob is None else BlobRef.from_json(blob))
+
+    def blobs(self) -> list[BlobRef]:
+        """The bytes that the tree's tensors are in."""
+        return [] if self.blob is None else [self.blob]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRecord:
+    """How a version follows from the one before, in fewer bytes than the version has.
+
+    Attributes:
+        base: digest of the parameters of the version before.
+        compression: how the difference is encoded (`TrainingConfig.parameter_compression`).
+        manifest: layout of the bytes (torchord.cache.tensors.codec.Manifest as JSON).
+        buffers: names in the manifest that are buffers, which travel whole.
+        blob: where the bytes are.
+    """
+
+    base: str
+    compression: str
+    manifest: dict[str, Any]
+    buffers: tuple[str, ...]
+    blob: BlobRef
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {**fields, "buffers": list(self.buffers), "blob": self.blob.to_json()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> DeltaRecord:
+        """The inverse of `as_dict`."""
+        blob = BlobRef.from_json(fields["blob"])
+        return cls(**{**fields, "buffers": tuple(fields["buffers"]), "blob": blob})
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """Where the parameters of one version are, and what else belongs to it.
+
+    Attributes:
+        version: its number.
+        digest: of the parameters' bytes.
+        blob: where they are.
+        chain: ledger chain of the version.
+        state: optimizer state, if it was published.
+        slots: shard -> slot state after the step that made this version.
+        delta: how it follows from the version before, if parameters are compressed.
+    """
+
+    version: int
+    digest: str
+    blob: BlobRef
+    chain: str
+    state: StateRecord | None = None
+    slots: dict[int, StateRecord] = field(default_factory=dict)
+    delta: DeltaRecord | None = None
+
+    def own_blobs(self) -> list[BlobRef]:
+        """The bytes of the parameters themselves: whole, and as a delta."""
+        return [self.blob] if self.delta is None else [self.blob, self.delta.blob]
+
+    def blobs(self) -> list[BlobRef]:
+        """All bytes that the record points to; slot states may be other versions' too."""
+        states = [*([] if self.state is None else [self.state]), *self.slots.values()]
+        return [*self.own_blobs(), *(blob for state in states for blob in state.blobs())]
+
+    def to_json(self) -> str:
+        """Text for the versions hash."""
+        return json.dumps(
+            {
+                "version": self.version,
+                "digest": self.digest,
+                "blob": self.blob.to_json(),
+                "chain": self.chain,
+                "state": None if self.state is None else self.state.as_dict(),
+                "slots": {str(shard): state.as_dict() for shard, state in self.slots.items()},
+                **({} if self.delta is None else {"delta": self.delta.as_dict()}),
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> VersionRecord:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        state = fields["state"]
+        return cls(
+            version=fields["version"],
+            digest=fields["digest"],
+            blob=BlobRef.from_json(fields["blob"]),
+            chain=fields["chain"],
+            state=None if state is None else StateRecord.from_dict(state),
+            slots={int(shard): StateRecord.from_dict(value) for shard, value in fields["slots"].items()},
+            delta=DeltaRecord.from_dict(fields["delta"]) if "delta" in fields else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One committed global step.
+
+    `chain` covers what a replay must meet again (the slots' bytes, the resulting parameters and
+    the entry before); `seal` covers every field of the entry, so that an altered one is found.
+
+    Attributes:
+        version: the version that the step made; it started from `version - 1`.
+        slots: what each shard contributed, in slot order.
+        parameters: digest of the version's parameter bytes.
+        loss: count-weighted mean loss of the step.
+        grad_norm: L2 norm of the averaged gradient before clipping.
+        examples: examples in the step.
+        seconds: from the previous commit to this one.
+        committed_at: Unix time (s) by the server's clock.
+        token: fencing token of the server that committed.
+        server: its worker id.
+        skipped: the update was left out because of a NaN or Inf.
+        lr: learning rate of each parameter group that the update used.
+        previous: chain of the entry before.
+    """
+
+    version: int
+    slots: tuple[SlotReceipt, ...]
+    parameters: str
+    loss: float
+    grad_norm: float
+    examples: int
+    seconds: float
+    committed_at: float
+    token: int
+    server: str
+    skipped: bool
+    lr: tuple[float, ...]
+    previous: str
+    chain: str = ""
+    seal: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def computed_chain(self) -> str:
+        """The chain value that follows from the entry's own contents."""
+        essence = [
+            self.previous,
+            self.version,
+            [[slot.shard, slot.digest, slot.examples] for slot in self.slots],
+            self.parameters,
+            self.skipped,
+        ]
+        return hashlib.blake2b(canonical(essence).encode(), digest_size=16).hexdigest()
+
+    def computed_seal(self) -> str:
+        """A checksum over every field but `seal`."""
+        fields = self._plain()
+        fields.pop("seal")
+        return hashlib.blake2b(canonical(fields).encode(), digest_size=16).hexdigest()
+
+    def sealed(self) -> LedgerEntry:
+        """The entry with `chain` and `seal` filled in."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["chain"] = self.computed_chain()
+        fields["seal"] = LedgerEntry(**fields).computed_seal()
+        return LedgerEntry(**fields)
+
+    def to_json(self) -> str:
+        """Text for the ledger hash and its segments on disk."""
+        return json.dumps(self._plain(), separators=(",", ":"))
+
+    def _plain(self) -> dict[str, Any]:
+        """The fields as JSON has them; `dataclasses.asdict` takes three times as long."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["slots"] = [slot.as_dict() for slot in self.slots]
+        return fields
+
+    @classmethod
+    def from_json(cls, text: str) -> LedgerEntry:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        fields["slots"] = tuple(SlotReceipt(**slot) for slot in fields["slots"])
+        fields["lr"] = tuple(fields["lr"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The state of a run, as one read of its head gives it.
+
+    Attributes:
+        status: pending, running, paused, failed, cancelled or done.
+        version: number of committed global steps.
+        total_steps: global steps of the whole run; None before a server has seen the dataset.
+        token: the fencing token in force.
+        owner: worker id of the training server, "" if none.
+        queue: private queue of the owner's worker.
+        launched: the step whose chord was published, None if that is not recorded.
+        reached: the highest step that was ever launched, -1 before the first; a rollback leaves it.
+        environment: what of the first worker that computed could change bits, "" before that.
+        server_environment: the same of the first training server.
+        skew: "refuse" if a worker of another environment may not compute.
+        backups: shards that were sent to another worker as well, because their holder was slow.
+        shared: several processes of one node take turns as server.
+        error: why the run failed: {"message", "kind", ...}.
+    """
+
+    status: str
+    version: int
+    total_steps: int | None
+    dataset_size: int | None
+    dataset_digest: str
+    evaluation_size: int | None
+    incarnation: str
+    chain: str
+    token: int
+    owner: str
+    node: str
+    queue: str
+    launched: int | None
+    shared: bool
+    submitted_at: float
+    committed_at: float
+    duplicates: int
+    late: int
+    divergent: int
+    replayed: int
+    error: dict[str, Any] | None
+    reached: int = -1
+    environment: str = ""
+    server_environment: str = ""
+    skew: str = ""
+    backups: int = 0
+
+    @classmethod
+    def from_hash(cls, fields: dict[str, str]) -> Head:
+        """Read the head hash."""
+
+        def integer(name: str) -> int | None:
+            value = fields.get(name)
+            return int(value) if value else None
+
+        return cls(
+            status=fields["status"],
+            version=int(fields["version"]),
+            total_steps=integer("total_steps"),
+            dataset_size=integer("dataset_size"),
+            dataset_digest=fields.get("dataset_digest", ""),
+            evaluation_size=integer("evaluation_size"),
+            incarnation=fields["incarnation"],
+            chain=fields["chain"],
+            token=int(fields["token"]),
+            owner=fields.get("owner", ""),
+            node=fields.get("node", ""),
+            queue=fields.get("queue", ""),
+            launched=integer("launched"),
+            shared=fields.get("shared") == "1",
+            submitted_at=float(fields["submitted_at"]),
+            committed_at=float(fields["committed_at"]),
+            duplicates=integer("duplicates") or 0,
+            late=integer("late") or 0,
+            divergent=integer("divergent") or 0,
+            replayed=integer("replayed") or 0,
+            error=json.loads(fields["error"]) if fields.get("error") else None,
+            backups=integer("backups") or 0,
+            reached=int(fields.get("reached", -1)),
+            environment=fields.get("environment", ""),
+            server_environment=fields.get("server_environment", ""),
+            skew=fields.get("skew", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The messages of one step's chord, to be published in the transaction that makes it possible.
+
+    Attributes:
+        step: the step.
+        incarnation: what they were made for; under another one nothing is published.
+        size_key: where Celery keeps the chord's size.
+        size: how many tasks the chord has: these, and those that are published later.
+        size_ttl_seconds: lifetime of that.
+        queue: the list that is the broker's queue.
+        messages: one a shard.
+    """
+
+    step: int
+    incarnation: str
+    size_key: str
+    size: int
+    size_ttl_seconds: int
+    queue: str
+    messages: tuple[bytes, ...]

@@ -1,0 +1,321 @@
+"""The registry of living workers: a heartbeat key per process, renewed by a thread of its own.
+
+A worker whose key is gone is taken for dead: its shards are sent again. A worker that was only
+paused finds out by the verdicts of the scripts; nothing that it then sends is applied twice.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import cast
+
+import redis
+
+from torchord.cache import keys
+from torchord.cache.errors import CacheError
+from torchord.cache.ledger import process
+from torchord.cache.scripts import source
+from torchord.cache.servers.redis_client import translated
+
+log = logging.getLogger(__name__)
+
+_BEATS_PER_LEASE = 5
+_PACES_KEPT = 4  # runs
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker process says of itself.
+
+    Attributes:
+        id: unique for the life of the process.
+        node: Celery node name, as in `celery@host`; several processes of a prefork pool share it.
+        queues: the queues that its node consumes.
+        pid: process id on its host.
+        task: what it is doing now, "" when idle; of a process that runs several tasks at once, all
+            of them, joined by "; ".
+        since: Unix time (s) at which that last changed.
+        environment: what could change bits (torch version, device, CPU capability).
+        refuses: run -> why this process may not work on it.
+        pace: run -> seconds that it took for a shard of it, the lesser of the last two.
+        place: where its pid means something, and
+        started: since when it has that pid, so that a process beside it sees at once when it has ended
+            (see `torchord.cache.ledger.process`); "" and 0 if unknown.
+    """
+
+    id: str
+    node: str
+    host: str
+    pid: int
+    queues: tuple[str, ...]
+    task: str = ""
+    since: float = 0.0
+    environment: str = ""
+    refuses: dict[str, str] = field(default_factory=dict)
+    pace: dict[str, float] = field(default_factory=dict)
+    place: str = ""
+    started: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is known to have ended, whatever its lease says; asked on its machine."""
+        return process.ended(self.place, self.pid, self.started)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it is doing now, one by one."""
+        return tuple(self.task.split("; ")) if self.task else ()
+
+
+def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerInfo:
+    """Describe this process under a fresh id."""
+    host = socket.gethostname() or platform.node()
+    unique, pid = uuid.uuid4().hex[:8], os.getpid()
+    return WorkerInfo(
+        f"{node}/{pid}-{unique}",
+        node,
+        host,
+        pid,
+        tuple(queues),
+        environment=environment,
+        place=process.place(),
+        started=process.started(pid),
+    )
+
+
+def read(text: str) -> WorkerInfo:
+    """What a heartbeat says; what a newer release says beyond that is passed over."""
+    fields = json.loads(text)
+    fields["queues"] = tuple(fields["queues"])
+    return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
+
+
+class Registry:
+    """Reads and writes heartbeats.
+
+    Args:
+        client: connection to the control plane.
+        url: its URL, for messages.
+    """
+
+    def __init__(self, client: redis.Redis, url: str) -> None:
+        self.client = client
+        self.url = url
+
+    def beat(self, info: WorkerInfo) -> None:
+        """Renew one worker's lease."""
+        with translated(self.url, f"renew the lease of worker {info.id}"):
+            pipe = self.client.pipeline(transaction=False)
+            pipe.set(keys.worker(info.id), json.dumps(asdict(info)), px=keys.WORKER_LEASE_MS)
+            pipe.zadd(keys.WORKERS, {info.id: int(time.time() * 1000)})
+            pipe.expire(keys.WORKERS, keys.WORKER_INDEX_TTL_SECONDS)
+            pipe.execute()
+
+    def leave(self, info: WorkerInfo) -> None:
+        """End one worker's lease at once."""
+        with translated(self.url, f"end the lease of worker {info.id}"):
+            pipe = self.client.pipeline(transaction=False)
+            pipe.delete(keys.worker(info.id))
+            pipe.zrem(keys.WORKERS, info.id)
+            pipe.execute()
+
+    def alive(self) -> dict[str, WorkerInfo]:
+        """Every worker whose lease is in force, by id; forgets those long gone."""
+        with translated(self.url, "list the workers"):
+            ids = cast(list[str], self.client.zrange(keys.WORKERS, 0, -1))
+            if not ids:
+                return {}
+            texts = cast(list[str | None], self.client.mget([keys.worker(id) for id in ids]))
+            gone = [id for id, text in zip(ids, texts, strict=True) if text is None]
+            if gone:
+                stale = int(time.time() * 1000) - 60_000
+                self.client.zremrangebyscore(keys.WORKERS, "-inf", stale)
+        return {info.id: info for info in (read(text) for text in texts if text is not None)}
+
+    def worker(self, id: str) -> WorkerInfo | None:
+        """What a worker says of itself; None if its lease is not in force."""
+        with translated(self.url, f"ask for worker {id}"):
+            text = cast(str | None, self.client.get(keys.worker(id)))
+        return None if text is None else read(text)
+
+    def consumers(self, queue: str) -> list[WorkerInfo]:
+        """The living workers that consume `queue`."""
+        return [info for info in self.alive().values() if queue in info.queues]
+
+    # --- what the supervisor asks ---------------------------------------------------------
+
+    def elect(self, worker: str, *, dead: str = "") -> str:
+        """Take or renew the supervisor's lease.
+
+        Args:
+            dead: id of a holder that is known to have died; the lease is taken from it at once.
+
+        Returns:
+            The holder's id: `worker` while the lease is its own.
+        """
+        with translated(self.url, "elect a supervisor"):
+            script = self.client.register_script(source("elect"))
+            return cast(str, script(keys=[keys.SUPERVISOR], args=[worker, keys.SUPERVISOR_LEASE_MS, dead]))
+
+    def supervisor(self) -> str:
+        """Id of the process that holds the supervisor's lease, "" if none does."""
+        with translated(self.url, "ask for the supervisor"):
+            return cast(str, self.client.get(keys.SUPERVISOR) or "")
+
+    def step_down(self, worker: str) -> None:
+        """Give the supervisor's lease up, if `worker` holds it."""
+        with translated(self.url, "give the supervisor's lease up"):
+            if self.client.get(keys.SUPERVISOR) == worker:
+                self.client.delete(keys.SUPERVISOR)
+
+    def active_runs(self) -> list[str]:
+        """Names of the runs that are not at rest."""
+        with translated(self.url, "list the active runs"):
+            return sorted(cast(set[str], self.client.smembers(keys.ACTIVE)))
+
+    def forget_run(self, run: str) -> None:
+        """Take a run off the list of active ones, unless it has become active again."""
+        with translated(self.url, "forget a run"):
+            script = self.client.register_script(source("forget_run"))
+            script(keys=[keys.RunKeys(run).head, keys.ACTIVE], args=[run])
+
+    def queue_length(self, queue: str) -> int:
+        """Messages waiting in a Celery queue."""
+        with translated(self.url, f"measure queue {queue!r}"):
+            return self.client.llen(queue)
+
+    def expire_queue(self, queue: str) -> None:
+        """Give a dead worker's private queue a last TTL; every message in it is sent again anyway."""
+        with translated(self.url, f"expire queue {queue!r}"):
+            self.client.expire(queue, keys.WORK_TTL_SECONDS)
+
+    def queued(self, queue: str) -> list[dict[str, object]]:
+        """Arguments of the tasks that wait in a Celery queue.
+
+        Reads the oldest and newest thousand messages; each carries its arguments as text.
+        """
+        with translated(self.url, f"read queue {queue!r}"):
+            texts = cast(list[str], self.client.lrange(queue, -1000, -1))
+            if len(texts) == 1000:
+                texts += cast(list[str], self.client.lrange(queue, 0, 999))
+        found = []
+        for text in texts:
+            try:
+                arguments = ast.literal_eval(json.loads(text)["headers"]["kwargsrepr"])
+            except (ValueError, KeyError, SyntaxError, TypeError):
+                continue
+            if isinstance(arguments, dict):
+                found.append(arguments)
+        return found
+
+    def server_id(self) -> str:
+        """Which life of the server this is: another text after each of its starts."""
+        with translated(self.url, "ask the server who it is"):
+            return str(cast(dict[str, object], self.client.info("server")).get("run_id", ""))
+
+
+class Heartbeat:
+    """Renews one process's lease from a daemon thread until stopped.
+
+    Args:
+        registry: where to.
+        info: what to say; `doing` changes it.
+    """
+
+    def __init__(self, registry: Registry, info: WorkerInfo) -> None:
+        self.registry = registry
+        self._info = info
+        self._doing: dict[int, str] = {}
+        self._since = 0.0
+        self._worked: dict[str, tuple[float, ...]] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="torchord-heartbeat", daemon=True)
+
+    @property
+    def info(self) -> WorkerInfo:
+        """Who this process is; what it is at, and how fast, only the beats say."""
+        return self._info
+
+    def _said(self) -> WorkerInfo:
+        """What the next beat says: made for each beat, since a task changes it several times."""
+        with self._lock:
+            pace = {name: min(seconds) for name, seconds in self._worked.items() if seconds}
+            doing = "; ".join(self._doing.values())
+            return replace(self._info, task=doing, since=self._since, pace=pace)
+
+    def start(self) -> None:
+        """Beat once, now, then from the thread."""
+        try:
+            self.registry.beat(self._said())
+        except CacheError as error:
+            log.warning("heartbeat: %s", error)
+        self._thread.start()
+
+    def doing(self, task: str, environment: str | None = None) -> None:
+        """Say what the calling thread is at; "" when idle. Sent with the next beat."""
+        with self._lock:
+            if task:
+                self._doing[threading.get_ident()] = task
+            else:
+                self._doing.pop(threading.get_ident(), None)
+            self._since = time.time()
+            if environment:
+                self._info = replace(self._info, environment=environment)
+
+    def worked(self, run: str, seconds: float) -> None:
+        """Say what a shard of a run took here: who is idle can then tell how long this process will need.
+
+        The first one counts for nothing, since it loads the recipe and the data; and of two the lesser,
+        so that one hiccup makes nobody slow.
+        """
+        with self._lock:
+            if run not in self._worked:
+                self._worked[run] = ()
+                for oldest in list(self._worked)[:-_PACES_KEPT]:
+                    del self._worked[oldest]
+                return
+            self._worked[run] = (*self._worked[run][-1:], seconds)
+
+    def refuse(self, run: str, reason: str | None) -> bool:
+        """Say why this process may not work on a run; None takes it back.
+
+        Returns:
+            Whether that is news.
+        """
+        with self._lock:
+            if self._info.refuses.get(run) == reason:
+                return False
+            refuses = {name: why for name, why in self._info.refuses.items() if name != run}
+            if reason is not None:
+                refuses[run] = reason
+            self._info = replace(self._info, refuses=refuses)
+            return True
+
+    def stop(self) -> None:
+        """Stop beating and end the lease."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2.0)
+        try:
+            self.registry.leave(self._info)
+        except CacheError as error:
+            log.debug("heartbeat: %s", error)
+
+    def _run(self) -> None:
+        period = keys.WORKER_LEASE_MS / 1000 / _BEATS_PER_LEASE
+        while not self._stop.wait(period):
+            try:
+                self.registry.beat(self._said())
+            except CacheError as error:
+                log.warning("heartbeat: %s", error)

@@ -1,0 +1,1 @@
+"""Talking to Redis-compatible servers: addresses, connections, nodes, clusters, fast and plain client."""

@@ -1,0 +1,197 @@
+"""Connections to the control plane's Redis, and the border that redis-py's errors do not cross."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelManagedConnection
+
+from torchord.cache.errors import CacheError, CacheUnreachable
+from torchord.cache.servers.sentinel import SentinelUrl, is_sentinel
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+CLIENT_PATIENCE_SECONDS = 2.0
+WORKER_PATIENCE_SECONDS = 90.0
+_BACKOFF_CAP_SECONDS = 1.0
+
+
+def masked(url: str) -> str:
+    """The URL without its password, fit for a message or a log."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user = parts.username or ""
+    host = parts.hostname or ""
+    port = f":{parts.port}" if parts.port else ""
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}{port}"))
+
+
+def hint_of(error: Exception) -> str:
+    """What to do about an error of the server; "" if nothing is known. redis-py cuts the code OOM off."""
+    full = "maxmemory" in str(error) or "OOM" in str(error)
+    return " (it is full: raise its maxmemory, or let finished runs expire)" if full else ""
+
+
+@contextmanager
+def translated(url: str, what: str) -> Iterator[None]:
+    """Turn what redis-py raises inside the block into torchord's errors.
+
+    Args:
+        url: the server, for the message; its password is masked.
+        what: what was being done, as in "commit version 12 of run 'digits'".
+
+    Raises:
+        CacheUnreachable: the server does not answer.
+        CacheError: the server answered with an error.
+    """
+    where = masked(url)
+    try:
+        yield
+    except AuthenticationError as error:
+        raise CacheUnreachable(
+            f"cannot {what}: {where} refuses the user or password; give them in the URL, as in "
+            "redis://USER:PASSWORD@HOST:PORT/DB"
+        ) from error
+    except (ConnectionError, TimeoutError, BusyLoadingError) as error:
+        raise CacheUnreachable(
+            f"cannot {what}: no Redis answers at {where} ({error}); start one there, or set TORCHORD_URL"
+        ) from error
+    except ReadOnlyError as error:
+        raise CacheError(
+            f"cannot {what}: {where} is a read-only replica; point TORCHORD_URL at the primary"
+        ) from error
+    except ResponseError as error:
+        raise CacheError(f"cannot {what}: {where} answered '{error}'{hint_of(error)}") from error
+    except RedisError as error:
+        raise CacheError(f"cannot {what}: {where}: {error}") from error
+
+
+def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> redis.Redis:
+    """A client that waits `patience_seconds` for a server that is away, then gives up.
+
+    Every operation of the control plane may be sent twice without harm (see the scripts), so
+    a broken connection is answered by sending again.
+
+    Args:
+        url: redis://, rediss:// or unix:// URL.
+        patience_seconds: how long an operation goes on trying. Clients of a person use about
+            2 s, workers 90 s, so that a restarted Redis does not end a run.
+
+    Raises:
+        CacheUnreachable: if the URL cannot be read.
+    """
+    tries = max(1, round(patience_seconds / _BACKOFF_CAP_SECONDS))
+    if is_sentinel(url):
+        return _primary(url, tries)
+    if "+cluster://" in url:
+        raise CacheUnreachable(
+            f"{masked(url)!r} names a Redis Cluster, which Celery cannot use as a broker: give "
+            "TORCHORD_URL a single server or sentinel://, and TORCHORD_CACHE_URLS the cluster"
+        )
+    tcp: dict[str, Any] = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "socket_keepalive": True}
+    try:
+        return redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=max(5.0, CONNECT_TIMEOUT_SECONDS),
+            **({} if url.startswith("unix:") else tcp),
+            health_check_interval=30,
+            retry=Retry(
+                ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
+                retries=tries,
+                supported_errors=(ConnectionError, TimeoutError, BusyLoadingError),
+            ),
+        )
+    except ValueError as error:
+        raise CacheUnreachable(
+            f"{masked(url)!r} is not a Redis URL ({error}); use redis://HOST:PORT/DB, rediss:// or unix://"
+        ) from error
+
+
+class PrimaryConnection(SentinelManagedConnection):
+    """Asks the sentinels again whenever it has to reconnect.
+
+    redis-py asks them when a connection is taken from the pool, but a command that is sent again over
+    the connection that it already holds reconnects to the old address (redis-py 8.1): after a failover
+    such a command would wait for a server that is gone until its patience ends.
+    """
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """See redis-py; one try, since the command's own policy tries again."""
+        if self._sock is None:
+            self.connect_to(self.connection_pool.get_master_address())  # type: ignore[no-untyped-call]
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+
+def _primary(url: str, tries: int) -> redis.Redis:
+    """A client of whatever primary the sentinels name at each new connection."""
+    try:
+        found = SentinelUrl.parse(url)
+    except ValueError as error:
+        raise CacheUnreachable(f"{masked(url)!r} cannot be used: {error}") from error
+    sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+        list(found.sentinels),
+        socket_timeout=CONNECT_TIMEOUT_SECONDS,
+        socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+    )
+    return cast(
+        redis.Redis,
+        sentinel.master_for(
+            found.service,
+            connection_class=PrimaryConnection,
+            db=found.db,
+            username=found.username,
+            password=found.password,
+            decode_responses=True,
+            socket_timeout=5.0,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            retry=Retry(
+                ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
+                retries=tries,
+                supported_errors=(ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError),
+            ),
+        ),
+    )
+
+
+def ping(client: redis.Redis, url: str) -> None:
+    """Fail within seconds if nothing answers.
+
+    Raises:
+        CacheUnreachable: with the URL and the way out.
+    """
+    with translated(url, "reach the control plane"):
+        client.ping()
+
+
+class Clients:
+    """One client per URL and process; a forked child makes its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[tuple[int, str, float], redis.Redis] = {}
+
+    def get(self, url: str, patience_seconds: float) -> redis.Redis:
+        """The client of this process for `url`, made at first use."""
+        key = (os.getpid(), url, patience_seconds)
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = connect(url, patience_seconds=patience_seconds)
+            return self._made[key]

@@ -1,0 +1,1 @@
+"""A run's tensors under its records: versions, gradients and slot states."""

@@ -1,0 +1,255 @@
+"""Versioned parameters: published once by the training server, fetched by every worker.
+
+The bytes of a version are a pure function of the run and the version number, so a worker that
+holds version v never asks for it again (the process tier); below that lies the chunk store.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from torchord.cache import keys
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.read_ahead import Ahead, Notice
+from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.errors import CacheError, ChunkMissing, ManifestMismatch, VersionMissing
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import DeltaRecord, StateRecord, VersionRecord
+from torchord.cache.stores.damage import require_fitting, telling
+from torchord.cache.tensors.codec import Manifest, layout, pack, views
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCounters:
+    """How fetches were served since the process began.
+
+    Attributes:
+        process_hits: the version was loaded already.
+        host_hits: another process of this host had read it.
+        host_nbytes: bytes of those.
+        deltas: differences to the version before that were read in the version's place.
+        misses: the version was read from the chunk store.
+        nbytes: bytes read from the chunk store.
+        seconds: time spent on all of these.
+    """
+
+    process_hits: int = 0
+    host_hits: int = 0
+    host_nbytes: int = 0
+    deltas: int = 0
+    misses: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class ParameterCache:
+    """Publishes and fetches versions.
+
+    Args:
+        chunks: where the bytes go.
+    """
+
+    def __init__(self, chunks: TieredStore) -> None:
+        self.chunks = chunks
+        self._lock = threading.Lock()
+        self._counters = FetchCounters()
+
+    @property
+    def counters(self) -> FetchCounters:
+        """A snapshot of the counters."""
+        return self._counters
+
+    def publish(
+        self, ledger: Ledger, version: int, flat: torch.Tensor, *, chain: str, announced: bool = False
+    ) -> VersionRecord:
+        """Store the bytes of a version; the commit that follows makes it visible.
+
+        Args:
+            flat: uint8, 1-D, laid out by the run's manifest.
+            chain: ledger chain of this version; filled in later with `dataclasses.replace`
+                when it depends on the digest that this call computes.
+            announced: whether Clients are told while it is stored, so that they may read along.
+        """
+        key = ledger.keys.parameters_blob(version, uuid.uuid4().hex[:12])
+
+        def tell(ref: BlobRef, stored: Iterable[int]) -> None:
+            ledger.announce(keys.PARAMETERS_UNDERWAY, Notice.all_of(version, ref, list(stored)))
+
+        blob = self.chunks.put(
+            key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, tell=tell if announced else None
+        )
+        return VersionRecord(version, blob.digest, blob, chain)
+
+    def publish_delta(
+        self,
+        ledger: Ledger,
+        record: VersionRecord,
+        before: VersionRecord,
+        compression: str,
+        payload: Mapping[str, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+    ) -> VersionRecord:
+        """Store how a version follows from the one before and return the record that names it.
+
+        Args:
+            payload: the difference as a codec wrote it.
+            buffers: buffers that changed, whole.
+        """
+        tensors = {**payload, **buffers}
+        manifest = layout(tensors)
+        if not 0 < manifest.nbytes < record.blob.nbytes:
+            return record
+        key = ledger.keys.delta_blob(record.version, uuid.uuid4().hex[:12])
+        blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+        delta = DeltaRecord(before.digest, compression, manifest.to_json(), tuple(buffers), blob)
+        return replace(record, delta=delta)
+
+    def deltas(self, ledger: Ledger, version: int, *, base: str) -> list[VersionRecord] | None:
+        """The versions whose deltas lead from the parameters with the digest `base` to a version, in order.
+
+        None if there is no such chain, or a download of the version has fewer bytes. Empty if
+        the version has the very bytes of `base`.
+        """
+        found: list[VersionRecord] = []
+        nbytes = 0
+        while True:
+            record = ledger.version(version - len(found))
+            if record is None:
+                return None
+            if record.digest == base:
+                return found[::-1]
+            if record.delta is None:
+                return None
+            found.append(record)
+            nbytes += record.delta.blob.nbytes
+            if nbytes >= found[0].blob.nbytes:
+                return None
+            if record.delta.base == base:
+                return found[::-1]
+
+    def fetch_delta(self, delta: DeltaRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(difference as the codec wrote it, buffers) of a version, as views of one received buffer."""
+        began = time.perf_counter()
+        tensors = views(self.chunks.get(delta.blob), Manifest.from_json(delta.manifest))
+        buffers = {name: tensors.pop(name) for name in delta.buffers}
+        with self._lock:
+            c = self._counters
+            c = replace(c, deltas=c.deltas + 1, nbytes=c.nbytes + delta.blob.nbytes)
+            self._counters = replace(c, seconds=c.seconds + time.perf_counter() - began)
+        return tensors, buffers
+
+    def publish_state(
+        self, ledger: Ledger, record: VersionRecord, skeleton: Any, tensors: dict[str, torch.Tensor]
+    ) -> VersionRecord:
+        """Store optimizer state beside a version and return the record that names it."""
+        manifest = layout(tensors)
+        blob = None
+        if manifest.nbytes:
+            key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
+            blob = self.chunks.put(
+                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, shown=False
+            )
+        return replace(record, state=StateRecord(skeleton, manifest.to_json(), blob))
+
+    def fetch_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Skeleton and tensors of a published state."""
+        if state.blob is None:
+            return state.skeleton, {}
+        manifest = Manifest.from_json(state.manifest)
+        require_fitting("optimizer state", state.blob, manifest)
+        with telling(f"optimizer state {state.blob.key}", state.blob, lambda: state.manifest):
+            return state.skeleton, views(self.chunks.get(state.blob), manifest)
+
+    def record(self, ledger: Ledger, version: int) -> VersionRecord:
+        """Where a version is, and what its slots kept.
+
+        Raises:
+            VersionMissing: it is not stored (any more); the message lists which are.
+        """
+        record = ledger.version(version)
+        if record is None:
+            raise VersionMissing(
+                f"version {version} of run {ledger.run!r} is not in the cache; stored: "
+                f"{sorted(ledger.versions())}"
+            )
+        return record
+
+    def fetch(
+        self,
+        ledger: Ledger,
+        version: int,
+        *,
+        out: torch.Tensor | None = None,
+        record: VersionRecord | None = None,
+        ahead: Callable[[BlobRef], Ahead | None] | None = None,
+    ) -> tuple[VersionRecord, torch.Tensor, str]:
+        """Read a version.
+
+        Args:
+            ahead: finds what was read of it before it was committed.
+            record: where it is, if that is known already.
+            out: preallocated uint8 buffer of the manifest's length.
+
+        Returns:
+            (record, uint8 tensor of the manifest's length, "host" or "store").
+
+        Raises:
+            VersionMissing: if it is not stored (any more).
+        """
+        began = time.perf_counter()
+        if record is None or record.version != version:
+            record = self.record(ledger, version)
+        if out is not None and out.numel() != record.blob.nbytes:
+            raise ManifestMismatch(
+                f"version {version} of run {ledger.run!r} has {record.blob.nbytes} bytes, the model here "
+                f"{out.numel()}; this worker runs other code than the run's"
+            )
+        try:
+            with telling(f"version {version} of run {ledger.run!r}", record.blob, ledger.manifest):
+                flat, source = self.chunks.get_from(record.blob, out, ahead and ahead(record.blob))
+        except ChunkMissing as error:
+            raise VersionMissing(f"a chunk is lost: {error}") from error
+        seconds = time.perf_counter() - began
+        with self._lock:
+            c = self._counters
+            if source == "host":
+                c = replace(c, host_hits=c.host_hits + 1, host_nbytes=c.host_nbytes + record.blob.nbytes)
+            else:
+                c = replace(c, misses=c.misses + 1, nbytes=c.nbytes + record.blob.nbytes)
+            self._counters = replace(c, seconds=c.seconds + seconds)
+        return record, flat, source
+
+    def hit(self) -> None:
+        """Count a fetch that the process tier answered."""
+        with self._lock:
+            self._counters = replace(self._counters, process_hits=self._counters.process_hits + 1)
+
+    def keep(self, record: VersionRecord) -> None:
+        """Give the bytes of a run's last version the life of its results."""
+        for blob in record.blobs():
+            self.chunks.touch(blob, keys.RESULT_TTL_SECONDS)
+
+    def drop(self, ledger: Ledger, versions: Iterable[int], *, token: int) -> None:
+        """Forget versions and delete their bytes, unless another server has taken the run over."""
+        doomed = list(versions)
+        if not doomed:
+            return
+        stored = ledger.versions()
+        if not ledger.drop_versions(doomed, token=token):
+            return
+        gone = [stored.pop(version) for version in doomed if version in stored]
+        refs = [blob for record in gone for blob in record.blobs()]
+        if any(record.slots for record in gone):  # a slot that sat a step out has one state in two versions
+            kept = {blob.key for record in stored.values() for blob in record.blobs()}
+            refs = [blob for blob in refs if blob.key not in kept]
+        try:
+            self.chunks.delete(refs)
+        except CacheError:
+            return  # the chunks carry a TTL; a node that is away loses them by itself

@@ -1,0 +1,1 @@
+"""Tensors and nested states as bytes, and bytes cut into pieces."""

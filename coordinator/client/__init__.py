@@ -1,0 +1,1 @@
+"""The Client, what a worker on the gradients queue does: shards, partial sums, evaluation, prediction."""

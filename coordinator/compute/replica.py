@@ -1,0 +1,409 @@
+"""`Replica`: one run's model in one process, at one parameter version.
+
+The state of a model is its parameters and all its buffers, non-persistent and integer ones
+included; a version is that state in one flat buffer. A replica is built once per run and
+process, and versions are then copied into it in place, so that tied weights stay tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord.cache.tensors.codec import Manifest, layout, pack, views
+from torchord.coordinator.compute.compiling import compiled
+from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
+from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import derive_seed
+from torchord.coordinator.spec.recipe import ResolvedRecipe
+
+
+@dataclass(frozen=True)
+class _BufferHome:
+    """Where a buffer hangs in the module tree; a forward may put another tensor there."""
+
+    module: nn.Module
+    name: str
+
+
+class Replica:
+    """A model, its fixed state tensors, and the version they hold.
+
+    Make one with `build`. Attributes:
+        model: the module, on `device`.
+        config: the run's config.
+        device: where the model lives.
+        parameters: name -> parameter, tied ones once, frozen ones included.
+        buffers: name -> buffer tensor, tied ones once.
+        frozen: name -> parameter that is not trained. What a forward writes there is handled like a
+            buffer (Keras keeps the moving mean of a BatchNorm in one).
+        loss_scale: the version's loss scale; None where the precision needs none.
+        manifest: layout of a version: parameters, then buffers, then the loss scale.
+        flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
+            first `load`.
+        memory: flat buffers on the device, and what brings bytes there and back; None on the CPU.
+        compiled: what computes shards in the model's place; None for the model itself.
+        loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
+        digest: of the bytes in `flat`, kept likewise; "" if unknown.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+        self.model = model
+        self.config = config
+        self.device = device
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        self.frozen = {name: p for name, p in self.parameters.items() if not p.requires_grad}
+        self.loss_scale: LossScale | None = at_start(config)
+        self.manifest: Manifest = layout(self.state_tensors())
+        self.flat: Tensor | None = None
+        self.loaded: int | None = None
+        self.digest = ""
+        self.compiled: nn.Module | None = None
+        self._homes = _homes(model, self.buffers)
+        self._version: dict[str, Tensor] = {}  # on the CPU
+        self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
+        self._counters: list[int] = []
+        self._attached = False
+        self._copies = False
+        self.memory: DeviceMemory | None = None
+        if device.type == "cuda":
+            self.use(DeviceMemory(CudaCopies(device)))
+
+    @classmethod
+    def build(
+        cls,
+        resolved: ResolvedRecipe,
+        config: TrainingConfig,
+        device: torch.device | str = "cpu",
+        *,
+        computing: bool = False,
+    ) -> Replica:
+        """Call the recipe's model entry, seeded by the run, and move the result to a device.
+
+        Args:
+            resolved: the run's recipe.
+            config: the run's config.
+            device: where the model is to live.
+            computing: whether it is to compute shards, in the config's memory format and compiled if
+                the config says so; else it is plain and contiguous.
+
+        The same run gives the same initial state in every process: the constructor runs with
+        all generators seeded and fresh memory filled. The process's switches and generators
+        are put back.
+
+        Raises:
+            InvalidInput: the entry made no module, or its state cannot be laid out (lazy,
+                sparse or meta tensors).
+        """
+        device = torch.device(device)
+        with pinned(config.threads, config.deterministic, device, fill=True, restore=True):
+            seed_everything(derive_seed(config.seed, "init"))
+            model = resolved.model()
+            if not isinstance(model, nn.Module):
+                raise InvalidInput(
+                    f"the recipe's model entry returned a {type(model).__name__}; it must return a "
+                    f"torch.nn.Module."
+                )
+            _require_plain(model)
+            made = cls(_formatted(model.to(device), config if computing else None), config, device)
+            if computing and config.compile:
+                made.compiled = compiled(made.model)
+            return made
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return name -> tensor of the whole state, parameters first; the live tensors, detached."""
+        state = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        state.update(self.buffers)
+        if self.loss_scale is not None:
+            state[ENTRY] = self.loss_scale.tensor()
+        return state
+
+    def nbytes(self) -> int:
+        """Return the bytes of one version of this model."""
+        return self.manifest.nbytes
+
+    def version_tensors(self) -> Mapping[str, Tensor]:
+        """Return name -> tensor of the loaded version, on the CPU; not to be written to."""
+        return self._version
+
+    def use(self, memory: DeviceMemory) -> None:
+        """Move versions and gradients through a device's memory from now on; call before the first `load`.
+
+        Versions are then always copied into the parameters, device to device: their alignment, by
+        which libraries choose kernels, does not depend on what was computed before.
+        """
+        self.memory, self._copies = memory, True
+
+    def landing(self) -> Tensor | None:
+        """Memory that the next version may be received in; None where there is none yet.
+
+        It may be what `flat` is: then the version that is loaded is gone.
+        """
+        return self.flat if self.memory is None else self.memory.landing(self.manifest.nbytes, self.flat)
+
+    def version_here(self) -> Mapping[str, Tensor]:
+        """Return name -> tensor of the loaded version, on the replica's device; not to be written to."""
+        return self._here
+
+    def pack(self, out: Tensor | None = None) -> Tensor:
+        """Copy the state as it is now into one flat buffer (1-D uint8 on the CPU)."""
+        if self.memory is not None:
+            flat = self.memory.gather(self.state_tensors(), self.manifest)
+            return flat if out is None else out.copy_(flat)
+        return pack(self.state_tensors(), self.manifest, out)
+
+    def load(self, buffer: Tensor) -> None:
+        """Take over a version.
+
+        Args:
+            buffer: 1-D uint8 CPU tensor laid out by `manifest`. It is kept, not copied, and must
+                not change until the next `load`.
+
+        Raises:
+            ManifestMismatch: the buffer has another size than this model's versions.
+        """
+        self.own()
+        self._take(buffer)
+        self.restore()
+
+    def _take(self, buffer: Tensor) -> None:
+        if buffer.numel() != self.manifest.nbytes:
+            raise ManifestMismatch(
+                f"a version of this model has {self.manifest.nbytes} bytes, the one given has "
+                f"{buffer.numel()}; the "
+                "run was started with other code than this worker's."
+            )
+        self.flat = buffer
+        self._version = self._here = views(buffer, self.manifest)
+        if self.memory is not None:
+            self._here = views(self.memory.upload(buffer), self.manifest)
+
+    @torch.no_grad()
+    def attach(self, buffer: Tensor) -> None:
+        """Take over a version without a copy: the parameters become views of the buffer.
+
+        For models that are only read, as in a plain step. A parameter that does not lie in memory as the
+        version does (another device, other strides) is copied; so are frozen ones, which a forward may
+        write to, and everything from the first time on that something wrote to another parameter.
+
+        Args:
+            buffer: as for `load`; a write to a parameter goes to it.
+        """
+        if self.spoilt():
+            self._copies = True
+        if self._copies or not all(p.is_contiguous() for p in self.parameters.values()):
+            self.load(buffer)
+            return
+        self._take(buffer)
+        for name, parameter in self.parameters.items():
+            if name in self.frozen:
+                parameter.copy_(self._version[name])
+            else:
+                parameter.data = self._version[name]
+        self._attached = True
+        self._settle()
+
+    @torch.no_grad()
+    def move(self, buffer: Tensor) -> bool:
+        """Move the parameters to other memory, in which the next version is then made in place.
+
+        Args:
+            buffer: 1-D uint8 CPU tensor, as long as a version. `pack` completes it.
+
+        Returns:
+            False where parameters cannot lie as a version does: on a device, or with strides of their own.
+        """
+        if self.memory is not None or not all(p.is_contiguous() for p in self.parameters.values()):
+            return False
+        places = views(buffer, self.manifest)
+        for name, parameter in self.parameters.items():
+            parameter.data = places[name].copy_(parameter)
+        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self._attached = True
+        return True
+
+    def spoilt(self) -> bool:
+        """Whether something wrote to an attached version; it has to be attached anew, from good bytes."""
+        return self._attached and any(name not in self.frozen for name in self._written())
+
+    @torch.no_grad()
+    def own(self) -> bool:
+        """Give the parameters memory of their own again, for whoever writes to them.
+
+        Returns:
+            Whether they were in other memory.
+        """
+        if not self._attached:
+            return False
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.clone()
+        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self._attached = False
+        return True
+
+    def _written(self) -> list[str]:
+        """Names of the parameters that something wrote to since they held the version."""
+        counted = zip(self.parameters.items(), self._counters, strict=False)
+        return [name for (name, parameter), counter in counted if parameter._version != counter]
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a version given by name; see `load`.
+
+        Raises:
+            ManifestMismatch: names, shapes or dtypes differ from this model's state.
+        """
+        self.load(pack(tensors, self.manifest))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the loaded version into parameters and buffers once more."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._here[name])
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows once the parameters hold a version."""
+        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self.reset_buffers()
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale.of(self._version[ENTRY])
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Put every buffer back to the loaded version, undoing what a forward did to it.
+
+        Parameters are put back too if something wrote to them since; torch counts writes.
+        """
+        if written := self._written():
+            for name in written:
+                self.parameters[name].copy_(self._here[name])
+            self._counters = [parameter._version for parameter in self.parameters.values()]
+        for name, buffer in self.buffers.items():
+            for home in self._homes[name]:
+                home.module._buffers[home.name] = buffer
+            buffer.copy_(self._here[name])
+
+    def held(self) -> Mapping[str, Tensor]:
+        """Return name -> value on the CPU of what a forward may write: buffers and frozen parameters."""
+        return _OnCpu({**self.buffers, **{name: p.detach() for name, p in self.frozen.items()}})
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Copy new values into buffers and frozen parameters."""
+        for name, value in values.items():
+            target = self.buffers.get(name)
+            (self.parameters[name] if target is None else target).copy_(value)
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """Return a CPU copy of each buffer and frozen parameter whose bytes differ from the loaded version.
+
+        Raises:
+            InvalidInput: a forward replaced a buffer by one of another shape or dtype.
+        """
+        written = self.written_tensors()
+        return self.changed(
+            {name: value.to("cpu", copy=True).contiguous() for name, value in written.items()}
+        )
+
+    def written_tensors(self) -> dict[str, Tensor]:
+        """Return name -> live tensor of each buffer, and of each frozen parameter that was written to.
+
+        Raises:
+            InvalidInput: a forward replaced a buffer by one of another shape or dtype.
+        """
+        found: dict[str, Tensor] = {}
+        for name, buffer in self.buffers.items():
+            home = self._homes[name][0]
+            current = home.module._buffers[home.name]
+            if current is None or current.shape != buffer.shape or current.dtype != buffer.dtype:
+                now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
+                raise InvalidInput(
+                    f"the forward turned buffer {name!r} from {buffer.dtype} of shape {tuple(buffer.shape)} "
+                    f"into "
+                    f"{now}; a run's state must keep its layout."
+                )
+            found[name] = current.detach()
+        return found | {name: self.frozen[name].detach() for name in self._written() if name in self.frozen}
+
+    def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some contiguous CPU tensors whose bytes differ from the loaded version's."""
+        return {name: v for name, v in values.items() if not _same_bytes(v, self._version[name])}
+
+    def train(self) -> nn.Module:
+        """Switch the model to training mode, drop its gradients and return it, compiled if it is to be."""
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        return self.model if self.compiled is None else self.compiled
+
+    def eval(self) -> nn.Module:
+        """Switch the model to evaluation mode and return it."""
+        self.model.eval()
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `model.state_dict()` with each tensor copied to the CPU."""
+        return {
+            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for name, value in self.model.state_dict().items()
+        }
+
+
+class _OnCpu(Mapping[str, Tensor]):
+    """The same tensors, copied to the CPU when one is asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _formatted(model: nn.Module, config: TrainingConfig | None) -> nn.Module:
+    """The model with its 4-D parameters in the config's memory format."""
+    if config is not None and config.memory_format == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[_BufferHome]]:
+    homes: dict[str, list[_BufferHome]] = {name: [] for name in buffers}
+    names = {id(buffer): name for name, buffer in buffers.items()}
+    for module in model.modules():
+        for local, buffer in module._buffers.items():
+            if buffer is not None:
+                homes[names[id(buffer)]].append(_BufferHome(module, local))
+    return homes
+
+
+def _require_plain(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise InvalidInput(
+                f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model "
+                f"in the "
+                "recipe's model function."
+            )
+        if tensor.device.type == "meta":
+            raise InvalidInput(
+                f"{name!r} is on the meta device and has no values; build the model on the CPU."
+            )
+        if tensor.layout is not torch.strided:
+            raise InvalidInput(f"{name!r} is {tensor.layout}; a run's state must be dense.")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -1,0 +1,117 @@
+"""All of one shard's computing in one pure function: gradient or local steps, then compression.
+
+What a slot keeps from step to step (the error-feedback residual of its codec, the inner optimizer's
+state of local steps) goes in and comes out as a tree: the *slot state*. It belongs to the slot, not to
+a worker, so whoever computes the slot's next step gets the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from torchord.coordinator.client.gradient_upload import Outgoing
+from torchord.coordinator.compression import codec_of
+from torchord.coordinator.compute import gradient
+from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.determinism import pinned
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.recipe import ResolvedRecipe
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What one shard sends and keeps.
+
+    Attributes:
+        payload: what travels in the gradients' place: themselves, or their compressed form.
+        buffers: buffer name -> value after the forward, where it changed.
+        state: slot state for the slot's next step, None if there is none.
+        loss: mean loss over the shard.
+        grad_norm: L2 norm of the gradient (or pseudo-gradient) before compression.
+        examples: examples in the shard.
+        read_seconds: what reading the batch took; 0 with local steps.
+    """
+
+    payload: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    state: dict[str, Any] | None
+    loss: float
+    grad_norm: float
+    examples: int
+    read_seconds: float
+
+
+def keeps_state(config: TrainingConfig, allowed: tuple[str, ...] | None) -> bool:
+    """Whether slots of this config hand a state on from step to step."""
+    return config.local_steps > 1 or codec_of(config.compression, allowed).stateful
+
+
+def work(
+    replica: Replica,
+    recipe: ResolvedRecipe,
+    plan: Plan,
+    dataset: Any,
+    step: int,
+    shard: int,
+    state: Mapping[str, Any] | None,
+    *,
+    allowed: tuple[str, ...] | None,
+    batch: gradient.Batch | None = None,
+    outgoing: Outgoing | None = None,
+) -> ShardWork:
+    """Compute one shard.
+
+    Args:
+        replica: the model, loaded with version `plan.version_for(step)`.
+        plan: says which examples, and which config is in force.
+        state: the slot's state at that version; one that another kind of step left (before a switch of
+            compression or between plain and local steps) is set aside, and the slot starts afresh.
+        allowed: the worker's allow-list, for codecs that are imported.
+        batch: the shard's batch, where it was read ahead; plain steps only.
+        outgoing: takes gradients as they are accumulated; plain steps without compression only.
+
+    Raises:
+        Exception: whatever the recipe's code raises.
+    """
+    config = plan.config_at(step)
+    codec = codec_of(config.compression, allowed)
+    mode = f"{'local' if config.local_steps > 1 else 'plain'} {config.compression}"
+    before = state if state is not None and state["mode"] == mode else {}
+    kept: dict[str, Any] = {"mode": mode}
+    if config.local_steps > 1:
+        taken = local_steps.compute(
+            replica, recipe, config, dataset, plan.parts(step, shard), step, shard, before.get("inner")
+        )
+        found, kept["inner"] = taken.gradient, taken.state
+    else:
+        indices = plan.indices(step, shard)
+        more = {} if outgoing is None else {"watched": outgoing.during_backward}
+        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, batch, **more)
+    with pinned(config.threads, config.deterministic, replica.device):
+        encoded = codec.encode(found.gradients, before.get("residual"))
+    if codec.stateful:
+        kept["residual"] = encoded.residual
+    return ShardWork(
+        payload=encoded.payload,
+        buffers=found.buffers,
+        state=kept if len(kept) > 1 else None,
+        loss=found.loss,
+        grad_norm=found.grad_norm,
+        examples=found.examples,
+        read_seconds=found.read_seconds,
+    )
+
+
+def decoded(
+    payload: Mapping[str, Tensor], replica: Replica, compression: str, allowed: tuple[str, ...] | None
+) -> dict[str, Tensor]:
+    """The gradients that a payload stands for, in the parameters' shapes and dtypes."""
+    config = replica.config
+    with pinned(config.threads, config.deterministic, replica.device):
+        return codec_of(compression, allowed).decode(payload, replica.parameters)

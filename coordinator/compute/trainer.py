@@ -1,0 +1,413 @@
+"""The optimizer's side of a run: averaged gradients in, the next version out.
+
+A `Trainer` holds the run's model, optimizer and scheduler on the training server. It is a
+state machine over (parameters, optimizer state): the same state and the same averaged
+gradient give the same next state, bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from torchord.cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
+from torchord.coordinator.compute.deltas import Delta, DeltaEncoder
+from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.loss_scale import exhausted
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import derive_seed
+from torchord.coordinator.spec.recipe import ResolvedRecipe
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What one update did.
+
+    Attributes:
+        grad_norm: global L2 norm of the averaged gradient before clipping.
+        clipped: whether it was above `clip_norm` and scaled down.
+        skipped: whether the update was left out because something was not finite.
+        lr: learning rate of each parameter group in this step.
+    """
+
+    grad_norm: float
+    clipped: bool
+    skipped: bool
+    lr: tuple[float, ...]
+
+
+class Trainer:
+    """Model, optimizer and scheduler of one run. Make one with `build`.
+
+    Attributes:
+        replica: the model; its state tensors are the newest version.
+        optimizer: made by the recipe.
+        scheduler: made by the recipe, or None.
+        config: the run's config.
+        deltas: compresses the steps' differences; None without `parameter_compression`.
+        delta: what leads from the version before to the present one, if it was compressed.
+        allowed: the allow-list, for codecs that are imported.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler | None,
+        config: TrainingConfig,
+        allowed: tuple[str, ...] | None = None,
+    ) -> None:
+        self.replica = replica
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.config = config
+        self.allowed = allowed
+        self.deltas = _delta_encoder(config, allowed)
+        self.delta: Delta | None = None
+
+    @classmethod
+    def build(
+        cls,
+        resolved: ResolvedRecipe,
+        config: TrainingConfig,
+        device: torch.device | str = "cpu",
+        *,
+        allowed: tuple[str, ...] | None = None,
+    ) -> Trainer:
+        """Make model, optimizer and scheduler as at the start of the run (version 0).
+
+        Raises:
+            InvalidInput: an entry returned something else than its kind, or an optimizer that
+                cannot work from averaged gradients (LBFGS and others that need a closure,
+                SparseAdam), or one over parameters that are not the model's.
+        """
+        replica = Replica.build(resolved, config, device)
+        with pinned(config.threads, config.deterministic, replica.device, restore=True):
+            optimizer, scheduler = _servers_optimizer(resolved, config, replica)
+        return cls(replica, optimizer, scheduler, config, allowed)
+
+    def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
+        """Go on under another config, after a switch.
+
+        Between plain steps and local steps the optimizer is another one, and starts afresh.
+        """
+        changed = (config.local_steps > 1) != (self.config.local_steps > 1)
+        self.config = self.replica.config = config
+        if changed:
+            with pinned(config.threads, config.deterministic, self.replica.device, restore=True):
+                self.optimizer, self.scheduler = _servers_optimizer(resolved, config, self.replica)
+
+    def apply(
+        self,
+        gradients: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        *,
+        step: int,
+        loss: float,
+        finite: bool = True,
+    ) -> ApplyReport:
+        """Take one optimizer step and bring the state tensors to the next version.
+
+        Args:
+            gradients: parameter name -> averaged gradient. The optimizer leaves the parameters
+                that are missing alone, as it does in one process. May be scaled in place.
+            buffers: buffer name -> new value, for those that changed.
+            step: the global step, which seeds optimizers that draw random numbers.
+            loss: mean loss of the step; drives ReduceLROnPlateau.
+            finite: whether all shards reported finite values.
+
+        Returns:
+            The figures of the update. With nonfinite="skip", or where fp16's gradients overflow, a
+            step that is not finite changes neither parameters nor buffers nor optimizer state; the
+            scheduler steps all the same, and the loss scale falls.
+
+        Raises:
+            NonFinite: loss or gradient is not finite and the config says "stop"; nothing changed.
+            ManifestMismatch: a name or shape is not the model's.
+            RunFailed: optimizer or scheduler raised (chained); the trainer must be loaded anew.
+        """
+        device = self.replica.device
+        with pinned(self.config.threads, self.config.deterministic, device):
+            seed_everything(derive_seed(self.config.seed, "update", step))
+            lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+            self._check(gradients, self.replica.parameters, "gradient for")
+            self._check(buffers, self.replica.held(), "value for buffer")
+            self._set_gradients(gradients)
+            try:
+                norm = self._total_norm()
+                size = float(norm)
+                clip = self._clip_norm
+                skipped = not (finite and math.isfinite(loss) and math.isfinite(size))
+                if skipped and self._must_stop(loss):
+                    raise NonFinite(
+                        f"step {step} has loss {loss} and gradient norm {size}; lower the learning "
+                        f"rate, set "
+                        "clip_norm, or set nonfinite='skip' to leave such steps out."
+                    )
+                clipped = clip is not None and not skipped and size > clip
+                before = None if self.deltas is None or skipped else _copied(self.replica.state_tensors())
+                if not skipped:
+                    self._update(norm, buffers, step)
+                self._step_scheduler(step, loss, quiet=skipped)
+                self._step_loss_scale(overflow=skipped)
+                self.delta = None if before is None else self._encoded(before)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+        return ApplyReport(size, clipped, skipped, lr)
+
+    @property
+    def steps_in_place(self) -> bool:
+        """Whether the optimizer finds the parameters' memory anew in each step, wherever it is.
+
+        torch's own do. Others may keep views of it from the beginning, as optimizers that work on blocks do.
+        """
+        return f"{type(self.optimizer).__module__}.".startswith("torch.optim.")
+
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        """Return optimizer and scheduler state, and what deltas hold back, as a tree on the CPU.
+
+        The parameters are not in it: they are the version. See `torchord.cache.tensors.tree` for what the
+        tree may hold.
+
+        Args:
+            copies: False: tensors that are on the CPU are the optimizer's own, and change with its next step.
+        """
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        taken = partial(_on_cpu, copies=copies)
+        tree = {"optimizer": taken(self.optimizer.state_dict()), "scheduler": taken(scheduler)}
+        return tree if self.deltas is None else {**tree, "deltas": self.deltas.state()}
+
+    def load_state(self, tree: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; the next update has the bits it would have had there.
+
+        Raises:
+            CheckpointError: the state belongs to another optimizer or scheduler.
+        """
+        restore_optimizer(self.optimizer, self.scheduler, tree)
+        if self.deltas is not None:
+            self.deltas.load(tree.get("deltas"))
+
+    def state_nbytes(self) -> int:
+        """Return the bytes of the state's tensors; 0 for an optimizer without, or before its first step."""
+        held = 0 if self.deltas is None else self.deltas.nbytes()
+        return held + sum(
+            value.numel() * value.element_size()
+            for values in self.optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        )
+
+    def nbytes(self) -> int:
+        """Return the bytes that this trainer keeps in memory: state, one set of gradients, optimizer."""
+        return 2 * self.replica.manifest.nbytes + self.state_nbytes()
+
+    def _encoded(self, before: Mapping[str, Tensor]) -> Delta:
+        """Compress what the step did to the state tensors, and take it back to what that stands for."""
+        assert self.deltas is not None
+        state = _copied(self.replica.state_tensors())
+        others = {name: value for name, value in state.items() if name not in self.replica.parameters}
+        changed = {name: value for name, value in others.items() if not torch.equal(value, before[name])}
+        return self.deltas.encode(before, self.replica.parameters, changed)
+
+    @staticmethod
+    def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+        for name, tensor in given.items():
+            if name not in own:
+                raise ManifestMismatch(f"{what} {name!r}, which the model does not have.")
+            if tensor.shape != own[name].shape:
+                raise ManifestMismatch(
+                    f"{what} {name!r} of shape {tuple(tensor.shape)}, where the model has "
+                    f"{tuple(own[name].shape)}."
+                )
+
+    def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        memory = self.replica.memory
+        here = gradients if memory is None else memory.scatter(gradients)
+        for name, parameter in self.replica.parameters.items():
+            parameter.grad = here.get(name)
+
+    @property
+    def _clip_norm(self) -> float | None:
+        """The limit on the averaged gradient; with local steps the shards clip their own."""
+        return self.config.clip_norm if self.config.local_steps == 1 else None
+
+    def _total_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.replica.parameters.values() if p.grad is not None]
+        return get_total_norm(gradients)
+
+    def _update(self, norm: Tensor, buffers: Mapping[str, Tensor], step: int) -> None:
+        if self._clip_norm is not None:
+            clip_grads_with_norm_(list(self.replica.parameters.values()), self._clip_norm, norm)
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            raise RunFailed(f"step {step}: the optimizer raised {type(error).__name__}: {error}") from error
+        self.replica.write(buffers)
+
+    def _must_stop(self, loss: float) -> bool:
+        """Whether a step that is not finite ends the run; an overflow of fp16 need not."""
+        scale = self.replica.loss_scale
+        if scale is None or self.config.local_steps > 1:
+            return self.config.nonfinite == "stop"
+        return exhausted(self.config, scale, loss)
+
+    def _step_loss_scale(self, *, overflow: bool) -> None:
+        """Move the version's loss scale on; with local steps each slot has its own, and this one rests."""
+        scale = self.replica.loss_scale
+        if scale is not None and self.config.local_steps == 1:
+            interval = self.config.loss_scale_interval
+            self.replica.loss_scale = scale.after(overflow=overflow, interval=interval)
+
+    def _step_scheduler(self, step: int, loss: float, *, quiet: bool) -> None:
+        if self.scheduler is None:
+            return
+        try:
+            with warnings.catch_warnings():
+                if quiet:  # torch warns of a scheduler that steps before its optimizer ever did
+                    warnings.simplefilter("ignore")
+                if isinstance(self.scheduler, ReduceLROnPlateau):
+                    self.scheduler.step(loss)
+                else:
+                    self.scheduler.step()
+        except Exception as error:
+            raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
+
+
+def _delta_encoder(config: TrainingConfig, allowed: tuple[str, ...] | None) -> DeltaEncoder | None:
+    """What compresses the parameters' way to the workers, if the config asks for it."""
+    if config.parameter_compression == "none":
+        return None
+    return DeltaEncoder(config.parameter_compression, allowed)
+
+
+def build_optimizer(
+    resolved: ResolvedRecipe, config: TrainingConfig, replica: Replica
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Make the recipe's optimizer and scheduler over a replica, as at the start of the run.
+
+    Called with the process pinned.
+
+    Raises:
+        InvalidInput: see `Trainer.build`.
+    """
+    seed_everything(derive_seed(config.seed, "optimizer"))
+    groups = (
+        replica.model.parameters()
+        if resolved.parameter_groups is None
+        else resolved.parameter_groups(replica.model)
+    )
+    optimizer = resolved.optimizer(groups)
+    _require_optimizer(optimizer, replica)
+    scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise InvalidInput(
+            f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
+            "from torch.optim.lr_scheduler, or a subclass of LRScheduler."
+        )
+    return optimizer, scheduler
+
+
+def _servers_optimizer(
+    resolved: ResolvedRecipe, config: TrainingConfig, replica: Replica
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """The recipe's optimizer, or with local steps the outer one (without scheduler)."""
+    if config.local_steps == 1:
+        return build_optimizer(resolved, config, replica)
+    seed_everything(derive_seed(config.seed, "optimizer"))
+    outer = resolved.outer_optimizer or partial(torch.optim.SGD, lr=1.0)
+    optimizer = outer(replica.model.parameters())
+    _require_optimizer(optimizer, replica)
+    return optimizer, None
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, tree: Mapping[str, Any]
+) -> None:
+    """Load the state that `Trainer.state` returned, bit for bit.
+
+    Raises:
+        CheckpointError: the state belongs to another optimizer or scheduler.
+    """
+    saved = _copied(tree["optimizer"])
+    try:
+        optimizer.load_state_dict(saved)
+        _undo_casts(optimizer, saved)
+        if (scheduler is None) != (tree["scheduler"] is None):
+            raise ValueError("one has a scheduler, the other has none")
+        if scheduler is not None:
+            scheduler.load_state_dict(_copied(tree["scheduler"]))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"the saved optimizer state does not fit the recipe's optimizer and scheduler: {error}."
+        ) from error
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give state tensors what they had when they were saved, after load_state_dict.
+
+    That casts them to the parameter's dtype; and a stored state is contiguous, while a fresh one has the
+    parameter's order in memory.
+    """
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    for number, parameter in zip(ids, order, strict=True):
+        current = optimizer.state.get(parameter, {})
+        for key, value in saved["state"].get(number, {}).items():
+            loaded = current.get(key)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                current[key] = loaded = value.to(loaded.device)
+            same = isinstance(loaded, Tensor) and loaded.shape == parameter.shape
+            if same and loaded.stride() != parameter.stride():
+                current[key] = torch.empty_like(parameter, dtype=loaded.dtype).copy_(loaded)
+
+
+def _require_optimizer(optimizer: Any, replica: Replica) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidInput(
+            f"the recipe's optimizer entry returned a {type(optimizer).__name__}; it must return a "
+            "torch.optim.Optimizer."
+        )
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InvalidInput(
+            f"{name} evaluates the loss several times in a step (it needs a closure), which averaged "
+            f"gradients "
+            "cannot serve; use an optimizer whose step() takes no closure."
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam.")
+    own = {id(parameter) for parameter in replica.parameters.values()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(id(parameter) not in own for parameter in held):
+        raise InvalidInput(
+            "the optimizer holds a parameter that is not the model's; parameter_groups must return "
+            "parameters of "
+            "the model that it is given."
+        )
+
+
+def _on_cpu(tree: Any, *, copies: bool) -> Any:
+    """A tree of dicts, lists, tuples and tensors with its tensors on the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=copies)
+    if type(tree) is dict:
+        return {key: _on_cpu(value, copies=copies) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_on_cpu(value, copies=copies) for value in tree)
+    return tree
+
+
+def _copied(tree: Any) -> Any:
+    return _on_cpu(tree, copies=True)

@@ -1,0 +1,136 @@
+"""The ledger audit: was every (step, shard) applied exactly once, and from which version?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, VersionRecord
+from torchord.coordinator.server.step_slots import PARTIAL_SUMS
+from torchord.coordinator.spec.plan import Plan
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `Run.verify` found.
+
+    Attributes:
+        ok: no discrepancy.
+        steps: committed global steps that were checked.
+        slots: gradient slots that were applied, each exactly once.
+        duplicates_ignored: deliveries of a shard that changed nothing: a second delivery while the
+            first was at work or done, or one that came after the commit.
+        divergent: ignored duplicates whose bytes differed from the applied ones (a broken purity).
+        replayed: steps computed a second time after a training server's death.
+        workers: worker id -> slots of its that were applied.
+        partial_sums: sums over part of a step's shards that went into a version, each exactly once.
+        problems: each discrepancy in one sentence, first one first.
+        reexecuted: steps that were computed again and compared, byte for byte.
+    """
+
+    ok: bool
+    steps: int
+    slots: int
+    duplicates_ignored: int
+    divergent: int = 0
+    replayed: int = 0
+    workers: dict[str, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    reexecuted: tuple[int, ...] = ()
+    partial_sums: int = 0
+
+    def __str__(self) -> str:
+        verdict = "clean" if self.ok else f"NOT clean: {self.problems[0]}"
+        text = (
+            f"ledger audit {verdict}: {self.steps} steps, {self.slots} gradient slots applied once each, "
+            + (f"through {self.partial_sums} partial sums, " if self.partial_sums else "")
+            + f"{self.duplicates_ignored} duplicates ignored, {self.replayed} steps replayed"
+        )
+        return f"{text}, {len(self.reexecuted)} steps computed again" if self.reexecuted else text
+
+
+def audit(
+    head: Head, entries: Sequence[LedgerEntry], plan: Plan | None, stored: VersionRecord | None
+) -> Audit:
+    """Check the ledger against itself, the plan and the stored parameters.
+
+    Args:
+        head: the run's head.
+        entries: every ledger entry found, any order, versions above the head ignored.
+        plan: which shards each step must have; None before the run was initialised.
+        stored: record of the head version in the parameter cache, None if it is gone.
+    """
+    problems: list[str] = []
+    by_version: dict[int, LedgerEntry] = {}
+    for entry in entries:
+        if entry.version < 1:
+            problems.append(f"an entry names version {entry.version}, which no step makes")
+        elif entry.version <= head.version:
+            first = by_version.setdefault(entry.version, entry)
+            if first.to_json() != entry.to_json():  # as text: NaN equals NaN
+                problems.append(f"version {entry.version} has two entries that differ")
+    chain = GENESIS
+    slots = sums = 0
+    workers: dict[str, int] = {}
+    for version in range(1, head.version + 1):
+        found = by_version.get(version)
+        if found is None:
+            problems.append(f"the entry of version {version} is missing from the ledger")
+            chain = ""
+            continue
+        problems.extend(_entry_problems(found, chain, plan))
+        chain = found.chain
+        slots += len(found.slots)
+        sums += len(found.notes.get(PARTIAL_SUMS, []))
+        for slot in found.slots:
+            workers[slot.worker] = workers.get(slot.worker, 0) + 1
+    if head.version and chain != head.chain and not problems:
+        problems.append(f"the head's chain {head.chain} is not that of the last entry, {chain}")
+    last = by_version.get(head.version)
+    if stored is not None and last is not None and stored.digest != last.parameters:
+        problems.append(f"the stored parameters of version {head.version} are not those that were committed")
+    if head.divergent:
+        problems.append(
+            f"{head.divergent} duplicate gradients had other bytes than the applied ones: some "
+            "worker's torch, "
+            "hardware, data or code differs"
+        )
+    return Audit(
+        ok=not problems,
+        steps=len(by_version),
+        slots=slots,
+        duplicates_ignored=head.duplicates + head.late,
+        divergent=head.divergent,
+        replayed=head.replayed,
+        workers=workers,
+        problems=tuple(problems),
+        partial_sums=sums,
+    )
+
+
+def _entry_problems(entry: LedgerEntry, chain: str, plan: Plan | None) -> list[str]:
+    found = []
+    name = f"version {entry.version}"
+    if entry.computed_seal() != entry.seal:
+        found.append(f"the entry of {name} was altered: its seal does not fit its contents")
+    elif entry.computed_chain() != entry.chain:
+        found.append(f"the entry of {name} was altered: its chain does not fit its contents")
+    if chain and entry.previous != chain:
+        found.append(f"{name} does not follow from the entry before: {entry.previous} instead of {chain}")
+    if plan is None:
+        return found
+    if entry.version > plan.total_steps:
+        return [*found, f"{name} is beyond the run's last step: it has {plan.total_steps}"]
+    step = entry.version - 1
+    shards = [slot.shard for slot in entry.slots]
+    examples = [slot.examples for slot in entry.slots]
+    if shards != list(range(plan.shards_in(step))):
+        found.append(f"{name} applied shards {shards} instead of 0 to {plan.shards_in(step) - 1}, once each")
+    elif examples != plan.shard_sizes(step):
+        found.append(f"{name} applied {examples} examples by shard instead of {plan.shard_sizes(step)}")
+    elif entry.examples != plan.examples(step):
+        found.append(f"{name} applied {entry.examples} examples instead of {plan.examples(step)}")
+    sums, expected = [each[0] for each in entry.notes.get(PARTIAL_SUMS, [])], plan.fan_in(step).partials
+    if sums != list(expected):
+        found.append(f"{name} applied the partial sums {sums} instead of {list(expected)}, once each")
+    return found

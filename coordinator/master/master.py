@@ -1,0 +1,171 @@
+"""The Master: submits runs and finds them again. It computes nothing and need not stay alive."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from celery import Celery
+from kombu import Queue
+
+from torchord.cache import keys
+from torchord.cache.datasets.library import Datasets
+from torchord.cache.errors import ConfigMismatch, InvalidInput
+from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, connect, ping, translated
+from torchord.cache.settings import from_environment
+from torchord.coordinator.master.run import Run, TrainedModel
+from torchord.coordinator.messages.broker import celery_url, transport_options
+from torchord.coordinator.messages.sender import Sender, nameless_exchange
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.runtime.services import Services, with_url
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.recipe import Recipe, fingerprint
+
+
+class Master:
+    """The client side of torchord.
+
+    Args:
+        url: Redis URL of broker and control plane; default TORCHORD_URL, then
+            redis://localhost:6379/0.
+        cache_urls: URLs of the tensor nodes, servers or a Redis Cluster (redis+cluster://HOST:PORT);
+            default TORCHORD_CACHE_URLS, then `url`.
+        checkpoint_dir: where the training server keeps checkpoints, if this process can see it;
+            default TORCHORD_CHECKPOINT_DIR, then ./checkpoints.
+
+    Raises:
+        CacheUnreachable: within seconds, if nothing answers at `url`.
+
+    Example:
+        >>> master = Master("redis://localhost:6379/0")            # doctest: +SKIP
+        >>> run = master.submit(recipe, config, name="digits-01")  # doctest: +SKIP
+        >>> trained = run.wait(progress=True)                      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        cache_urls: Sequence[str] | None = None,
+        checkpoint_dir: str | None = None,
+    ) -> None:
+        settings = with_url(from_environment(), url, None if cache_urls is None else tuple(cache_urls))
+        if checkpoint_dir is not None:
+            settings = replace(settings, checkpoint_dir=str(checkpoint_dir))
+        self.url = settings.url
+        broker = celery_url(settings.url)
+        self._services = Services(settings)
+        self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
+        ping(self._client, settings.url)
+        self._sender = Sender(_publisher(broker, transport_options(settings.url)))
+        self._submitted: set[str] = set()  # runs whose recipe this process itself gave
+
+    def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:
+        """Queue a run and return at once; it goes on without this process.
+
+        The same name with the same recipe and config returns the run that is there, and continues
+        it if it was paused or had failed.
+
+        Args:
+            recipe: what to train.
+            config: how; default `TrainingConfig()`.
+            name: 1 to 100 letters, digits, '.', '_' or '-'; default a name made from the time.
+
+        Raises:
+            ConfigMismatch: the name is taken by a run with another recipe or config; the message
+                names the fields.
+            RecipeError: an entry cannot travel to the workers.
+        """
+        if not isinstance(recipe, Recipe):
+            raise InvalidInput(f"submit() takes a Recipe first, got {type(recipe).__name__}")
+        config = TrainingConfig() if config is None else config
+        if not isinstance(config, TrainingConfig):
+            raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
+        name = keys.check_name(
+            time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
+        )
+        described = recipe.to_spec()
+        spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
+        there = self._services.ledger(name).create(spec, incarnation=uuid.uuid4().hex[:12])
+        if there is None:
+            self._submitted.add(name)
+            self._sender.advance(name)
+            return self.run(name)
+        differing = _differences(described, Recipe.from_spec(there["recipe"]).to_spec()) + config.differences(
+            TrainingConfig.from_json(there["config"])
+        )
+        if differing:
+            raise ConfigMismatch(
+                f"run {name!r} exists with another {', '.join(differing)}; choose another name, or submit it "
+                "with the recipe and config that it has"
+            )
+        self._submitted.add(name)
+        run = self.run(name)
+        state = run.status().state
+        if state in ("paused", "failed"):
+            run.resume()
+        elif state in ("pending", "running"):
+            self._sender.advance(name)
+        return run
+
+    def fit(
+        self,
+        recipe: Recipe,
+        config: TrainingConfig | None = None,
+        *,
+        name: str | None = None,
+        progress: bool = True,
+        timeout: float | None = None,
+    ) -> TrainedModel:
+        """`submit`, then `Run.wait`; arguments and errors as there."""
+        return self.submit(recipe, config, name=name).wait(progress=progress, timeout=timeout)
+
+    def run(self, name: str) -> Run:
+        """A handle on the run of that name, whether or not it exists yet."""
+        return Run(self._services, self._sender, keys.check_name(name), trusted=name in self._submitted)
+
+    @property
+    def datasets(self) -> Datasets:
+        """The stored datasets: put, list, delete and open what `stored_dataset` in a recipe names."""
+        return Datasets(self._services.settings)
+
+    def runs(self) -> list[str]:
+        """Names of the runs that the server knows, oldest first."""
+        with translated(self.url, "list the runs"):
+            names = cast(list[str], self._client.zrange(keys.RUNS, 0, -1))
+            if not names:
+                return []
+            pipe = self._client.pipeline(transaction=False)
+            for name in names:
+                pipe.exists(keys.RunKeys(name).head)
+            known = pipe.execute()
+            gone = [name for name, there in zip(names, known, strict=True) if not there]
+            if gone:
+                self._client.zrem(keys.RUNS, *gone)
+        return [name for name, there in zip(names, known, strict=True) if there]
+
+
+def _publisher(url: str, options: dict[str, object]) -> Celery:
+    """A Celery app that only publishes: it is nobody's current app and registers no task."""
+    app = Celery("torchord-master", broker=url, set_as_current=False)
+    app.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        broker_connection_timeout=2,
+        broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3, **options},
+        task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
+        task_default_queue=UPDATES,
+        task_default_exchange="",  # else the nameless ones above take the name of the default queue
+        task_default_routing_key=UPDATES,
+    )
+    app.amqp.autoexchange = nameless_exchange
+    return app
+
+
+def _differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
+    """Names of the recipe entries that differ."""
+    return [f"recipe.{field}" for field in sorted({*ours, *theirs}) if ours.get(field) != theirs.get(field)]

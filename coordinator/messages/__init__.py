@@ -1,0 +1,1 @@
+"""Every message that is sent; the only room beside the tasks that knows Celery and kombu."""

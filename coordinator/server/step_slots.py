@@ -1,0 +1,88 @@
+"""A training server's view of a step with a tree: what to send for it, and what its roots say of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import SlotReceipt, SlotRecord
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.spec.sum_tree import FanIn
+
+PARTIAL_SUMS = "partial_sums"
+"""In the notes of a ledger entry: [number, digest, worker, attempt] of each partial sum, in order."""
+
+
+def roots_of(ledger: Ledger, step: int, tree: FanIn) -> dict[int, SlotRecord] | None:
+    """The root slots of a step by number, None while any slot of the step is missing."""
+    if not tree.partials:
+        found = ledger.slots(step)
+        return found if len(found) >= tree.total else None
+    found, present = ledger.some_slots(step, tree.roots)
+    return found if present >= tree.total and len(found) == len(tree.roots) else None
+
+
+def receipts_of(roots: Sequence[SlotRecord]) -> tuple[list[SlotReceipt], list[list[Any]]]:
+    """(what the ledger keeps of each shard, what it notes of each partial sum), each in order."""
+    shards: list[SlotReceipt] = []
+    sums: list[SlotReceipt] = []
+    for root in roots:
+        if root.total is None:
+            shards.append(root.receipt())
+        else:
+            shards += root.total.receipts
+            sums += [*root.total.sums, root.receipt()]
+    sums.sort(key=lambda receipt: receipt.shard)
+    return shards, [[each.shard, each.digest, each.worker, each.attempt] for each in sums]
+
+
+def loss_of(roots: Sequence[SlotRecord]) -> float:
+    """The count-weighted mean loss of a step, summed in shard order."""
+    shards = [part for root in roots for part in (root.total.receipts if root.total else (root,))]
+    return sum(shard.loss * shard.examples for shard in shards) / sum(shard.examples for shard in shards)
+
+
+def nonfinite(roots: Sequence[SlotRecord]) -> list[int]:
+    """The shards whose loss or gradient was NaN or infinite."""
+    found: list[int] = []
+    for root in roots:
+        if root.total is not None:
+            found += root.total.nonfinite
+        elif not (math.isfinite(root.loss) and math.isfinite(root.grad_norm)):
+            found.append(root.shard)
+    return found
+
+
+def send_missing(
+    sender: Sender,
+    run: str,
+    step: int,
+    tree: FanIn,
+    present: set[int],
+    *,
+    version: int,
+    callback_queue: str,
+) -> None:
+    """Publish what a step still needs: its chord, partial sums that can be made, or the update.
+
+    Args:
+        tree: the step's slots.
+        present: those that are written.
+        version: what the step is computed at.
+        callback_queue: private queue of the training server that holds the run.
+
+    Raises:
+        CacheUnreachable: if the broker does not take it.
+    """
+    shards = [shard for shard in range(tree.shards) if shard not in present]
+    ready = tree.ready(present)
+    later = sum(slot not in present for slot in tree.partials) - len(ready)
+    if shards:
+        joining = {"joining": later} if later else {}
+        sender.step(run, step, shards, version=version, callback_queue=callback_queue, **joining)
+    for slot in ready:
+        sender.partial_sum(run, step, slot, version=version)
+    if not shards and not ready:
+        sender.advance(run, queue=callback_queue)

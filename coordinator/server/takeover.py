@@ -1,0 +1,231 @@
+"""How a training server becomes a run's: the first version, or the newest one with optimizer state."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torchord.cache.errors import CacheError, CheckpointError, Fenced, ManifestMismatch, Skewed
+from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
+from torchord.cache.tensors import tree
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.services import RunContext, Services, device, switches_of
+from torchord.coordinator.server.warm_run import WarmRun
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class TakeOver:
+    """Makes one run warm, under a token that was just acquired.
+
+    Args:
+        services: connections and stores of the process.
+        fault: called with the name of each point of the protocol.
+        context: the run.
+        token: fencing token.
+    """
+
+    def __init__(self, services: Services, fault: Hook, context: RunContext, token: int) -> None:
+        self.services = services
+        self.fault = fault
+        self.context = context
+        self.token = token
+        self.restores = False  # whether there are versions, and with them the layout of the run's model
+        self.ledger: Ledger = services.ledger(context.run)
+        self.checkpoints = CheckpointStore(
+            services.settings.checkpoint_dir, context.run, context.incarnation, fault=fault
+        )
+
+    def warm(self, head: Head) -> WarmRun:
+        """Initialise or restore the run.
+
+        Raises:
+            Fenced: another server or a person acted meanwhile.
+            Skewed: this process's code builds another model than the run's.
+        """
+        if head.status == "pending" or head.total_steps is None:
+            return self._initialise(head)
+        self.restores = True
+        return self._restore(head)
+
+    def _trainer(self, version: int) -> Trainer:
+        """A trainer with the optimizer that is in force at a version."""
+        context = self.context
+        config = context.config
+        if context.switches:
+            plan = context.plan()
+            config = plan.config_at(min(version, plan.total_steps - 1))
+        trainer = self._built(config)
+        if self.restores:
+            try:
+                context.require_same_model(trainer.replica)
+            except ManifestMismatch as error:
+                raise Skewed(str(error)) from error
+        return trainer
+
+    def _built(self, config: TrainingConfig) -> Trainer:
+        allowed = self.services.settings.allowed_modules
+        return Trainer.build(self.context.recipe, config, device(), allowed=allowed)
+
+    def _initialise(self, head: Head) -> WarmRun:
+        """Make the first version: the recipe's own initial weights, or a checkpoint's."""
+        context, ledger = self.context, self.ledger
+        size = len(context.dataset())
+        evaluation_size = 0 if context.recipe.evaluation is None else len(context.dataset("evaluation"))
+        plan = Plan(size, context.config, switches_of(context.spec))
+        self.checkpoints.save_spec({**context.spec, "incarnation": context.incarnation})
+        if head.version:
+            trainer, record = self._from_checkpoint(head.version)
+        else:
+            trainer = self._built(plan.config_at(0))
+            record = self._published(trainer, 0, GENESIS)
+        self.fault("server.before_initialise")
+        verdict = ledger.initialise(
+            token=self.token,
+            manifest=trainer.replica.manifest.to_json(),
+            record=record,
+            dataset_size=size,
+            evaluation_size=evaluation_size,
+            total_steps=plan.total_steps,
+            dataset_digest=getattr(context.dataset(), "digest", ""),
+        )
+        if verdict != "ok":
+            raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")
+        self.fault("server.after_initialise")
+        return self._made(trainer, record, time.time(), spilled=head.version)
+
+    def _restore(self, head: Head) -> WarmRun:
+        """Load the newest version whose optimizer state is at hand, and replay from there."""
+        found = self._from_cache(head)
+        on_disk = [v for v in self.checkpoints.versions() if v <= head.version]
+        if found is None or any(version > found[1].version for version in on_disk):
+            found = self._from_disk(on_disk)
+            if not self.ledger.put_version(found[1], token=self.token):
+                raise Fenced(f"run {self.context.run!r}: overtaken while restoring")
+        trainer, record = found
+        if record.version != head.version:
+            self.fault("server.before_rollback")
+            done, above = self.ledger.rollback(token=self.token, version=record.version, chain=record.chain)
+            if not done:
+                raise Fenced(f"run {self.context.run!r}: overtaken while restoring")
+            self.fault("server.after_rollback")
+            self.services.parameters.drop(self.ledger, above, token=self.token)
+            log.warning(
+                "run %s: replaying from version %d to %d", self.context.run, record.version, head.version
+            )
+        spilled = self.checkpoints.latest_version(at_most=record.version) or 0
+        return self._made(trainer, record, head.committed_at, spilled=spilled, shared=head.shared)
+
+    def _made(
+        self,
+        trainer: Trainer,
+        record: VersionRecord,
+        committed_at: float,
+        *,
+        spilled: int,
+        shared: bool = False,
+    ) -> WarmRun:
+        return WarmRun(
+            self.context,
+            self.ledger,
+            trainer,
+            self.checkpoints,
+            self.token,
+            record.version,
+            record.chain,
+            record,
+            committed_at,
+            state_version=record.version,
+            spilled=spilled,
+            nbytes=trainer.nbytes(),
+            shared=shared,
+        )
+
+    # --- where versions come from -------------------------------------------------------------
+
+    def _from_cache(self, head: Head) -> tuple[Trainer, VersionRecord] | None:
+        """Load the newest stored version that has its optimizer state; None if there is none."""
+        stored = self.ledger.versions()
+        plan = self.context.plan()
+        for version in sorted((v for v in stored if v <= head.version), reverse=True):
+            record = stored[version]
+            needed = range(plan.version_for(min(version, plan.total_steps - 1)), version)
+            if record.state is None or any(earlier not in stored for earlier in needed):
+                continue
+            try:
+                trainer = self._trainer(version)
+                _, flat, _ = self.services.parameters.fetch(self.ledger, version)
+                skeleton, tensors = self.services.parameters.fetch_state(record.state)
+                for earlier in needed:
+                    self.services.parameters.fetch(self.ledger, earlier, record=stored[earlier])
+                for each in (*needed, version):
+                    for slot in stored[each].slots.values():
+                        self.services.gradients.get_state(slot)
+            except CacheError as error:
+                log.warning("run %s: version %d cannot be restored: %s", self.ledger.run, version, error)
+                continue
+            trainer.replica.load(flat)
+            trainer.load_state(tree.unflatten(skeleton, tensors))
+            return trainer, record
+        return None
+
+    def _from_disk(self, versions: list[int]) -> tuple[Trainer, VersionRecord]:
+        """Load the newest whole checkpoint of `versions`, or the initial weights, and publish it."""
+        for candidate in sorted(versions, reverse=True):
+            try:
+                return self._from_checkpoint(candidate)
+            except CheckpointError as error:
+                log.warning("run %s: checkpoint %d passed over: %s", self.context.run, candidate, error)
+        trainer = self._trainer(0)
+        return trainer, self._published(trainer, 0, GENESIS)
+
+    def _from_checkpoint(self, version: int) -> tuple[Trainer, VersionRecord]:
+        """Load a checkpoint and publish it, with what the steps under way need beside it.
+
+        Raises:
+            CheckpointError: it is damaged, or another run's.
+        """
+        found = self.checkpoints.load(version)
+        if found.meta.get("run") != self.context.run:
+            raise CheckpointError(
+                f"checkpoint {self.checkpoints.path(version)} belongs to run {found.meta.get('run')!r}, not "
+                f"{self.context.run!r}"
+            )
+        chain = str(found.meta["chain"])
+        if any(entry.chain != chain for entry in self.ledger.entries(version, version)):
+            raise CheckpointError(
+                f"checkpoint {self.checkpoints.path(version)} is of another course of run "
+                f"{self.context.run!r}: its chain is not the ledger's"
+            )
+        trainer = self._trainer(version)
+        trainer.replica.load_tensors(found.tensors)
+        trainer.load_state(found.state)
+        for earlier, kept in found.state.get("window", {}).items():
+            record = self.services.parameters.publish(
+                self.ledger, earlier, kept["flat"].contiguous(), chain=kept["chain"]
+            )
+            record = replace(record, slots=self._stored_slots(earlier, kept["slots"]))
+            if not self.ledger.put_version(record, token=self.token):
+                raise Fenced(f"run {self.context.run!r}: overtaken while restoring")
+        record = self._published(trainer, version, chain)
+        return trainer, replace(record, slots=self._stored_slots(version, found.state.get("slots", {})))
+
+    def _published(self, trainer: Trainer, version: int, chain: str) -> VersionRecord:
+        """Store what a trainer holds as a version with its optimizer state."""
+        parameters = self.services.parameters
+        record = parameters.publish(self.ledger, version, trainer.replica.pack(None), chain=chain)
+        skeleton, tensors = tree.flatten(trainer.state(copies=False))
+        return parameters.publish_state(self.ledger, record, skeleton, tensors)
+
+    def _stored_slots(self, version: int, trees: Mapping[int, Any]) -> dict[int, StateRecord]:
+        """Store slot states that a checkpoint holds."""
+        put = self.services.gradients.put_state
+        return {shard: put(self.ledger, version, shard, *tree.flatten(kept)) for shard, kept in trees.items()}

@@ -1,0 +1,78 @@
+"""A run that a training server holds warm: its model and optimizer, at exactly one version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import VersionRecord
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.runtime.services import RunContext
+from torchord.coordinator.server.gradient_download import Collector
+
+NEVER = -1
+
+
+@dataclass
+class WarmRun:
+    """One run in one training server.
+
+    Attributes:
+        context: recipe, config, plan and data of the run.
+        ledger: its control plane.
+        trainer: model, optimizer and scheduler, at `version`.
+        checkpoints: where its files go.
+        token: fencing token under which this server acts.
+        version: committed global steps.
+        chain: ledger chain of the version.
+        record: where the version's bytes are.
+        committed_at: Unix time (s) of the last commit.
+        seconds: what the last step took.
+        state_version: the newest version whose optimizer state is in the cache.
+        state_at: when it went there (monotonic clock, s).
+        spilled: up to which version the ledger is on disk.
+        nbytes: memory that the run takes here.
+        shared: several processes of this node take turns, so the state goes out with each version.
+        far_until: up to which step it is taken for granted that Clients are on other hosts.
+        collector: reads the present step's gradients ahead; None where that does not pay.
+        next: memory of the next version, in which the parameters are already; None where they are in the
+            trainer's own, or in that of the present version, which others read.
+        spent: gradient bytes of the last committed step, to be deleted.
+        stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
+    """
+
+    context: RunContext
+    ledger: Ledger
+    trainer: Trainer
+    checkpoints: CheckpointStore
+    token: int
+    version: int
+    chain: str
+    record: VersionRecord
+    committed_at: float
+    seconds: float = 0.0
+    state_version: int = NEVER
+    state_at: float = 0.0
+    spilled: int = 0
+    nbytes: int = 0
+    shared: bool = False
+    far_until: int = NEVER
+    collector: Collector | None = field(default=None, repr=False)
+    next: Tensor | None = field(default=None, repr=False)
+    spent: list[BlobRef] = field(default_factory=list, repr=False)
+    stored: tuple[int, ...] = ()
+    pinned: frozenset[int] = frozenset()
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self.context.run
+
+    def oldest_needed(self) -> int:
+        """The oldest version that a step from here on is computed at."""
+        plan = self.context.plan()
+        return plan.version_for(self.version) if self.version < plan.total_steps else self.version

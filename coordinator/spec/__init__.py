@@ -1,0 +1,1 @@
+"""What a run is: recipe, admission, config, plan, sum tree, codecs by name."""

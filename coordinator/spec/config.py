@@ -1,0 +1,202 @@
+"""`TrainingConfig`: how a run is trained, validated once.
+
+The recipe says what is trained; this says how. A config is plain data: it travels as JSON,
+and two runs are the same run only if their configs are equal.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torchord.cache.errors import ConfigError
+
+_PRECISIONS = ("fp32", "bf16", "fp16")
+_MEMORY_FORMATS = ("contiguous", "channels_last")
+_NONFINITE = ("stop", "skip")
+_SKEW = ("refuse", "admit")
+_MAX_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a run is trained; frozen, and checked once when it is made.
+
+    Attributes:
+        epochs: passes over the dataset, at least 1.
+        batch_size: examples in one global step over all shards together, at least 1.
+        shards: gradient tasks in one step, at least 1; a step with fewer examples than this
+            (the ragged end of an epoch, or a small batch) has one shard per example instead.
+            The bits of a run depend on it, on the number of workers they do not.
+        fan_in: tensors that are summed in one place, at least 2. A step with more shards has them
+            summed in groups by the workers, in a tree fixed by the shards' numbers, so that the
+            training server reads at most this many tensors. The bits of a run with more shards than
+            this depend on it. See docs/protocol.md, "Partial sums".
+        seed: root of all randomness of the run, 0 to 2**63 - 1.
+        local_steps: optimizer steps that a shard takes by itself between two aggregations, each
+            on its part of a batch; 1 is exact synchronous SGD. See
+            `torchord.coordinator.compute.inner_steps`.
+        staleness: versions by which a gradient may lag the head: so many further steps are under
+            way beside the present one. The lag is exact, not an upper bound, so that the bits
+            do not depend on who is fast.
+        compression: how gradients travel: "none", or a codec with error feedback such as "fp16",
+            "int8", "topk:0.01" or "powersgd:2". See docs/compression.md.
+        parameter_compression: how parameters travel to a worker that holds the version before: "none",
+            or a codec for the difference, such as "int8". The parameters of a version are then
+            what the workers decode. See docs/compression.md.
+        precision: "fp32", or "bf16" or "fp16" for torch.autocast to bfloat16 or float16 around
+            forward and loss (parameters, gradients and optimizer state keep their own dtype). With
+            "fp16" the loss is scaled; see `torchord.coordinator.compute.loss_scale` and docs/precision.md.
+        clip_norm: largest global L2 norm of the averaged gradient, greater than 0; None: no
+            clipping.
+        threads: intra-op threads of torch while a shard is computed, at least 1. Another count
+            gives other bits, hence it belongs to the run and not to the machine.
+        checkpoint_every: global steps between two checkpoints, at least 1.
+        keep_checkpoints: newest checkpoints that are kept, at least 1.
+        evaluate_every: global steps between two evaluations, at least 1; None: one evaluation,
+            of the last version (which is evaluated in any case).
+        deterministic: whether torch may use deterministic algorithms only. Without it, runs on
+            a GPU can be faster and need not give the same bits twice.
+        nonfinite: what to do with a step whose loss or averaged gradient is NaN or infinite:
+            "stop" the run, or "skip" the update.
+        shard_timeout_seconds: seconds after which a shard that was started counts as lost,
+            greater than 0; None: as long as its worker shows signs of life.
+        max_attempts: tries of one shard before the run stops, at least 1.
+        skew: whether a worker whose copy of the recipe's sources differs from the submitter's
+            is refused ("refuse") or takes part all the same ("admit").
+        loss_scale: what the loss of "fp16" is multiplied by at first, greater than 0. A step whose
+            gradients overflow is skipped and halves it.
+        loss_scale_interval: steps in a row without an overflow after which the loss scale is
+            doubled, at least 1.
+        memory_format: "contiguous", or "channels_last" for convolutions' weights and 4-D inputs
+            in that order while shards are computed; what is stored keeps its layout.
+        compile: whether shards are computed by torch.compile's kernels. Every worker that computes
+            needs the same compiler; see docs/precision.md.
+
+    Raises:
+        ConfigError: a value is out of range; the message names field, value and range.
+
+    Example:
+        >>> TrainingConfig(epochs=5, batch_size=128, shards=2).shards
+        2
+    """
+
+    epochs: int = 1
+    batch_size: int = 256
+    shards: int = 4
+    fan_in: int = 8
+    seed: int = 0
+    local_steps: int = 1
+    staleness: int = 0
+    compression: str = "none"
+    parameter_compression: str = "none"
+    precision: str = "fp32"
+    clip_norm: float | None = None
+    threads: int = 1
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    evaluate_every: int | None = None
+    deterministic: bool = True
+    nonfinite: str = "stop"
+    shard_timeout_seconds: float | None = None
+    max_attempts: int = 3
+    skew: str = "refuse"
+    loss_scale: float = 65536.0
+    loss_scale_interval: int = 2000
+    memory_format: str = "contiguous"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "shards", "local_steps", "threads"):
+            self._integer(name, minimum=1)
+        for name in ("checkpoint_every", "keep_checkpoints", "max_attempts", "loss_scale_interval"):
+            self._integer(name, minimum=1)
+        self._integer("fan_in", minimum=2)
+        self._integer("evaluate_every", minimum=1, optional=True)
+        self._integer("seed", minimum=0, maximum=_MAX_SEED)
+        self._integer("staleness", minimum=0)
+        self._positive("clip_norm", optional=True)
+        self._positive("shard_timeout_seconds", optional=True)
+        self._positive("loss_scale")
+        for name in ("deterministic", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        self._choice("nonfinite", _NONFINITE)
+        self._choice("skew", _SKEW)
+        self._choice("precision", _PRECISIONS)
+        self._choice("memory_format", _MEMORY_FORMATS)
+        for name in ("compression", "parameter_compression"):
+            if getattr(self, name) != "none":
+                from torchord.coordinator.compression import check  # loads torch
+
+                try:
+                    check(getattr(self, name))
+                except ConfigError as error:
+                    raise ConfigError(str(error).replace("compression", name, 1)) from None
+
+    def _integer(
+        self, name: str, *, minimum: int, maximum: int | None = None, optional: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        accepted = f"an integer, {limit}" + (", or None" if optional else "")
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            number = operator.index(value)
+        except TypeError:
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}.") from None
+        if number < minimum or (maximum is not None and number > maximum):
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+        object.__setattr__(self, name, number)
+
+    def _positive(self, name: str, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        accepted = "a finite number greater than 0" + (", or None" if optional else "")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+        if not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+        object.__setattr__(self, name, float(value))
+
+    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a plain dict that JSON carries without loss."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainingConfig:
+        """Rebuild a config from `to_json`.
+
+        Args:
+            data: field names and values; fields left out take their defaults.
+
+        Raises:
+            ConfigError: a field is unknown, or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown TrainingConfig field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+            )
+        return cls(**data)
+
+    def differences(self, other: TrainingConfig) -> list[str]:
+        """Return one line for each field in which the two configs differ, in field order."""
+        return [
+            f"{field.name}: {getattr(self, field.name)!r} here, {getattr(other, field.name)!r} there"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]

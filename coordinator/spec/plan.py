@@ -1,0 +1,269 @@
+"""Which examples belong to which shard of which step: pure arithmetic on seeds.
+
+A `Plan` answers for any (step, shard) without state: everything follows from the dataset's
+size and the config, so any process can work out any shard at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from torchord.cache.errors import InvalidInput
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.sum_tree import FanIn, fan_in
+
+Indices = npt.NDArray[np.int64]
+
+_KEPT_EPOCHS = 2
+_SAMPLES_SHOWN = 8
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on every part, its type and its place.
+
+    Args:
+        parts: integers of any size and strings, e.g. `derive_seed(seed, "data", step, shard)`.
+
+    Returns:
+        An integer from 0 to 2**63 - 1: BLAKE2b of an unambiguous encoding of the parts, the
+        same on every platform and in every version of every library.
+
+    Example:
+        >>> derive_seed(0, "init") == derive_seed(0, "init")
+        True
+        >>> derive_seed(1, 23) == derive_seed(12, 3)
+        False
+    """
+    digest = hashlib.blake2b(digest_size=8, person=b"torchord-seed")
+    for part in parts:
+        if isinstance(part, str):
+            tag, body = b"s", part.encode()
+        else:
+            tag, body = b"i", b"%d" % operator.index(part)
+        digest.update(tag + len(body).to_bytes(8, "little") + body)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> Indices:
+    """Return the order in which an epoch visits the dataset.
+
+    The permutation sorts one 64-bit random key per example (equal keys: lower index first).
+    The keys are the raw stream of the Philox counter generator, which is fixed by its paper
+    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and whose stream
+    numpy promises to keep; sorting has one right answer. Library permutations
+    (`torch.randperm`, `numpy.random.Generator.permutation`) promise neither across versions.
+
+    Args:
+        seed: the run's seed.
+        epoch: the epoch, from 0.
+        size: examples in the dataset.
+
+    Returns:
+        int64 array of shape (size,), a permutation of range(size).
+    """
+    generator = np.random.Philox(key=derive_seed(seed, "order", epoch))
+    keys = np.asarray(generator.random_raw(size), dtype=np.uint64)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Steps from `start` on that share one config, beginning at a batch of an epoch."""
+
+    start: int
+    config: TrainingConfig
+    epoch: int
+    batch: int
+    batches: int  # in an epoch
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, first batch) of a step of this segment."""
+        past, stride = step - self.start, self.config.local_steps
+        first = -(-(self.batches - self.batch) // stride)
+        if past < first:
+            return self.epoch, self.batch + past * stride
+        epochs, rest = divmod(past - first, -(-self.batches // stride))
+        return self.epoch + 1 + epochs, rest * stride
+
+    def end(self, epochs: int) -> int:
+        """The step after the last one, if no other segment follows."""
+        stride = self.config.local_steps
+        first = -(-(self.batches - self.batch) // stride)
+        return self.start + first + (epochs - 1 - self.epoch) * -(-self.batches // stride)
+
+
+def shown(samples: Sequence[int] | Indices) -> str:
+    """The first few sample indices, for a message.
+
+    Example:
+        >>> shown(range(20))
+        '[0, 1, 2, 3, 4, 5, 6, 7, … 20 in all]'
+    """
+    head = ", ".join(str(int(s)) for s in samples[:_SAMPLES_SHOWN])
+    return f"[{head}, … {len(samples)} in all]" if len(samples) > _SAMPLES_SHOWN else f"[{head}]"
+
+
+class Plan:
+    """The whole run's partition of examples into steps and shards.
+
+    Steps count from 0 over all epochs; step s leads from version s to version s + 1. Each
+    epoch is a permutation of the dataset, cut into batches (the last may be smaller), each
+    cut into contiguous shards whose sizes differ by at most one, the larger first. A step
+    takes one batch, or with local steps the next `local_steps` batches of the epoch (fewer at
+    its end); a shard then has its part of each of them.
+
+    Args:
+        size: examples in the dataset, at least 1.
+        config: gives epochs, batch_size, shards, local_steps, staleness and seed.
+        switches: step -> config fields that change from that step on (see `Run.switch`).
+
+    Raises:
+        InvalidInput: the dataset is empty.
+
+    Example:
+        >>> plan = Plan(10, TrainingConfig(batch_size=4, shards=3))
+        >>> plan.total_steps, plan.shards_in(2), plan.shard_sizes(0)
+        (3, 2, [2, 1, 1])
+    """
+
+    def __init__(
+        self, size: int, config: TrainingConfig, switches: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> None:
+        if size < 1:
+            raise InvalidInput("the dataset is empty; a run needs at least one example.")
+        self.size = size
+        self.config = config
+        self.switches = {step: dict(fields) for step, fields in sorted((switches or {}).items())}
+        batches = -(-size // config.batch_size)
+        self._segments = [_Segment(0, config, 0, 0, batches)]
+        for step, fields in self.switches.items():
+            last = self._segments[-1]
+            if step >= last.end(config.epochs):
+                break
+            self._segments.append(_Segment(step, replace(last.config, **fields), *last.place(step), batches))
+        self.steps_per_epoch = -(-batches // config.local_steps)
+        self._starts = [segment.start for segment in self._segments]
+        self.total_steps = self._segments[-1].end(config.epochs)
+        self._orders: OrderedDict[int, Indices] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _segment(self, step: int) -> _Segment:
+        if not 0 <= step < self.total_steps:
+            raise InvalidInput(f"step {step} is outside the run's steps 0 to {self.total_steps - 1}.")
+        return self._segments[bisect_right(self._starts, step) - 1]
+
+    def config_at(self, step: int) -> TrainingConfig:
+        """Return the config that is in force at a step."""
+        return self._segment(step).config
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (epoch, number of the step's first batch within it), both from 0.
+
+        Raises:
+            InvalidInput: the run has no such step.
+        """
+        return self._segment(step).place(step)
+
+    def version_for(self, step: int) -> int:
+        """Return the version that the gradients of a step are computed at.
+
+        That is `step` itself, or with staleness s the version s commits earlier. The first steps
+        of a run, and those after a switch, have no such version and take the first there is.
+        """
+        segment = self._segment(step)
+        return max(segment.start, step - segment.config.staleness)
+
+    def window(self, head: int) -> range:
+        """Return the steps that may be computed while the head is at version `head`."""
+        last = head
+        while last + 1 < self.total_steps and self.version_for(last + 1) <= head:
+            last += 1
+        return range(head, min(last + 1, self.total_steps))
+
+    def batch_sizes(self, step: int) -> list[int]:
+        """Return the example count of each batch of the step (one, without local steps)."""
+        _, first = self.locate(step)
+        batch_size, stride = self.config.batch_size, self._segment(step).config.local_steps
+        starts = range(first * batch_size, min(self.size, (first + stride) * batch_size), batch_size)
+        return [min(batch_size, self.size - start) for start in starts]
+
+    def examples(self, step: int) -> int:
+        """Return how many examples the step has over all its shards."""
+        return sum(self.batch_sizes(step))
+
+    def shards_in(self, step: int) -> int:
+        """Return how many shards the step has: `config.shards`, or one an example if those are fewer."""
+        return min(self.config_at(step).shards, self.batch_sizes(step)[0])
+
+    def fan_in(self, step: int) -> FanIn:
+        """Return the slots of the step: its shards, and the partial sums where those are many."""
+        return fan_in(self.shards_in(step), self.config_at(step).fan_in)
+
+    def shard_sizes(self, step: int) -> list[int]:
+        """Return the example count of each shard of the step, in shard order; none is 0."""
+        shards = self.shards_in(step)
+        parts = [divmod(examples, shards) for examples in self.batch_sizes(step)]
+        return [sum(each + (shard < extra) for each, extra in parts) for shard in range(shards)]
+
+    def parts(self, step: int, shard: int) -> list[Indices]:
+        """Return the dataset indices of one shard, an array for each local step.
+
+        A last batch with fewer examples than the step has shards leaves the later shards one local
+        step fewer.
+
+        Returns:
+            int64 arrays, read-only, none empty.
+
+        Raises:
+            InvalidInput: the run has no such step, or the step no such shard.
+        """
+        epoch, first = self.locate(step)
+        shards = self.shards_in(step)
+        if not 0 <= shard < shards:
+            raise InvalidInput(f"shard {shard} is outside the shards 0 to {shards - 1} of step {step}.")
+        order, found = self._order(epoch), []
+        for number, examples in enumerate(self.batch_sizes(step)):
+            each, extra = divmod(examples, shards)
+            start = (first + number) * self.config.batch_size + shard * each + min(shard, extra)
+            part = order[start : start + each + (shard < extra)]
+            if len(part):
+                found.append(part)
+        return found
+
+    def indices(self, step: int, shard: int) -> Indices:
+        """Return the dataset indices of one shard, in the order in which they are computed.
+
+        Returns:
+            int64 array of shape (examples in the shard,), read-only.
+
+        Raises:
+            InvalidInput: the run has no such step, or the step no such shard.
+        """
+        parts = self.parts(step, shard)
+        if len(parts) == 1:
+            return parts[0]
+        joined = np.concatenate(parts)
+        joined.setflags(write=False)
+        return joined
+
+    def _order(self, epoch: int) -> Indices:
+        with self._lock:
+            order = self._orders.get(epoch)
+            if order is None:
+                order = epoch_order(self.config.seed, epoch, self.size)
+                order.setflags(write=False)
+                self._orders[epoch] = order
+            self._orders.move_to_end(epoch)
+            while len(self._orders) > _KEPT_EPOCHS:
+                self._orders.popitem(last=False)
+            return order

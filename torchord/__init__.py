@@ -1,0 +1,54 @@
+"""torchord: train PyTorch models on a Celery queue.
+
+    from torchord import Master, Recipe, TrainingConfig, LocalCluster      # describe, submit and follow runs
+    celery -A torchord worker                                              # a worker
+
+Names are imported at first use, so that `celery -A torchord` starts without loading torch. In a checkout
+the three packages below lie in the folders of the same names beside this one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchord.coordinator import (
+        Audit,
+        LocalCluster,
+        Master,
+        Recipe,
+        Run,
+        RunStatus,
+        StepReport,
+        TrainedModel,
+        TrainingConfig,
+        stored_dataset,
+    )
+    from torchord.tasks import app
+
+__all__ = [
+    "Audit",
+    "LocalCluster",
+    "Master",
+    "Recipe",
+    "Run",
+    "RunStatus",
+    "StepReport",
+    "TrainedModel",
+    "TrainingConfig",
+    "app",
+    "stored_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return import_module("torchord.tasks.celery_app").app
+    if name in __all__:
+        return getattr(import_module("torchord.coordinator"), name)
+    raise AttributeError(f"module 'torchord' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
