@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
-from torchord.cache.servers.node import reset_after_fork
+from torchord.cache.servers.fork import reset_after_fork
 
 WORTH_IT_CHUNKS = 16
 """From 8 MiB on, in chunks of the usual size; below, handing the work over takes longer than doing it."""

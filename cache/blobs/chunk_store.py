@@ -26,7 +26,8 @@ from torchord.cache.blobs.checksum_thread import Checker
 from torchord.cache.blobs.ring import Ring
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
 from torchord.cache.servers.cluster import node_of
-from torchord.cache.servers.node import Problem, reset_after_fork
+from torchord.cache.servers.fork import reset_after_fork
+from torchord.cache.servers.node import Problem
 from torchord.cache.tensors.codec import as_bytes
 
 CHUNK_NBYTES = 1 << 19

@@ -23,7 +23,7 @@ from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier
 from torchord.cache.datasets.content import Bytes, Chunk, ContentStore, Stream
 from torchord.cache.errors import DatasetDamaged, InvalidInput
 from torchord.cache.scripts import source
-from torchord.cache.servers.node import reset_after_fork
+from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients, translated
 from torchord.cache.settings import Settings
 

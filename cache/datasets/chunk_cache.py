@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from torchord.cache.datasets.content import Bytes, Chunk
-from torchord.cache.servers.node import reset_after_fork
+from torchord.cache.servers.fork import reset_after_fork
 
 Fetch = Callable[[Sequence[Chunk]], list[Bytes]]
 

@@ -26,7 +26,8 @@ from urllib.parse import urlsplit
 from torchord.cache.blobs.blob import Parts
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
 from torchord.cache.servers.connection import Address, Connection, Reply, ServerRefused, command
-from torchord.cache.servers.node import Node, Problem, Referrals, reset_after_fork
+from torchord.cache.servers.fork import reset_after_fork
+from torchord.cache.servers.node import Node, Problem, Referrals
 
 SLOTS = 16384
 _SCHEMES = {

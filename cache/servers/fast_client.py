@@ -19,7 +19,7 @@ import hiredis
 from torchord.cache.errors import CacheError
 from torchord.cache.scripts import source
 from torchord.cache.servers.connection import Address, Connection, ServerRefused
-from torchord.cache.servers.node import reset_after_fork
+from torchord.cache.servers.fork import reset_after_fork
 
 Command = tuple[str | int | float | bytes, ...]
 

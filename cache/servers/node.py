@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import xxhash
 
@@ -24,6 +22,7 @@ from torchord.cache.servers.connection import (
     get_command,
     set_command,
 )
+from torchord.cache.servers.fork import reset_after_fork
 
 _SENT_AT_ONCE_NBYTES = 2 << 20
 _TOLD_AT_ONCE_NBYTES = 1 << 19
@@ -53,30 +52,6 @@ _ASKING = command("ASKING")
 _PASSING = ("LOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
 T = TypeVar("T")
-
-
-class Resettable(Protocol):
-    """What owns locks, threads or sockets that a forked child must not use."""
-
-    def reset(self) -> None:
-        """Forget them."""
-
-
-_resettable: weakref.WeakSet[Resettable] = weakref.WeakSet()
-
-
-def reset_after_fork(thing: Resettable) -> None:
-    """Have `thing.reset()` called in each forked child, as long as it lives."""
-    _resettable.add(thing)
-
-
-def _reset_all() -> None:
-    for thing in list(_resettable):
-        thing.reset()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_all)
 
 
 class Problem(Enum):
