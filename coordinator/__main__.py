@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
-from torchord.cache.servers.redis_client import masked
+from torchord.cache.servers.address import masked
 from torchord.coordinator.master.master import Master
 
 OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -21,22 +21,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from urllib.parse import urlsplit
 
 from torchord.cache.blobs.blob import Parts
-from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
-from torchord.cache.servers.connection import Address, Connection, Reply, ServerRefused, command
+from torchord.cache.errors import CacheError, CacheUnreachable
+from torchord.cache.servers.address import Address, ClusterAddress, bracketed, is_cluster
+from torchord.cache.servers.connection import Connection, Reply, ServerRefused, command
 from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.node import Node, Problem, Referrals
 
 SLOTS = 16384
-_SCHEMES = {
-    "redis+cluster": "redis",
-    "rediss+cluster": "rediss",
-    "valkey+cluster": "redis",
-    "valkeys+cluster": "rediss",
-}
-_LOOKS = "a Redis Cluster URL looks like redis+cluster://HOST:PORT,HOST:PORT (or rediss+cluster:// for TLS)"
 _TURNS = 8  # how often a key may be referred on before something must be wrong
 _SETTLE_SECONDS = 0.02  # before the third of them, then twice as long: servers agree by gossip, 1.3 s in all
 _TRY_AGAIN_SECONDS = 0.05
@@ -60,48 +53,6 @@ def key_slot(key: bytes) -> int:
     return binascii.crc_hqx(key, 0) % SLOTS
 
 
-def is_cluster(url: str) -> bool:
-    """Whether a URL names a Redis Cluster."""
-    return url.partition("://")[0] in _SCHEMES
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterUrl:
-    """What a redis+cluster:// URL says.
-
-    Attributes:
-        label: the URL without credentials, its servers sorted, or its #fragment.
-        servers: some of the cluster's servers; one that answers is enough to find all.
-    """
-
-    label: str
-    servers: tuple[Address, ...]
-
-    @classmethod
-    def parse(cls, url: str) -> ClusterUrl:
-        """Read redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...][?options][#name].
-
-        User, password and options (those of `Address.parse`) are the same for all servers.
-
-        Raises:
-            InvalidInput: the URL cannot be used; the message does not repeat its password.
-        """
-        parts = urlsplit(url)
-        plain = _SCHEMES.get(parts.scheme)
-        credentials, at, hosts = parts.netloc.rpartition("@")
-        named = [host for host in hosts.split(",") if host]
-        if plain is None or not named:
-            raise InvalidInput(f"the cache URL {parts.scheme}://{hosts} cannot be used: {_LOOKS}")
-        rest = f"{parts.path}?{parts.query}"
-        servers = tuple(Address.parse(f"{plain}://{credentials}{at}{host}{rest}") for host in named)
-        if any(server.db for server in servers):
-            raise InvalidInput(
-                f"the cache URL {parts.scheme}://{hosts} names a database; a cluster has only 0"
-            )
-        where = sorted(f"{_bracketed(server.host)}:{server.port}" for server in servers)
-        return cls(parts.fragment or f"{parts.scheme}://{','.join(where)}", servers)
-
-
 @dataclass(slots=True)
 class _Task:
     """The keys of one operation that go to one server."""
@@ -119,13 +70,15 @@ class Cluster:
     failover, as Redis Cluster replicates behind the answer; a reader then finds the chunk missing.
 
     Args:
-        url: from `ClusterUrl.parse`.
+        address: from `ClusterAddress.parse`.
         connect_timeout_seconds: longest wait for a connection.
         timeout_seconds: longest wait without a byte moving.
     """
 
-    def __init__(self, url: ClusterUrl, *, connect_timeout_seconds: float, timeout_seconds: float) -> None:
-        self.url = url
+    def __init__(
+        self, address: ClusterAddress, *, connect_timeout_seconds: float, timeout_seconds: float
+    ) -> None:
+        self.address = address
         self._connect_timeout_seconds = connect_timeout_seconds
         self._timeout_seconds = timeout_seconds
         self._servers: dict[Endpoint, Node] = {}
@@ -137,7 +90,7 @@ class Cluster:
     @property
     def label(self) -> str:
         """The cluster's URL without credentials."""
-        return self.url.label
+        return self.address.label
 
     def store(
         self,
@@ -306,9 +259,9 @@ class Cluster:
 
     def _address(self, endpoint: Endpoint) -> Address:
         host, port = endpoint
-        first = self.url.servers[0]
+        first = self.address.servers[0]
         scheme = "redis" if first.tls is None else "rediss"
-        return replace(first, label=f"{scheme}://{_bracketed(host)}:{port}/0", host=host, port=port)
+        return replace(first, label=f"{scheme}://{bracketed(host)}:{port}/0", host=host, port=port)
 
     def _refresh(self, avoid: Sequence[Endpoint] = ()) -> list[Endpoint | None]:
         """Ask any server who owns which slot.
@@ -319,7 +272,7 @@ class Cluster:
         """
         with self._lock:
             known = list(self._servers)
-        candidates = dict.fromkeys([*known, *((one.host, one.port) for one in self.url.servers)])
+        candidates = dict.fromkeys([*known, *((one.host, one.port) for one in self.address.servers)])
         last: Exception | None = None
         for endpoint in sorted(candidates, key=lambda one: one in avoid):
             try:
@@ -399,14 +352,10 @@ def node_of(url: str, *, connect_timeout_seconds: float, timeout_seconds: float)
     """
     if is_cluster(url):
         return Cluster(
-            ClusterUrl.parse(url),
+            ClusterAddress.parse(url),
             connect_timeout_seconds=connect_timeout_seconds,
             timeout_seconds=timeout_seconds,
         )
     return Node(
         Address.parse(url), connect_timeout_seconds=connect_timeout_seconds, timeout_seconds=timeout_seconds
     )
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

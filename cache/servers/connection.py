@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import ssl
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeAlias
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from torchord.cache.errors import InvalidInput
-from torchord.cache.servers.sentinel import SentinelUrl, is_sentinel
+from torchord.cache.servers.address import Address
 
 SCRATCH_NBYTES = 4096
 _MOST_BUFFERS = 256  # per system call; POSIX allows as few as 16, Linux and macOS 1,024
@@ -35,76 +32,6 @@ Reply: TypeAlias = "str | int | bytes | list[Reply] | None"
 
 class ServerRefused(Exception):
     """An error reply; stays inside `cache/`, see `torchord.cache.servers.node`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a server is and how to be let in.
-
-    Attributes:
-        label: the URL without credentials and options; safe to log, identifies the node.
-        host: host name or address; empty for a unix socket.
-        port: TCP port; 0 for a unix socket.
-        path: file name of the unix socket, else empty.
-        db: logical database.
-        username: ACL user, or None for the default user.
-        password: or None where the server asks for none.
-        tls: how to verify the server (and present a client certificate), or None without TLS.
-        sentinels: whom to ask at each new connection where the primary of `service` is; then host and
-            port are empty.
-    """
-
-    label: str
-    host: str
-    port: int
-    path: str
-    db: int
-    username: str | None = field(repr=False)
-    password: str | None = field(repr=False)
-    tls: ssl.SSLContext | None = field(repr=False, compare=False)
-    sentinels: tuple[tuple[str, int], ...] = ()
-    service: str = ""
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """Read a redis://, rediss:// or unix:// URL.
-
-        `valkey://` and `valkeys://` are the same; `redis+socket://` is the same as `unix://`. The
-        query may hold db, ssl_cert_reqs ("required" unless given), ssl_ca_certs, ssl_certfile,
-        ssl_keyfile and ssl_check_hostname, spelled as Celery spells them; other options are
-        ignored. A fragment names the node: "redis://10.0.0.5/0#left".
-
-        Raises:
-            InvalidInput: the URL cannot be used; the message does not repeat its password.
-        """
-        try:
-            if is_sentinel(url):
-                found = SentinelUrl.parse(url)
-                hosts = ",".join(f"{host}:{port}" for host, port in found.sentinels)
-                return cls(
-                    f"sentinel://{hosts}/{found.service}/{found.db}", "", 0, "", found.db, found.username,
-                    found.password, None, found.sentinels, found.service,
-                )  # fmt: skip
-            parts = urlsplit(url)
-            options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-            scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(
-                parts.scheme, parts.scheme
-            )
-            unix = scheme == "unix"
-            if scheme not in ("redis", "rediss", "unix") or (unix and not parts.path):
-                raise ValueError("it must begin with redis://, rediss://, unix:/// or redis+cluster://")
-            host = "" if unix else parts.hostname or "localhost"
-            port = 0 if unix else parts.port or 6379
-            db = int(
-                options.get("db") or options.get("virtual_host") or (not unix and parts.path.strip("/")) or 0
-            )
-            tls = _tls_context(options) if scheme == "rediss" else None
-        except (ValueError, OSError) as error:
-            raise InvalidInput(f"the cache URL {_masked(url)} cannot be used: {error}") from error
-        where = parts.path if unix else f"{f'[{host}]' if ':' in host else host}:{port}"
-        label = unquote(parts.fragment) or f"{scheme}://{where}{'?db=' if unix else '/'}{db}"
-        username, password = _credentials(parts, options)
-        return cls(label, host, port, parts.path if unix else "", db, username, password, tls)
 
 
 class Connection:
@@ -461,31 +388,3 @@ def _connect(address: Address, timeout_seconds: float) -> socket.socket:
     except BaseException:
         plain.close()
         raise
-
-
-def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-    requirement = options.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
-    if requirement not in ("required", "optional", "none"):
-        raise ValueError(f"ssl_cert_reqs={requirement!r} is not one of required, optional, none")
-    unchecked = options.get("ssl_check_hostname", "true").lower() in ("false", "0", "no")
-    context.check_hostname = requirement == "required" and not unchecked
-    context.verify_mode = {
-        "required": ssl.CERT_REQUIRED,
-        "optional": ssl.CERT_OPTIONAL,
-        "none": ssl.CERT_NONE,
-    }[requirement]
-    if "ssl_certfile" in options:
-        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
-    return context
-
-
-def _credentials(parts: SplitResult, options: dict[str, str]) -> tuple[str | None, str | None]:
-    username = unquote(parts.username) if parts.username else options.get("username")
-    password = unquote(parts.password) if parts.password else options.get("password")
-    return username, password
-
-
-def _masked(url: str) -> str:
-    scheme, slashes, rest = url.partition("://")
-    return f"{scheme}{slashes}{rest.rpartition('@')[2].partition('?')[0]}"

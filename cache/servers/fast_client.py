@@ -18,7 +18,8 @@ import hiredis
 
 from torchord.cache.errors import CacheError
 from torchord.cache.scripts import source
-from torchord.cache.servers.connection import Address, Connection, ServerRefused
+from torchord.cache.servers.address import Address
+from torchord.cache.servers.connection import Connection, ServerRefused
 from torchord.cache.servers.fork import reset_after_fork
 
 Command = tuple[str | int | float | bytes, ...]

@@ -13,8 +13,8 @@ import xxhash
 
 from torchord.cache.blobs.blob import Cut, Parts
 from torchord.cache.errors import CacheError, CacheUnreachable
+from torchord.cache.servers.address import Address
 from torchord.cache.servers.connection import (
-    Address,
     Connection,
     Reply,
     ServerRefused,

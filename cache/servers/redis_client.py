@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -23,24 +22,13 @@ from redis.exceptions import (
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelManagedConnection
 
-from torchord.cache.errors import CacheError, CacheUnreachable
-from torchord.cache.servers.sentinel import SentinelUrl, is_sentinel
+from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
+from torchord.cache.servers.address import Address, is_cluster, is_sentinel, masked
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 CLIENT_PATIENCE_SECONDS = 2.0
 WORKER_PATIENCE_SECONDS = 90.0
 _BACKOFF_CAP_SECONDS = 1.0
-
-
-def masked(url: str) -> str:
-    """The URL without its password, fit for a message or a log."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user = parts.username or ""
-    host = parts.hostname or ""
-    port = f":{parts.port}" if parts.port else ""
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}{port}"))
 
 
 def hint_of(error: Exception) -> str:
@@ -100,7 +88,7 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
     tries = max(1, round(patience_seconds / _BACKOFF_CAP_SECONDS))
     if is_sentinel(url):
         return _primary(url, tries)
-    if "+cluster://" in url:
+    if is_cluster(url):
         raise CacheUnreachable(
             f"{masked(url)!r} names a Redis Cluster, which Celery cannot use as a broker: give "
             "TORCHORD_URL a single server or sentinel://, and TORCHORD_CACHE_URLS the cluster"
@@ -143,9 +131,9 @@ class PrimaryConnection(SentinelManagedConnection):
 def _primary(url: str, tries: int) -> redis.Redis:
     """A client of whatever primary the sentinels name at each new connection."""
     try:
-        found = SentinelUrl.parse(url)
-    except ValueError as error:
-        raise CacheUnreachable(f"{masked(url)!r} cannot be used: {error}") from error
+        found = Address.parse(url)
+    except InvalidInput as error:
+        raise CacheUnreachable(str(error)) from error
     sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
         list(found.sentinels),
         socket_timeout=CONNECT_TIMEOUT_SECONDS,

@@ -27,13 +27,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
+from torchord.cache.servers.address import Address, masked
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 
 HOST = "127.0.0.1"
-DEFAULT_PORT = 6379
 ATTEMPTS = 5
 START_SECONDS = 15.0
 REPLY_SECONDS = 1.0
@@ -140,26 +139,22 @@ def tail(path: Path, lines: int = LOG_LINES) -> str:
 def check_reachable(url: str) -> None:
     """Open and close a connection to the host or socket that a URL names.
 
-    Only the transport is tried, so this works for servers with TLS and passwords. Schemes that do
-    not name one host (such as `sentinel://a;b`) pass unchecked.
+    Only the transport is tried, so this works for servers with TLS and passwords. Sentinels pass
+    unchecked: they are asked when the first client connects.
 
     Raises:
         CacheUnreachable: nothing accepts connections there.
-        InvalidInput: the URL has no scheme.
+        InvalidInput: the URL cannot be used.
     """
-    parts = urlsplit(url)
-    if not parts.scheme:
-        raise InvalidInput(f"{url!r} is not a URL; give one such as redis://localhost:6379/0.")
+    address = Address.parse(url)
     try:
-        if parts.scheme in ("redis", "rediss"):
-            address = (parts.hostname or "localhost", parts.port or DEFAULT_PORT)
-            socket.create_connection(address, timeout=5.0).close()
-        elif parts.scheme in ("unix", "redis+socket", "rediss+socket"):
+        if address.path:
             with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(unquote(parts.path))
+                connection.connect(address.path)
+        elif not address.sentinels:
+            socket.create_connection((address.host, address.port), timeout=5.0).close()
     except OSError as error:
-        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        raise CacheUnreachable(f"No server accepts connections at {shown} ({error}).") from error
+        raise CacheUnreachable(f"No server accepts connections at {masked(url)} ({error}).") from error
 
 
 class EmbeddedServer:

@@ -15,7 +15,8 @@ from kombu.exceptions import OperationalError
 
 from torchord.cache.errors import CacheError, CacheUnreachable
 from torchord.cache.ledger.records import Launch
-from torchord.cache.servers.redis_client import hint_of, masked
+from torchord.cache.servers.address import masked
+from torchord.cache.servers.redis_client import hint_of
 from torchord.coordinator.messages import task_names
 from torchord.coordinator.messages.front import push_front
 from torchord.coordinator.messages.templates import StepTemplate, push

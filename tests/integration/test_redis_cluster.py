@@ -18,7 +18,8 @@ from tests.support.waiting import wait_until
 from torchord import LocalCluster, Master, TrainingConfig
 from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkMissing, InvalidInput
-from torchord.cache.servers.cluster import Cluster, ClusterUrl, key_slot, owners_of
+from torchord.cache.servers.address import ClusterAddress
+from torchord.cache.servers.cluster import Cluster, key_slot, owners_of
 from torchord.cache.settings import from_environment
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
@@ -67,7 +68,7 @@ def test_slots_are_those_of_the_servers(three: RedisCluster, key: str) -> None:
     ],
 )
 def test_urls(url: str, label: str, servers: list[tuple[str, int]]) -> None:
-    found = ClusterUrl.parse(url)
+    found = ClusterAddress.parse(url)
     assert found.label == label and [(a.host, a.port) for a in found.servers] == servers
 
 
@@ -75,7 +76,7 @@ def test_urls(url: str, label: str, servers: list[tuple[str, int]]) -> None:
     "url", ["redis+cluster://", "redis+cluster://u:secret@a:x", "redis+cluster://u:secret@a:1/3"]
 )
 def test_an_unusable_url_is_refused_without_its_password(url: str) -> None:
-    with pytest.raises(InvalidInput, match="cache URL") as caught:
+    with pytest.raises(InvalidInput, match="cannot be used") as caught:
         ChunkStore([url])
     assert "secret" not in str(caught.value)
 

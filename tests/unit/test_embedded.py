@@ -202,7 +202,7 @@ def test_arguments_that_contradict_each_other() -> None:
         EmbeddedServer("redis://localhost", port=1234)
     with pytest.raises(InvalidInput, match="requirepass"):
         EmbeddedServer(options={"requirepass": "x"})
-    with pytest.raises(InvalidInput, match="not a URL"):
+    with pytest.raises(InvalidInput, match="must begin with redis://"):
         EmbeddedServer("localhost").start()
 
 
