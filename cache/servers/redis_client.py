@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import redis
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -167,6 +167,22 @@ def ping(client: redis.Redis, url: str) -> None:
     """
     with translated(url, "reach the control plane"):
         client.ping()
+
+
+def process_id(url: str, timeout_seconds: float = 1.0) -> int | None:
+    """Process id of the server at `url`; None if none answers there, or it still reads its data."""
+    try:
+        with redis.Redis.from_url(
+            url,
+            socket_connect_timeout=timeout_seconds,
+            socket_timeout=timeout_seconds,
+            retry=Retry(NoBackoff(), retries=0),
+            protocol=2,
+        ) as client:
+            client.ping()  # refused while it reads its data, which INFO is not
+            return int(cast(dict[str, Any], client.info("server"))["process_id"])
+    except (RedisError, LookupError, ValueError):
+        return None
 
 
 class Clients:

@@ -15,7 +15,6 @@ process that was started: another server on the same port is never mistaken for 
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import shutil
 import signal
@@ -30,12 +29,12 @@ from typing import Self
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
 from torchord.cache.servers.address import Address, masked
+from torchord.cache.servers.redis_client import process_id
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 
 HOST = "127.0.0.1"
 ATTEMPTS = 5
 START_SECONDS = 15.0
-REPLY_SECONDS = 1.0
 LOG_LINES = 15
 # On these the check that the server is ours depends.
 FIXED_OPTIONS = frozenset({"port", "bind", "daemonize", "requirepass", "unixsocket", "tls-port"})
@@ -91,42 +90,6 @@ def free_port() -> int:
         return port
 
 
-def ask(port: int, command: str) -> str:
-    """The reply of the server on 127.0.0.1:`port` to one inline command without arguments of its own.
-
-    Args:
-        port: TCP port.
-        command: such as "PING" or "INFO server".
-
-    Returns:
-        The text of a simple or a bulk reply; "" for an error reply (a server that is loading its data).
-
-    Raises:
-        OSError: nothing answers there within a second.
-    """
-    with socket.create_connection((HOST, port), timeout=REPLY_SECONDS) as connection:
-        connection.sendall(command.encode() + b"\r\n")
-        with connection.makefile("rb") as reply:
-            head = reply.readline().strip().decode(errors="replace")
-            if head.startswith("+"):
-                return head[1:]
-            if head.startswith("$"):
-                return reply.read(max(0, int(head[1:]))).decode(errors="replace")
-            return ""
-
-
-def process_id(port: int) -> int | None:
-    """Process id that the server on 127.0.0.1:`port` reports; None if nothing there speaks the protocol."""
-    try:
-        for line in ask(port, "INFO server").splitlines():
-            name, _, value = line.partition(":")
-            if name == "process_id":
-                return int(value)
-    except (OSError, ValueError):
-        return None
-    return None
-
-
 def tail(path: Path, lines: int = LOG_LINES) -> str:
     """The last lines of a log file, indented; a dash when there are none."""
     try:
@@ -177,8 +140,8 @@ class EmbeddedServer:
 
     Example:
         >>> with EmbeddedServer(options={"maxmemory": "256mb"}) as server:
-        ...     ask(server.port, "PING")
-        'PONG'
+        ...     server.responds()
+        True
     """
 
     def __init__(
@@ -255,9 +218,9 @@ class EmbeddedServer:
             if self._given_url is not None:
                 check_reachable(self._given_url)
                 return True
-            return self._port is not None and ask(self._port, "PING") == "PONG"
-        except (OSError, CacheUnreachable):
+        except CacheUnreachable:
             return False
+        return self.pid is not None and process_id(self.url) == self.pid
 
     def start(self) -> None:
         """Start the server and wait until it answers; nothing happens if it runs already.
@@ -311,9 +274,8 @@ class EmbeddedServer:
         self._child = child
         deadline = time.monotonic() + START_SECONDS
         while child.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):
-                if process_id(port) == child.pid and ask(port, "PING") == "PONG":
-                    return True
+            if process_id(f"redis://{HOST}:{port}/0") == child.pid:
+                return True
             time.sleep(0.005)
         child.kill()
         return False

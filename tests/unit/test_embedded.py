@@ -14,8 +14,9 @@ import pytest
 
 from tests.support.waiting import wait_until
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
+from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.local_cluster import embedded_server as embedded
-from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, ask, find_server, process_id
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, find_server, process_id
 
 
 @pytest.fixture
@@ -25,6 +26,16 @@ def listener() -> Iterator[int]:
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
         yield stranger.getsockname()[1]
+
+
+def put(server: EmbeddedServer, value: str) -> None:
+    with connect(server.url) as client:
+        client.set("name", value)
+
+
+def kept(server: EmbeddedServer) -> object:
+    with connect(server.url) as client:
+        return client.get("name")
 
 
 def program(path: Path, body: str) -> str:
@@ -82,10 +93,10 @@ def test_start_answers_and_stop_leaves_nothing() -> None:
     server.start()
     pid, log = server.pid, server.log
     assert pid is not None and log is not None
-    assert ask(server.port, "PING") == "PONG"
-    assert process_id(server.port) == pid
-    assert "maxmemory:33554432" in ask(server.port, "INFO memory")
     assert server.url == f"redis://127.0.0.1:{server.port}/0"
+    assert process_id(server.url) == pid
+    with connect(server.url) as client:
+        assert client.info("memory")["maxmemory"] == 32 << 20
     guardian = psutil.Process(pid).parent()
     assert guardian is not None
     server.stop()
@@ -103,7 +114,7 @@ def test_it_writes_no_snapshot_and_listens_on_loopback_alone() -> None:
         listening = [one for one in psutil.Process(server.pid).net_connections() if one.status == "LISTEN"]
         assert {one.laddr for one in listening} == {("127.0.0.1", server.port)}
         folder = server.log.parent
-        ask(server.port, "SET name value")
+        put(server, "value")
         os.kill(server.pid, signal.SIGTERM)
         wait_until(lambda: server.pid is None, message="the server's end")
         assert [path.name for path in folder.iterdir()] == ["server.log"]
@@ -147,7 +158,7 @@ def test_a_port_lost_to_another_program_is_replaced(
     monkeypatch.setattr(embedded, "free_port", lambda: next(ports, None) or free_port())
     with EmbeddedServer() as server:
         assert server.port != redis_server.port
-        assert process_id(server.port) == server.pid
+        assert process_id(server.url) == server.pid
 
 
 @pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$x\r\n", b"$5\r\nhello\r\n"])
@@ -166,7 +177,7 @@ def test_what_does_not_speak_the_protocol_has_no_process_id(reply: bytes, tmp_pa
 
         thread = threading.Thread(target=answer)
         thread.start()
-        assert process_id(stranger.getsockname()[1]) is None
+        assert process_id(f"redis://127.0.0.1:{stranger.getsockname()[1]}/0") is None
         thread.join()
 
 
@@ -212,25 +223,25 @@ def test_arguments_that_contradict_each_other() -> None:
 def test_restart_without_persistence_is_empty_and_keeps_the_port() -> None:
     with EmbeddedServer() as server:
         url = server.url
-        ask(server.port, "SET name value")
+        put(server, "value")
         server.kill()
         assert server.pid is None and not server.responds()
         server.restart()
         assert server.url == url
-        assert ask(server.port, "GET name") == ""
+        assert kept(server) is None
 
 
 def test_restart_with_persistence_finds_the_data(tmp_path: Path) -> None:
     with EmbeddedServer(persistence_dir=tmp_path / "data", options={"appendfsync": "always"}) as server:
-        ask(server.port, "SET name value")
+        put(server, "value")
         server.kill()
         server.restart()
-        assert ask(server.port, "GET name") == "value"
-        ask(server.port, "SET name other")
+        assert kept(server) == "value"
+        put(server, "other")
         server.restart()
-        assert ask(server.port, "GET name") == "other"
+        assert kept(server) == "other"
     with EmbeddedServer(persistence_dir=tmp_path / "data") as server:
-        assert ask(server.port, "GET name") == "other"
+        assert kept(server) == "other"
 
 
 def test_a_paused_server_is_silent_and_goes_on() -> None:
