@@ -9,6 +9,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:active | set of names that are not at rest | Master, server | RUN_TTL after the last change or commit |
 | torchord:workers | zset worker id -> last beat (ms) | workers | WORKER_INDEX_TTL after the last beat |
 | torchord:worker:ID | string, JSON of WorkerInfo | that worker | WORKER_LEASE, renewed by a thread |
+| torchord:placement | string, where chunks lie, in words | workers | WORKER_LEASE, renewed by a thread |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
 | torchord:{RUN}:head | hash, see cache/scripts | scripts only | RUN_TTL, renewed at commit |
@@ -62,6 +63,7 @@ LEDGER_KEPT = 1000
 RUNS = f"{PREFIX}:runs"
 ACTIVE = f"{PREFIX}:active"
 WORKERS = f"{PREFIX}:workers"
+PLACEMENT = f"{PREFIX}:placement"
 SUPERVISOR = f"{PREFIX}:supervisor"
 DATASETS = f"{PREFIX}:datasets"
 

@@ -28,6 +28,9 @@ class Settings:
         url: Redis URL of broker, control plane and, by default, of the tensors.
         cache_urls: URLs of the tensor nodes, each of which may be a whole Redis Cluster
             (redis+cluster://HOST:PORT,HOST:PORT); empty means `url` alone.
+        cache_replicas: further nodes that get a copy of each chunk of a tensor.
+        cache_weights: relative share of each of `cache_urls`, in their order; empty means equal.
+        cache_connections: sockets per node that one operation uses at a time.
         checkpoint_dir: directory or fsspec URL under which each run has a folder.
         allowed_modules: module prefixes that a worker may import recipes from; None means
             what lies under the directory that the worker was started in, and `torch`.
@@ -47,6 +50,9 @@ class Settings:
 
     url: str = DEFAULT_URL
     cache_urls: tuple[str, ...] = ()
+    cache_replicas: int = 0
+    cache_weights: tuple[float, ...] = ()
+    cache_connections: int = 1
     checkpoint_dir: str = DEFAULT_CHECKPOINT_DIR
     allowed_modules: tuple[str, ...] | None = None
     host_cache: bool = True
@@ -77,8 +83,8 @@ def _urls(value: str) -> tuple[str, ...]:
     return tuple(urls)
 
 
-def _whole(name: str, default: int) -> int:
-    """A number of bytes.
+def _whole(name: str, default: int, of: str = " of bytes") -> int:
+    """A whole number, as a rule of bytes.
 
     Raises:
         InvalidInput: it is none.
@@ -87,8 +93,21 @@ def _whole(name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise InvalidInput(f"{name} must be a whole number of bytes, such as {default}, not {text!r}.")
+        raise InvalidInput(f"{name} must be a whole number{of}, such as {default}, not {text!r}.")
     return int(text)
+
+
+def _numbers(name: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        InvalidInput: one is none.
+    """
+    text = os.environ.get(name, "")
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise InvalidInput(f"{name} must be numbers between commas, such as 1,1,2, not {text!r}.") from None
 
 
 def _on(name: str) -> bool:
@@ -141,6 +160,9 @@ def from_environment() -> Settings:
     return Settings(
         url=env.get("CELERY_BROKER_URL") or env.get("TORCHORD_URL") or DEFAULT_URL,
         cache_urls=_urls(env.get("TORCHORD_CACHE_URLS", "")),
+        cache_replicas=_whole("TORCHORD_CACHE_REPLICAS", 0, of=""),
+        cache_weights=_numbers("TORCHORD_CACHE_WEIGHTS"),
+        cache_connections=_whole("TORCHORD_CACHE_CONNECTIONS", 1, of=""),
         checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
         allowed_modules=None if allowed is None else _words(allowed),
         host_cache=_on("TORCHORD_HOST_CACHE"),

@@ -12,7 +12,7 @@ from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
 from kombu import Exchange, Queue
 
-from torchord.cache.errors import CacheError
+from torchord.cache.errors import CacheError, InvalidInput
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.coordinator.messages.sender import Sender
@@ -53,7 +53,7 @@ class Process:
         fault = faults.hook(settings.faults)
         self.fault = fault
         self.sender = Sender(app, fault=fault if settings.faults else None)
-        self.heartbeat = Heartbeat(self.services.registry, new_info(node, queues))
+        self.heartbeat = _heartbeat(self.services, node, queues)
         self.client = Client(self.services, self.heartbeat, self.sender, fault=fault)
         self.adder = Adder(self.client)
         self.server = TrainingServer(self.services, self.heartbeat, self.sender, fault=fault)
@@ -74,6 +74,19 @@ class Process:
         self.server.leave()
         self.heartbeat.stop()
         self.services.close()
+
+
+def _heartbeat(services: Services, node: str, queues: tuple[str, ...]) -> Heartbeat:
+    """The heartbeat of this process, not started yet.
+
+    Raises:
+        InvalidInput: the workers that run store chunks elsewhere.
+    """
+    try:
+        services.registry.require_placement(services.placement, claim=True)
+    except CacheError as error:  # gone again; the heartbeat will say so, too
+        log.warning("placement: %s", error)
+    return Heartbeat(services.registry, new_info(node, queues, placement=services.placement))
 
 
 _QUEUES_SETTING = "torchord_queues"
@@ -133,10 +146,14 @@ class TorchordStep(bootsteps.StartStopStep):
                 parent.task_consumer.consume()
                 consumed = (*consumed, own)
         _queues = consumed
-        if _forks(parent):
-            _supervise_from_parent()
-            return
-        parts = process()
+        try:
+            if _forks(parent):
+                _supervise_from_parent()
+                return
+            parts = process()
+        except InvalidInput as error:
+            log.critical("this worker cannot start: %s", error)
+            raise SystemExit(1) from None
         if UPDATES in consumed and parts.supervisor is None:
             parts.supervise()
 
@@ -164,7 +181,7 @@ def _supervise_from_parent() -> None:
     if _parent_heartbeat is not None:
         return
     services = _parent_services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
-    _parent_heartbeat = Heartbeat(services.registry, new_info(_node, _queues))
+    _parent_heartbeat = _heartbeat(services, _node, _queues)
     _parent_heartbeat.start()
     if UPDATES in _queues:
         _parent_supervisor = Supervisor(services, _parent_heartbeat.info.id, Sender(app))

@@ -28,6 +28,7 @@ from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, Ch
 from torchord.cache.servers.cluster import node_of
 from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.node import Problem
+from torchord.cache.settings import Settings
 from torchord.cache.tensors.codec import as_bytes
 
 CHUNK_NBYTES = 1 << 19
@@ -104,13 +105,17 @@ class ChunkStore:
             the ring by its URL without credentials, or by the URL's #fragment, so every process must be given
             the same ones, in any order.
         chunk_nbytes: length of each chunk, in bytes.
-        replicas: further nodes that get a copy of each chunk.
+        replicas: further nodes that get a copy of each chunk; fewer than there are nodes.
         connections: sockets per node that one operation uses at a time; more than one helps where
             a single one does not fill the network.
-        weights: relative share of each node, in the order of `urls`; None means equal.
+        weights: relative share of each node, in the order of `urls`; None or empty means equal.
         connect_timeout_seconds: longest wait for a connection.
         timeout_seconds: longest wait without a byte moving.
         patience_seconds: how long an operation is tried again while no node answers (a restart).
+
+    Attributes:
+        placement: which chunk lies where, in words: two processes that say the same find each other's
+            chunks at the first node that they ask, and keep as many copies.
 
     Raises:
         InvalidInput: no URL, an unusable one, the same node twice, or a value out of range.
@@ -135,14 +140,22 @@ class ChunkStore:
         names = [node.label for node in nodes]
         if len(set(names)) != len(names):
             raise InvalidInput(f"the same cache node is listed twice: {', '.join(names)}")
-        if chunk_nbytes < 1 or replicas < 0 or connections < 1:
-            raise InvalidInput("chunk_nbytes and connections must be at least 1, replicas at least 0")
+        if chunk_nbytes < 1 or connections < 1:
+            raise InvalidInput("chunk_nbytes and connections must be at least 1")
+        if not 0 <= replicas < max(1, len(names)):
+            raise InvalidInput(
+                f"replicas={replicas} with {len(names)} cache nodes: each copy needs a node of its own"
+            )
+        if weights and len(weights) != len(names):
+            raise InvalidInput(f"{len(weights)} weights for {len(names)} cache nodes: give one for each")
+        shares = dict(zip(names, weights or [1.0] * len(names), strict=True))
         self.chunk_nbytes = chunk_nbytes
         self.counters = Counters()
-        self._ring = Ring(dict(zip(names, weights or [1.0] * len(names), strict=True)))
+        self.placement = _in_words(shares, 1 + replicas)
+        self._ring = Ring(shares)
         self._nodes = {node.label: node for node in nodes}
         self._only = self._nodes[names[0]] if len(names) == 1 else None
-        self._copies = min(1 + replicas, len(names))
+        self._copies = 1 + replicas
         self._connections = connections
         self._patience_seconds = patience_seconds
         self._avoided: dict[str, tuple[float, float]] = {}  # name -> (until, for how long), seconds
@@ -150,6 +163,17 @@ class ChunkStore:
         self._threads: ThreadPoolExecutor | None = None
         self._checker = Checker()
         reset_after_fork(self)
+
+    @classmethod
+    def of(cls, settings: Settings, *, patience_seconds: float = 0.0) -> ChunkStore:
+        """The store that a process's settings mean; arguments and errors as for the class."""
+        return cls(
+            settings.cache_urls or (settings.url,),
+            replicas=settings.cache_replicas,
+            connections=settings.cache_connections,
+            weights=settings.cache_weights,
+            patience_seconds=patience_seconds,
+        )
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a buffer and return its reference; chunks that exist are overwritten.
@@ -642,6 +666,14 @@ def _keys(ref: BlobRef) -> list[bytes]:
     """The key of each chunk of a blob, also of one that travels in its reference."""
     prefix = ref.key.encode()
     return [b"%s:%d" % (prefix, i) for i in range(len(ref.checksums))]
+
+
+def _in_words(shares: Mapping[str, float], copies: int) -> str:
+    """What decides where chunks lie; a single node may be known under another address to each process."""
+    if len(shares) == 1:
+        return "all chunks on one node"
+    nodes = ", ".join(f"{name} (weight {shares[name]:g})" for name in sorted(shares))
+    return f"{copies} of each chunk on {nodes}"
 
 
 def _number(key: str) -> int:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, cast
 import redis
 
 from torchord.cache import keys
+from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier
 from torchord.cache.datasets.content import Bytes, Chunk, ContentStore, Stream
 from torchord.cache.errors import DatasetDamaged, InvalidInput
@@ -147,7 +148,7 @@ class CachePlace:
         self._url = settings.url
         self._patience_seconds = patience_seconds
         self._clients = Clients()
-        self._store = ContentStore(settings.cache_urls or (settings.url,))
+        self._store = ContentStore(ChunkStore.of(settings))
 
     @property
     def label(self) -> str:
@@ -301,13 +302,13 @@ class _Shared:
     def reset(self) -> None:
         """Start with a lock of its own in a forked child; what the parent has kept is kept."""
         self._lock = threading.Lock()
-        self._places: dict[tuple[str, ...], Place] = getattr(self, "_places", {})
+        self._places: dict[Settings | str, Place] = getattr(self, "_places", {})
         self._caches: dict[tuple[int, str, int], ChunkCache] = getattr(self, "_caches", {})
 
     def place(self, settings: Settings, url: str | None) -> Place:
         from torchord.cache.datasets.folder_place import FolderPlace
 
-        key = (url,) if url is not None else (settings.url, *settings.cache_urls)
+        key = settings if url is None else url
         with self._lock:
             if key not in self._places:
                 self._places[key] = CachePlace(settings) if url is None else FolderPlace(url)

@@ -129,11 +129,11 @@ class ContentStore:
     `EXPIRE ... GT`: Valkey, or Redis 7 or newer.
 
     Args:
-        urls: of the cache nodes, see `ChunkStore`.
+        chunks: where.
     """
 
-    def __init__(self, urls: Sequence[str]) -> None:
-        self._chunks = ChunkStore(urls)
+    def __init__(self, chunks: ChunkStore) -> None:
+        self._chunks = chunks
 
     def extend(self, chunks: Sequence[Chunk], ttl_seconds: int) -> list[bool]:
         """Tell which chunks are stored, and make these live at least so long.

@@ -22,7 +22,7 @@ from typing import cast
 import redis
 
 from torchord.cache import keys
-from torchord.cache.errors import CacheError
+from torchord.cache.errors import CacheError, InvalidInput
 from torchord.cache.ledger import process
 from torchord.cache.scripts import source
 from torchord.cache.servers.redis_client import translated
@@ -30,6 +30,7 @@ from torchord.cache.servers.redis_client import translated
 log = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 5
+_LOOK_AGAIN_SECONDS = 0.2
 _PACES_KEPT = 4  # runs
 
 
@@ -51,6 +52,7 @@ class WorkerInfo:
         place: where its pid means something, and
         started: since when it has that pid, so that a process beside it sees at once when it has ended
             (see `torchord.cache.ledger.process`); "" and 0 if unknown.
+        placement: where it stores chunks (see `ChunkStore.placement`); "" if it stores none.
     """
 
     id: str
@@ -65,6 +67,7 @@ class WorkerInfo:
     pace: dict[str, float] = field(default_factory=dict)
     place: str = ""
     started: int = 0
+    placement: str = ""
 
     @property
     def ended(self) -> bool:
@@ -77,7 +80,7 @@ class WorkerInfo:
         return tuple(self.task.split("; ")) if self.task else ()
 
 
-def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerInfo:
+def new_info(node: str, queues: Iterable[str], environment: str = "", *, placement: str = "") -> WorkerInfo:
     """Describe this process under a fresh id."""
     host = socket.gethostname() or platform.node()
     unique, pid = uuid.uuid4().hex[:8], os.getpid()
@@ -90,6 +93,7 @@ def new_info(node: str, queues: Iterable[str], environment: str = "") -> WorkerI
         environment=environment,
         place=process.place(),
         started=process.started(pid),
+        placement=placement,
     )
 
 
@@ -119,6 +123,9 @@ class Registry:
             pipe.set(keys.worker(info.id), json.dumps(asdict(info)), px=keys.WORKER_LEASE_MS)
             pipe.zadd(keys.WORKERS, {info.id: int(time.time() * 1000)})
             pipe.expire(keys.WORKERS, keys.WORKER_INDEX_TTL_SECONDS)
+            if info.placement:
+                pipe.set(keys.PLACEMENT, info.placement, nx=True, px=keys.WORKER_LEASE_MS)
+                pipe.pexpire(keys.PLACEMENT, keys.WORKER_LEASE_MS)
             pipe.execute()
 
     def leave(self, info: WorkerInfo) -> None:
@@ -151,6 +158,47 @@ class Registry:
     def consumers(self, queue: str) -> list[WorkerInfo]:
         """The living workers that consume `queue`."""
         return [info for info in self.alive().values() if queue in info.queues]
+
+    # --- where chunks lie -------------------------------------------------------------------
+
+    def placement(self) -> str:
+        """Where the workers that run store chunks, in words; "" while none runs."""
+        with translated(self.url, "ask where chunks lie"):
+            return cast(str, self.client.get(keys.PLACEMENT) or "")
+
+    def claim_placement(self, placement: str) -> str:
+        """Say where this worker will store chunks; returns what the first of those that run said.
+
+        It holds for one lease, and goes on to hold with the beats.
+        """
+        with translated(self.url, "say where chunks lie"):
+            script = self.client.register_script(source("elect"))
+            return cast(str, script(keys=[keys.PLACEMENT], args=[placement, keys.WORKER_LEASE_MS, ""]))
+
+    def require_placement(self, placement: str, *, claim: bool = False) -> None:
+        """Make sure that this process stores chunks where the workers that run do.
+
+        Else it would keep other copies than they count on, and look for theirs at the wrong node first.
+
+        Args:
+            placement: from `ChunkStore.placement`.
+            claim: this process is about to be a worker. Then workers that were killed have the time of
+                two leases to be found dead, and what this one says holds for those that come later.
+
+        Raises:
+            InvalidInput: they store them elsewhere; the message says how both were told.
+        """
+        deadline = time.monotonic() + (2 * keys.WORKER_LEASE_MS / 1000 if claim else 0.0)
+        there = self.claim_placement(placement) if claim else self.placement()
+        while there not in ("", placement):
+            if time.monotonic() >= deadline:
+                raise InvalidInput(
+                    f"this process was told to keep {placement}; the workers that run keep {there}. Give "
+                    "every process the same TORCHORD_CACHE_URLS, TORCHORD_CACHE_REPLICAS and "
+                    "TORCHORD_CACHE_WEIGHTS; to change them, stop all workers first"
+                )
+            time.sleep(_LOOK_AGAIN_SECONDS)
+            there = self.claim_placement(placement)
 
     # --- what the supervisor asks ---------------------------------------------------------
 

@@ -984,6 +984,24 @@ class MemoryRegistry(Registry):
             plane.put(keys.worker(info.id), json.dumps(asdict(info)), keys.WORKER_LEASE_MS / 1000)
             beats = {**(plane.get(keys.WORKERS) or {}), info.id: int(plane.clock() * 1000)}
             plane.put(keys.WORKERS, beats, keys.WORKER_INDEX_TTL_SECONDS)
+            if info.placement:
+                self._hold_placement(info.placement)
+
+    def placement(self) -> str:
+        """See `Registry.placement`."""
+        return str(self.plane.get(keys.PLACEMENT) or "")
+
+    def claim_placement(self, placement: str) -> str:
+        """See `Registry.claim_placement`."""
+        with self.plane.changed:
+            there = self.placement() or placement
+            if there == placement:
+                self._hold_placement(there)
+            return there
+
+    def _hold_placement(self, placement: str) -> None:
+        there = self.placement() or placement
+        self.plane.put(keys.PLACEMENT, there, keys.WORKER_LEASE_MS / 1000)
 
     def leave(self, info: WorkerInfo) -> None:
         """See `Registry.leave`."""

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from celery import Celery
 from kombu import Queue
@@ -20,7 +20,7 @@ from torchord.coordinator.master.run import Run, TrainedModel
 from torchord.coordinator.messages.broker import celery_url, transport_options
 from torchord.coordinator.messages.sender import Sender, nameless_exchange
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
-from torchord.coordinator.runtime.services import Services, with_url
+from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe, fingerprint
 
@@ -33,11 +33,17 @@ class Master:
             redis://localhost:6379/0.
         cache_urls: URLs of the tensor nodes, servers or a Redis Cluster (redis+cluster://HOST:PORT);
             default TORCHORD_CACHE_URLS, then `url`.
+        cache_replicas: further nodes that get a copy of each chunk of a tensor; default
+            TORCHORD_CACHE_REPLICAS, then 0.
+        cache_weights: relative share of each of the nodes, in the order of `cache_urls`; default
+            TORCHORD_CACHE_WEIGHTS, then equal. Nodes, replicas and weights are the same for a Master and
+            all workers: a process that was told otherwise is refused while others run.
         checkpoint_dir: where the training server keeps checkpoints, if this process can see it;
             default TORCHORD_CHECKPOINT_DIR, then ./checkpoints.
 
     Raises:
         CacheUnreachable: within seconds, if nothing answers at `url`.
+        InvalidInput: an argument or a variable of the environment cannot be used.
 
     Example:
         >>> master = Master("redis://localhost:6379/0")            # doctest: +SKIP
@@ -50,11 +56,19 @@ class Master:
         url: str | None = None,
         *,
         cache_urls: Sequence[str] | None = None,
+        cache_replicas: int | None = None,
+        cache_weights: Sequence[float] | None = None,
         checkpoint_dir: str | None = None,
     ) -> None:
-        settings = with_url(from_environment(), url, None if cache_urls is None else tuple(cache_urls))
-        if checkpoint_dir is not None:
-            settings = replace(settings, checkpoint_dir=str(checkpoint_dir))
+        explicit: dict[str, Any] = {
+            "url": url,
+            "cache_urls": None if cache_urls is None else tuple(cache_urls),
+            "cache_replicas": cache_replicas,
+            "cache_weights": None if cache_weights is None else tuple(cache_weights),
+            "checkpoint_dir": None if checkpoint_dir is None else str(checkpoint_dir),
+        }
+        given = {name: value for name, value in explicit.items() if value is not None}
+        settings = replace(from_environment(), **given)
         self.url = settings.url
         broker = celery_url(settings.url)
         self._services = Services(settings)
@@ -78,12 +92,14 @@ class Master:
             ConfigMismatch: the name is taken by a run with another recipe or config; the message
                 names the fields.
             RecipeError: an entry cannot travel to the workers.
+            InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere.
         """
         if not isinstance(recipe, Recipe):
             raise InvalidInput(f"submit() takes a Recipe first, got {type(recipe).__name__}")
         config = TrainingConfig() if config is None else config
         if not isinstance(config, TrainingConfig):
             raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
+        self._services.require_same_placement()
         name = keys.check_name(
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
@@ -129,7 +145,12 @@ class Master:
 
     @property
     def datasets(self) -> Datasets:
-        """The stored datasets: put, list, delete and open what `stored_dataset` in a recipe names."""
+        """The stored datasets: put, list, delete and open what `stored_dataset` in a recipe names.
+
+        Raises:
+            InvalidInput: the workers that run store chunks elsewhere.
+        """
+        self._services.require_same_placement()
         return Datasets(self._services.settings)
 
     def runs(self) -> list[str]:

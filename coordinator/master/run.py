@@ -530,13 +530,14 @@ class Run:
             What the model returns, its tensors joined along the first dimension.
 
         Raises:
-            InvalidInput: the inputs are of another kind, or empty.
+            InvalidInput: the inputs are of another kind, or empty; or the workers store chunks elsewhere.
             VersionMissing: that version is not in the cache (any more).
             RunFailed: the model raised on these inputs.
             NoWorker: nobody consumes the queue.
         """
         from torchord.coordinator.master.prediction import predict
 
+        self._services.require_same_placement()
         return predict(
             self._services,
             self._sender,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchord.cache.blobs.blob import BlobRef
@@ -39,6 +38,9 @@ class Services:
     Args:
         settings: where the servers are.
         patience_seconds: how long an operation waits for a server that is away.
+
+    Attributes:
+        placement: see `ChunkStore`; the same in every process of the fleet.
     """
 
     def __init__(self, settings: Settings, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> None:
@@ -46,7 +48,8 @@ class Services:
         self.patience_seconds = patience_seconds
         self._clients = Clients()
         self.lane = Lane(settings.url)
-        store = ChunkStore(settings.cache_urls or (settings.url,), patience_seconds=patience_seconds)
+        store = ChunkStore.of(settings, patience_seconds=patience_seconds)
+        self.placement = store.placement
         self.chunks = TieredStore(store, HostTier() if settings.host_cache else None)
         self.parameters = ParameterCache(self.chunks)
         self.gradients = GradientStore(self.chunks)
@@ -58,6 +61,10 @@ class Services:
         """The registry of living workers."""
         url = self.settings.url
         return Registry(self._clients.get(url, self.patience_seconds), url)
+
+    def require_same_placement(self) -> None:
+        """See `Registry.require_placement`."""
+        self.registry.require_placement(self.placement)
 
     def ledger(self, run: str) -> Ledger:
         """The control plane of one run."""
@@ -365,12 +372,3 @@ def device() -> str:
 
         _device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return _device
-
-
-def with_url(settings: Settings, url: str | None, cache_urls: tuple[str, ...] | None = None) -> Settings:
-    """Settings with explicit arguments put over them."""
-    if url is not None:
-        settings = replace(settings, url=url)
-    if cache_urls is not None:
-        settings = replace(settings, cache_urls=tuple(cache_urls))
-    return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from tests.support import models
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
+from torchord.cache.errors import InvalidInput
 from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.compute.inner_steps import diloco
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
@@ -294,6 +296,73 @@ def test_a_cache_node_that_dies_changes_no_bit(
     finally:
         for node in nodes:
             node.stop()
+
+
+def test_with_a_replica_a_cache_node_that_dies_takes_nothing_with_it(
+    cluster: Callable[..., LocalCluster],
+) -> None:
+    """Ordinary workers, told by their environment: no chunk is missed, and no step is made twice."""
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(EmbeddedServer()) for _ in range(3)]
+        urls = [node.url for node in nodes]
+        told = {
+            "TORCHORD_CACHE_URLS": ",".join(urls),
+            "TORCHORD_CACHE_REPLICAS": "1",
+            "TORCHORD_CACHE_WEIGHTS": "1,2,1",
+            "TORCHORD_CACHE_CONNECTIONS": "2",
+            "TORCHORD_HOST_CACHE": "off",
+        }
+        made = cluster(2, env=told)
+        master = Master(
+            made.url,
+            checkpoint_dir=made.checkpoint_dir,
+            cache_urls=urls,
+            cache_replicas=1,
+            cache_weights=[1, 2, 1],
+        )
+        how = config(epochs=3, checkpoint_every=50, staleness=1, compression="topk:0.1")
+        found = []
+        for kill in (False, True):
+            run = master.submit(wide(), how, name=f"replicas-{kill}")
+            if kill:
+                wait_until(lambda run=run: run.status().version >= 8, message="the eighth step")
+                with connect(urls[1]) as client:
+                    assert client.dbsize() > 0
+                nodes[1].kill()
+                seen = run.status().version
+                wait_until(
+                    lambda run=run, seen=seen: run.status().version > seen, message="steps after the loss"
+                )
+            run.wait(timeout=PATIENCE_SECONDS)
+            assert run.verify().ok
+            types = Counter(event.type for event in run.events())
+            assert not types["rollback"] and types["step"] == run.status().version, types
+            found.append(bits(run))
+        assert found[0] == found[1]
+        logs = "".join(worker.log.read_text(errors="replace") for worker in made.processes.values())
+        assert "asking the other nodes first" in logs
+        assert "is on none of the cache nodes" not in logs
+
+
+def test_a_process_that_was_told_other_cache_nodes_is_refused_while_workers_run(
+    cluster: Callable[..., LocalCluster],
+) -> None:
+    with EmbeddedServer() as one, EmbeddedServer() as other:
+        urls = [one.url, other.url]
+        made = cluster(1, env={"TORCHORD_CACHE_URLS": ",".join(urls), "TORCHORD_CACHE_REPLICAS": "1"})
+        told = {"checkpoint_dir": made.checkpoint_dir, "cache_urls": urls}
+        for wrong in ({"cache_urls": urls[:1]}, {}, {"cache_replicas": 1, "cache_weights": [1, 3]}):
+            master = Master(made.url, **{**told, **wrong})
+            with pytest.raises(InvalidInput, match=r"the workers that run keep 2 of each chunk on redis://"):
+                master.submit(wide(), config(), name="refused")
+            with pytest.raises(InvalidInput, match="TORCHORD_CACHE_REPLICAS"):
+                _ = master.datasets
+        wrongly = made.add_worker(env={"TORCHORD_CACHE_REPLICAS": None})
+        wait_until(lambda: wrongly.poll() is not None, message="the end of a worker with other settings")
+        assert "this worker cannot start: this process was told to keep 1 of each" in wrongly.log.read_text()
+        assert wrongly.poll() != 0
+        run = Master(made.url, cache_replicas=1, **told).submit(wide(), config(epochs=1), name="agreed")
+        run.wait(timeout=PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("mode", ["topk", "stale-powersgd", "local-topk", "all"])

@@ -47,6 +47,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 UNUSABLE = [
     ("TORCHORD_SERVER_MEMORY_BYTES", "4GB", "must be a whole number of bytes"),
     ("TORCHORD_DATASET_DISK_BYTES", "-1", "must be a whole number of bytes"),
+    ("TORCHORD_CACHE_REPLICAS", "one", "must be a whole number, such as 0"),
+    ("TORCHORD_CACHE_WEIGHTS", "1,much", "must be numbers between commas"),
     ("TORCHORD_HOST_CACHE", "maybe", "must be on or off"),
     ("TORCHORD_OVERLAP", "upload,colect", "must be on, off, or some of collect, fetch, upload"),
     ("TORCHORD_URL", "rediss:/nowhere", "is not a Redis URL"),

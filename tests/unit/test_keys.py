@@ -94,7 +94,7 @@ def test_every_name_that_the_code_makes_is_in_the_table() -> None:
 def test_every_key_that_a_run_leaves_is_in_the_table() -> None:
     plane = MemoryPlane()
     ledger, registry = MemoryLedger(plane, "run-1"), MemoryRegistry(plane)
-    registry.beat(worker("w0"))
+    registry.beat(worker("w0", placement="all chunks on one node"))
     registry.elect("w0")
     ledger.create(SPEC, incarnation="life")
     _, token = ledger.acquire(worker="w0", node="n", queue="q")

@@ -1431,7 +1431,7 @@ def test_the_table_has_every_operation_and_so_has_the_twin() -> None:
     assert set(CALLS) == public
     assert public - set(vars(MemoryLedger)) == {"follow"}, "built on read_events, so the twin needs none"
     registry = {name for name, _ in inspect.getmembers(Registry, inspect.isfunction) if name[0] != "_"}
-    assert registry - set(vars(MemoryRegistry)) <= {"consumers"}, "built on alive"
+    assert registry - set(vars(MemoryRegistry)) <= {"consumers", "require_placement"}, "built on the others"
 
 
 class Stammering(Ledger):
@@ -1688,3 +1688,50 @@ def test_the_head_reads_what_the_scripts_write() -> None:
             seen |= {field.strip("'") for field in fields if field.startswith("'")}
     assert {"version", "chain", "token", "launched", "late", "incarnation"} <= seen
     assert seen - set(Head.__slots__) <= private
+
+
+# --- where chunks lie ------------------------------------------------------------------------
+
+
+def test_the_first_worker_says_where_chunks_lie_until_none_runs(plane: Plane) -> None:
+    registry = plane.registry
+    assert registry.placement() == ""
+    assert registry.claim_placement("here") == "here"
+    assert registry.claim_placement("there") == "here"
+    registry.beat(worker("w0", placement="there"))
+    registry.beat(worker("w1"))
+    assert registry.placement() == "here"
+    registry.require_placement("here")
+    with pytest.raises(InvalidInput, match=r"told to keep there; the workers that run keep here.*REPLICAS"):
+        registry.require_placement("there")
+
+
+def test_a_worker_that_beats_says_it_too_after_the_server_lost_its_memory(plane: Plane) -> None:
+    plane.registry.beat(worker("w0", placement="here"))
+    assert plane.registry.placement() == "here"
+
+
+def test_where_chunks_lay_is_forgotten_with_the_lease_of_the_last_worker(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was killed keeps nobody from being started with other settings."""
+    monkeypatch.setattr(keys, "WORKER_LEASE_MS", 200)
+    plane.registry.claim_placement("here")
+    with pytest.raises(InvalidInput):
+        plane.registry.require_placement("there")
+    plane.registry.require_placement("there", claim=True)
+    assert plane.registry.placement() == "there"
+    with pytest.raises(InvalidInput):
+        stop = threading.Event()
+        beating = threading.Thread(target=_beat, args=(plane.registry, stop))
+        beating.start()
+        try:
+            plane.registry.require_placement("here", claim=True)
+        finally:
+            stop.set()
+            beating.join()
+
+
+def _beat(registry: Registry, stop: threading.Event) -> None:
+    while not stop.wait(0.02):
+        registry.beat(worker("w0", placement="there"))
