@@ -66,12 +66,12 @@ from benchmarks.bench_ddp import stopped
 from benchmarks.fashion_mnist import DATA, section
 from benchmarks.workloads import cnn_model
 from torchord import LocalCluster, Master, Recipe, TrainingConfig
-from torchord.coordinator.compute.inner_steps import averaging, diloco
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import work
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.local_cluster.embedded_server import free_port
+from torchord.coordinator.local_steps import averaging, diloco
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import resolve
 from torchord.tasks.allocator import keep_memory

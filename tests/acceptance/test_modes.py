@@ -17,8 +17,8 @@ from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
 from torchord.cache.errors import InvalidInput
 from torchord.cache.servers.redis_client import connect
-from torchord.coordinator.compute.inner_steps import diloco
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
+from torchord.coordinator.local_steps import diloco
 
 HALF = {"precision": "fp16", "loss_scale": 2.0**18, "loss_scale_interval": 3}
 """A loss scale that overflows at first and again and again, so that steps are skipped."""

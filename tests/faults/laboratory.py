@@ -17,8 +17,8 @@ from tests.faults.recipes import Slow
 from tests.support import models
 from tests.support.waiting import wait_until
 from torchord import Audit, LocalCluster, Master, Recipe, Run, TrainingConfig
-from torchord.coordinator.compute.inner_steps import diloco
 from torchord.coordinator.local_cluster.cluster import WorkerProcess
+from torchord.coordinator.local_steps import diloco
 from torchord.coordinator.runtime.faults import fired, parse
 
 CONFIG = TrainingConfig(epochs=3, batch_size=8, shards=3, checkpoint_every=4, evaluate_every=6, seed=3)

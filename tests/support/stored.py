@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from torchord.cache.datasets.library import stored_dataset
+from torchord import stored_dataset
 
 
 class Noted(Dataset[Any]):
