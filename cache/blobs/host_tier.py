@@ -210,15 +210,18 @@ class HostTier:
         """Whether a buffer came from `draft` and is still the caller's."""
         return isinstance(buffer, Tensor) and self._drafts is not None and self._drafts.owns(buffer)
 
-    def show(self, ref: BlobRef, buffer: Tensor) -> bool:
+    def show(self, ref: BlobRef, buffer: Tensor, *, keep_seconds: float = 0.0) -> bool:
         """Show a draft to the other processes of this host; it is not to be written to any more.
+
+        Args:
+            keep_seconds: as for `publish`.
 
         Returns:
             Whether the blob is here now.
         """
         assert self._drafts is not None
         try:
-            self._drafts.show(buffer, self._path(ref), lambda fd: self._keep(fd, 0.0, anew=True))
+            self._drafts.show(buffer, self._path(ref), lambda fd: self._keep(fd, keep_seconds, anew=True))
             return True
         except FileExistsError:
             return True  # the same bytes under the same key

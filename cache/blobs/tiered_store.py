@@ -27,6 +27,8 @@ HOST_AT_LEAST_NBYTES = 256 << 10
 INLINE_NBYTES = 4096
 """Up to here a blob may travel inside its reference: less than what one more round trip costs."""
 
+_LOCAL_KEEP_SECONDS = 3600.0  # more than a step takes; what a killed worker left lies there as long
+
 
 @dataclass(frozen=True, slots=True)
 class TierCounters:
@@ -181,22 +183,24 @@ class TieredStore:
         if self.host is not None:
             self.host.give_back(buffer)
 
-    def _show(self, ref: BlobRef, buffer: Tensor | memoryview) -> bool:
+    def _show(self, ref: BlobRef, buffer: Tensor | memoryview, keep_seconds: float = 0.0) -> bool:
         assert self.host is not None
         if isinstance(buffer, Tensor) and self.host.drafted(buffer):
-            return self.host.show(ref, buffer)
-        return self.host.publish(ref, buffer)
+            return self.host.show(ref, buffer, keep_seconds=keep_seconds)
+        return self.host.publish(ref, buffer, keep_seconds=keep_seconds)
 
     def put_local(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Show a blob to this host alone; stored for everybody if the host's tier cannot take it.
 
-        For what can be computed again, such as a gradient whose reader is on this host.
+        For what can be computed again, such as a gradient whose reader is on this host. It is kept for
+        an hour, for nobody else has it and the other gradients of its step may take their time; a step
+        that is committed deletes it.
         """
         if self.host is not None:
             view = as_bytes(buffer)
             parts = split(view, CHUNK_NBYTES)
             ref = BlobRef(key, len(view), CHUNK_NBYTES, checksums(parts), local=True)
-            if self._show(ref, buffer):
+            if self._show(ref, buffer, _LOCAL_KEEP_SECONDS):
                 self._count(local_nbytes=ref.nbytes)
                 return ref
         return self.put(key, buffer, ttl_seconds=ttl_seconds)

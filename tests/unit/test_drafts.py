@@ -133,3 +133,24 @@ def test_a_stored_draft_is_shown_without_a_copy(tmp_path):
         found = store.host.get(ref)
         buffer[0] = 4  # breaking the rule shows that it is the same memory
         assert found[0] == 4
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+def test_what_is_on_this_host_alone_outlives_spares_and_its_writer(tmp_path, drafted):
+    """A shard may take minutes, and the first gradient of its step lies there without a reader meanwhile."""
+    tier = HostTier(tmp_path / "tier", spare_nbytes=0, idle_seconds=0.0)
+    store = TieredStore(MemoryChunkStore(), tier)
+    nbytes = 512 << 10
+    refs = {}
+    for put in (store.put_local, store.put):
+        buffer = store.draft(nbytes) if drafted else torch.empty(nbytes, dtype=torch.uint8)
+        buffer.fill_(3)
+        refs[put.__name__] = put(put.__name__, buffer, ttl_seconds=60)
+        del buffer
+    store.close()
+    other = HostTier(tier.directory, spare_nbytes=0, idle_seconds=0.0)
+    other.sweep(keep_spares=False)
+    assert other.get(refs["put"]) is None
+    assert bool((other.get(refs["put_local"]) == 3).all())
+    TieredStore(MemoryChunkStore(), other).delete(refs.values())
+    assert other.get(refs["put_local"]) is None
