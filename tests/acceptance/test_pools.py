@@ -210,7 +210,8 @@ def test_over_tls(tmp_path: Path) -> None:
     key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate],
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-addext", "keyUsage=critical,digitalSignature,keyCertSign", "-keyout", key, "-out", certificate],
         check=True, capture_output=True,
     )  # fmt: skip
     server = subprocess.Popen(

@@ -42,13 +42,13 @@ def running(folder, *options, binary=None, **client_options):
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as server:
         client = redis.Redis(**client_options)
         deadline = time.monotonic() + 10
-        while True:
-            try:
-                assert client.info("server")["process_id"] == server.pid
-                break
-            except redis.ConnectionError:
-                assert time.monotonic() < deadline, "the server did not start"
         try:
+            while True:
+                try:
+                    assert client.info("server")["process_id"] == server.pid
+                    break
+                except redis.ConnectionError as error:
+                    assert time.monotonic() < deadline, f"the server did not start: {error}"
             yield client
         finally:
             client.close()
@@ -280,16 +280,22 @@ def test_users_databases_and_unix_sockets(tmp_path):
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """A certificate authority and a server certificate for localhost."""
+    """A certificate authority and a server certificate for localhost.
+
+    Both say what their key may be used for: from 3.13 on, Python refuses them otherwise.
+    """
     openssl = shutil.which("openssl") or pytest.skip("needs openssl")
     folder = tmp_path_factory.mktemp("certificates")
     new = f"{openssl} req -x509 -newkey rsa:2048 -nodes -days 2".split()
     for name, subject, more in (
-        ("ca", "/CN=a test authority", []),
+        ("ca", "/CN=a test authority", ["-addext", "keyUsage=critical,keyCertSign"]),
         (
             "server",
             "/CN=localhost",
-            ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost"],
+            [
+                *("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost"),
+                *("-addext", "keyUsage=critical,digitalSignature,keyCertSign"),
+            ],
         ),
     ):
         subprocess.run(

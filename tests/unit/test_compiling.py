@@ -21,8 +21,12 @@ from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.config import TrainingConfig
 
-# torch's own imports: torch.utils.mkldnn is still written with torch.jit.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = [
+    # torch's own imports: torch.utils.mkldnn is still written with torch.jit.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    # torch tells how fast it is on Python 3.13.0 (python/cpython#125608).
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+]
 
 Gradients = dict[str, torch.Tensor]
 
