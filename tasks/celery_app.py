@@ -12,8 +12,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 from torchord.cache.errors import TorchordError
 from torchord.cache.settings import Settings, from_environment
-from torchord.coordinator.messages.broker import celery_url, transport_options
-from torchord.coordinator.messages.sender import nameless_exchange
+from torchord.coordinator.messages.broker import celery_url, nameless_exchange, transport_options
 from torchord.coordinator.messages.task_names import (
     ADVANCE,
     APPLY_UPDATE,

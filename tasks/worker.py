@@ -107,7 +107,7 @@ def process() -> Process:
 
 
 def _environment() -> str:
-    from torchord.coordinator.client.shard_task import environment
+    from torchord.coordinator.runtime.environment import environment
 
     return environment()
 
@@ -220,7 +220,7 @@ def _preload(**_: Any) -> None:
 
     import torchord.coordinator.client.shard_task
     import torchord.coordinator.server.server  # noqa: F401
-    from torchord.coordinator.runtime.services import set_device
+    from torchord.coordinator.runtime.environment import set_device
 
     torch.use_deterministic_algorithms(False)  # changes nothing, but its first call imports for a second
     set_device(settings.device)
@@ -241,7 +241,7 @@ def _child_started(sender: str = "", **_: Any) -> None:
     if settings.device in ("auto", "cuda"):
         import torch
 
-        from torchord.coordinator.runtime.services import set_device
+        from torchord.coordinator.runtime.environment import set_device
 
         if torch.cuda.is_available():
             set_device(f"cuda:{index % torch.cuda.device_count()}")

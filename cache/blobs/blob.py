@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from torchord.cache.errors import ChunkCorrupt, InvalidInput
+from torchord.cache.tensors.pieces import checksums, chunk_count, split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,11 @@ class BlobRef:
     checksums: tuple[str, ...]
     data: str = ""
     local: bool = False
+
+    @classmethod
+    def of(cls, key: str, view: memoryview, chunk_nbytes: int) -> BlobRef:
+        """The reference that a chunk store would give to these bytes; nothing is stored."""
+        return cls(key, len(view), chunk_nbytes, checksums(split(view, chunk_nbytes)))
 
     @property
     def digest(self) -> str:
@@ -122,53 +128,3 @@ def unpacked(ref: BlobRef) -> bytes:
     if len(data) != ref.nbytes or checksums(split(memoryview(data), ref.chunk_nbytes)) != ref.checksums:
         raise ChunkCorrupt(f"blob {ref.key}, inside its reference, is not what was written")
     return data
-
-
-class Parts(Protocol):
-    """Memory of each of some chunks, by number: a list, or a `Cut`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> memoryview: ...
-
-
-class Cut:
-    """A buffer's chunks, each cut when it is asked for.
-
-    The few calls into torch that find out where a tensor's memory is take as long, right after a large
-    transfer, as 50 KB on their way: a reader sends its request first.
-
-    Args:
-        look: the buffer's memory, at least one byte; called once.
-        total_nbytes: its length.
-        nbytes: length of each chunk but the last.
-    """
-
-    def __init__(self, look: Callable[[], memoryview], total_nbytes: int, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._look = look
-        self._total_nbytes = total_nbytes
-        self._view: memoryview | None = None
-
-    def __len__(self) -> int:
-        return chunk_count(self._total_nbytes, self.nbytes)
-
-    def __getitem__(self, index: int, /) -> memoryview:
-        if self._view is None:
-            self._view = self._look()
-        return self._view[index * self.nbytes : (index + 1) * self.nbytes]
-
-
-def chunk_count(nbytes: int, chunk_nbytes: int) -> int:
-    """How many chunks so many bytes make."""
-    return -(-nbytes // chunk_nbytes)
-
-
-def split(view: memoryview, nbytes: int) -> list[memoryview]:
-    """Cut a view into views of `nbytes` bytes, the last one shorter."""
-    return [view[start : start + nbytes] for start in range(0, len(view), nbytes)]
-
-
-def checksums(parts: Iterable[memoryview]) -> tuple[str, ...]:
-    """xxh3_64 of each chunk, 16 hexadecimal digits."""
-    return tuple(xxhash.xxh3_64_hexdigest(part) for part in parts)

@@ -21,7 +21,6 @@ import xxhash
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef as BlobRef
-from torchord.cache.blobs.blob import Cut, Parts, chunk_count, split
 from torchord.cache.blobs.checksum_thread import Checker
 from torchord.cache.blobs.ring import Ring
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
@@ -30,6 +29,7 @@ from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.node import Problem
 from torchord.cache.settings import Settings
 from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import Cut, Parts, chunk_count, split
 
 CHUNK_NBYTES = 1 << 19
 """Half a MiB: still in the processor's cache when it is checked, and few enough keys for 1.6 GB."""
@@ -588,78 +588,6 @@ class ChunkStore:
                 most = 2 + 2 * len(self._nodes) * self._connections
                 self._threads = ThreadPoolExecutor(most, thread_name_prefix="torchord-cache")
             return self._threads
-
-
-class MemoryChunkStore:
-    """The same interface over a dict, for tests of what is built on a chunk store."""
-
-    def __init__(self, *, chunk_nbytes: int = CHUNK_NBYTES) -> None:
-        self.chunk_nbytes = chunk_nbytes
-        self.counters = Counters()
-        self.chunks: dict[str, tuple[bytes, float]] = {}
-
-    def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
-        """As `ChunkStore.put`."""
-        view = as_bytes(buffer)
-        parts = [bytes(view[s : s + self.chunk_nbytes]) for s in range(0, len(view), self.chunk_nbytes)]
-        for i, part in enumerate(parts):
-            self.chunks[f"{key}:{i}"] = (part, time.monotonic() + ttl_seconds)
-        self.counters.bytes_out += len(view)
-        return BlobRef(key, len(view), self.chunk_nbytes, tuple(map(xxhash.xxh3_64_hexdigest, parts)))
-
-    def put_parts(self, key: str, view: memoryview, numbers: Sequence[int], *, ttl_seconds: int) -> list[str]:
-        """As `ChunkStore.put_parts`."""
-        sums = []
-        for i in numbers:
-            part = bytes(view[i * self.chunk_nbytes : (i + 1) * self.chunk_nbytes])
-            self.chunks[f"{key}:{i}"] = (part, time.monotonic() + ttl_seconds)
-            self.counters.bytes_out += len(part)
-            sums.append(xxhash.xxh3_64_hexdigest(part))
-        return sums
-
-    def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
-        """As `ChunkStore.get`."""
-        if out is None:
-            out = torch.empty(ref.nbytes, dtype=torch.uint8)
-        self.read_into(ref, out)
-        return out
-
-    def read_into(self, ref: BlobRef, buffer: Tensor | memoryview) -> None:
-        """As `ChunkStore.read_into`."""
-        ref.require_length(buffer)
-        self._read(ref.key, as_bytes(buffer), dict(enumerate(ref.checksums)), ref.chunk_nbytes)
-
-    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
-        """As `ChunkStore.read_parts`."""
-        self._read(key, view, sums, self.chunk_nbytes)
-
-    def delete(self, refs: Iterable[BlobRef]) -> None:
-        """As `ChunkStore.delete`."""
-        for ref in refs:
-            for i in range(len(ref.checksums)):
-                self.chunks.pop(f"{ref.key}:{i}", None)
-
-    def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
-        """As `ChunkStore.touch`."""
-        for i in range(len(ref.checksums)):
-            self._require(f"{ref.key}:{i}")
-            self.chunks[f"{ref.key}:{i}"] = (self.chunks[f"{ref.key}:{i}"][0], time.monotonic() + ttl_seconds)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def _read(self, key: str, view: memoryview, sums: Mapping[int, str], chunk_nbytes: int) -> None:
-        for i, checksum in sums.items():
-            self._require(f"{key}:{i}")
-            part = self.chunks[f"{key}:{i}"][0]
-            if xxhash.xxh3_64_hexdigest(part) != checksum:
-                raise ChunkCorrupt(f"chunk {key}:{i} in memory is not what was written")
-            view[i * chunk_nbytes : i * chunk_nbytes + len(part)] = part
-            self.counters.bytes_in += len(part)
-
-    def _require(self, key: str) -> None:
-        if key not in self.chunks or self.chunks[key][1] < time.monotonic():
-            raise ChunkMissing(f"chunk {key} is not in memory")
 
 
 def _keys(ref: BlobRef) -> list[bytes]:

@@ -38,8 +38,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from torchord.cache.blobs.blob import BlobRef, checksums, split
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import checksums, split
 
 try:
     import fcntl

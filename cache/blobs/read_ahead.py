@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchord.cache.blobs.blob import BlobRef, chunk_count
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import Chunks
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import chunk_count
 
 _DIGITS = 16
 _NOT_YET = "-" * _DIGITS

@@ -16,12 +16,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchord.cache.blobs.blob import BlobRef, checksums, inlined, split, unpacked
+from torchord.cache.blobs.blob import BlobRef, inlined, unpacked
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, Chunks
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.read_ahead import Ahead
 from torchord.cache.blobs.upload import Upload
 from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import checksums, split
 
 HOST_AT_LEAST_NBYTES = 256 << 10
 INLINE_NBYTES = 4096

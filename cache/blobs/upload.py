@@ -16,9 +16,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torchord.cache.blobs.blob import BlobRef, chunk_count
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import CacheError
 from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import chunk_count
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import xxhash
 
 from torchord.cache import keys
-from torchord.cache.blobs.blob import BlobRef, chunk_count
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.errors import ChunkMissing, InvalidInput
+from torchord.cache.tensors.pieces import chunk_count
 
 Bytes = npt.NDArray[np.uint8]
 MOST_CHUNK_NBYTES = 64 << 20

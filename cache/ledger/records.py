@@ -14,6 +14,9 @@ from torchord.cache.blobs.blob import BlobRef
 
 GENESIS = "0" * 32
 
+PARTIAL_SUMS = "partial_sums"
+"""In the notes of a ledger entry: [number, digest, worker, attempt] of each partial sum, in order."""
+
 
 def life(incarnation: str) -> str:
     """The part of an incarnation that all its revisions share: names what outlives a correction."""
@@ -497,3 +500,11 @@ class Launch:
     size_ttl_seconds: int
     queue: str
     messages: tuple[bytes, ...]
+
+
+def combined_digest(digest: str, state: StateRecord) -> str:
+    """One digest over a slot's payload and the state that it keeps."""
+    kept = "" if state.blob is None else state.blob.digest
+    return hashlib.blake2b(
+        f"{digest} {kept} {canonical(state.skeleton)}".encode(), digest_size=16
+    ).hexdigest()

@@ -22,12 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torchord.cache.blobs.blob import Parts
 from torchord.cache.errors import CacheError, CacheUnreachable
 from torchord.cache.servers.address import Address, ClusterAddress, bracketed, is_cluster
 from torchord.cache.servers.connection import Connection, Reply, ServerRefused, command
 from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.node import Node, Problem, Referrals
+from torchord.cache.tensors.pieces import Parts
 
 SLOTS = 16384
 _TURNS = 8  # how often a key may be referred on before something must be wrong

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import xxhash
 
-from torchord.cache.blobs.blob import Cut, Parts
 from torchord.cache.errors import CacheError, CacheUnreachable
 from torchord.cache.servers.address import Address
 from torchord.cache.servers.connection import (
@@ -23,6 +22,7 @@ from torchord.cache.servers.connection import (
     set_command,
 )
 from torchord.cache.servers.fork import reset_after_fork
+from torchord.cache.tensors.pieces import Cut, Parts
 
 _SENT_AT_ONCE_NBYTES = 2 << 20
 _TOLD_AT_ONCE_NBYTES = 1 << 19

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from torchord.cache import keys
-from torchord.cache.blobs.blob import BlobRef, chunk_count
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.read_ahead import Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, ManifestMismatch
@@ -22,6 +22,7 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import SlotRecord, StateRecord
 from torchord.cache.stores.damage import require_fitting, telling
 from torchord.cache.tensors.codec import Manifest, TensorSpec, copy_bits, gaps, layout, pack, same_bits, views
+from torchord.cache.tensors.pieces import chunk_count
 
 
 @dataclass(frozen=True, slots=True)

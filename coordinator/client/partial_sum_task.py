@@ -19,12 +19,13 @@ from torchord.cache.errors import CacheError, ChunkCorrupt, ChunkMissing
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import SlotReceipt, SlotRecord, SumRecord
 from torchord.cache.tensors.codec import Manifest
-from torchord.coordinator.compression import codec_of
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.partial import Partial, PartialSum
 from torchord.coordinator.messages.sender import Join
 from torchord.coordinator.runtime import activity
-from torchord.coordinator.runtime.services import RunContext, device
+from torchord.coordinator.runtime.environment import device
+from torchord.coordinator.runtime.services import RunContext
+from torchord.coordinator.spec.codecs import codec_of
 
 if TYPE_CHECKING:
     from torchord.coordinator.client.shard_task import Client

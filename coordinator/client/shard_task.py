@@ -6,16 +6,12 @@ only, and what it writes is written once.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import platform
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,11 +29,10 @@ from torchord.cache.errors import (
     VersionMissing,
 )
 from torchord.cache.ledger.ledger import Begun, Ledger
-from torchord.cache.ledger.records import Head, SlotRecord, StateRecord, VersionRecord, canonical
+from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord, combined_digest
 from torchord.cache.ledger.workers import Heartbeat
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
-from torchord.cache.settings import cublas_workspace
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import Manifest, layout, pack, views
 from torchord.coordinator.client.batch_prefetch import Prefetcher
@@ -45,20 +40,20 @@ from torchord.coordinator.client.gradient_upload import Outbox, Outgoing
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.client.version_download import Arrivals
 from torchord.coordinator.compute import gradient
-from torchord.coordinator.compute.determinism import CUBLAS_WORKSPACE
+from torchord.coordinator.compute.gradient import unwatched
 from torchord.coordinator.compute.shard import ShardWork, work
 from torchord.coordinator.messages.sender import Join, Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
+from torchord.coordinator.runtime.environment import environment
+from torchord.coordinator.runtime.failures import noted, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
-from torchord.coordinator.runtime.services import RunContext, Services, device
+from torchord.coordinator.runtime.services import RunContext, Services
 from torchord.coordinator.spec.plan import shown
 
 log = logging.getLogger(__name__)
 
-_FRAMES_SHOWN = 4
-_VENDOR_FIELDS = ("vendor_id", "CPU implementer")  # of /proc/cpuinfo on x86 and on Arm
 UNWRITTEN = (
     "early",
     "input lost",
@@ -67,57 +62,6 @@ UNWRITTEN = (
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
 _LOSSES = (VersionMissing, ChunkLost)  # bytes that were committed cannot be had
 _FRESH_SECONDS = 1.0  # after so long a training server may have moved: ask where it is
-
-
-@cache
-def processor_vendor() -> str:
-    """Who made the processor, "" if unknown: libraries choose other code for another vendor's."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            fields = (line.partition(":") for line in file)
-            named = (value.strip() for name, _, value in fields if name.strip() in _VENDOR_FIELDS)
-            return next(named, "")
-    except OSError:
-        return ""
-
-
-def environment(toolchain: str = "") -> str:
-    """What of this process could change the bits of a gradient, in one line.
-
-    Args:
-        toolchain: what compiles the kernels of a compiled run, see `torchord.coordinator.compute.compiling`.
-    """
-    kind = device()
-    on_cuda = kind.startswith("cuda")
-    name = torch.cuda.get_device_name(kind) if on_cuda else torch.backends.cpu.get_cpu_capability()
-    if on_cuda and cublas_workspace() != CUBLAS_WORKSPACE:
-        name += f", cuBLAS {cublas_workspace()}"
-    machine = f"{platform.machine()} {processor_vendor()}".strip()
-    here = f"torch {torch.__version__}, {kind.split(':')[0]} {name}, {machine}"
-    return f"{here}, {toolchain}" if toolchain else here
-
-
-def short_traceback(error: BaseException) -> str:
-    """The last frames of an error, innermost last, one line each: enough to find the place."""
-    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_SHOWN:]
-    lines = [
-        f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line or ''}".rstrip() for f in frames
-    ]
-    return "\n".join(lines)
-
-
-def noted(error: BaseException) -> str:
-    """What was being done when the error was raised, from its notes (PEP 678)."""
-    notes = [note.removeprefix("torchord: ") for note in getattr(error, "__notes__", ())]
-    return f" ({'; '.join(notes)})" if notes else ""
-
-
-def combined_digest(digest: str, state: StateRecord) -> str:
-    """One digest over a slot's payload and the state that it keeps."""
-    kept = "" if state.blob is None else state.blob.digest
-    return hashlib.blake2b(
-        f"{digest} {kept} {canonical(state.skeleton)}".encode(), digest_size=16
-    ).hexdigest()
 
 
 class Part(Protocol):
@@ -448,7 +392,7 @@ class Client:
                     state,
                     allowed=allowed,
                     batch=batch,
-                    outgoing=outgoing,
+                    watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
                 return done, outgoing
         except CacheError:

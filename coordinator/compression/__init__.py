@@ -1,6 +1,7 @@
 """Gradient compression with error feedback: pure functions from gradients to payloads and back.
 
-See docs/compression.md for what each codec costs and gives.
+See docs/compression.md for what each codec costs and gives; `torchord.coordinator.spec.codecs` finds the one
+that a config names.
 """
 
 from torchord.coordinator.compression.codec import (
@@ -16,10 +17,8 @@ from torchord.coordinator.compression.codec import (
 from torchord.coordinator.compression.powersgd import PowerSGD
 from torchord.coordinator.compression.quantized import Quantized, bf16, fp16, int8, sign
 from torchord.coordinator.compression.topk import TopK
-from torchord.coordinator.spec.codecs import CODECS, check, codec_of, parse
 
 __all__ = [
-    "CODECS",
     "Codec",
     "Encoded",
     "Kept",
@@ -31,11 +30,8 @@ __all__ = [
     "TensorCodec",
     "TopK",
     "bf16",
-    "check",
-    "codec_of",
     "expect",
     "fp16",
     "int8",
-    "parse",
     "sign",
 ]

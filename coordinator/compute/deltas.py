@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchord.cache.blobs.blob import checksums, split
 from torchord.cache.errors import CacheError, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import Manifest, as_bytes, pack, views
-from torchord.coordinator.compression import codec_of
+from torchord.cache.tensors.pieces import checksums, split
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.codecs import codec_of
 
 log = logging.getLogger(__name__)
 

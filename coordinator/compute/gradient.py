@@ -37,7 +37,8 @@ _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Watch = Callable[[LossScale | None], AbstractContextManager[None]]
 
 
-def _unwatched(scale: LossScale | None) -> AbstractContextManager[None]:
+def unwatched(scale: LossScale | None) -> AbstractContextManager[None]:
+    """The context of a backward that nobody watches."""
     return nullcontext()
 
 
@@ -121,7 +122,7 @@ def compute(
     step: int,
     shard: int,
     batch: Batch | None = None,
-    watched: Watch = _unwatched,
+    watched: Watch = unwatched,
 ) -> ShardGradient:
     """Compute the gradient of a shard's mean loss at the replica's version.
 
@@ -184,7 +185,7 @@ def forward_backward(
     batch: Batch,
     place: tuple[int, ...],
     scale: LossScale | None = None,
-    watched: Watch = _unwatched,
+    watched: Watch = unwatched,
 ) -> Tensor:
     """Run forward and backward on a batch, and return the loss; the gradients are in the parameters.
 

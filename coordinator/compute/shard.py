@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from torchord.coordinator.client.gradient_upload import Outgoing
-from torchord.coordinator.compression import codec_of
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute import inner_steps as local_steps
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.codecs import codec_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import ResolvedRecipe
@@ -63,7 +62,7 @@ def work(
     *,
     allowed: tuple[str, ...] | None,
     batch: gradient.Batch | None = None,
-    outgoing: Outgoing | None = None,
+    watched: gradient.Watch = gradient.unwatched,
 ) -> ShardWork:
     """Compute one shard.
 
@@ -74,7 +73,7 @@ def work(
             compression or between plain and local steps) is set aside, and the slot starts afresh.
         allowed: the worker's allow-list, for codecs that are imported.
         batch: the shard's batch, where it was read ahead; plain steps only.
-        outgoing: takes gradients as they are accumulated; plain steps without compression only.
+        watched: as for `gradient.compute`; plain steps only.
 
     Raises:
         Exception: whatever the recipe's code raises.
@@ -91,8 +90,7 @@ def work(
         found, kept["inner"] = taken.gradient, taken.state
     else:
         indices = plan.indices(step, shard)
-        more = {} if outgoing is None else {"watched": outgoing.during_backward}
-        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, batch, **more)
+        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, batch, watched)
     with pinned(config.threads, config.deterministic, replica.device):
         encoded = codec.encode(found.gradients, before.get("residual"))
     if codec.stateful:

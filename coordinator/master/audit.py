@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, VersionRecord
-from torchord.coordinator.server.step_slots import PARTIAL_SUMS
+from torchord.cache.ledger.records import GENESIS, PARTIAL_SUMS, Head, LedgerEntry, VersionRecord
 from torchord.coordinator.spec.plan import Plan
 
 

@@ -8,18 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from celery import Celery
-from kombu import Queue
-
 from torchord.cache import keys
 from torchord.cache.datasets.library import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput
 from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, connect, ping, translated
 from torchord.cache.settings import from_environment
 from torchord.coordinator.master.run import Run, TrainedModel
-from torchord.coordinator.messages.broker import celery_url, transport_options
-from torchord.coordinator.messages.sender import Sender, nameless_exchange
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
+from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe, fingerprint
@@ -74,7 +70,7 @@ class Master:
         self._services = Services(settings)
         self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
         ping(self._client, settings.url)
-        self._sender = Sender(_publisher(broker, transport_options(settings.url)))
+        self._sender = Sender(publisher(broker, transport_options(settings.url)))
         self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
     def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:
@@ -167,24 +163,6 @@ class Master:
             if gone:
                 self._client.zrem(keys.RUNS, *gone)
         return [name for name, there in zip(names, known, strict=True) if there]
-
-
-def _publisher(url: str, options: dict[str, object]) -> Celery:
-    """A Celery app that only publishes: it is nobody's current app and registers no task."""
-    app = Celery("torchord-master", broker=url, set_as_current=False)
-    app.conf.update(
-        task_serializer="json",
-        accept_content=["json"],
-        task_ignore_result=True,
-        broker_connection_timeout=2,
-        broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3, **options},
-        task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
-        task_default_queue=UPDATES,
-        task_default_exchange="",  # else the nameless ones above take the name of the default queue
-        task_default_routing_key=UPDATES,
-    )
-    app.amqp.autoexchange = nameless_exchange
-    return app
 
 
 def _differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:

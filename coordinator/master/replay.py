@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
 from torchord.cache.errors import CheckpointError, InvalidInput, ShardFailed, TorchordError
 from torchord.cache.files.checkpoint import CheckpointStore
-from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, StateRecord
+from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, StateRecord, combined_digest
 from torchord.cache.tensors import tree
-from torchord.cache.tensors.codec import layout, pack
-from torchord.coordinator.client.shard_task import combined_digest, environment
+from torchord.cache.tensors.codec import as_bytes, layout, pack
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.gradient import open_dataset
@@ -30,7 +30,7 @@ from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import ShardWork, decoded, keeps_state, work
 from torchord.coordinator.compute.sums import Accumulator, Aggregate
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.runtime.services import device
+from torchord.coordinator.runtime.environment import device, environment
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import ResolvedRecipe
 
@@ -148,7 +148,7 @@ class Replay:
         needed = version if version >= self.plan.total_steps else self.plan.version_for(version)
         for old in [v for v in self._flats if v < needed]:
             del self._flats[old], self._slots[old]
-        return _digest(flat)
+        return _stored(flat).digest
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -239,13 +239,13 @@ class Replay:
 
     def _compared(self, step: int, shard: int, result: ShardWork, slot: SlotReceipt) -> list[str]:
         sent = {**result.payload, **result.buffers}
-        digest = _digest(pack(sent, layout(sent)))
+        digest = _stored(pack(sent, layout(sent))).digest
         if result.state is not None:
             skeleton, tensors = tree.flatten(result.state)
             manifest = layout(tensors)
             blob = None
             if manifest.nbytes:
-                blob = MemoryChunkStore().put("state", pack(tensors, manifest), ttl_seconds=60)
+                blob = _stored(pack(tensors, manifest))
             digest = combined_digest(digest, StateRecord(skeleton, manifest.to_json(), blob))
         if digest == slot.digest:
             return []
@@ -258,9 +258,9 @@ class Replay:
         ]
 
 
-def _digest(flat: Tensor) -> str:
-    """The digest that the store gives to these bytes."""
-    return MemoryChunkStore().put("replay", flat, ttl_seconds=60).digest
+def _stored(flat: Tensor) -> BlobRef:
+    """The reference that the store gave to these bytes, but for its key."""
+    return BlobRef.of("replay", as_bytes(flat), CHUNK_NBYTES)
 
 
 def _finite(result: ShardWork) -> bool:

@@ -1,11 +1,15 @@
-"""What Celery is told of the broker: one spelling of its URL for people, whichever library reads it."""
+"""What Celery is told of the broker: one spelling of its URL for people, and an app that publishes."""
 
 from __future__ import annotations
+
+from celery import Celery
+from kombu import Exchange, Queue
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput
 from torchord.cache.servers import address
 from torchord.cache.servers.address import Address, masked
 from torchord.cache.servers.redis_client import connect
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 
 
 def celery_url(url: str) -> str:
@@ -43,3 +47,30 @@ def transport_options(url: str) -> dict[str, object]:
     if found.password is not None:
         options["sentinel_kwargs"] = {}  # the password is the primary's; sentinels without one refuse it
     return options
+
+
+def nameless_exchange(name: str) -> Exchange:
+    """The exchange of a queue that is not configured: the nameless one, which delivers by queue name.
+
+    Celery's default is a named exchange per queue, and each leaves a `_kombu.binding.*` key without
+    TTL in Redis; the training servers' private queues would pile up there.
+    """
+    return Exchange("", type="direct")
+
+
+def publisher(url: str, options: dict[str, object]) -> Celery:
+    """A Celery app that only publishes: it is nobody's current app and registers no task."""
+    app = Celery("torchord-master", broker=url, set_as_current=False)
+    app.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        broker_connection_timeout=2,
+        broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3, **options},
+        task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
+        task_default_queue=UPDATES,
+        task_default_exchange="",  # else the nameless ones above take the name of the default queue
+        task_default_routing_key=UPDATES,
+    )
+    app.amqp.autoexchange = nameless_exchange
+    return app

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from celery import Celery, chord
-from kombu import Exchange
 from kombu.exceptions import OperationalError
 
 from torchord.cache.errors import CacheError, CacheUnreachable
@@ -25,15 +24,6 @@ from torchord.coordinator.runtime.faults import Injector
 Join = tuple[str, dict[str, Any]]  # a chord, as (group id, callback)
 
 _PUBLISH = {"retry": True, "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0}}
-
-
-def nameless_exchange(name: str) -> Exchange:
-    """The exchange of a queue that is not configured: the nameless one, which delivers by queue name.
-
-    Celery's default is a named exchange per queue, and each leaves a `_kombu.binding.*` key without
-    TTL in Redis; the training servers' private queues would pile up there.
-    """
-    return Exchange("", type="direct")
 
 
 class Sender:

@@ -22,6 +22,7 @@ from torchord.cache.settings import Settings
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import Manifest, require_same
+from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import ResolvedRecipe, fingerprint, resolve, skewed
@@ -353,22 +354,3 @@ def _first_met(found: str) -> str:
         module, _, digest = item.partition("=")
         met.append(f"{module}={_sources.setdefault(module, digest)}")
     return ",".join(met)
-
-
-_device: str | None = None
-
-
-def set_device(name: str) -> None:
-    """Choose the device of this process: "auto", "cpu", "cuda" or "cuda:N"."""
-    global _device
-    _device = None if name == "auto" else name
-
-
-def device() -> str:
-    """The device of this process; "auto" picks CUDA if there is one."""
-    global _device
-    if _device is None:
-        import torch
-
-        _device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return _device

@@ -27,20 +27,27 @@ from torchord.cache.errors import (
     TorchordError,
 )
 from torchord.cache.ledger.ledger import Committed, Ledger
-from torchord.cache.ledger.records import Head, Launch, LedgerEntry, SlotRecord, StateRecord, revision
+from torchord.cache.ledger.records import (
+    PARTIAL_SUMS,
+    Head,
+    Launch,
+    LedgerEntry,
+    SlotRecord,
+    StateRecord,
+    revision,
+)
 from torchord.cache.ledger.workers import Heartbeat
-from torchord.coordinator.client.shard_task import short_traceback
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import ApplyReport
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
+from torchord.coordinator.runtime.failures import short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, collect
 from torchord.coordinator.server.step_slots import (
-    PARTIAL_SUMS,
     loss_of,
     nonfinite,
     receipts_of,

@@ -11,9 +11,6 @@ from torchord.cache.ledger.records import SlotReceipt, SlotRecord
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.spec.sum_tree import FanIn
 
-PARTIAL_SUMS = "partial_sums"
-"""In the notes of a ledger entry: [number, digest, worker, attempt] of each partial sum, in order."""
-
 
 def roots_of(ledger: Ledger, step: int, tree: FanIn) -> dict[int, SlotRecord] | None:
     """The root slots of a step by number, None while any slot of the step is missing."""

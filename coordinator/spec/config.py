@@ -130,7 +130,7 @@ class TrainingConfig:
         self._choice("memory_format", _MEMORY_FORMATS)
         for name in ("compression", "parameter_compression"):
             if getattr(self, name) != "none":
-                from torchord.coordinator.compression import check  # loads torch
+                from torchord.coordinator.spec.codecs import check  # loads torch
 
                 try:
                     check(getattr(self, name))

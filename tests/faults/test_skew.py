@@ -14,7 +14,7 @@ from tests.faults.laboratory import CONFIG, HOURS, WAIT_SECONDS, Laboratory, Out
 from tests.support.waiting import wait_until
 from torchord import Run
 from torchord.cache.errors import NoWorker
-from torchord.coordinator.client.shard_task import environment, processor_vendor
+from torchord.coordinator.runtime.environment import environment, processor_vendor
 
 ODD = {"ATEN_CPU_CAPABILITY": "default"}
 """Makes torch leave the vector units of the CPU alone, as on an older machine."""

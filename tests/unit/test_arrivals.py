@@ -14,11 +14,11 @@ import torch
 
 from tests.support.waiting import wait_until
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.read_ahead import Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.keys import PARAMETERS_UNDERWAY
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
 from torchord.coordinator.client import version_download as arrivals
 from torchord.coordinator.client.version_download import Arrivals

@@ -15,7 +15,8 @@ from celery.backends.redis import RedisBackend
 
 from torchord.cache.servers.fast_client import Lane
 from torchord.coordinator.messages import task_names
-from torchord.coordinator.messages.sender import Sender, nameless_exchange
+from torchord.coordinator.messages.broker import nameless_exchange
+from torchord.coordinator.messages.sender import Sender
 from torchord.tasks.backend import Backend
 
 RUN = "a-run"

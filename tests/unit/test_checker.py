@@ -12,9 +12,9 @@ import torch
 import xxhash
 
 from tests.support.waiting import wait_until
-from torchord.cache.blobs.blob import checksums, split
 from torchord.cache.blobs.checksum_thread import WORTH_IT_CHUNKS, Checker
 from torchord.cache.tensors.codec import memory
+from torchord.cache.tensors.pieces import checksums, split
 
 CHUNK = 1 << 16
 

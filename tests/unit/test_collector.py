@@ -12,11 +12,11 @@ from tests.support.control import slot as any_slot
 from tests.support.waiting import wait_until
 from torchord.cache import keys
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
 from torchord.cache.blobs.read_ahead import Ahead, Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
 from torchord.cache.ledger.records import SlotRecord
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
 from torchord.coordinator.server.gradient_download import Collector
 

@@ -14,11 +14,11 @@ from tests.support import models
 from tests.support.inprocess import InProcess, resolved, same
 from torchord.cache.errors import CompilerMissing, Skewed
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
-from torchord.coordinator.client.shard_task import environment
 from torchord.coordinator.compute import compiling, gradient
 from torchord.coordinator.compute.gradient import open_dataset
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.spec.config import TrainingConfig
 
 pytestmark = [

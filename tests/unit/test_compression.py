@@ -23,7 +23,7 @@ from torch import Tensor
 from tests.support.inprocess import same
 from torchord.cache.errors import ConfigError, InvalidInput, ManifestMismatch, NotAllowed
 from torchord.cache.tensors.codec import dtype_name, layout, memory, pack, views
-from torchord.coordinator.compression import CODECS, Codec, Encoded, Plain, TensorCodec, check, parse
+from torchord.coordinator.compression import Codec, Encoded, Plain, TensorCodec
 from torchord.coordinator.compression.bits import (
     pack_bits,
     pack_places,
@@ -36,6 +36,7 @@ from torchord.coordinator.compression.powersgd import orthonormalised
 from torchord.coordinator.compression.topk import largest
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.spec.admission import Admission
+from torchord.coordinator.spec.codecs import CODECS, check, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "compression.md"

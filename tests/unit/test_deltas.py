@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tests.support import models
 from tests.support.inprocess import resolved
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.keys import RunKeys
 from torchord.cache.ledger.records import VersionRecord
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import layout, pack
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.coordinator.compute.deltas import Delta, DeltaEncoder, advanced, forward
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica

@@ -23,13 +23,13 @@ from torchord import Recipe, TrainingConfig
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors import pinned
 from torchord.cache.tensors.codec import layout, pack, views
-from torchord.coordinator.client.shard_task import environment
 from torchord.coordinator.compute import determinism, device_memory, gradient
 from torchord.coordinator.compute import inner_steps as local_steps
 from torchord.coordinator.compute.device_memory import DeviceMemory
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.runtime import services
+from torchord.coordinator.runtime import environment as environments
+from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.spec.plan import Plan
 from torchord.tasks import worker
 
@@ -293,7 +293,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch says that there are two, and the process has chosen none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(services, "_device", None)
+    monkeypatch.setattr(environments, "_device", None)
     before = (worker._node, worker._queues)
     yield
     worker._node, worker._queues = before
@@ -314,9 +314,9 @@ def test_child_i_of_a_prefork_pool_takes_device_i(
 ) -> None:
     monkeypatch.setattr(worker, "settings", replace(worker.settings, device=asked))
     monkeypatch.setattr(current_process(), "index", index, raising=False)
-    services.set_device(asked)
+    environments.set_device(asked)
     worker._child_started("node@host")
-    assert services.device() == device
+    assert environments.device() == device
 
 
 def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +325,7 @@ def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.Monke
 
     for name in ("is_available", "device_count", "init", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, touched)
-    monkeypatch.setattr(services, "_device", None)
+    monkeypatch.setattr(environments, "_device", None)
     worker._preload()
 
 
@@ -333,7 +333,7 @@ def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.Monke
 def test_the_environment_names_the_gpu_and_unusual_workspaces(
     workspace: str, shown: str, two_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    services.set_device("cuda:1")
+    environments.set_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda kind: "a GPU")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
     assert f", cuda {shown}, " in environment()

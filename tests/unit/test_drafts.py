@@ -5,12 +5,13 @@ import multiprocessing
 import pytest
 import torch
 
-from torchord.cache.blobs.blob import BlobRef, checksums, split
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheUnreachable
 from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import checksums, split
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 
 NBYTES = 300_000
 CHUNK = 64 << 10

@@ -17,10 +17,10 @@ import xxhash
 
 from torchord.cache.blobs import host_tier as host
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.errors import CacheUnreachable, ChunkMissing
 from torchord.cache.tensors.codec import memory
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 
 NBYTES = 300_000
 SPAWN = multiprocessing.get_context("spawn")

@@ -13,13 +13,13 @@ from tests.support import hooked, models, recipes_more
 from tests.support.inprocess import resolved, same
 from tests.support.waiting import wait_until
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.blobs.upload import Upload
 from torchord.cache.errors import CacheUnreachable
 from torchord.cache.keys import WORK_TTL_SECONDS
 from torchord.cache.stores.gradients import GradientStore, GradientUpload, StoredGradient
 from torchord.cache.tensors.codec import Manifest, layout, pack
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
 from torchord.coordinator.client.gradient_upload import Outgoing
 from torchord.coordinator.compute.determinism import seed_everything

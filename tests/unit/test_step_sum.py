@@ -7,11 +7,11 @@ import torch
 
 from tests.support import models
 from tests.support.inprocess import resolved, same
-from torchord.cache.blobs.chunk_store import MemoryChunkStore
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import ChunkMissing, InvalidInput
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
+from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer

@@ -12,7 +12,8 @@ import redis
 from celery import Celery
 
 from torchord.coordinator.messages import task_names
-from torchord.coordinator.messages.sender import Sender, nameless_exchange
+from torchord.coordinator.messages.broker import nameless_exchange
+from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.templates import StepTemplate
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
