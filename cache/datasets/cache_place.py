@@ -1,135 +1,23 @@
-"""Where stored datasets lie: records by name, and the chunks that they consist of.
-
-A dataset is a record (small, by name), a manifest (JSON, itself in chunks) and chunks of data.
-Chunks are written first, then the record that names them, so a record never points at what was
-not there. Two places are offered: the cache (records in the control plane, chunks over the cache
-nodes, everything with a TTL) and a folder at an fsspec URL (`torchord.cache.datasets.folder_place`).
-"""
+"""Stored datasets in the cache: records in the control plane, chunks over the cache nodes, all with a TTL."""
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import redis
 
 from torchord.cache import keys
 from torchord.cache.blobs.chunk_store import ChunkStore
-from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier
-from torchord.cache.datasets.content import Bytes, Chunk, ContentStore, Stream
-from torchord.cache.errors import DatasetDamaged, InvalidInput
+from torchord.cache.datasets.content import Bytes, Chunk, ContentStore
+from torchord.cache.datasets.record import Record, Verdict, renewal_seconds
+from torchord.cache.errors import DatasetDamaged
 from torchord.cache.scripts import source
-from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients, translated
 from torchord.cache.settings import Settings
 
-Verdict = Literal["written", "same", "exists"]
-
-_FORMAT = 1
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a name stands for.
-
-    Attributes:
-        name: of the dataset.
-        digest: of the manifest, and so of everything: 40 hexadecimal digits.
-        samples: how many.
-        nbytes: bytes of all samples, each chunk counted as often as it is used.
-        chunk_nbytes: upper bound of a chunk's length that was asked for.
-        ttl_seconds: life of record and chunks; renewed when workers use the dataset.
-        created_at: Unix time (s) of the put.
-        structure: of one sample, for people.
-        manifest: the chunks of the manifest.
-    """
-
-    name: str
-    digest: str
-    samples: int
-    nbytes: int
-    chunk_nbytes: int
-    ttl_seconds: int
-    created_at: float
-    structure: str
-    manifest: Stream
-
-    def to_json(self) -> str:
-        """Return the record as JSON text."""
-        fields = {name: getattr(self, name) for name in self.__slots__ if name != "manifest"}
-        return json.dumps({"format": _FORMAT, **fields, "manifest": self.manifest.to_json()})
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> Record:
-        """Rebuild a record that `to_json` produced, trusting nothing in it.
-
-        Raises:
-            DatasetDamaged: it is not a record that this version of torchord can read.
-        """
-        try:
-            value: Mapping[str, Any] = json.loads(text)
-            if value["format"] != _FORMAT:
-                raise ValueError(f"format {value['format']}, this version of torchord reads {_FORMAT}")
-            return cls(
-                name=str(value["name"]),
-                digest=str(value["digest"]),
-                samples=int(value["samples"]),
-                nbytes=int(value["nbytes"]),
-                chunk_nbytes=int(value["chunk_nbytes"]),
-                ttl_seconds=int(value["ttl_seconds"]),
-                created_at=float(value["created_at"]),
-                structure=str(value["structure"]),
-                manifest=Stream.from_json(value["manifest"]),
-            )
-        except (KeyError, TypeError, ValueError, InvalidInput) as error:
-            raise DatasetDamaged(f"the record of a dataset at {where} cannot be read: {error}") from error
-
-
-class Place(Protocol):
-    """Where datasets lie; `CachePlace` and `FolderPlace` have it.
-
-    `extend`, `write` and `read` are those of `torchord.cache.datasets.content.ContentStore`.
-    """
-
-    @property
-    def label(self) -> str:
-        """Where, for messages."""
-
-    def extend(self, chunks: Sequence[Chunk], ttl_seconds: int) -> list[bool]:
-        """Tell which chunks are stored, and let these live at least so long."""
-
-    def write(self, items: Sequence[tuple[Chunk, memoryview]], ttl_seconds: int) -> None:
-        """Store chunks."""
-
-    def read(self, chunks: Sequence[Chunk]) -> list[Bytes]:
-        """Fetch and verify chunks."""
-
-    def mark(self, chunks: Sequence[Chunk]) -> None:
-        """Announce that chunks are to go; `extend` takes that back."""
-
-    def sweep(self, chunks: Sequence[Chunk]) -> None:
-        """Remove marked chunks, if they do not go by themselves."""
-
-    def record(self, name: str) -> Record | None:
-        """The record of a name."""
-
-    def records(self) -> list[Record]:
-        """All records, by time of their put."""
-
-    def commit(self, record: Record, *, replace: bool) -> tuple[Verdict, Record | None]:
-        """Give a name its record, atomically; the one before is returned."""
-
-    def remove(self, name: str) -> None:
-        """Take a record away; none is no error."""
-
-    def renew(self, record: Record, chunks: Callable[[], Iterable[Chunk]]) -> None:
-        """Prolong the life of a dataset in use, if nobody has done so a short while ago."""
 
 
 class CachePlace:
@@ -277,68 +165,3 @@ class CachePlace:
             self._client.register_script(source("drop_dataset"))(
                 keys=[keys.dataset(name), keys.DATASETS], args=[name, int(delete)]
             )
-
-
-def renewal_seconds(ttl_seconds: int) -> int:
-    """How often a dataset in use is renewed: once an hour, more often if it lives for less than four."""
-    return max(1, min(keys.DATASET_RENEWAL_SECONDS, ttl_seconds // 4))
-
-
-def now() -> float:
-    """Unix time in seconds, to the millisecond."""
-    return round(time.time(), 3)
-
-
-# --- what the process shares ----------------------------------------------------------
-
-
-class _Shared:
-    """Places and chunk caches of this process, by the settings that they were made for."""
-
-    def __init__(self) -> None:
-        self.reset()
-        reset_after_fork(self)
-
-    def reset(self) -> None:
-        """Start with a lock of its own in a forked child; what the parent has kept is kept."""
-        self._lock = threading.Lock()
-        self._places: dict[Settings | str, Place] = getattr(self, "_places", {})
-        self._caches: dict[tuple[int, str, int], ChunkCache] = getattr(self, "_caches", {})
-
-    def place(self, settings: Settings, url: str | None) -> Place:
-        from torchord.cache.datasets.folder_place import FolderPlace
-
-        key = settings if url is None else url
-        with self._lock:
-            if key not in self._places:
-                self._places[key] = CachePlace(settings) if url is None else FolderPlace(url)
-            return self._places[key]
-
-    def chunks(self, settings: Settings) -> ChunkCache:
-        key = (settings.dataset_memory_bytes, settings.dataset_disk, settings.dataset_disk_bytes)
-        with self._lock:
-            if key not in self._caches:
-                disk = (
-                    DiskTier(settings.dataset_disk, settings.dataset_disk_bytes)
-                    if settings.dataset_disk
-                    else None
-                )
-                self._caches[key] = ChunkCache(settings.dataset_memory_bytes, disk=disk)
-            return self._caches[key]
-
-
-_shared = _Shared()
-
-
-def place_of(settings: Settings, url: str | None) -> Place:
-    """The place that settings (and, for a folder, its fsspec URL) mean; one per process.
-
-    Raises:
-        InvalidInput: the URL cannot be used.
-    """
-    return _shared.place(settings, url)
-
-
-def chunk_cache(settings: Settings) -> ChunkCache:
-    """The chunk cache of this process."""
-    return _shared.chunks(settings)

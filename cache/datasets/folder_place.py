@@ -24,8 +24,8 @@ import fsspec
 import numpy as np
 import xxhash
 
-from torchord.cache.datasets.cache_place import Record, Verdict
 from torchord.cache.datasets.content import Bytes, Chunk
+from torchord.cache.datasets.record import Record, Verdict
 from torchord.cache.errors import CacheUnreachable, ChunkCorrupt, ChunkMissing, DatasetDamaged, InvalidInput
 
 _SUFFIX = ".dataset.json"

@@ -15,9 +15,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torchord.cache import keys
-from torchord.cache.datasets.cache_place import Place, Record, chunk_cache, now, place_of
 from torchord.cache.datasets.content import MOST_CHUNK_NBYTES, Chunk, address_of
+from torchord.cache.datasets.place import Place, chunk_cache, place_of
 from torchord.cache.datasets.reader import StoredDataset, all_chunks, read_manifest
+from torchord.cache.datasets.record import Record, now
 from torchord.cache.datasets.writer import Advance, StreamWriter, Tally, Uploader, size_of, write
 from torchord.cache.errors import (
     CacheError,

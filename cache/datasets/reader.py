@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import Dataset
 
 from torchord.cache.datasets import samples
-from torchord.cache.datasets.cache_place import Place, Record, renewal_seconds
 from torchord.cache.datasets.chunk_cache import ChunkCache, ReadCounters
 from torchord.cache.datasets.content import Bytes, Chunk, Stream, address_of
+from torchord.cache.datasets.place import Place
+from torchord.cache.datasets.record import Record, renewal_seconds
 from torchord.cache.datasets.samples import Column, Leaf, Manifest
 from torchord.cache.errors import (
     CacheError,

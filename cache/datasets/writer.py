@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from torchord.cache.datasets import samples
-from torchord.cache.datasets.cache_place import Place
 from torchord.cache.datasets.content import Chunk, Stream
+from torchord.cache.datasets.place import Place
 from torchord.cache.datasets.samples import Column, Leaf, Manifest, Value
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
 

@@ -4,16 +4,8 @@ See docs/compression.md for what each codec costs and gives; `torchord.coordinat
 that a config names.
 """
 
-from torchord.coordinator.compression.codec import (
-    Codec,
-    Encoded,
-    Kept,
-    Layout,
-    Plain,
-    Shapes,
-    TensorCodec,
-    expect,
-)
+from torchord.coordinator.compression.codec import Codec, Encoded, Kept, Plain, Shapes, TensorCodec, expect
+from torchord.coordinator.compression.layout import Layout
 from torchord.coordinator.compression.powersgd import PowerSGD
 from torchord.coordinator.compression.quantized import Quantized, bf16, fp16, int8, sign
 from torchord.coordinator.compression.topk import TopK

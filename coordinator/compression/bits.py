@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchord.cache.errors import ManifestMismatch
-from torchord.coordinator.compression.codec import Layout
+from torchord.coordinator.compression.layout import Layout
 
 _EIGHT = tuple(1 << place for place in range(8))
 

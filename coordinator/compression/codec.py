@@ -12,16 +12,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
 from torchord.cache.tensors.codec import ALIGNMENT_NBYTES, Manifest, dtype_name, dtype_of
-
-if TYPE_CHECKING:
-    from torchord.coordinator.compression.number_formats import NumberFormat
+from torchord.coordinator.compression.layout import Layout
+from torchord.coordinator.compression.number_formats import NumberFormat
 
 SEPARATOR = "#"
 """Between the name of a parameter and what of it an entry holds, in payloads and memories."""
@@ -130,10 +129,6 @@ class Plain:
         for name, gradient in payload.items():
             expect(name, gradient, *_known(known, name))
         return dict(payload)
-
-
-Layout: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""The parts of a compressed tensor: name -> (dtype, shape)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchord.cache.errors import ConfigError
 from torchord.coordinator.compression.arguments import require_integer
 from torchord.coordinator.compression.bits import pack_bits, unpack_bits
-from torchord.coordinator.compression.codec import Layout
+from torchord.coordinator.compression.layout import Layout
 
 _MEMORIES = ("bf16", "fp16", "int8", "int4")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from torchord.coordinator.compression.arguments import require_integer, require_switch
-from torchord.coordinator.compression.codec import Kept, Layout, TensorCodec, expect
+from torchord.coordinator.compression.codec import Kept, TensorCodec, expect
+from torchord.coordinator.compression.layout import Layout
 from torchord.coordinator.compression.number_formats import (
     NumberFormat,
     memory_format,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchord.coordinator.compression.arguments import require_switch
-from torchord.coordinator.compression.codec import Kept, Layout, TensorCodec
+from torchord.coordinator.compression.codec import Kept, TensorCodec
+from torchord.coordinator.compression.layout import Layout
 from torchord.coordinator.compression.number_formats import (
     Blocks,
     Cast,

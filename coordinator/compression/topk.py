@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchord.coordinator.compression.arguments import require_fraction, require_integer, require_switch
 from torchord.coordinator.compression.bits import pack_places, places_layout, unpack_places
-from torchord.coordinator.compression.codec import Kept, Layout, TensorCodec
+from torchord.coordinator.compression.codec import Kept, TensorCodec
+from torchord.coordinator.compression.layout import Layout
 from torchord.coordinator.compression.number_formats import memory_format, number_format, slices
 
 _SAMPLE = 1 << 16

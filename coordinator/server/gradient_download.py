@@ -13,8 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
-from weakref import ref
 
 from torch import Tensor
 
@@ -24,10 +22,6 @@ from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, TorchordError
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import SlotRecord
-from torchord.coordinator.runtime.services import Services
-
-if TYPE_CHECKING:
-    from torchord.coordinator.server.warm_run import WarmRun
 
 log = logging.getLogger(__name__)
 
@@ -35,34 +29,6 @@ LEAST_CHUNKS = 2
 _LOOKS = 25  # a step, where there is nothing to read
 _PAUSES_SECONDS = (0.002, 0.05)
 _PATIENCE_SECONDS = 60.0  # without news, or three steps
-
-
-def collect(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
-    """Begin to read the present step's gradients ahead, if that can pay.
-
-    Args:
-        read_nbytes: what the update of the step before had to read from the chunk store.
-        step_seconds: what that step took.
-    """
-    if warm.collector is not None:
-        warm.collector.stop()
-        warm.collector = None
-    plan, store = warm.context.plan(), services.chunks.chunks
-    if "collect" not in services.settings.overlap or read_nbytes < LEAST_CHUNKS * store.chunk_nbytes:
-        return
-    if warm.version >= plan.total_steps:
-        return
-    held = ref(warm)
-    warm.collector = Collector(
-        warm.ledger,
-        warm.version,
-        plan.fan_in(warm.version).roots,
-        services.chunks,
-        most_nbytes=max(services.settings.server_memory_bytes // 4, read_nbytes),
-        step_seconds=step_seconds,
-        wanted=lambda: held() is not None,
-    )
-    warm.collector.start()
 
 
 class Collector:

@@ -46,7 +46,7 @@ from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.failures import short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.services import Services
-from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, collect
+from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
 from torchord.coordinator.server.step_slots import (
     loss_of,
     nonfinite,
@@ -57,7 +57,7 @@ from torchord.coordinator.server.step_slots import (
 from torchord.coordinator.server.step_sum import StepSum
 from torchord.coordinator.server.takeover import TakeOver
 from torchord.coordinator.server.upkeep import Upkeep
-from torchord.coordinator.server.warm_run import WarmRun
+from torchord.coordinator.server.warm_run import WarmRun, collect
 
 log = logging.getLogger(__name__)
 

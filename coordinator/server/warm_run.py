@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from weakref import ref
 
 from torch import Tensor
 
@@ -11,8 +12,8 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import VersionRecord
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.runtime.services import RunContext
-from torchord.coordinator.server.gradient_download import Collector
+from torchord.coordinator.runtime.services import RunContext, Services
+from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, Collector
 
 NEVER = -1
 
@@ -76,3 +77,31 @@ class WarmRun:
         """The oldest version that a step from here on is computed at."""
         plan = self.context.plan()
         return plan.version_for(self.version) if self.version < plan.total_steps else self.version
+
+
+def collect(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
+    """Begin to read the present step's gradients ahead, if that can pay.
+
+    Args:
+        read_nbytes: what the update of the step before had to read from the chunk store.
+        step_seconds: what that step took.
+    """
+    if warm.collector is not None:
+        warm.collector.stop()
+        warm.collector = None
+    plan, store = warm.context.plan(), services.chunks.chunks
+    if "collect" not in services.settings.overlap or read_nbytes < LEAST_CHUNKS * store.chunk_nbytes:
+        return
+    if warm.version >= plan.total_steps:
+        return
+    held = ref(warm)
+    warm.collector = Collector(
+        warm.ledger,
+        warm.version,
+        plan.fan_in(warm.version).roots,
+        services.chunks,
+        most_nbytes=max(services.settings.server_memory_bytes // 4, read_nbytes),
+        step_seconds=step_seconds,
+        wanted=lambda: held() is not None,
+    )
+    warm.collector.start()

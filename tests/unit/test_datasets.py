@@ -23,10 +23,11 @@ from tests.support import models
 from tests.support.inprocess import same
 from torchord import Master, stored_dataset
 from torchord.cache import keys
-from torchord.cache.datasets.cache_place import CachePlace, place_of
+from torchord.cache.datasets.cache_place import CachePlace
 from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier, ReadCounters
 from torchord.cache.datasets.content import Bytes, Chunk, ContentStore
 from torchord.cache.datasets.library import Datasets, StoredDataset
+from torchord.cache.datasets.place import place_of
 from torchord.cache.datasets.samples import Manifest
 from torchord.cache.errors import (
     CacheError,

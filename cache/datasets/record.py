@@ -1,0 +1,84 @@
+"""What the name of a stored dataset stands for, as small JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchord.cache import keys
+from torchord.cache.datasets.content import Stream
+from torchord.cache.errors import DatasetDamaged, InvalidInput
+
+Verdict = Literal["written", "same", "exists"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a name stands for.
+
+    Attributes:
+        name: of the dataset.
+        digest: of the manifest, and so of everything: 40 hexadecimal digits.
+        samples: how many.
+        nbytes: bytes of all samples, each chunk counted as often as it is used.
+        chunk_nbytes: upper bound of a chunk's length that was asked for.
+        ttl_seconds: life of record and chunks; renewed when workers use the dataset.
+        created_at: Unix time (s) of the put.
+        structure: of one sample, for people.
+        manifest: the chunks of the manifest.
+    """
+
+    name: str
+    digest: str
+    samples: int
+    nbytes: int
+    chunk_nbytes: int
+    ttl_seconds: int
+    created_at: float
+    structure: str
+    manifest: Stream
+
+    def to_json(self) -> str:
+        """Return the record as JSON text."""
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "manifest"}
+        return json.dumps({"format": _FORMAT, **fields, "manifest": self.manifest.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Record:
+        """Rebuild a record that `to_json` produced, trusting nothing in it.
+
+        Raises:
+            DatasetDamaged: it is not a record that this version of torchord can read.
+        """
+        try:
+            value: Mapping[str, Any] = json.loads(text)
+            if value["format"] != _FORMAT:
+                raise ValueError(f"format {value['format']}, this version of torchord reads {_FORMAT}")
+            return cls(
+                name=str(value["name"]),
+                digest=str(value["digest"]),
+                samples=int(value["samples"]),
+                nbytes=int(value["nbytes"]),
+                chunk_nbytes=int(value["chunk_nbytes"]),
+                ttl_seconds=int(value["ttl_seconds"]),
+                created_at=float(value["created_at"]),
+                structure=str(value["structure"]),
+                manifest=Stream.from_json(value["manifest"]),
+            )
+        except (KeyError, TypeError, ValueError, InvalidInput) as error:
+            raise DatasetDamaged(f"the record of a dataset at {where} cannot be read: {error}") from error
+
+
+def renewal_seconds(ttl_seconds: int) -> int:
+    """How often a dataset in use is renewed: once an hour, more often if it lives for less than four."""
+    return max(1, min(keys.DATASET_RENEWAL_SECONDS, ttl_seconds // 4))
+
+
+def now() -> float:
+    """Unix time in seconds, to the millisecond."""
+    return round(time.time(), 3)
