@@ -7,13 +7,15 @@ and again whenever a server refers a key elsewhere (MOVED) or does not answer; a
 moved is served by both sides (ASK). Chunks move as they do between plain nodes: pipelined, from and into
 the tensor's own memory, one connection and thread for each server.
 
+redis-py computes slots, and that is all that is taken of its cluster client: it copies values, and does not
+follow ASK to a server that owns no slot yet (redis-py 8.1).
+
 torchord's chunk keys have no braces: the chunks of one blob are meant to lie on all servers, and each
 operation is of one key. See the Redis Cluster Specification.
 """
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import threading
 import time
@@ -22,6 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
+from redis.crc import key_slot
+
 from torchord.cache.errors import CacheError, CacheUnreachable
 from torchord.cache.servers.address import Address, ClusterAddress, bracketed, is_cluster
 from torchord.cache.servers.connection import Connection, Reply, ServerRefused, command
@@ -29,28 +34,11 @@ from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.servers.node import Node, Problem, Referrals
 from torchord.cache.tensors.pieces import Parts
 
-SLOTS = 16384
 _TURNS = 8  # how often a key may be referred on before something must be wrong
 _SETTLE_SECONDS = 0.02  # before the third of them, then twice as long: servers agree by gossip, 1.3 s in all
-_TRY_AGAIN_SECONDS = 0.05
 _MOST_THREADS = 64
 
 Endpoint = tuple[str, int]
-
-
-def key_slot(key: bytes) -> int:
-    """The hash slot of a key: CRC16 (XMODEM) modulo 16,384, of its hash tag if it has one.
-
-    Example:
-        >>> key_slot(b"123456789"), key_slot(b"{user}.a") == key_slot(b"{user}.b")
-        (12739, True)
-    """
-    start = key.find(b"{")
-    if start >= 0:
-        stop = key.find(b"}", start + 1)
-        if stop > start + 1:
-            key = key[start + 1 : stop]
-    return binascii.crc_hqx(key, 0) % SLOTS
 
 
 @dataclass(slots=True)
@@ -228,14 +216,9 @@ class Cluster:
         moved = False
         for task in tasks:
             for position, text in task.referrals.found.items():
-                code, *words = text.split()
-                where = task.endpoint
-                if code == "TRYAGAIN" or len(words) < 2:
-                    time.sleep(_TRY_AGAIN_SECONDS)
-                else:
-                    host, _, port = words[1].rpartition(":")
-                    where = (host or task.endpoint[0], int(port))
-                referred[task.indices[position]] = (where, code != "MOVED")
+                code, _, target = text.split()
+                host, _, port = target.rpartition(":")
+                referred[task.indices[position]] = (host or task.endpoint[0], int(port)), code == "ASK"
                 moved |= code == "MOVED"
         return moved
 

@@ -47,7 +47,7 @@ _HINTS = {
     "MASTERDOWN": "; it is a replica that lost its primary: name the primary in the URL",
     "MISCONF": "; it cannot persist and refuses writes: look at its log and its disk",
 }
-_REFERRALS = ("MOVED", "ASK", "TRYAGAIN")
+_REFERRALS = ("MOVED", "ASK")
 _ASKING = command("ASKING")
 _PASSING = ("LOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
@@ -67,18 +67,23 @@ class Referrals:
 
     Attributes:
         asking: say before each command that the node is asked though it does not own the slot yet.
+        noting: False for a server outside of a cluster, which has nobody to refer to.
         found: index of the key -> the node's reply, "MOVED 3999 10.0.0.2:6379" or the like.
     """
 
     asking: bool = False
+    noting: bool = True
     found: dict[int, str] = field(default_factory=dict)
 
     def noted(self, index: int, refusal: ServerRefused) -> bool:
         """Note a referral; False if the refusal is none."""
-        if str(refusal).partition(" ")[0] not in _REFERRALS:
+        if not self.noting or str(refusal).partition(" ")[0] not in _REFERRALS:
             return False
         self.found[index] = str(refusal)
         return True
+
+
+_NOBODY = Referrals(noting=False)
 
 
 class Node:
@@ -111,7 +116,7 @@ class Node:
         items: Sequence[tuple[bytes, memoryview]],
         ttl_seconds: int,
         sent: Callable[[int, int], None] | None = None,
-        referrals: Referrals | None = None,
+        referrals: Referrals = _NOBODY,
     ) -> None:
         """Set each key to its value, from the value's own memory.
 
@@ -134,7 +139,7 @@ class Node:
         keys: Sequence[bytes],
         parts: Parts,
         sums: Sequence[str],
-        referrals: Referrals | None = None,
+        referrals: Referrals = _NOBODY,
     ) -> dict[int, Problem]:
         """Read each key into its memory and check it.
 
@@ -155,23 +160,18 @@ class Node:
             "read", keys[0], partial(_load, keys=keys, parts=parts, sums=sums, referrals=referrals)
         )
 
-    def delete(self, keys: Sequence[bytes], referrals: Referrals | None = None) -> None:
+    def delete(self, keys: Sequence[bytes], referrals: Referrals = _NOBODY) -> None:
         """Delete keys; absent ones are no error.
 
         Args:
-            referrals: for a member of a Redis Cluster, which takes at most a few hundred keys at a time.
+            referrals: for a member of a Redis Cluster.
 
         Raises:
             CacheUnreachable: the node does not answer.
             CacheError: the node refuses.
         """
-        if referrals is not None:
-            operation = partial(_each, requests=[command("UNLINK", key) for key in keys], referrals=referrals)
-            self._run("delete", keys[0], operation)
-            return
-        for first in range(0, len(keys), _KEYS_AT_ONCE):
-            group = keys[first : first + _KEYS_AT_ONCE]
-            self._run("delete", group[0], partial(_unlink, keys=group))
+        operation = partial(_each, requests=[command("UNLINK", key) for key in keys], referrals=referrals)
+        self._run("delete", keys[0], operation)
 
     def expire(
         self,
@@ -179,7 +179,7 @@ class Node:
         ttl_seconds: int,
         *,
         extend: bool = False,
-        referrals: Referrals | None = None,
+        referrals: Referrals = _NOBODY,
     ) -> list[bool]:
         """Set the remaining life of keys; tells of each whether it exists.
 
@@ -266,13 +266,13 @@ def _store(
     items: Sequence[tuple[bytes, memoryview]],
     ttl_seconds: int,
     sent: Callable[[int, int], None] | None,
-    referrals: Referrals | None,
+    referrals: Referrals,
 ) -> None:
     window_nbytes = connection.window_nbytes + _UNANSWERED_NBYTES
     waiting_nbytes = 0
     answered = 0
     told = stop = 0
-    before = [_ASKING] if referrals is not None and referrals.asking else []
+    before = [_ASKING] if referrals.asking else []
 
     def tell() -> bool:
         nonlocal told
@@ -301,21 +301,20 @@ def _store(
         _reply(connection, i, len(items), referrals)
 
 
-def _reply(connection: Connection, index: int, stop: int, referrals: Referrals | None) -> Reply:
+def _reply(connection: Connection, index: int, stop: int, referrals: Referrals) -> Reply:
     """Read the reply to one of the commands that were sent, up to `stop`.
 
     If it is a refusal, also those behind it, so that the connection stays in step; if it is a referral,
     note it.
     """
-    asking = referrals is not None and referrals.asking
-    if asking:
+    if referrals.asking:
         _skip(connection)
     try:
         return connection.reply()
     except ServerRefused as refusal:
-        if referrals is not None and referrals.noted(index, refusal):
+        if referrals.noted(index, refusal):
             return None
-        for _ in range((1 + asking) * (stop - index - 1)):
+        for _ in range((1 + referrals.asking) * (stop - index - 1)):
             _skip(connection)
         raise
 
@@ -350,12 +349,11 @@ def _load(
     keys: Sequence[bytes],
     parts: Parts,
     sums: Sequence[str],
-    referrals: Referrals | None,
+    referrals: Referrals,
 ) -> dict[int, Problem]:
     nbytes_each = parts.nbytes if isinstance(parts, Cut) else len(parts[0])
     asked = max(1, connection.window_nbytes // max(1, nbytes_each))
-    asking = referrals is not None and referrals.asking
-    before = _ASKING if asking else b""
+    before = _ASKING if referrals.asking else b""
     connection.ask(b"".join([before + get_command(key) for key in keys[:asked]]))
     problems: dict[int, Problem] = {}
     piece_nbytes = _PIECE_NBYTES if nbytes_each * len(keys) > _WHOLE_NBYTES else nbytes_each
@@ -363,14 +361,14 @@ def _load(
         part = parts[i]
         digest = xxhash.xxh3_64()
         nbytes = None
-        if asking:
+        if referrals.asking:
             _skip(connection)
         try:
             nbytes = connection.reply_into(part, digest.update, piece_nbytes)
         except ServerRefused as refusal:
-            if referrals is None or not referrals.noted(i, refusal):
+            if not referrals.noted(i, refusal):
                 for later in range(i + 1, min(asked, len(keys))):
-                    if asking:
+                    if referrals.asking:
                         _skip(connection)
                     with contextlib.suppress(ServerRefused):
                         connection.reply_into(parts[later])
@@ -385,22 +383,17 @@ def _load(
     return problems
 
 
-def _unlink(connection: Connection, keys: Sequence[bytes]) -> None:
-    connection.send([command("UNLINK", *keys)])
-    connection.reply()
-
-
 def _expire(
     connection: Connection,
     keys: Sequence[bytes],
     ttl_seconds: int,
     extend: bool,
     first: int,
-    referrals: Referrals | None,
+    referrals: Referrals,
 ) -> list[bool]:
     """Set lives; `first` is the index of the first key among all, for referrals."""
     seconds = str(ttl_seconds)
-    before = _ASKING if referrals is not None and referrals.asking else b""
+    before = _ASKING if referrals.asking else b""
     if extend:  # EXPIRE ... GT answers 0 for a longer life, too, so it does not tell whether the key exists
         connection.send([b"".join(before + command("EXPIRE", key, seconds, "GT") for key in keys)])
         for i in range(len(keys)):

@@ -11,15 +11,16 @@ import pytest
 import redis
 import redis.cluster
 import torch
+from redis.crc import key_slot
 
 from tests.support import models
-from tests.support.redis_cluster import RedisCluster, redis_cluster
+from tests.support.redis_cluster import RedisCluster, joined, redis_cluster
 from tests.support.waiting import wait_until
 from torchord import LocalCluster, Master, TrainingConfig
 from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkMissing, InvalidInput
 from torchord.cache.servers.address import ClusterAddress
-from torchord.cache.servers.cluster import Cluster, key_slot, owners_of
+from torchord.cache.servers.cluster import Cluster, owners_of
 from torchord.cache.settings import from_environment
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
@@ -184,6 +185,21 @@ def test_a_slot_that_moves_is_followed_and_a_slot_half_way_is_asked_on_both_side
     store.delete([old, fresh])
     assert target.client.execute_command("CLUSTER COUNTKEYSINSLOT", slot) == 0
     store.close()
+
+
+def test_a_slot_that_moves_to_a_server_without_slots_is_found_there(tmp_path: Path) -> None:
+    """No table of owners names that server yet."""
+    slot = 1234
+    with redis_cluster(tmp_path, primaries=2) as two, joined(two, tmp_path) as fresh:
+        store = ChunkStore([two.url], chunk_nbytes=16 * KB)
+        two.begin_move(slot, fresh)
+        ref = store.put(key_in_slot(slot, "t:fresh"), blob(100_000), ttl_seconds=60)
+        assert fresh.client.dbsize() == 1
+        assert torch.equal(store.get(ref), blob(100_000))
+        store.touch(ref, 600)
+        store.delete([ref])
+        assert fresh.client.dbsize() == 0
+        store.close()
 
 
 def test_many_slots_move_while_blobs_are_written_and_read(three: RedisCluster) -> None:

@@ -94,12 +94,7 @@ def redis_cluster(
     members: list[Member] = []
     with contextlib.ExitStack() as stack:
         for i in range(primaries + replicas):
-            bus = free_port()
-            own = {"cluster-config-file": str(folder / f"nodes-{i}.conf"), "cluster-port": bus}
-            server = stack.enter_context(EmbeddedServer(options={**_OPTIONS, **own, **options}))
-            client = stack.enter_context(redis.Redis(port=server.port))
-            name = client.execute_command("CLUSTER MYID")
-            members.append(Member(server, client, name.decode() if isinstance(name, bytes) else name, bus))
+            members.append(stack.enter_context(_started(folder / f"nodes-{i}.conf", options)))
         cluster = RedisCluster(members, primaries)
         for i, member in enumerate(cluster.primaries):
             first, last = i * SLOTS // primaries, (i + 1) * SLOTS // primaries - 1
@@ -113,6 +108,33 @@ def redis_cluster(
         wait_until(lambda: all(_ready(m) for m in members), 20, "the cluster to form")
         wait_until(lambda: all(_linked(m) for m in cluster.replicas), 20, "the replicas to follow")
         yield cluster
+
+
+@contextlib.contextmanager
+def joined(cluster: RedisCluster, folder: Path) -> Iterator[Member]:
+    """One more server of a cluster, which owns no slot yet."""
+    with _started(folder / "nodes-joined.conf", {}) as member:
+        first = cluster.members[0]
+        member.client.execute_command("CLUSTER MEET", *first.endpoint, first.bus)
+        everybody = [*cluster.members, member]
+        wait_until(
+            lambda: all(_knows(m, len(everybody)) for m in everybody), 20, "the new server to be known"
+        )
+        wait_until(lambda: _ready(member), 20, "the new server to be ready")
+        yield member
+
+
+@contextlib.contextmanager
+def _started(config: Path, options: dict[str, Any]) -> Iterator[Member]:
+    """A server that may become a member of a cluster."""
+    bus = free_port()
+    own = {"cluster-config-file": str(config), "cluster-port": bus}
+    with (
+        EmbeddedServer(options={**_OPTIONS, **own, **options}) as server,
+        redis.Redis(port=server.port) as client,
+    ):
+        name = client.execute_command("CLUSTER MYID")
+        yield Member(server, client, name.decode() if isinstance(name, bytes) else name, bus)
 
 
 def _info(member: Member, section: str) -> dict[str, str]:
