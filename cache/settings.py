@@ -43,7 +43,6 @@ class Settings:
             datasets; "" for none.
         dataset_disk_bytes: how much they keep there.
         task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
-        read_ahead: whether an idle Client reads the batch that it expects to need next.
         overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
         faults: plan of injected faults, for tests (see torchord.coordinator.runtime.faults); "" for none.
     """
@@ -63,7 +62,6 @@ class Settings:
     dataset_disk: str = ""
     dataset_disk_bytes: int = 16 << 30
     task_log: bool = True
-    read_ahead: bool = True
     overlap: frozenset[str] = OVERLAPS
     faults: str = ""
 
@@ -173,7 +171,6 @@ def from_environment() -> Settings:
         dataset_disk=env.get("TORCHORD_DATASET_DISK", ""),
         dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),
         task_log=_on("TORCHORD_TASK_LOG"),
-        read_ahead=_on("TORCHORD_READ_AHEAD"),
         overlap=_overlap("TORCHORD_OVERLAP"),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

@@ -237,11 +237,6 @@ class Registry:
             script = self.client.register_script(source("forget_run"))
             script(keys=[keys.RunKeys(run).head, keys.ACTIVE], args=[run])
 
-    def queue_length(self, queue: str) -> int:
-        """Messages waiting in a Celery queue."""
-        with translated(self.url, f"measure queue {queue!r}"):
-            return self.client.llen(queue)
-
     def expire_queue(self, queue: str) -> None:
         """Give a dead worker's private queue a last TTL; every message in it is sent again anyway."""
         with translated(self.url, f"expire queue {queue!r}"):

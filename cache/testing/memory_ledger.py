@@ -1051,10 +1051,6 @@ class MemoryRegistry(Registry):
             if self.plane.hash(keys.RunKeys(run).head).get("status") not in ("pending", "running"):
                 self.plane.put(keys.ACTIVE, set(self.active_runs()) - {run})
 
-    def queue_length(self, queue: str) -> int:
-        """See `Registry.queue_length`."""
-        return len(self.plane.get(queue) or [])
-
     def expire_queue(self, queue: str) -> None:
         """See `Registry.expire_queue`."""
         self.plane.expire(queue, keys.WORK_TTL_SECONDS)

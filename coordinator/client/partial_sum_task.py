@@ -191,7 +191,7 @@ class Adder:
             environment=self.client.heartbeat.info.environment,
             total=replace(kept, notes=total.notes()),
         )
-        verdict, *_ = self.client.writer.write(context, step, record, incarnation=incarnation, join=join)
+        verdict, _ = self.client.writer.write(context, step, record, incarnation=incarnation, join=join)
         self.fault("adder.after_slot")
         if verdict == "written":
             self.services.gradients.delete(each.blob for each in inputs)

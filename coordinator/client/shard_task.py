@@ -35,7 +35,6 @@ from torchord.cache.servers.fast_client import Command
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import Manifest, layout, pack, views
-from torchord.coordinator.client.batch_prefetch import Prefetcher
 from torchord.coordinator.client.gradient_upload import Outbox, Outgoing
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.client.version_download import Arrivals
@@ -43,7 +42,7 @@ from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute.gradient import unwatched
 from torchord.coordinator.compute.shard import ShardWork, work
 from torchord.coordinator.messages.sender import Join, Sender
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.environment import environment
@@ -93,7 +92,6 @@ class Client:
         self.fault = fault
         self._at: dict[int, tuple[str, int, int, str]] = {}  # thread -> run, step, shard, delivery
         self.writer = SlotWriter(services, sender, fault)
-        self.prefetcher = Prefetcher(lambda: services.registry.queue_length(GRADIENTS), heartbeat.doing)
         overlap = services.settings.overlap
         self.outbox = Outbox(services.gradients, ahead="upload" in overlap, announced="collect" in overlap)
         self.arrivals = Arrivals(services.chunks, on="fetch" in overlap)
@@ -327,12 +325,10 @@ class Client:
             "seconds": round(seconds, 6),
             "attempt": attempt,
         }
-        if self._fetched.ahead:
-            written["batch"] = "read ahead"
         if stored.early:
             written["gradient"] = f"{stored.early} of {len(stored.blob.checksums)} chunks sent ahead"
         then = None if part is None else partial(part.command, written)
-        verdict, answer, present = self.writer.write(
+        verdict, answer = self.writer.write(
             context, step, slot, incarnation=incarnation, join=join, then=then
         )
         if part is not None:
@@ -340,9 +336,6 @@ class Client:
         self.fault("client.after_slot")
         self.heartbeat.worked(run, seconds)
         self.arrivals.idle(context, begun.memory)
-        self.prefetcher.observe(context, done.read_seconds)
-        if answer is not None and self.services.settings.read_ahead:  # the chord does not wait for this task
-            self.prefetcher.idle(context, step, present)
         return {**written, "status": verdict}
 
     def _work(
@@ -377,8 +370,6 @@ class Client:
                 if context.keeps_state(step):
                     state = self._slot_state(context, version, shard, record)
                 allowed = self.services.settings.allowed_modules
-                batch = self.prefetcher.take(context, step, shard, indices, dataset)
-                self._fetched.ahead = batch is not None
                 outgoing = self.outbox.begin(context, step, shard, replica, plan.config_at(step))
                 if outgoing is not None:
                     unless_stored.callback(outgoing.upload.give_up)
@@ -391,7 +382,6 @@ class Client:
                     shard,
                     state,
                     allowed=allowed,
-                    batch=batch,
                     watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
                 return done, outgoing

@@ -53,7 +53,7 @@ class SlotWriter:
         incarnation: str,
         join: Join | None,
         then: Callable[[], Command | None] | None = None,
-    ) -> tuple[SlotVerdict, Any, int]:
+    ) -> tuple[SlotVerdict, Any]:
         """Write a slot, and send what can be done now that it is there.
 
         Args:
@@ -64,7 +64,7 @@ class SlotWriter:
 
         Returns:
             The ledger's verdict, "written" for every one that means so, and the answer to the command
-            that was to follow (None if it was not sent), and how many slots of the step are there.
+            that was to follow (None if it was not sent).
         """
         plan, ledger = context.plan(), self.services.ledger(context.run)
         tree, version = plan.fan_in(step), plan.version_for(step)
@@ -91,4 +91,4 @@ class SlotWriter:
             self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
         if finished.late is not None:
             backups.send(self.sender, context, step, finished.late)
-        return "written" if verdict in WRITTEN else verdict, finished.answer, finished.present
+        return "written" if verdict in WRITTEN else verdict, finished.answer

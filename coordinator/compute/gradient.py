@@ -10,7 +10,6 @@ provided; see `determinism`).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ class ShardGradient:
         grad_norm: L2 norm of all gradients together.
         examples: examples in the shard.
         finite: whether loss and norm are finite.
-        read_seconds: what reading the batch took; 0 where nobody measures it.
     """
 
     gradients: dict[str, Tensor]
@@ -66,7 +64,6 @@ class ShardGradient:
     grad_norm: float
     examples: int
     finite: bool
-    read_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,10 @@ class Batch:
     Attributes:
         value: what the collate made.
         examples: how many are in it.
-        seconds: what reading it took.
     """
 
     value: Any
     examples: int
-    seconds: float
 
 
 def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "dataset") -> Any:
@@ -121,7 +116,6 @@ def compute(
     indices: IndexArray,
     step: int,
     shard: int,
-    batch: Batch | None = None,
     watched: Watch = unwatched,
 ) -> ShardGradient:
     """Compute the gradient of a shard's mean loss at the replica's version.
@@ -135,7 +129,6 @@ def compute(
         indices: dataset indices of the shard's examples, in order.
         step: the global step.
         shard: the shard's number within the step.
-        batch: the shard's batch, where it was read ahead; None: it is read here.
         watched: the context that the backward runs in, made from the loss scale that its gradients will
             be divided by afterwards.
 
@@ -151,14 +144,14 @@ def compute(
         raise InvalidInput(f"shard {shard} of step {step} has no examples.")
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
-        batch = batch or read_batch(resolved, config, dataset, indices, (step, shard))
+        batch = read_batch(resolved, config, dataset, indices, (step, shard))
         loss = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale, watched)
         gradients = take_gradients(replica)
         with _during("collecting buffers"):
             found = collect(replica, gradients, [loss])
     value, tensors = found.figures[0], found.tensors
     finite = math.isfinite(value) and math.isfinite(found.norm)
-    return ShardGradient(tensors, found.buffers, value, found.norm, len(indices), finite, batch.seconds)
+    return ShardGradient(tensors, found.buffers, value, found.norm, len(indices), finite)
 
 
 def read_batch(
@@ -172,10 +165,8 @@ def read_batch(
 
     Called with the process pinned. Arguments as in `compute`; `place` seeds, as in `forward_backward`.
     """
-    began = time.perf_counter()
     seed_everything(derive_seed(config.seed, "data", *place))
-    value = load_batch(dataset, indices, resolved.collate)
-    return Batch(value, len(indices), time.perf_counter() - began)
+    return Batch(load_batch(dataset, indices, resolved.collate), len(indices))
 
 
 def forward_backward(

@@ -34,7 +34,6 @@ class ShardWork:
         loss: mean loss over the shard.
         grad_norm: L2 norm of the gradient (or pseudo-gradient) before compression.
         examples: examples in the shard.
-        read_seconds: what reading the batch took; 0 with local steps.
     """
 
     payload: dict[str, Tensor]
@@ -43,7 +42,6 @@ class ShardWork:
     loss: float
     grad_norm: float
     examples: int
-    read_seconds: float
 
 
 def keeps_state(config: TrainingConfig, allowed: tuple[str, ...] | None) -> bool:
@@ -61,7 +59,6 @@ def work(
     state: Mapping[str, Any] | None,
     *,
     allowed: tuple[str, ...] | None,
-    batch: gradient.Batch | None = None,
     watched: gradient.Watch = gradient.unwatched,
 ) -> ShardWork:
     """Compute one shard.
@@ -72,7 +69,6 @@ def work(
         state: the slot's state at that version; one that another kind of step left (before a switch of
             compression or between plain and local steps) is set aside, and the slot starts afresh.
         allowed: the worker's allow-list, for codecs that are imported.
-        batch: the shard's batch, where it was read ahead; plain steps only.
         watched: as for `gradient.compute`; plain steps only.
 
     Raises:
@@ -90,7 +86,7 @@ def work(
         found, kept["inner"] = taken.gradient, taken.state
     else:
         indices = plan.indices(step, shard)
-        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, batch, watched)
+        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, watched)
     with pinned(config.threads, config.deterministic, replica.device):
         encoded = codec.encode(found.gradients, before.get("residual"))
     if codec.stateful:
@@ -102,7 +98,6 @@ def work(
         loss=found.loss,
         grad_norm=found.grad_norm,
         examples=found.examples,
-        read_seconds=found.read_seconds,
     )
 
 

@@ -73,8 +73,8 @@ try:
 except InvalidInput as error:
     print(error)
 """
-    done = python(code, tmp_path, TORCHORD_READ_AHEAD="perhaps")
-    assert done.stdout == "TORCHORD_READ_AHEAD must be on or off, not 'perhaps'.\n", done.stderr
+    done = python(code, tmp_path, TORCHORD_TASK_LOG="perhaps")
+    assert done.stdout == "TORCHORD_TASK_LOG must be on or off, not 'perhaps'.\n", done.stderr
 
 
 # --- what the app is ------------------------------------------------------------------------

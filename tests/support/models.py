@@ -7,7 +7,6 @@ them from the global generators, as users' code does.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -374,11 +373,3 @@ def odd(size: int = 40, **changes: Any) -> Recipe:
         "optimizer": _SGD,
     }
     return Recipe(**{**entries, **changes})
-
-
-class SlowImages(Images):
-    """Images whose reading takes 4 ms a sample, as decoding a photograph does."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        time.sleep(0.004)
-        return super().__getitem__(index)
