@@ -170,19 +170,13 @@ class TieredStore:
     def draft(self, nbytes: int) -> Tensor:
         """Memory to write a blob to that `put` or `put_local` is then given: the host's, if it may be.
 
-        Each call is to be followed by a put of this buffer, which is not to be written to afterwards, or by
-        `give_back`.
+        Each call is to be followed by a put of this buffer, which is not to be written to afterwards.
 
         Returns:
             uint8, 1-D, with any content.
         """
         found = self.host.draft(nbytes) if self.host is not None and self.tiered(nbytes) else None
         return torch.empty(nbytes, dtype=torch.uint8) if found is None else found
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Give up a draft that is not put after all."""
-        if self.host is not None:
-            self.host.give_back(buffer)
 
     def _show(self, ref: BlobRef, buffer: Tensor | memoryview, keep_seconds: float = 0.0) -> bool:
         assert self.host is not None

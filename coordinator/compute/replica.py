@@ -211,25 +211,6 @@ class Replica:
         self._attached = True
         self._settle()
 
-    @torch.no_grad()
-    def move(self, buffer: Tensor) -> bool:
-        """Move the parameters to other memory, in which the next version is then made in place.
-
-        Args:
-            buffer: 1-D uint8 CPU tensor, as long as a version. `pack` completes it.
-
-        Returns:
-            False where parameters cannot lie as a version does: on a device, or with strides of their own.
-        """
-        if self.memory is not None or not all(p.is_contiguous() for p in self.parameters.values()):
-            return False
-        places = views(buffer, self.manifest)
-        for name, parameter in self.parameters.items():
-            parameter.data = places[name].copy_(parameter)
-        self._counters = [parameter._version for parameter in self.parameters.values()]
-        self._attached = True
-        return True
-
     def spoilt(self) -> bool:
         """Whether something wrote to an attached version; it has to be attached anew, from good bytes."""
         return self._attached and any(name not in self.frozen for name in self._written())

@@ -166,14 +166,6 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
         return ApplyReport(size, clipped, skipped, lr)
 
-    @property
-    def steps_in_place(self) -> bool:
-        """Whether the optimizer finds the parameters' memory anew in each step, wherever it is.
-
-        torch's own do. Others may keep views of it from the beginning, as optimizers that work on blocks do.
-        """
-        return f"{type(self.optimizer).__module__}.".startswith("torch.optim.")
-
     def state(self, *, copies: bool = True) -> dict[str, Any]:
         """Return optimizer and scheduler state, and what deltas hold back, as a tree on the CPU.
 

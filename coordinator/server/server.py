@@ -117,7 +117,7 @@ class TrainingServer:
             ledger = self.services.ledger(run)
             head, slots = self._look(run, ledger)
             if head.status not in ("pending", "running"):
-                self._drop(run)
+                self._warm.pop(run, None)
                 return {"run": run, "status": head.status, "version": head.version}
             self.heartbeat.doing(activity.update(run, head.version))
             self._before = tiers.snapshot(self.services)
@@ -130,16 +130,16 @@ class TrainingServer:
                     ledger.emit("refused", {"worker": self.heartbeat.info.id, "reason": str(error)})
                 return {"run": run, "status": "refused", "reason": str(error)}
             except Fenced as error:
-                self._drop(run)
+                self._warm.pop(run, None)
                 log.info("%s", error)
                 return {"run": run, "status": "fenced", "version": head.version}
             except CacheError as error:
-                self._drop(run)  # what was applied and not committed is computed again
+                self._warm.pop(run, None)  # what was applied and not committed is computed again
                 log.warning("run %s: %s", run, error)
                 self._call_again(run)
                 return {"run": run, "status": "cache error", "error": str(error)}
             except Exception as error:
-                self._drop(run)
+                self._warm.pop(run, None)
                 self._fail(ledger, error, self._tokens.get(run))
                 raise
             finally:
@@ -257,13 +257,10 @@ class TrainingServer:
         receipts, sums = receipts_of(slots)
         self.fault("server.before_apply")
         self._adopt(warm)
-        replica = warm.trainer.replica
-        if warm.next is None:
-            replica.own()  # nothing may be written where others read the present version
         report, loss = self._update(warm, slots)
         self.fault("server.after_apply")
-        flat = replica.pack(self.services.chunks.draft(replica.nbytes()) if warm.next is None else warm.next)
-        warm.next = None
+        replica = warm.trainer.replica
+        flat = replica.pack(self.services.chunks.draft(replica.nbytes()))
         draft = self.services.parameters.publish(
             warm.ledger, step + 1, flat, chain="", announced=self._far(warm, slots)
         )
@@ -402,7 +399,7 @@ class TrainingServer:
 
     def _refused(self, warm: WarmRun, verdict: str, step: int) -> None:
         """The commit was not taken; what this process holds is ahead of the head."""
-        self._drop(warm.run)
+        self._warm.pop(warm.run, None)
         if verdict == "diverged":
             raise RunError(
                 f"run {warm.run!r}: replaying step {step} gave other bytes than before; a worker's torch, "
@@ -467,25 +464,6 @@ class TrainingServer:
             self.upkeep.checkpoint(warm)
         if self.upkeep.state_due(warm):
             self.upkeep.publish_state(warm)
-        if version < total and warm.trainer.steps_in_place:
-            self._make_room(warm)
-
-    def _make_room(self, warm: WarmRun) -> None:
-        """Move the parameters to where the next version is to be: no step waits for a copy of them."""
-        chunks, replica = self.services.chunks, warm.trainer.replica
-        if not chunks.tiered(replica.nbytes()):  # a copy of so little takes less than this
-            return
-        room = chunks.draft(replica.nbytes())
-        if replica.move(room):
-            warm.next = room
-        else:
-            chunks.give_back(room)
-
-    def _drop(self, run: str) -> None:
-        """Hold a run no longer."""
-        warm = self._warm.pop(run, None)
-        if warm is not None and warm.next is not None:
-            self.services.chunks.give_back(warm.next)
 
     def _evaluate_if_due(self, warm: WarmRun) -> None:
         """Launch the evaluation that the config asks for at the present version, if there is one."""
@@ -531,7 +509,7 @@ class TrainingServer:
             ledger.retire()
             self.services.parameters.keep(warm.record)
         self.fault("server.after_finish")
-        self._drop(warm.run)
+        self._warm.pop(warm.run, None)
         return {**receipt, "status": "done", "version": version}
 
     def _fail(self, ledger: Ledger, error: Exception, token: int | None) -> None:
@@ -584,7 +562,7 @@ class TrainingServer:
                 "bits. Start a worker like the first, or run.resume(admit_skew=True)"
             )
         self.heartbeat.refuse(run, None)
-        self._drop(run)
+        self._warm.pop(run, None)
         token = self._tokens[run] = int(value)
         self.fault("server.after_acquire")
         head = ledger.head()
@@ -603,8 +581,7 @@ class TrainingServer:
         bound = self.services.settings.server_memory_bytes
         while len(self._warm) > 1 and sum(warm.nbytes for warm in self._warm.values()) > bound:
             run = next(name for name in self._warm if name != newest)
-            self.upkeep.let_go(self._warm[run])
-            self._drop(run)
+            self.upkeep.let_go(self._warm.pop(run))
 
     def leave(self) -> None:
         """Hand every run over before the process ends: a standby goes on at once, without replay."""
@@ -618,8 +595,7 @@ class TrainingServer:
                         self.sender.advance(warm.run)
                 except CacheError as error:
                     log.warning("run %s: not released: %s", warm.run, error)
-            for run in list(self._warm):
-                self._drop(run)
+            self._warm.clear()
 
 
 def evaluation_parts(size: int, shards: int) -> int:

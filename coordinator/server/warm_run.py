@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from weakref import ref
 
-from torch import Tensor
-
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
@@ -40,8 +38,6 @@ class WarmRun:
         shared: several processes of this node take turns, so the state goes out with each version.
         far_until: up to which step it is taken for granted that Clients are on other hosts.
         collector: reads the present step's gradients ahead; None where that does not pay.
-        next: memory of the next version, in which the parameters are already; None where they are in the
-            trainer's own, or in that of the present version, which others read.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
     """
@@ -63,7 +59,6 @@ class WarmRun:
     shared: bool = False
     far_until: int = NEVER
     collector: Collector | None = field(default=None, repr=False)
-    next: Tensor | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()

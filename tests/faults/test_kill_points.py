@@ -90,7 +90,7 @@ def test_killed_at(lab: Laboratory, mode: str, plan: str) -> None:
 
 
 WIDE = partial(models.Mlp, hidden=8192)
-"""Large enough for the same-host tier, in whose memory the server then makes each version."""
+"""Large enough for the same-host tier, in whose memory gradients and versions are then written."""
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ class InProcess:
     recipe: ResolvedRecipe
     config: TrainingConfig
     clients: int = 1
-    moving: bool = False  # make each version in other memory, as the server does on a host with Clients
     reports: list[ApplyReport] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -62,8 +61,6 @@ class InProcess:
         loss = sum(found[s].loss * found[s].examples for s in shards) / self.plan.examples(step)
         gradients, buffers = total.result()
         self.losses.append(loss)
-        if self.moving:
-            assert self.trainer.replica.move(torch.empty_like(version))
         self.reports.append(self.trainer.apply(gradients, buffers, step=step, loss=loss))
 
     def train(self, start: int = 0, stop: int | None = None) -> InProcess:

@@ -634,30 +634,6 @@ def test_attaching_copies_nothing_and_owning_lets_the_version_alone() -> None:
     assert same(version, kept) and not bench.replica.spoilt()
 
 
-def test_a_version_is_made_in_the_memory_that_the_parameters_moved_to() -> None:
-    bench = Bench(models.mlp(size=8))
-    version = bench.replica.pack()
-    kept, room = version.clone(), torch.full_like(version, 255)
-    assert bench.replica.move(room)
-    first = next(iter(bench.replica.parameters.values()))
-    assert first.data_ptr() == room.data_ptr()
-    with torch.no_grad():
-        first.add_(1.0)
-    assert bench.replica.pack(room) is room and same(room, bench.replica.pack())
-    assert same(version, kept) and not same(room, kept)
-    bench.replica.load(version)
-    assert first.data_ptr() != room.data_ptr() and not same(room, kept)
-
-
-def test_parameters_with_strides_of_their_own_do_not_move() -> None:
-    bench = Bench(models.mlp(size=8))
-    first = next(iter(bench.replica.parameters.values()))
-    first.data = first.data.T.contiguous().T
-    before = first.data_ptr()
-    assert not bench.replica.move(bench.replica.pack())
-    assert first.data_ptr() == before
-
-
 def test_a_model_that_writes_to_its_parameters_is_attached_once_and_copied_from_then_on() -> None:
     bench = Bench(models.mlp(size=8))
     version = bench.replica.pack()
