@@ -394,7 +394,7 @@ def on_cluster(variant: str, folder: Path, steps: int) -> dict[str, Any]:
         audit, got = run.verify(), run.state_dict()
         sent = [report.nbytes for report in run.history()]
         after = redis.info("stats")
-    expected = simulated.trainer.replica.state_dict()
+    expected = simulated.trainer.replica.model.state_dict()
     return {
         "variant": variant,
         "steps": steps,

@@ -37,12 +37,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import redis
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks import RESULTS, machine
 from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
+from torchord.cache import keys
 from torchord.cache.errors import CacheError
 from torchord.coordinator.local_cluster.cluster import WorkerProcess
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
@@ -212,8 +214,11 @@ class Storm:
         servers = [worker for worker in workers if worker.role == "server"]
         registry = self.master._services.registry
         try:
-            holder = registry.supervisor() if kind == "supervisor" else self.run._ledger.head().owner
-        except CacheError:
+            if kind == "supervisor":
+                holder = str(registry.client.get(keys.SUPERVISOR) or "")
+            else:
+                holder = self.run._ledger.head().owner
+        except (CacheError, redis.RedisError):
             holder = ""
         named = [worker for worker in servers if f"/{worker.pid}-" in holder]
         return (named or servers)[0]

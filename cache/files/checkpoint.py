@@ -105,15 +105,6 @@ class CheckpointStore:
         """Return where the run's files lie, a directory or URL, or where one version's marker does."""
         return self._files.path if version is None else self._files.where(_marker_name(version))
 
-    def check(self) -> None:
-        """Make sure that files can be written, before a run depends on it.
-
-        Raises:
-            CheckpointError: they cannot; the message has the path and the way out.
-        """
-        self._files.write(".probe", b"")
-        self._files.remove(".probe")
-
     # --- versions -----------------------------------------------------------------------
 
     def save(
@@ -184,26 +175,6 @@ class CheckpointStore:
             parts[part] = _from_safetensors(self._verified(entry), entry, where)
         state = tree.unflatten(marker["state"], parts["state"])
         return Checkpoint(version, parts["tensors"], state, marker["meta"])
-
-    def meta(self, version: int) -> dict[str, Any]:
-        """Return the meta of one checkpoint without reading its tensors.
-
-        Raises:
-            CheckpointError: it does not exist, or its marker is damaged.
-        """
-        found: dict[str, Any] = self._marker(version)["meta"]
-        return found
-
-    def chain(self, version: int) -> str:
-        """Return the ledger's hash chain at one checkpoint, which its meta carries as "chain".
-
-        Raises:
-            CheckpointError: it does not exist, its marker is damaged, or it has no chain.
-        """
-        chain = self.meta(version).get("chain")
-        if not isinstance(chain, str):
-            raise CheckpointError(f"{self.path(version)} has no ledger chain; it was not written by a run.")
-        return chain
 
     def latest_version(self, at_most: int | None = None) -> int | None:
         """Return the newest version whose checkpoint is whole, every byte verified; None if none is.
@@ -340,15 +311,6 @@ class CheckpointStore:
                 f"{_FORMAT}."
             )
         return marker
-
-
-def runs_in(root: str) -> list[str]:
-    """Return the names of the runs that have a folder with a spec under `root`, sorted.
-
-    Raises:
-        CheckpointError: the place cannot be listed.
-    """
-    return open_folder(root, "").folders_with(_SPEC)
 
 
 # --- encoding ---------------------------------------------------------------------------

@@ -38,10 +38,6 @@ class Files(ABC):
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""
 
-    @abstractmethod
-    def folders_with(self, name: str) -> list[str]:
-        """Return the names of the sub-folders that contain a file of that name, sorted."""
-
 
 def open_folder(root: str, folder: str) -> Files:
     """Return the folder below a directory or fsspec URL; it need not exist.
@@ -115,10 +111,6 @@ class LocalFiles(Files):
         except OSError as error:
             raise _cannot_write(self.where(name), error) from error
 
-    def folders_with(self, name: str) -> list[str]:
-        """Return the names of the sub-folders that contain a file of that name, sorted."""
-        return sorted(path.parent.name for path in self._directory.glob(f"*/{name}"))
-
 
 class RemoteFiles(Files):
     """A folder at an fsspec URL, where one upload is one whole object."""
@@ -167,12 +159,3 @@ class RemoteFiles(Files):
             return
         except Exception as error:
             raise _cannot_write(self.where(name), error) from error
-
-    def folders_with(self, name: str) -> list[str]:
-        """Return the names of the sub-folders that contain a file of that name, sorted."""
-        try:
-            self._filesystem.invalidate_cache()
-            found = self._filesystem.glob(f"{self._base}/*/{name}")
-        except Exception as error:
-            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
-        return sorted(path.split("/")[-2] for path in found)

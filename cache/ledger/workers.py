@@ -215,11 +215,6 @@ class Registry:
             script = self.client.register_script(source("elect"))
             return cast(str, script(keys=[keys.SUPERVISOR], args=[worker, keys.SUPERVISOR_LEASE_MS, dead]))
 
-    def supervisor(self) -> str:
-        """Id of the process that holds the supervisor's lease, "" if none does."""
-        with translated(self.url, "ask for the supervisor"):
-            return cast(str, self.client.get(keys.SUPERVISOR) or "")
-
     def step_down(self, worker: str) -> None:
         """Give the supervisor's lease up, if `worker` holds it."""
         with translated(self.url, "give the supervisor's lease up"):

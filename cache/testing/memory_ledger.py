@@ -1031,10 +1031,6 @@ class MemoryRegistry(Registry):
             self.plane.put(keys.SUPERVISOR, worker, keys.SUPERVISOR_LEASE_MS / 1000)
             return worker
 
-    def supervisor(self) -> str:
-        """See `Registry.supervisor`."""
-        return str(self.plane.get(keys.SUPERVISOR) or "")
-
     def step_down(self, worker: str) -> None:
         """See `Registry.step_down`."""
         with self.plane.changed:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +128,6 @@ class Replica:
     def nbytes(self) -> int:
         """Return the bytes of one version of this model."""
         return self.manifest.nbytes
-
-    def version_tensors(self) -> Mapping[str, Tensor]:
-        """Return name -> tensor of the loaded version, on the CPU; not to be written to."""
-        return self._version
 
     def use(self, memory: DeviceMemory) -> None:
         """Move versions and gradients through a device's memory from now on; call before the first `load`.
@@ -328,13 +323,6 @@ class Replica:
         """Switch the model to evaluation mode and return it."""
         self.model.eval()
         return self.model
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return `model.state_dict()` with each tensor copied to the CPU."""
-        return {
-            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-            for name, value in self.model.state_dict().items()
-        }
 
 
 class _OnCpu(Mapping[str, Tensor]):

@@ -315,11 +315,6 @@ class LocalCluster:
         """The workers by name: "server", "standby1", ..., "client1", ...; or "worker" when single."""
         return MappingProxyType(self._processes)
 
-    @property
-    def guardian_pid(self) -> int | None:
-        """Process id of the guardian, None when stopped."""
-        return None if self._guardian is None else self._guardian.pid
-
     def wait_ready(self, timeout_seconds: float = READY_SECONDS) -> None:
         """Wait until every worker takes tasks.
 

@@ -140,7 +140,7 @@ class EmbeddedServer:
 
     Example:
         >>> with EmbeddedServer(options={"maxmemory": "256mb"}) as server:
-        ...     server.responds()
+        ...     process_id(server.url) == server.pid
         True
     """
 
@@ -211,16 +211,6 @@ class EmbeddedServer:
     def log(self) -> Path | None:
         """The server's log file, or None before `start` and for a server given by URL."""
         return self._log or (self._scratch and self._scratch / "server.log")
-
-    def responds(self) -> bool:
-        """Whether the server answers now (or, given by URL, accepts a connection)."""
-        try:
-            if self._given_url is not None:
-                check_reachable(self._given_url)
-                return True
-        except CacheUnreachable:
-            return False
-        return self.pid is not None and process_id(self.url) == self.pid
 
     def start(self) -> None:
         """Start the server and wait until it answers; nothing happens if it runs already.

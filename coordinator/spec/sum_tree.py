@@ -74,13 +74,6 @@ class FanIn:
             return None
         return self.shards + bisect_right(self._groups[0], slot) - 1
 
-    def covered(self, slot: int) -> range:
-        """The shards whose gradients are in a slot."""
-        first, last = slot, slot
-        while first >= self.shards:
-            first, last = self.inputs(first)[0], self.inputs(last)[-1]
-        return range(first, last + 1)
-
     def below(self, slot: int) -> list[int]:
         """Every slot that a partial sum is made from, its inputs' inputs included, in order."""
         found: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.laboratory import HOURS, Laboratory, wait_version
+from tests.support.processes import responds
 from tests.support.waiting import wait_until
 from torchord import Run
 
@@ -56,7 +57,7 @@ def test_a_paused_redis(lab: Laboratory) -> None:
     wait_version(run, 3)
     lab.cluster.broker.pause()
     try:
-        wait_until(lambda: not lab.cluster.broker.responds(), message="silence")
+        wait_until(lambda: not responds(lab.cluster.broker), message="silence")
     finally:
         lab.cluster.broker.cont()
     lab.check(run, reference=reference)

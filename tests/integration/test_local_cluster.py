@@ -15,7 +15,7 @@ import psutil
 import pytest
 from celery import Celery
 
-from tests.support.processes import MARK, describe, marked
+from tests.support.processes import MARK, describe, guardian_pid, marked, responds
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord.cache.errors import CacheUnreachable, InvalidInput, NoWorker
 from torchord.coordinator.local_cluster.cluster import ROOT, LocalCluster
@@ -70,7 +70,7 @@ def test_single_layout_is_one_worker_with_every_queue(stub: Start) -> None:
 def test_no_workers_is_the_server_alone() -> None:
     with LocalCluster(workers=0) as cluster:
         assert not cluster.processes
-        assert cluster.broker.responds()
+        assert responds(cluster.broker)
         cluster.wait_ready()
 
 
@@ -81,7 +81,7 @@ def test_stop_ends_everything_and_is_idempotent(tmp_path: Path) -> None:
     cluster.start()
     assert list(cluster.processes) == ["server", "standby1", "client1"]
     pids = [worker.pid for worker in cluster.processes.values()]
-    pids += [pid for pid in (cluster.broker.pid, cluster.guardian_pid) if pid is not None]
+    pids += [pid for pid in (cluster.broker.pid, guardian_pid(cluster)) if pid is not None]
     scratch = cluster.processes["server"].log.parent
     assert len(pids) == 5 and scratch.is_dir()
     cluster.wait_ready()
@@ -92,7 +92,7 @@ def test_stop_ends_everything_and_is_idempotent(tmp_path: Path) -> None:
     with pytest.raises(NoWorker, match="not running"):
         _ = cluster.url
     cluster.start()
-    assert cluster.broker.responds()
+    assert responds(cluster.broker)
     cluster.stop()
 
 
@@ -142,7 +142,7 @@ def test_the_server_comes_back_on_its_port(stub: Start, tmp_path: Path) -> None:
     cluster = stub(1, persistence_dir=tmp_path / "data")
     url = cluster.url
     cluster.broker.kill()
-    assert not cluster.broker.responds()
+    assert not responds(cluster.broker)
     cluster.broker.restart()
     assert cluster.url == url
     assert add(url, 1, 2, "gradients") == 3
@@ -201,7 +201,7 @@ def test_a_url_that_nobody_serves_starts_no_worker() -> None:
     cluster = LocalCluster(workers=1, url=f"redis://127.0.0.1:{free_port()}/0")
     with pytest.raises(CacheUnreachable):
         cluster.start()
-    assert cluster.guardian_pid is None
+    assert guardian_pid(cluster) is None
 
 
 def test_a_server_given_by_url_survives_the_cluster(stub: Start, redis_server: EmbeddedServer) -> None:
@@ -211,7 +211,7 @@ def test_a_server_given_by_url_survives_the_cluster(stub: Start, redis_server: E
     assert add(url, 1, 2, "gradients") == 3
     assert f"-n client1-{os.getpid()}@%h" in cluster.processes["client1"].command
     cluster.stop()
-    assert redis_server.responds()
+    assert responds(redis_server)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_after_the_guardian_was_killed_the_cluster_says_so_and_can_start_again(s
     cluster = stub(1)
     workers = list(cluster.processes.values())
     processes = [psutil.Process(worker.pid) for worker in workers]
-    assert cluster.guardian_pid is not None and cluster.broker.pid is not None
+    assert guardian_pid(cluster) is not None and cluster.broker.pid is not None
     processes.append(psutil.Process(cluster.broker.pid))
-    os.kill(cluster.guardian_pid, signal.SIGKILL)
+    os.kill(guardian_pid(cluster), signal.SIGKILL)
     wait_until(lambda: not any(one.is_running() for one in processes), message="the end of the children")
     assert workers[0].poll() == -signal.SIGKILL
     workers[0].kill()
@@ -391,6 +391,7 @@ def test_a_killed_program_whose_fork_holds_the_pipe_open(program: Callable[[str]
 def test_a_fork_that_leaves_the_block_stops_nothing(program: Callable[[str], Program]) -> None:
     one = program(f"""
         import os
+        from torchord.cache.servers.redis_client import process_id
         from torchord.coordinator.local_cluster.cluster import LocalCluster
         parent = os.getpid()
         with LocalCluster(workers=1, app="{STUB}", wait_ready=True) as cluster:
@@ -399,7 +400,7 @@ def test_a_fork_that_leaves_the_block_stops_nothing(program: Callable[[str], Pro
                 os.waitpid(fork, 0)
                 workers = cluster.processes.values()
                 print("alive" if all(one.poll() is None for one in workers) else "ended")
-                print("answers" if cluster.broker.responds() else "silent")
+                print("answers" if process_id(cluster.url) == cluster.broker.pid else "silent")
     """)
     assert one.process.wait(PATIENCE_SECONDS) == 0
     assert one.stdout.read_text().split() == ["alive", "answers"]
@@ -408,7 +409,7 @@ def test_a_fork_that_leaves_the_block_stops_nothing(program: Callable[[str], Pro
 
 @linux_only
 def test_program_and_guardian_killed_at_once(program: Callable[[str], Program]) -> None:
-    one = program(HOLD.replace('"up"', '"up", cluster.guardian_pid'))
+    one = program(HOLD.replace('"up"', '"up", cluster._guardian.pid'))
     one.wait_for("up")
     wait_until(lambda: one.stdout.read_text().endswith("\n"))
     guardian = int(one.stdout.read_text().split()[1])

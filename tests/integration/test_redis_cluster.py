@@ -14,6 +14,7 @@ import torch
 from redis.crc import key_slot
 
 from tests.support import models
+from tests.support.processes import responds
 from tests.support.redis_cluster import RedisCluster, joined, redis_cluster
 from tests.support.waiting import wait_until
 from torchord import LocalCluster, Master, TrainingConfig
@@ -312,10 +313,7 @@ def test_a_run_on_a_cluster_has_the_same_bits_though_slots_move_and_a_primary_di
             found.append({name: t.clone() for name, t in run.state_dict().items()})
             if urls:
                 stored = [
-                    key
-                    for m in six.members
-                    if m.server.responds()
-                    for key in m.client.scan_iter("torchord:*")
+                    key for m in six.members if responds(m.server) for key in m.client.scan_iter("torchord:*")
                 ]
                 assert stored
             made.stop()

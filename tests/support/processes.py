@@ -1,8 +1,13 @@
-"""Finding the processes that a test's program started, dead parents or not."""
+"""The processes that a test's program or cluster started: finding them, and asking whether they live."""
 
 from __future__ import annotations
 
 import psutil
+
+from torchord.cache.errors import CacheUnreachable, ServerNotFound
+from torchord.cache.servers.redis_client import process_id
+from torchord.coordinator.local_cluster.cluster import LocalCluster
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, check_reachable
 
 MARK = "TORCHORD_TEST_MARK"
 
@@ -32,3 +37,19 @@ def describe(processes: list[psutil.Process]) -> str:
         except psutil.NoSuchProcess:
             continue
     return "\n".join(lines)
+
+
+def responds(server: EmbeddedServer) -> bool:
+    """Whether the server answers now (or, given by URL, accepts a connection)."""
+    if server.pid is not None:
+        return process_id(server.url) == server.pid
+    try:
+        check_reachable(server.url)
+        return True
+    except (CacheUnreachable, ServerNotFound):
+        return False
+
+
+def guardian_pid(cluster: LocalCluster) -> int | None:
+    """Process id of the cluster's guardian, None when stopped."""
+    return None if cluster._guardian is None else cluster._guardian.pid

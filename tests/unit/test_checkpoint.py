@@ -16,7 +16,7 @@ import torch
 
 from tests.support.inprocess import same
 from torchord.cache.errors import CheckpointError
-from torchord.cache.files.checkpoint import CheckpointStore, runs_in
+from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.tensors.codec import layout, pack, views
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(4)}
@@ -250,17 +250,6 @@ def test_pruning_leaves_a_save_under_way_alone(local: CheckpointStore) -> None:
     assert (Path(local.path()) / "version-000000005.tensors.safetensors").exists()
 
 
-def test_meta_and_chain_need_no_tensors(local: CheckpointStore) -> None:
-    local.save(1, TENSORS, STATE, {"chain": "abc"})
-    local.save(2, TENSORS, STATE, {})
-    damage(local, 1)
-    assert local.meta(1) == {"chain": "abc"} and local.chain(1) == "abc"
-    with pytest.raises(CheckpointError, match="no ledger chain"):
-        local.chain(2)
-    with pytest.raises(CheckpointError):
-        local.meta(3)
-
-
 @pytest.mark.parametrize("meta", [{"x": object()}, {"x": math.nan}, {"x": torch.ones(1)}])
 def test_meta_must_be_plain(local: CheckpointStore, meta: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="meta"):
@@ -276,12 +265,10 @@ def test_unknown_state_is_named(local: CheckpointStore) -> None:
 # --- spec and ledger --------------------------------------------------------------------
 
 
-def test_the_spec_comes_back(store: CheckpointStore, root: str) -> None:
+def test_the_spec_comes_back(store: CheckpointStore) -> None:
     assert store.load_spec() is None
     store.save_spec({"recipe": {"model": "é"}, "config": {"clip_norm": 0.1}})
     assert store.load_spec() == {"recipe": {"model": "é"}, "config": {"clip_norm": 0.1}}
-    CheckpointStore(root, "another").save(1, TENSORS, STATE)
-    assert runs_in(root) == ["run-1"]
 
 
 def test_a_damaged_spec_is_named(local: CheckpointStore) -> None:
@@ -353,7 +340,7 @@ def test_entries_need_a_version(local: CheckpointStore, entry: str) -> None:
 def test_a_place_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     store = CheckpointStore(str(tmp_path / "file"), "run")
-    for attempt in (store.check, lambda: store.save(1, TENSORS, STATE), lambda: store.save_spec({})):
+    for attempt in (lambda: store.save(1, TENSORS, STATE), lambda: store.save_spec({})):
         with pytest.raises(CheckpointError) as refused:
             attempt()
         assert str(tmp_path / "file") in str(refused.value)
@@ -364,12 +351,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path
 def test_a_directory_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="Permission"):
-        CheckpointStore(str(tmp_path), "run").check()
-
-
-def test_checking_leaves_nothing_behind(store: CheckpointStore) -> None:
-    store.check()
-    assert store._files.names() == []
+        CheckpointStore(str(tmp_path), "run").save_spec({})
 
 
 def test_an_unknown_kind_of_url_is_named() -> None:

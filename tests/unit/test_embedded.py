@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.processes import responds
 from tests.support.waiting import wait_until
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
 from torchord.cache.servers.redis_client import connect
@@ -146,7 +147,7 @@ def test_another_server_on_the_port_is_not_taken_for_ours(
     with pytest.raises(ServerNotFound, match="did not start"):
         server.start()
     assert server.pid is None
-    assert redis_server.responds()
+    assert responds(redis_server)
 
 
 def test_a_port_lost_to_another_program_is_replaced(
@@ -196,7 +197,7 @@ def test_a_url_starts_nothing(redis_server: EmbeddedServer) -> None:
         assert server.pid is None
         with pytest.raises(InvalidInput, match="started here"):
             server.kill()
-    assert redis_server.responds()
+    assert responds(redis_server)
 
 
 def test_a_url_that_nobody_serves(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_restart_without_persistence_is_empty_and_keeps_the_port() -> None:
         url = server.url
         put(server, "value")
         server.kill()
-        assert server.pid is None and not server.responds()
+        assert server.pid is None and not responds(server)
         server.restart()
         assert server.url == url
         assert kept(server) is None
@@ -247,6 +248,6 @@ def test_restart_with_persistence_finds_the_data(tmp_path: Path) -> None:
 def test_a_paused_server_is_silent_and_goes_on() -> None:
     with EmbeddedServer() as server:
         server.pause()
-        wait_until(lambda: not server.responds(), message="silence")
+        wait_until(lambda: not responds(server), message="silence")
         server.cont()
-        assert server.responds()
+        assert responds(server)

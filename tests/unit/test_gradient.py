@@ -220,7 +220,7 @@ def test_the_gradient_is_that_of_plain_torch() -> None:
     bench = Bench(models.mlp())
     found = bench.compute(0, 1)
     model = models.Mlp()
-    model.load_state_dict(bench.replica.state_dict())
+    model.load_state_dict(bench.replica.model.state_dict())
     inputs, targets = default_collate([bench.dataset[int(i)] for i in bench.plan.indices(0, 1)])
     seed_everything(derive_seed(3, "model", 0, 1))
     loss = F.cross_entropy(model(inputs), targets)

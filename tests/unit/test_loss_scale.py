@@ -107,7 +107,7 @@ def test_the_scale_travels_with_the_version() -> None:
     assert reader.loss_scale == LossScale(4.0, 1)
     reader.load_tensors({name: value.clone() for name, value in trainer.replica.state_tensors().items()})
     assert reader.loss_scale == LossScale(4.0, 1)
-    assert ENTRY not in reader.state_dict() and ENTRY not in dict(reader.model.named_buffers())
+    assert ENTRY not in reader.model.state_dict() and ENTRY not in dict(reader.model.named_buffers())
     plain = Replica.build(given, config(precision="bf16"))
     assert ENTRY not in plain.state_tensors() and plain.loss_scale is None
 
@@ -211,7 +211,7 @@ def test_the_slots_scale_is_grad_scalers() -> None:
                 optimizer.zero_grad(set_to_none=True)
             assert LossScale.of(each.state["loss_scale"]).scale == scaler.get_scale()
             for name, parameter in replica.parameters.items():
-                moved = replica.version_tensors()[name] - parameter.detach()
+                moved = replica._version[name] - parameter.detach()
                 assert torch.equal(each.gradient.gradients.get(name, torch.zeros_like(moved)), moved)
 
 
