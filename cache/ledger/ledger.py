@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
@@ -406,35 +406,6 @@ class Ledger:
 
     # --- a Client's side ------------------------------------------------------------------
 
-    def begin_shard(
-        self,
-        step: int,
-        shard: int,
-        *,
-        worker: str,
-        delivery: str,
-        backup: bool = False,
-        environment: str = "",
-        version: int | None = None,
-    ) -> tuple[BeginVerdict, int, str]:
-        """Ask whether to compute a shard, and take its lease.
-
-        Args:
-            worker: id under which this process keeps its heartbeat.
-            delivery: id of the Celery task, so that a request sent twice is known again.
-            backup: compute beside a live holder (a backup task).
-            environment: what of the worker could change bits; "" if that does not matter.
-            version: what the step is computed at; None: the version of its own number.
-
-        Returns:
-            (verdict, attempt, incarnation of the run): see scripts/begin_shard.lua.
-        """
-        with self._during(f"begin shard {shard} of step {step}"):
-            wanted = step if version is None else version
-            arguments = self._begin(step, shard, worker, delivery, backup, environment, wanted)
-            verdict, attempt, incarnation, *_ = self._script("begin_shard", *arguments)
-        return verdict, int(attempt), incarnation
-
     def begin(
         self,
         step: int,
@@ -447,10 +418,15 @@ class Ledger:
         version: int | None = None,
         lacking: bool = True,
     ) -> Begun:
-        """As `begin_shard`, together with the record of the version that the shard is computed at.
+        """Ask whether to compute a shard, and take its lease.
 
         Args:
-            lacking: whether the caller has to load that version.
+            worker: id under which this process keeps its heartbeat.
+            delivery: id of the Celery task, so that a request sent twice is known again.
+            backup: compute beside a live holder (a backup task).
+            environment: what of the worker could change bits; "" if that does not matter.
+            version: what the step is computed at; None: the version of its own number.
+            lacking: whether the caller has to load that version and wants its record.
         """
         wanted = step if version is None else version
         arguments = self._begin(step, shard, worker, delivery, backup, environment, wanted)
@@ -502,29 +478,6 @@ class Ledger:
                 self._script("end_lease", [self.keys.leases(step)], [shard, worker, delivery, int(counts)])
             )
 
-    def write_slot(
-        self,
-        step: int,
-        slot: SlotRecord,
-        *,
-        incarnation: str | None = None,
-        version: int | None = None,
-        into: Group | None = None,
-    ) -> tuple[SlotVerdict, int]:
-        """Write a gradient slot, or a partial sum's, once; its bytes are already stored.
-
-        Args:
-            into: the partial sum that the slot goes into, None for none.
-            version: what it was computed at; None: the version of the step's own number.
-            incarnation: what `begin_shard` answered: another run of the same name takes no slot of
-                this one. None if that is not known.
-
-        Returns:
-            (verdict, slots present in the step): see scripts/write_slot.lua.
-        """
-        finished = self.finish_slot(step, slot, incarnation=incarnation, version=version, into=into)
-        return finished.verdict, finished.present
-
     def finish_slot(
         self,
         step: int,
@@ -536,9 +489,13 @@ class Ledger:
         then: Command | None = None,
         idle: tuple[int, float] | None = None,
     ) -> Finished:
-        """As `write_slot`, and tell whether the step's chord has called back already.
+        """Write a gradient slot, or a partial sum's, once; its bytes are already stored.
 
         Args:
+            incarnation: what `begin` answered: another run of the same name takes no slot of this one.
+                None if that is not known.
+            version: what it was computed at; None: the version of the step's own number.
+            into: the partial sum that the slot goes into, None for none.
             then: a command of the caller's that may follow in the same round trip.
             idle: what the caller asks `late_shard` with (shards, seconds), None if it does not.
         """
@@ -1084,22 +1041,6 @@ class Ledger:
             reply = cast(list[Any], self.client.xread({self.keys.events: after}, count=count, block=block))
         found = reply[0][1] if reply else []
         return [Event(id, fields["type"], json.loads(fields["data"])) for id, fields in found]
-
-    def last_event_id(self) -> str:
-        """Id of the newest event, "0-0" if there is none."""
-        with self._during("read the events"):
-            found = cast(list[Any], self.client.xrevrange(self.keys.events, count=1))
-        return found[0][0] if found else "0-0"
-
-    def follow(self, after: str = "0-0", *, poll_seconds: float = 1.0) -> Iterator[Event | None]:
-        """Events for ever; yields None when `poll_seconds` pass without one."""
-        while True:
-            found = self.read_events(after, block_seconds=poll_seconds)
-            if not found:
-                yield None
-            for event in found:
-                after = event.id
-                yield event
 
 
 def _pairs(flat: list[str]) -> dict[str, str]:

@@ -331,7 +331,7 @@ class MemoryLedger(Ledger):
 
     # --- a Client's side ------------------------------------------------------------------
 
-    def begin_shard(
+    def begin(
         self,
         step: int,
         shard: int,
@@ -341,9 +341,24 @@ class MemoryLedger(Ledger):
         backup: bool = False,
         environment: str = "",
         version: int | None = None,
+        lacking: bool = True,
+    ) -> Begun:
+        """See `Ledger.begin`."""
+        with self.plane.changed:
+            wanted = step if version is None else version
+            verdict, attempt, incarnation = self._begun(
+                step, str(shard), worker, delivery, backup, environment, wanted
+            )
+            if verdict != "compute":
+                return Begun(verdict, attempt, incarnation)
+            record = self.version(wanted) if lacking else None
+            return Begun(verdict, attempt, incarnation, record, self.server_memory())
+
+    def _begun(
+        self, step: int, field: str, worker: str, delivery: str, backup: bool, environment: str, version: int
     ) -> tuple[BeginVerdict, int, str]:
-        """See `Ledger.begin_shard`."""
-        plane, names, field = self.plane, self.keys, str(shard)
+        """Verdict, attempt and incarnation, as scripts/begin_shard.lua decides."""
+        plane, names = self.plane, self.keys
         with plane.changed:
             head = self._head
             incarnation = head.get("incarnation", "")
@@ -353,7 +368,7 @@ class MemoryLedger(Ledger):
             if step < present:
                 plane.hincr(names.head, "late")
                 return "late", 0, incarnation
-            if (step if version is None else version) > present:
+            if version > present:
                 return "early", 0, incarnation
             if field in plane.hash(names.slots(step)):
                 plane.hincr(names.head, "duplicates")
@@ -381,34 +396,6 @@ class MemoryLedger(Ledger):
             plane.hset(names.leases(step), {field: json.dumps(lease)}, keys.WORK_TTL_SECONDS)
             return "compute", attempt, incarnation
 
-    def begin(
-        self,
-        step: int,
-        shard: int,
-        *,
-        worker: str,
-        delivery: str,
-        backup: bool = False,
-        environment: str = "",
-        version: int | None = None,
-        lacking: bool = True,
-    ) -> Begun:
-        """See `Ledger.begin`."""
-        with self.plane.changed:
-            verdict, attempt, incarnation = self.begin_shard(
-                step,
-                shard,
-                worker=worker,
-                delivery=delivery,
-                backup=backup,
-                environment=environment,
-                version=version,
-            )
-            if verdict != "compute":
-                return Begun(verdict, attempt, incarnation)
-            record = self.version(step if version is None else version) if lacking else None
-            return Begun(verdict, attempt, incarnation, record, self.server_memory())
-
     def head_and_slots(self, step: int) -> tuple[Head, dict[int, SlotRecord]]:
         """See `Ledger.head_and_slots`."""
         with self.plane.changed:
@@ -426,7 +413,7 @@ class MemoryLedger(Ledger):
                 self.plane.hset(self.keys.leases(step), {str(shard): json.dumps(closed)})
             return True
 
-    def write_slot(
+    def finish_slot(
         self,
         step: int,
         slot: SlotRecord,
@@ -434,8 +421,20 @@ class MemoryLedger(Ledger):
         incarnation: str | None = None,
         version: int | None = None,
         into: Group | None = None,
+        then: Command | None = None,
+        idle: tuple[int, float] | None = None,
+    ) -> Finished:
+        """See `Ledger.finish_slot`; `then` is never sent."""
+        with self.plane.changed:
+            written = self._write(step, slot, incarnation, step if version is None else version, into)
+            called = self.called(step)
+            late = None if idle is None else self._late_shard(step, *idle, slot=slot)
+            return Finished(*written, called, late=late)
+
+    def _write(
+        self, step: int, slot: SlotRecord, incarnation: str | None, version: int, into: Group | None
     ) -> tuple[SlotVerdict, int]:
-        """See `Ledger.write_slot`."""
+        """Verdict and slots present, as scripts/write_slot.lua decides."""
         plane, names = self.plane, self.keys
         with plane.changed:
             head = self._head
@@ -447,7 +446,7 @@ class MemoryLedger(Ledger):
             if step < present:
                 plane.hincr(names.head, "late")
                 return "late", 0
-            if (step if version is None else version) > present:
+            if version > present:
                 return "early", 0
             slots = plane.hash(names.slots(step))
             there = slots.get(str(slot.shard))
@@ -471,24 +470,6 @@ class MemoryLedger(Ledger):
             return "spare"
         inputs = range(into.first, into.last + 1)
         return "group" if all(str(slot) in slots for slot in inputs) else "written"
-
-    def finish_slot(
-        self,
-        step: int,
-        slot: SlotRecord,
-        *,
-        incarnation: str | None = None,
-        version: int | None = None,
-        into: Group | None = None,
-        then: Command | None = None,
-        idle: tuple[int, float] | None = None,
-    ) -> Finished:
-        """See `Ledger.finish_slot`; `then` is never sent."""
-        with self.plane.changed:
-            written = self.write_slot(step, slot, incarnation=incarnation, version=version, into=into)
-            called = self.called(step)
-            late = None if idle is None else self._late_shard(step, *idle, slot=slot)
-            return Finished(*written, called, late=late)
 
     def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
         """See `Ledger.late_shard`."""
@@ -959,11 +940,6 @@ class MemoryLedger(Ledger):
             if block_seconds > 0:
                 self.plane.changed.wait_for(found, timeout=block_seconds)
             return found()
-
-    def last_event_id(self) -> str:
-        """See `Ledger.last_event_id`."""
-        events = self.plane.get(self.keys.events)
-        return cast(str, events[-1].id) if events else "0-0"
 
 
 class MemoryRegistry(Registry):

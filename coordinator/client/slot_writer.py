@@ -58,7 +58,7 @@ class SlotWriter:
 
         Args:
             slot: a gradient's or a partial sum's; its bytes are stored.
-            incarnation: what `begin_shard` answered.
+            incarnation: what `Ledger.begin` answered.
             join: the chord that the writing task belongs to.
             then: makes a command that may follow in the same round trip.
 

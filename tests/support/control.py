@@ -11,6 +11,7 @@ import redis
 
 from torchord.cache import keys
 from torchord.cache.blobs.chunk_store import BlobRef
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import (
     GENESIS,
     LedgerEntry,
@@ -131,6 +132,18 @@ def redis_state(client: redis.Redis, only: Iterable[str] | None = None) -> dict[
             value = [(fields["type"], json.loads(fields["data"])) for _, fields in value]
         found[name] = dict(value) if kind == "zset" else value
     return found
+
+
+def begin(ledger: Ledger, step: int, shard: int, **asked: Any) -> tuple[str, int, str]:
+    """Verdict, attempt and incarnation of `Ledger.begin`."""
+    begun = ledger.begin(step, shard, lacking=False, **asked)
+    return begun.verdict, begun.attempt, begun.incarnation
+
+
+def write(ledger: Ledger, step: int, slot: SlotRecord, **more: Any) -> tuple[str, int]:
+    """Verdict of `Ledger.finish_slot`, and how many slots are there."""
+    finished = ledger.finish_slot(step, slot, **more)
+    return finished.verdict, finished.present
 
 
 def memory_state(plane: MemoryPlane) -> dict[str, Any]:

@@ -102,12 +102,12 @@ def test_every_key_that_a_run_leaves_is_in_the_table() -> None:
     ledger.initialise(
         token=token, manifest={}, record=record(0), dataset_size=8, evaluation_size=8, total_steps=3
     )
-    ledger.begin_shard(0, 0, worker="w0", delivery="d")
-    ledger.write_slot(0, slot(0, 0))
+    ledger.begin(0, 0, worker="w0", delivery="d")
+    ledger.finish_slot(0, slot(0, 0))
     made = entry(1, [slot(0, 0)])
     ledger.commit(step=0, token=token, shards=1, entry=made, record=record(1, made.chain), event={})
-    ledger.begin_shard(1, 0, worker="w0", delivery="d")
-    ledger.write_slot(1, slot(1, 0))
+    ledger.begin(1, 0, worker="w0", delivery="d")
+    ledger.finish_slot(1, slot(1, 0))
     ledger.rollback(token=token, version=0, chain=record(0).chain)
     ledger.launch_evaluation(1, 2, pin_seconds=9)
     ledger.write_part(1, 0, {}, parts=2)

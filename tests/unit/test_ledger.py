@@ -23,6 +23,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.support import control
 from tests.support.control import (
     SPEC,
     comparable,
@@ -33,6 +34,7 @@ from tests.support.control import (
     redis_state,
     slot,
     worker,
+    write,
 )
 from torchord.cache import keys
 from torchord.cache.blobs.read_ahead import Notice
@@ -117,12 +119,12 @@ def acquire(ledger: Ledger, id: str = "s0", node: str | None = None) -> int:
 def begin(
     ledger: Ledger, step: int = 0, shard: int = 0, worker: str = "w0", **more: Any
 ) -> tuple[str, int, str]:
-    return ledger.begin_shard(step, shard, worker=worker, **{"delivery": f"{worker}:{shard}", **more})
+    return control.begin(ledger, step, shard, worker=worker, **{"delivery": f"{worker}:{shard}", **more})
 
 
 def fill(ledger: Ledger, step: int, shards: int = 2) -> None:
     for shard in range(shards):
-        ledger.write_slot(step, slot(step, shard))
+        write(ledger, step, slot(step, shard))
 
 
 def commit(ledger: Ledger, step: int, token: int, shards: int = 2, **changes: Any) -> Any:
@@ -179,7 +181,7 @@ def test_a_new_life_of_a_name_inherits_nothing(plane: Plane, running: Ledger) ->
     advance(running, running.head().token, 1)
     running.rollback(token=running.head().token, version=0, chain=GENESIS)
     begin(running)
-    running.write_slot(0, slot(0, 0))
+    write(running, 0, slot(0, 0))
     running.launch_evaluation(0, 2, pin_seconds=60)
     if isinstance(running, MemoryLedger):
         running.plane.delete(running.keys.spec)
@@ -314,7 +316,7 @@ def test_initialise_needs_the_token_and_a_run_that_waits(plane: Plane, created: 
     assert created.versions() == {}
 
 
-# --- begin_shard, end_lease -----------------------------------------------------------------------
+# --- begin, end_lease -------------------------------------------------------------------------
 
 
 def test_begin_gives_a_lease(plane: Plane, running: Ledger) -> None:
@@ -390,7 +392,7 @@ def test_begin_before_and_after_the_step(plane: Plane, running: Ledger) -> None:
 
 
 def test_begin_of_a_written_shard_is_a_duplicate(plane: Plane, running: Ledger) -> None:
-    running.write_slot(0, slot(0, 0))
+    write(running, 0, slot(0, 0))
     assert only_counters_change(plane, lambda: begin(running)) == ("duplicate", 0, "life")
     assert running.head().duplicates == 1
 
@@ -446,7 +448,7 @@ def test_a_shard_is_late_when_its_holder_was_slow_before_or_is_now(plane: Plane,
     assert running.late_shard(0, shards=2, seconds=1.0) in (0, 1)
     assert begin(running, worker="s1", shard=0, backup=True)[0] == "compute"
     plane.registry.beat(replace(worker("s1"), pace={"run-1": 20.0}))
-    running.write_slot(0, slot(0, 1))
+    write(running, 0, slot(0, 1))
     assert running.late_shard(0, shards=2, seconds=1.0) is None, "two backups are enough"
     assert running.head().backups == 3
 
@@ -456,7 +458,7 @@ def test_even_workers_are_not_late(plane: Plane, running: Ledger) -> None:
         plane.registry.beat(replace(worker(id), pace={"run-1": 1.0}))
     begin(running, worker="w0", shard=0)
     begin(running, worker="w1", shard=1)
-    running.write_slot(0, slot(0, 1))
+    write(running, 0, slot(0, 1))
     assert running.late_shard(0, shards=2, seconds=0.7) is None
     plane.registry.leave(worker("w0"))
     assert running.late_shard(0, shards=2, seconds=0.01) is None, "a dead one's is sent again anyway"
@@ -506,36 +508,36 @@ def test_the_supervisor_is_always_told(plane: Plane, running: Ledger) -> None:
     assert len({running.late_shard(0, shards=12, seconds=1.0) for _ in range(12)}) == 12
 
 
-# --- write_slot -----------------------------------------------------------------------------------
+# --- finish_slot ----------------------------------------------------------------------------------
 
 
 def test_the_first_writer_wins(plane: Plane, running: Ledger) -> None:
-    assert running.write_slot(0, slot(0, 1, "first")) == ("written", 1)
-    answer = only_counters_change(plane, lambda: running.write_slot(0, slot(0, 1, "second")))
+    assert write(running, 0, slot(0, 1, "first")) == ("written", 1)
+    answer = only_counters_change(plane, lambda: write(running, 0, slot(0, 1, "second")))
     assert answer == ("duplicate", 1)
     assert running.slots(0)[1].nonce == "first"
     assert running.head().duplicates == 1
-    assert running.write_slot(0, slot(0, 0)) == ("written", 2)
+    assert write(running, 0, slot(0, 0)) == ("written", 2)
     assert running.slots_present(0) == {0, 1}
 
 
 def test_the_same_attempt_may_write_again(plane: Plane, running: Ledger) -> None:
-    running.write_slot(0, slot(0, 1))
-    assert only_counters_change(plane, lambda: running.write_slot(0, slot(0, 1))) == ("written", 1)
+    write(running, 0, slot(0, 1))
+    assert only_counters_change(plane, lambda: write(running, 0, slot(0, 1))) == ("written", 1)
     assert running.head().duplicates == 0
 
 
 def test_other_bytes_for_the_same_shard_are_told_and_counted(plane: Plane, running: Ledger) -> None:
-    running.write_slot(0, slot(0, 1))
+    write(running, 0, slot(0, 1))
     impure = slot(0, 1, "second", digest=digest("other"))
-    assert only_counters_change(plane, lambda: running.write_slot(0, impure)) == ("divergent", 1)
+    assert only_counters_change(plane, lambda: write(running, 0, impure)) == ("divergent", 1)
     assert running.head().divergent == 1
 
 
 def test_write_before_and_after_the_step(plane: Plane, running: Ledger) -> None:
     advance(running, running.head().token, 1)
-    assert only_counters_change(plane, lambda: running.write_slot(0, slot(0, 0, "late"))) == ("late", 0)
-    assert only_counters_change(plane, lambda: running.write_slot(2, slot(2, 0))) == ("early", 0)
+    assert only_counters_change(plane, lambda: write(running, 0, slot(0, 0, "late"))) == ("late", 0)
+    assert only_counters_change(plane, lambda: write(running, 2, slot(2, 0))) == ("early", 0)
     assert running.head().late == 1
 
 
@@ -547,17 +549,17 @@ def test_work_that_ends_after_a_pause_is_kept(
     plane: Plane, running: Ledger, status: str, verdict: str
 ) -> None:
     running.transition(status, allowed=("running",), event=status)
-    assert running.write_slot(0, slot(0, 0))[0] == verdict
+    assert write(running, 0, slot(0, 0))[0] == verdict
 
 
 def test_a_slot_of_an_earlier_life_of_the_name_is_refused(plane: Plane, running: Ledger) -> None:
-    answer = only_counters_change(plane, lambda: running.write_slot(0, slot(0, 0), incarnation="before"))
+    answer = only_counters_change(plane, lambda: write(running, 0, slot(0, 0), incarnation="before"))
     assert answer == ("stopped", 0)
-    assert running.write_slot(0, slot(0, 0), incarnation="life") == ("written", 1)
+    assert write(running, 0, slot(0, 0), incarnation="life") == ("written", 1)
 
 
 def test_write_in_an_unknown_run_makes_no_key(plane: Plane) -> None:
-    assert plane.ledger().write_slot(0, slot(0, 0)) == ("stopped", 0)
+    assert write(plane.ledger(), 0, slot(0, 0)) == ("stopped", 0)
     assert plane.state() == {}
 
 
@@ -571,9 +573,9 @@ def test_numbers_that_json_has_no_word_for_survive_the_scripts(
         return one == other or (math.isnan(one) and math.isnan(other))
 
     odd = slot(0, 0, loss=value, grad_norm=value, seconds=value)
-    assert running.write_slot(0, odd) == ("written", 1)
-    assert running.write_slot(0, odd) == ("written", 1)
-    assert running.write_slot(0, replace(odd, nonce="second")) == ("duplicate", 1)
+    assert write(running, 0, odd) == ("written", 1)
+    assert write(running, 0, odd) == ("written", 1)
+    assert write(running, 0, replace(odd, nonce="second")) == ("duplicate", 1)
     assert same(running.slots(0)[0].loss, value)
     assert same(running.slots(0)[0].grad_norm, value)
 
@@ -588,7 +590,7 @@ def test_numbers_that_json_has_no_word_for_survive_the_scripts(
     assert found.computed_seal() == found.seal
     assert same(running.read_events()[-1].data["loss"], value)
     assert running.rollback(token=token, version=0, chain=GENESIS)[0]
-    running.write_slot(0, odd)
+    write(running, 0, odd)
     assert running.commit(
         step=0, token=token, shards=1, entry=made, record=record(1, made.chain), event={}
     ).verdict == "ok"  # fmt: skip
@@ -610,22 +612,22 @@ SUM = Group(3, 0, 1)  # slot 3 adds up the slots 0 and 1
 
 
 def test_who_writes_the_last_input_of_a_sum_is_told_so(running: Ledger) -> None:
-    assert running.write_slot(0, slot(0, 1), into=SUM) == ("written", 1)
-    assert running.write_slot(0, slot(0, 2), into=Group(4, 2, 2)) == ("group", 2)
-    assert running.write_slot(0, slot(0, 0), into=SUM) == ("group", 3)
-    assert running.write_slot(0, slot(0, 0), into=SUM) == ("group", 3), "asked again by the same attempt"
-    assert running.write_slot(0, slot(0, 0, "second"), into=SUM) == ("duplicate", 3)
+    assert write(running, 0, slot(0, 1), into=SUM) == ("written", 1)
+    assert write(running, 0, slot(0, 2), into=Group(4, 2, 2)) == ("group", 2)
+    assert write(running, 0, slot(0, 0), into=SUM) == ("group", 3)
+    assert write(running, 0, slot(0, 0), into=SUM) == ("group", 3), "asked again by the same attempt"
+    assert write(running, 0, slot(0, 0, "second"), into=SUM) == ("duplicate", 3)
 
 
 def test_an_input_that_comes_after_its_sum_is_not_needed(plane: Plane, running: Ledger) -> None:
-    running.write_slot(0, slot(0, 3))
-    assert running.write_slot(0, slot(0, 0), into=SUM) == ("spare", 2)
-    assert only_counters_change(plane, lambda: running.write_slot(0, slot(0, 0), into=SUM)) == ("spare", 2)
+    write(running, 0, slot(0, 3))
+    assert write(running, 0, slot(0, 0), into=SUM) == ("spare", 2)
+    assert only_counters_change(plane, lambda: write(running, 0, slot(0, 0), into=SUM)) == ("spare", 2)
 
 
 def test_some_slots_and_how_many_there_are(running: Ledger) -> None:
     for shard in (0, 2, 5):
-        running.write_slot(0, slot(0, shard))
+        write(running, 0, slot(0, shard))
     found, present = running.some_slots(0, [2, 3])
     assert (list(found), found[2], present) == ([2], slot(0, 2), 3)
     assert running.some_slots(1, [0]) == ({}, 0)
@@ -635,7 +637,7 @@ def test_a_sum_whose_bytes_are_lost_is_opened_with_what_it_was_made_from(running
     token = running.head().token
     for shard in (0, 1, 2, 3):
         begin(running, shard=shard)
-        running.write_slot(0, slot(0, shard, f"n{shard}"))
+        write(running, 0, slot(0, shard, f"n{shard}"))
     assert running.drop_slot(0, 3, nonce="n3", token=token, below=[0, 1]) == "ok"
     assert (running.slots_present(0), set(running.leases(0))) == ({2}, {2})
     assert running.head().launched is None, "so the training server launches what is missing"
@@ -644,20 +646,20 @@ def test_a_sum_whose_bytes_are_lost_is_opened_with_what_it_was_made_from(running
 def test_a_client_opens_an_input_whose_bytes_are_lost(plane: Plane, running: Ledger) -> None:
     for shard in (0, 1, 2):
         begin(running, shard=shard)
-        running.write_slot(0, slot(0, shard, f"n{shard}"))
+        write(running, 0, slot(0, shard, f"n{shard}"))
     drop = partial(running.drop_slot, 0, token=None, into=3)
     assert only_counters_change(plane, lambda: drop(1, nonce="of another attempt")) == "stale"
     assert drop(1, nonce="n1", below=[0]) == "ok"
     assert (running.slots_present(0), set(running.leases(0))) == ({2}, {2})
     assert running.head().launched == 0, "the step stays launched: the Client sends what it opened"
-    running.write_slot(0, slot(0, 3))
+    write(running, 0, slot(0, 3))
     assert only_counters_change(plane, lambda: drop(2, nonce="n2")) == "stale", "the sum is made"
     assert plane.ledger("gone").drop_slot(0, 0, nonce="n", token=None, into=3) == "stale"
 
 
 def test_a_client_opens_no_slot_of_a_step_that_is_committed(plane: Plane, running: Ledger) -> None:
     token = running.head().token
-    running.write_slot(0, slot(0, 0))
+    write(running, 0, slot(0, 0))
     commit(running, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
     assert only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="n", token=None)) == "stale"
 
@@ -673,7 +675,7 @@ def test_begin_brings_the_version_to_compute_at(running: Ledger, lacking: bool) 
 
 
 def test_begin_brings_no_version_to_who_may_not_compute(running: Ledger) -> None:
-    running.write_slot(0, slot(0, 0))
+    write(running, 0, slot(0, 0))
     begun = running.begin(0, 0, worker="w0", delivery="w0:0")
     assert (begun.verdict, begun.record) == ("duplicate", None)
 
@@ -885,9 +887,9 @@ def test_rollback_needs_the_token(plane: Plane, running: Ledger) -> None:
 def test_slots_of_the_interrupted_step_survive_a_rollback(plane: Plane, running: Ledger) -> None:
     token = running.head().token
     advance(running, token, 1)
-    running.write_slot(1, slot(1, 0))
+    write(running, 1, slot(1, 0))
     running.rollback(token=token, version=0, chain=GENESIS)
-    assert running.write_slot(1, slot(1, 1)) == ("early", 0)
+    assert write(running, 1, slot(1, 1)) == ("early", 0)
     advance(running, token, 1)
     assert running.slots_present(1) == {0}
 
@@ -908,7 +910,7 @@ def test_a_replay_of_steps_before_a_correction_may_give_other_bytes(plane: Plane
     ledger, token, chains = corrected(plane, 2)
     ledger.mark_launched(2, token=token)
     begin(ledger, step=2)
-    ledger.write_slot(2, slot(2, 0), incarnation="life.1")
+    write(ledger, 2, slot(2, 0), incarnation="life.1")
 
     ledger.rollback(token=token, version=1, chain=chains[1])
     assert ledger.incarnation() == "life.2", "what workers hold of version 2 is another's"
@@ -917,8 +919,8 @@ def test_a_replay_of_steps_before_a_correction_may_give_other_bytes(plane: Plane
     fill(ledger, 1)
     other = entry(2, [slot(1, 0), slot(1, 1, digest=digest("corrected"))], chains[1])
     assert commit(ledger, 1, token, entry=other, record=record(2, other.chain)).verdict == "ok"
-    assert ledger.write_slot(2, slot(2, 0), incarnation="life.1") == ("stopped", 0)
-    assert ledger.write_slot(2, slot(2, 0), incarnation="life.2") == ("written", 1)
+    assert write(ledger, 2, slot(2, 0), incarnation="life.1") == ("stopped", 0)
+    assert write(ledger, 2, slot(2, 0), incarnation="life.2") == ("written", 1)
 
 
 def test_a_replay_of_steps_after_a_correction_must_meet_them(plane: Plane) -> None:
@@ -969,7 +971,7 @@ def test_marks_hold_for_the_present_step_and_its_server(plane: Plane, running: L
     assert not running.called(0)
     for mark in (running.mark_launched, running.mark_called):
         assert only_counters_change(plane, lambda mark=mark: mark(0, token=token - 1)) == "fenced"
-    running.write_slot(0, slot(0, 0))
+    write(running, 0, slot(0, 0))
     commit(running, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
     for mark in (running.mark_launched, running.mark_called):
         assert only_counters_change(plane, lambda mark=mark: mark(0, token=token)) == "stale"
@@ -983,7 +985,7 @@ def test_marks_hold_for_the_present_step_and_its_server(plane: Plane, running: L
 def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledger) -> None:
     token = running.head().token
     begin(running)
-    running.write_slot(0, slot(0, 0, "lost"))
+    write(running, 0, slot(0, 0, "lost"))
     assert (
         only_counters_change(plane, lambda: running.drop_slot(0, 0, nonce="lost", token=token - 1))
         == "fenced"
@@ -993,7 +995,7 @@ def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledg
     assert running.drop_slot(0, 0, nonce="lost", token=token) == "ok"
     assert running.head().launched is None
     assert begin(running, worker="w1") == ("compute", 1, "life")
-    assert running.write_slot(0, slot(0, 0, "again")) == ("written", 1)
+    assert write(running, 0, slot(0, 0, "again")) == ("written", 1)
 
 
 # --- transition -----------------------------------------------------------------------------------
@@ -1042,7 +1044,7 @@ def test_a_straggler_cannot_fail_a_run_that_went_on_without_it(plane: Plane, run
             "failed", allowed=("running",), event="failed", shard=(step, shard), incarnation=incarnation
         )
 
-    running.write_slot(0, slot(0, 0))
+    write(running, 0, slot(0, 0))
     assert only_counters_change(plane, lambda: fail(0, 0)) == (False, "running")
     assert only_counters_change(plane, lambda: fail(0, 1, "before")) == (False, "running")
     token = running.head().token
@@ -1053,13 +1055,12 @@ def test_a_straggler_cannot_fail_a_run_that_went_on_without_it(plane: Plane, run
 
 def test_staleness_opens_the_steps_whose_version_is_there(plane: Plane, running: Ledger) -> None:
     def begin_at(step: int, version: int) -> str:
-        verdict, _, _ = running.begin_shard(step, 0, worker="w0", delivery=f"d{step}", version=version)
-        return verdict
+        return begin(running, step, delivery=f"d{step}", version=version)[0]
 
     assert begin_at(2, 0) == "compute"
-    assert running.write_slot(2, slot(2, 0), version=0) == ("written", 1)
+    assert write(running, 2, slot(2, 0), version=0) == ("written", 1)
     assert only_counters_change(plane, lambda: begin_at(3, 1)) == "early"
-    assert only_counters_change(plane, lambda: running.write_slot(3, slot(3, 0), version=1)) == ("early", 0)
+    assert only_counters_change(plane, lambda: write(running, 3, slot(3, 0), version=1)) == ("early", 0)
     assert running.slots_present(2) == {0}
 
 
@@ -1088,7 +1089,7 @@ def test_a_switch_holds_from_a_step_that_nobody_is_about_to_launch(plane: Plane,
         == ("life+1", 7)
     )
     begin(running)
-    assert running.write_slot(0, slot(0, 0), incarnation="life")[0] == "written", "slots before it stay good"
+    assert write(running, 0, slot(0, 0), incarnation="life")[0] == "written", "slots before it stay good"
     running.transition("cancelled", allowed=("running",), event="cancelled")
     assert switch(20, "life+1", "life+2") == "cancelled"
 
@@ -1129,7 +1130,7 @@ def test_a_switch_holds_from_a_step_that_nobody_has_launched(plane: Plane, runni
     assert running.read_events()[-1].type == "switched"
     assert only_counters_change(plane, lambda: switch(running, 2)) == "ok", "sent twice"
     assert only_counters_change(plane, lambda: switch(running, 5, following="life+2")) == "changed"
-    assert running.write_slot(0, slot(0, 0), incarnation="life") == ("written", 1)
+    assert write(running, 0, slot(0, 0), incarnation="life") == ("written", 1)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -1166,8 +1167,8 @@ def test_a_run_at_rest_is_not_switched(plane: Plane, running: Ledger, status: st
 def test_with_staleness_a_step_may_begin_before_its_turn(plane: Plane, running: Ledger) -> None:
     assert begin(running, step=1)[0] == "early"
     assert begin(running, step=1, version=0)[0] == "compute"
-    assert running.write_slot(1, slot(1, 0)) == ("early", 0)
-    assert running.write_slot(1, slot(1, 0), version=0) == ("written", 1)
+    assert write(running, 1, slot(1, 0)) == ("early", 0)
+    assert write(running, 1, slot(1, 0), version=0) == ("written", 1)
     advance(running, running.head().token, 1)
     assert running.slots_present(1) == {0}
 
@@ -1304,12 +1305,11 @@ def test_the_first_output_of_a_part_wins(plane: Plane) -> None:
 
 def test_events_are_read_from_a_resume_point(plane: Plane) -> None:
     ledger = plane.ledger()
-    assert (ledger.last_event_id(), ledger.read_events()) == ("0-0", [])
+    assert ledger.read_events() == []
     for number in range(5):
         ledger.emit("tick", {"n": number})
     events = ledger.read_events()
     assert [event.data["n"] for event in events] == [0, 1, 2, 3, 4]
-    assert ledger.last_event_id() == events[-1].id
     assert [event.data["n"] for event in ledger.read_events(events[2].id)] == [3, 4]
     assert [event.data["n"] for event in ledger.read_events(count=2)] == [0, 1]
 
@@ -1321,16 +1321,6 @@ def test_reading_events_waits_for_the_first(plane: Plane) -> None:
     timer.start()
     assert [event.type for event in ledger.read_events(block_seconds=10)] == ["tick"]
     timer.join()
-
-
-def test_following_events_goes_on_for_ever(plane: Plane) -> None:
-    ledger = plane.ledger()
-    follower = ledger.follow(poll_seconds=0.01)
-    assert next(follower) is None
-    ledger.emit("tick", {"n": 1})
-    first = next(follower)
-    assert first is not None
-    assert first.data == {"n": 1}
 
 
 # --- every operation, by a table ------------------------------------------------------------------
@@ -1349,11 +1339,9 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "transition": lambda ledger, token: ledger.transition("paused", allowed=("running",), event="paused"),
     "retire": lambda ledger, token: ledger.retire([0]),
     "head_and_slots": lambda ledger, token: ledger.head_and_slots(1),
-    "begin_shard": lambda ledger, token: begin(ledger, step=1, shard=1),
     "begin": lambda ledger, token: ledger.begin(1, 1, worker="w0", delivery="w0:1"),
     "end_lease": lambda ledger, token: ledger.end_lease(1, 0, worker="w0", delivery="w0:0"),
     "finish_slot": lambda ledger, token: ledger.finish_slot(1, slot(1, 1)),
-    "write_slot": lambda ledger, token: ledger.write_slot(1, slot(1, 1)),
     "late_shard": lambda ledger, token: ledger.late_shard(1, shards=1, seconds=0.01),
     "acquire": lambda ledger, token: ledger.acquire(worker="s0", node="celery@s0", queue="updates.s0"),
     "release": lambda ledger, token: ledger.release(token),
@@ -1396,8 +1384,6 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "drop_outputs": lambda ledger, token: ledger.drop_outputs("q"),
     "emit": lambda ledger, token: ledger.emit("tick", {}),
     "read_events": lambda ledger, token: ledger.read_events(),
-    "last_event_id": lambda ledger, token: ledger.last_event_id(),
-    "follow": lambda ledger, token: next(ledger.follow(poll_seconds=0.001)),
 }
 FIRST = entry(1, [slot(0, 0)])
 NEXT = entry(2, [slot(1, 0)], FIRST.chain)
@@ -1409,7 +1395,7 @@ ANSWERS_ONCE = {
     "record_evaluation": False,
     "write_output": False,
 }
-TELLS_THE_TIME = ("head", "head_and_slots", "acquire", "leases", "read_events", "last_event_id", "follow")
+TELLS_THE_TIME = ("head", "head_and_slots", "acquire", "leases", "read_events")
 
 
 def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
@@ -1419,17 +1405,17 @@ def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
     for id in ("w0", "w1", "s0"):
         plane.registry.beat(worker(id))
     token = start(ledger)
-    ledger.write_slot(0, slot(0, 0))
+    write(ledger, 0, slot(0, 0))
     commit(ledger, 0, token, shards=1, entry=FIRST, record=record(1, FIRST.chain))
     begin(ledger, step=1)
-    ledger.write_slot(1, slot(1, 0))
+    write(ledger, 1, slot(1, 0))
     return ledger, token
 
 
 def test_the_table_has_every_operation_and_so_has_the_twin() -> None:
     public = {name for name, _ in inspect.getmembers(Ledger, inspect.isfunction) if not name.startswith("_")}
     assert set(CALLS) == public
-    assert public - set(vars(MemoryLedger)) == {"follow"}, "built on read_events, so the twin needs none"
+    assert public <= set(vars(MemoryLedger))
     registry = {name for name, _ in inspect.getmembers(Registry, inspect.isfunction) if name[0] != "_"}
     assert registry - set(vars(MemoryRegistry)) <= {"consumers", "require_placement"}, "built on the others"
 
@@ -1485,8 +1471,6 @@ def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
         "acquire",
         "leases",
         "read_events",
-        "last_event_id",
-        "follow",
     ):  # tell the time
         assert twice == once
     assert states[1] == states[0]

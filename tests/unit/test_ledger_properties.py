@@ -28,6 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.support import control
 from tests.support.control import comparable, digest, entry, memory_state, record, redis_state, slot, worker
 from torchord.cache import keys
 from torchord.cache.ledger.ledger import Group, Ledger
@@ -207,7 +208,8 @@ class Protocol(RuleBasedStateMachine):
 
         def begin() -> Any:
             return self.both(
-                lambda ledger, _: ledger.begin_shard(
+                lambda ledger, _: control.begin(
+                    ledger,
                     step,
                     shard,
                     worker=id,
@@ -252,8 +254,13 @@ class Protocol(RuleBasedStateMachine):
 
         def write() -> Any:
             return self.both(
-                lambda ledger, _: ledger.write_slot(
-                    work.step, made, incarnation="life", version=self.version_for(work.step), into=into
+                lambda ledger, _: control.write(
+                    ledger,
+                    work.step,
+                    made,
+                    incarnation="life",
+                    version=self.version_for(work.step),
+                    into=into,
                 )
             )
 
@@ -647,7 +654,7 @@ class Protocol(RuleBasedStateMachine):
         server.draft = None
         for shard in set(range(self.shards)) - self.twin.slots_present(server.version):
             made = slot(server.version, shard, f"n{next(self.deliveries)}", worker=client)
-            self.both(lambda ledger, _, made=made: ledger.write_slot(server.version, made))
+            self.both(lambda ledger, _, made=made: control.write(ledger, server.version, made))
         if until != "written":
             self.apply(id)
         if until in ("committed", "stored"):

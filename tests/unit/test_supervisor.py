@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.control import entry, record, slot, worker
+from tests.support.control import begin, entry, record, slot, worker
 from tests.support.waiting import wait_until
 from torchord.cache import keys
 from torchord.cache.errors import CheckpointError, RunNotFound
@@ -99,13 +99,12 @@ class Laboratory:
 
     def begin(self, shard: int, id: str = "w0", step: int = 0) -> None:
         """A Client takes a shard and says so."""
-        verdict, _, _ = self.run.begin_shard(step, shard, worker=id, delivery=f"d{shard}")
-        assert verdict == "compute"
+        assert self.run.begin(step, shard, worker=id, delivery=f"d{shard}").verdict == "compute"
         self.doing(id, activity.gradient(RUN, step, shard))
 
     def write(self, *shards: int, step: int = 0, seconds: float = 1e3) -> None:
         for shard in shards:
-            self.run.write_slot(step, slot(step, shard, f"n{shard}", seconds=seconds), version=0)
+            self.run.finish_slot(step, slot(step, shard, f"n{shard}", seconds=seconds), version=0)
 
     def queued(self) -> None:
         """The messages of the chord wait in the queue: nobody has taken them yet."""
@@ -242,7 +241,7 @@ def test_a_worker_that_is_not_at_its_shard_loses_it(lab: Laboratory) -> None:
     lab.doing("w0")
     assert lab.rounds(ASTRAY_SECONDS) == []
     assert lab.rounds(1.5) == [("gradient", 0, 0)]
-    assert lab.run.begin_shard(0, 0, worker="w1", delivery="d") == ("compute", 1, "life"), "no try was lost"
+    assert begin(lab.run, 0, 0, worker="w1", delivery="d") == ("compute", 1, "life"), "no try was lost"
 
 
 def test_with_staleness_every_step_under_way_is_watched() -> None:
@@ -616,7 +615,7 @@ def test_a_sum_is_sent_again_once_its_inputs_are_there(tree: Laboratory) -> None
 
 def test_a_sum_of_a_dead_worker_is_sent_again(tree: Laboratory) -> None:
     tree.write(0, 1, 2, 3, 5)
-    tree.run.begin_shard(0, 4, worker="w0", delivery="d")
+    tree.run.begin(0, 4, worker="w0", delivery="d")
     tree.doing("w0", activity.partial_sum(RUN, 0, 4))
     assert tree.rounds(10) == []
     tree.living.pop("w0")
@@ -626,14 +625,14 @@ def test_a_sum_of_a_dead_worker_is_sent_again(tree: Laboratory) -> None:
 def test_a_slow_sum_gets_a_backup(tree: Laboratory) -> None:
     tree.write(0, 1, 2, 3, seconds=0.1)
     tree.write(5, seconds=0.2)
-    tree.run.begin_shard(0, 4, worker="w0", delivery="d")
+    tree.run.begin(0, 4, worker="w0", delivery="d")
     tree.doing("w0", activity.partial_sum(RUN, 0, 4))
     assert tree.rounds(10) == [("backup sum", 0, 4)]
 
 
 def test_a_step_with_a_tree_is_complete_when_its_sums_are_there(tree: Laboratory) -> None:
     tree.write(0, 1, 2, 3, 5)
-    tree.run.begin_shard(0, 4, worker="w0", delivery="d")
+    tree.run.begin(0, 4, worker="w0", delivery="d")
     tree.doing("w0", activity.partial_sum(RUN, 0, 4))
     assert tree.rounds(10) == [], "the training server is not called for an incomplete step"
     tree.write(4)
@@ -645,7 +644,7 @@ def test_a_sum_that_takes_its_workers_down_stops_the_run(tree: Laboratory) -> No
     tree.write(0, 1, 2, 3, 5)
     for turn in range(CONFIG.max_attempts):
         id = f"w{turn}"
-        tree.run.begin_shard(0, 4, worker=id, delivery=f"d{turn}")
+        tree.run.begin(0, 4, worker=id, delivery=f"d{turn}")
         tree.doing(id, activity.partial_sum(RUN, 0, 4))
         tree.rounds(1)
         tree.living.pop(id)
