@@ -78,8 +78,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     raise CheckpointError(
         f"cannot save {path or 'the state'!r}: it is a {type(value).__module__}.{type(value).__qualname__}; "
-        f"states "
-        "may hold dicts, lists, tuples, numbers, strings, booleans, None, dtypes and tensors."
+        "states may hold dicts, lists, tuples, numbers, strings, booleans, None, dtypes and tensors."
     )
 
 

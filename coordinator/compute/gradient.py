@@ -102,8 +102,7 @@ def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "
     if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
         raise InvalidInput(
             f"the recipe's {kind} entry returned a {type(made).__name__}; it must return a map-style "
-            f"dataset, "
-            "with __len__ and __getitem__."
+            "dataset, with __len__ and __getitem__."
         )
     return made
 
@@ -434,8 +433,7 @@ def _alone(examples: int) -> Iterator[None]:
         if examples == 1 and "more than 1 value per channel" in str(error):
             raise InvalidInput(
                 "a BatchNorm cannot train on a shard of one example; choose batch_size and shards so that "
-                "each "
-                "shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)."
+                "each shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)."
             ) from error
         raise
 

@@ -173,8 +173,7 @@ class Replica:
         if buffer.numel() != self.manifest.nbytes:
             raise ManifestMismatch(
                 f"a version of this model has {self.manifest.nbytes} bytes, the one given has "
-                f"{buffer.numel()}; the "
-                "run was started with other code than this worker's."
+                f"{buffer.numel()}; the run was started with other code than this worker's."
             )
         self.flat = buffer
         self._version = self._here = views(buffer, self.manifest)
@@ -303,8 +302,7 @@ class Replica:
                 now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
                 raise InvalidInput(
                     f"the forward turned buffer {name!r} from {buffer.dtype} of shape {tuple(buffer.shape)} "
-                    f"into "
-                    f"{now}; a run's state must keep its layout."
+                    f"into {now}; a run's state must keep its layout."
                 )
             found[name] = current.detach()
         return found | {name: self.frozen[name].detach() for name in self._written() if name in self.frozen}
@@ -362,9 +360,8 @@ def _require_plain(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise InvalidInput(
-                f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model "
-                f"in the "
-                "recipe's model function."
+                f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model in "
+                "the recipe's model function."
             )
         if tensor.device.type == "meta":
             raise InvalidInput(

@@ -151,8 +151,7 @@ class Trainer:
                 skipped = not (finite and math.isfinite(loss) and math.isfinite(size))
                 if skipped and self._must_stop(loss):
                     raise NonFinite(
-                        f"step {step} has loss {loss} and gradient norm {size}; lower the learning "
-                        f"rate, set "
+                        f"step {step} has loss {loss} and gradient norm {size}; lower the learning rate, set "
                         "clip_norm, or set nonfinite='skip' to leave such steps out."
                     )
                 clipped = clip is not None and not skipped and size > clip
@@ -375,8 +374,7 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InvalidInput(
             f"{name} evaluates the loss several times in a step (it needs a closure), which averaged "
-            f"gradients "
-            "cannot serve; use an optimizer whose step() takes no closure."
+            "gradients cannot serve; use an optimizer whose step() takes no closure."
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam.")
@@ -385,8 +383,7 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
     if any(id(parameter) not in own for parameter in held):
         raise InvalidInput(
             "the optimizer holds a parameter that is not the model's; parameter_groups must return "
-            "parameters of "
-            "the model that it is given."
+            "parameters of the model that it is given."
         )
 
 

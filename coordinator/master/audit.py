@@ -90,9 +90,8 @@ def audit(
         problems.append(f"the stored parameters of version {head.version} are not those that were committed")
     if head.divergent:
         problems.append(
-            f"{head.divergent} duplicate gradients had other bytes than the applied ones: some "
-            "worker's torch, "
-            "hardware, data or code differs"
+            f"{head.divergent} duplicate gradients had other bytes than the applied ones: some worker's "
+            "torch, hardware, data or code differs"
         )
     return Audit(
         ok=not problems,

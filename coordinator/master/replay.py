@@ -161,8 +161,7 @@ class Replay:
         except Exception as error:
             raise ShardFailed(
                 f"computing step {step} again failed: {type(error).__name__}: {error}; this process needs "
-                "the "
-                "run's code and data as the workers have them"
+                "the run's code and data as the workers have them"
             ) from error
 
     def _step(self) -> list[str]:

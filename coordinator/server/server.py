@@ -558,8 +558,7 @@ class TrainingServer:
         if verdict == "skewed":
             raise Skewed(
                 f"run {run!r} is updated on {value}; this worker has {info.environment}, which may give "
-                "other "
-                "bits. Start a worker like the first, or run.resume(admit_skew=True)"
+                "other bits. Start a worker like the first, or run.resume(admit_skew=True)"
             )
         self.heartbeat.refuse(run, None)
         self._warm.pop(run, None)

@@ -258,14 +258,12 @@ def _check_kind(name: str, entry: Any) -> None:
     if not callable(function) or (not isinstance(function, type) and _is_module_object(function)):
         raise RecipeError(
             f"recipe entry {name!r} is an object of class {type(entry).__name__}, but must be a callable "
-            f"that "
-            f"makes or does it: {_advice(name)}."
+            f"that makes or does it: {_advice(name)}."
         )
     if isinstance(function, type) and (name in _FUNCTIONS or name.startswith("metrics.")):
         raise RecipeError(
             f"recipe entry {name!r} is the class {function.__name__}, but must be a function: calling the "
-            f"class "
-            f"would make an object instead of a result: {_advice(name)}."
+            f"class would make an object instead of a result: {_advice(name)}."
         )
 
 
@@ -331,8 +329,7 @@ def _name_of(name: str, function: Any) -> str:
             return f"{_shortest_home(module, path, found)}:{path}"
     raise RecipeError(
         f"recipe entry {name!r} is {shown}, {_why_unimportable(function, module, path)}, so no worker can "
-        f"import "
-        f"it; move it to a module, e.g. my_models.py, and import it from there."
+        "import it; move it to a module, e.g. my_models.py, and import it from there."
     )
 
 
@@ -403,10 +400,8 @@ def _plain(entry: str, path: str, value: Any) -> Any:
         return {str(key): _plain(entry, f"{path}[{key!r}]", item) for key, item in value.items()}
     raise RecipeError(
         f"recipe entry {entry!r}: {path} is of type {type(value).__name__}, which does not travel as JSON; "
-        f"bind "
-        "numbers, strings, booleans, None, lists and dicts only, and make anything else inside a function "
-        "of your "
-        "module."
+        "bind numbers, strings, booleans, None, lists and dicts only, and make anything else inside a "
+        "function of your module."
     )
 
 
