@@ -130,8 +130,7 @@ def pack(tensors: Mapping[str, Tensor], manifest: Manifest, out: Tensor | None =
     devices do not show, and no element passes through arithmetic (NaN payloads survive).
 
     Args:
-        tensors: name -> tensor, as described by `manifest` (any strides, CPU or CUDA). What lies in its
-            place in `out` already stays.
+        tensors: name -> tensor, as described by `manifest` (any strides, CPU or CUDA).
         manifest: from `layout`, of these or of equally shaped tensors.
         out: 1-D uint8 tensor of `manifest.nbytes` bytes to write into, on the CPU (pinned memory lets
             CUDA sources copy asynchronously) or on the sources' device (then enqueued like any other
@@ -155,9 +154,8 @@ def pack(tensors: Mapping[str, Tensor], manifest: Manifest, out: Tensor | None =
         out[gap].zero_()
     with torch.no_grad():
         for spec in manifest.tensors:
-            source, target = tensors[spec.name].detach().resolve_conj().resolve_neg(), targets[spec.name]
-            if source.data_ptr() != target.data_ptr() or not source.is_contiguous():
-                _as_bits(target).copy_(_as_bits(source), non_blocking=asynchronous)
+            source = tensors[spec.name].detach().resolve_conj().resolve_neg()
+            _as_bits(targets[spec.name]).copy_(_as_bits(source), non_blocking=asynchronous)
     if asynchronous:
         for device in on_cuda:
             torch.cuda.current_stream(device).synchronize()
