@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import stat
 import subprocess
 import sys
 import uuid
@@ -357,6 +358,37 @@ def test_a_directory_without_permission(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_url_is_named() -> None:
     with pytest.raises(CheckpointError, match="nosuchthing"):
         CheckpointStore("nosuchthing://bucket/runs", "run")
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_so_is_the_name_afterwards(
+    local: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power has the file before or the one after, whole."""
+    local.save_spec({"life": 1})
+    before = {path.name: path.read_bytes() for path in Path(local.path()).iterdir()}
+    did: list[str] = []
+    synced: list[bytes] = []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            assert os.path.samestat(os.fstat(descriptor), os.stat(local.path()))
+            did.append("sync the folder")
+        else:
+            synced.append(os.pread(descriptor, 1 << 20, 0))
+            did.append("sync the file")
+
+    def noted_rename(source: str, target: Path) -> None:
+        assert target.read_bytes() == before[target.name]
+        rename(source, target)
+        assert target.read_bytes() == synced.pop()
+        did.append("rename")
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    local.save_spec({"life": 2})
+    assert did == ["sync the file", "rename", "sync the folder"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(

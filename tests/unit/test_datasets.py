@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -458,6 +459,46 @@ def test_the_disk_tier_is_bounded_and_checks_what_it_reads(tmp_path: Path) -> No
     for damaged in (b"", b"short", bytes(100)):
         path.write_bytes(damaged)
         assert disk.load([made[-1][0]]) == {}
+
+
+def test_a_file_of_the_disk_tier_has_its_name_once_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may read it at any moment."""
+    [(chunk, data)] = pieces(1)
+    rename, renamed = os.replace, []
+
+    def noted(source: str, target: Path) -> None:
+        assert Path(source).read_bytes() == data.tobytes()
+        assert not target.exists() and disk.load([chunk]) == {}
+        rename(source, target)
+        renamed.append(target.name)
+
+    monkeypatch.setattr(os, "replace", noted)
+    disk = DiskTier(tmp_path, 1000)
+    disk.save({chunk.address: data})
+    assert renamed == [chunk.address]
+    assert np.array_equal(disk.load([chunk])[chunk.address], data)
+
+
+def test_a_disk_that_is_full_keeps_what_it_has_and_no_half_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [(chunk, data)] = pieces(1)
+    DiskTier(tmp_path, 1000).save({chunk.address: data})
+    before = sorted(tmp_path.rglob("*"))
+    open_descriptor = os.fdopen
+
+    def full(descriptor: int, mode: str) -> Any:
+        file = open_descriptor(descriptor, mode, buffering=0)
+        file.write(b"half")
+        file.close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    DiskTier(tmp_path, 1000).save({chunk.address: data})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert np.array_equal(DiskTier(tmp_path, 1000).load([chunk])[chunk.address], data)
 
 
 def test_a_disk_that_cannot_be_written_to_is_left_alone(

@@ -41,7 +41,7 @@ from torchord.cache.blobs.read_ahead import Notice
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
 from torchord.cache.ledger.ledger import Finished, Group, Ledger
 from torchord.cache.ledger.records import GENESIS, Head, Launch, LedgerEntry
-from torchord.cache.ledger.workers import Registry
+from torchord.cache.ledger.workers import Heartbeat, Registry, WorkerInfo
 from torchord.cache.servers.fast_client import Lane
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
@@ -717,6 +717,22 @@ def test_a_commit_sent_twice_is_known_by_its_chain(plane: Plane, running: Ledger
         "step": 0, "token": token, "shards": 2, "entry": made, "record": record(1, made.chain), "event": {},
     }  # fmt: skip
     first = running.commit(**arguments)
+    assert only_counters_change(plane, lambda: running.commit(**arguments)) == first
+
+
+@pytest.mark.parametrize("status", ["paused", "failed", "cancelled"])
+def test_a_commit_whose_answer_was_lost_is_known_though_the_run_has_stopped_since(
+    plane: Plane, running: Ledger, status: str
+) -> None:
+    """Else the server would delete the bytes of a version that the head names."""
+    token = running.head().token
+    fill(running, 0)
+    made = entry(1, [slot(0, 0), slot(0, 1)])
+    arguments: dict[str, Any] = {
+        "step": 0, "token": token, "shards": 2, "entry": made, "record": record(1, made.chain), "event": {},
+    }  # fmt: skip
+    first = running.commit(**arguments)
+    running.transition(status, allowed=("running",), event=status)
     assert only_counters_change(plane, lambda: running.commit(**arguments)) == first
 
 
@@ -1586,6 +1602,65 @@ def test_heartbeats_have_the_lease_as_their_ttl(redis_url: str) -> None:
     Registry(client, redis_url).beat(worker("w0"))
     assert 0 < client.pttl(keys.worker("w0")) <= keys.WORKER_LEASE_MS
     client.close()
+
+
+class Turns(threading.Event):
+    """An event that a heartbeat waits for in no time, and that is set after some beats.
+
+    Attributes:
+        waits: for how long it was waited for each time (s).
+    """
+
+    def __init__(self, beats: int) -> None:
+        super().__init__()
+        self.beats = beats
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return len(self.waits) > self.beats
+
+
+def beaten(registry: Registry, beats: int) -> Turns:
+    """Start the heartbeat of w0, wait for some more beats of its thread, and stop it."""
+    turns = Turns(beats)
+    heartbeat = Heartbeat(registry, worker("w0"))
+    heartbeat._stop = turns
+    heartbeat.start()
+    heartbeat._thread.join()
+    heartbeat.stop()
+    return turns
+
+
+def test_a_worker_lives_though_two_of_its_beats_are_lost() -> None:
+    """And it does not beat without a pause."""
+    lease = keys.WORKER_LEASE_MS / 1000
+    waits = beaten(MemoryRegistry(MemoryPlane()), 3).waits
+    assert len(waits) == 4 and len(set(waits)) == 1
+    assert lease / 20 < waits[0] < lease / 3
+
+
+def test_a_beat_that_fails_is_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [None, CacheUnreachable("away"), CacheUnreachable("away"), None]
+
+    class Registry(MemoryRegistry):
+        def beat(self, info: WorkerInfo) -> None:
+            if (error := answers.pop(0)) is not None:
+                raise error
+            super().beat(info)
+            beats.append(info.id)
+
+        def leave(self, info: WorkerInfo) -> None:
+            assert list(self.alive()) == beats[:1]
+            super().leave(info)
+
+    beats: list[str] = []
+    registry = Registry(MemoryPlane())
+    beaten(registry, 3)
+    assert beats == ["w0", "w0"]
+    assert [record.message for record in caplog.records] == ["heartbeat: away"] * 2
+    assert registry.alive() == {}, "a worker that stops is gone at once"
 
 
 def test_one_supervisor_at_a_time(plane: Plane) -> None:
