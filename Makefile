@@ -1,7 +1,7 @@
 # make demo     install into .venv (once), then train the digits example on an embedded cluster
 # make test     the whole test suite          make test ARGS='tests/unit -k codec'
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
-# make lint     style, types and import direction        make format  rewrite to the style
+# make lint     style, types, import direction and sizes        make format  rewrite to the style
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
 # PYTHON=python3.12         the interpreter that .venv is made with (3.11 or newer)
@@ -18,7 +18,7 @@ INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-inde
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test bench bench-cache lint lint-style lint-format lint-types lint-imports format clean distclean
+.PHONY: demo test bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -34,7 +34,7 @@ bench-cache: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks cache
 
 # `make lint --keep-going` tells all that is wrong at once.
-lint: lint-style lint-format lint-types lint-imports
+lint: lint-style lint-format lint-types lint-imports lint-sizes
 
 lint-style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -47,6 +47,9 @@ lint-types: $(VENV)/.installed-dev
 
 lint-imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
+
+lint-sizes: $(VENV)/.installed-dev
+	$(BIN)/python .ci/sizes.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -49,7 +49,13 @@ def foreign_imports(*folders: str) -> dict[str, str]:
                     modules = [node.module]
                 for module in modules:
                     found.setdefault(module.partition(".")[0], path.relative_to(ROOT).as_posix())
-    ours = {"torchord", "tests", "examples", "benchmarks"}
+    ours = {
+        "torchord",
+        "tests",
+        "examples",
+        "benchmarks",
+        *(path.stem for path in (ROOT / ".ci").glob("*.py")),
+    }
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | ours}
 
 
@@ -57,7 +63,7 @@ def foreign_imports(*folders: str) -> dict[str, str]:
     ("folders", "extras"),
     [
         (PACKAGES, ()),
-        (("tests", "benchmarks"), ("demo", "dev", "images", "models")),
+        (("tests", "benchmarks", ".ci"), ("demo", "dev", "images", "models")),
     ],
 )
 def test_every_import_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
