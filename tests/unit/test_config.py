@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
@@ -102,9 +103,9 @@ def test_frozen_and_keyword_only() -> None:
 
 
 def test_every_field_is_documented() -> None:
-    assert TrainingConfig.__doc__ is not None
+    documented = inspect.getdoc(TrainingConfig) or ""
     for field in fields(TrainingConfig):
-        assert f"        {field.name}: " in TrainingConfig.__doc__
+        assert f"\n    {field.name}: " in documented
 
 
 def test_numpy_integers_are_integers() -> None:
