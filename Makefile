@@ -2,6 +2,7 @@
 # make test     the whole test suite          make test ARGS='tests/unit -k codec'
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
 # make lint     style, types, import direction and sizes        make format  rewrite to the style
+# make ranges   unit tests and demo with the lowest and newest versions on each Python (long; docs/dependencies.md)
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
 # PYTHON=python3.12         the interpreter that .venv is made with (3.11 or newer)
@@ -18,7 +19,7 @@ INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-inde
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes format clean distclean
+.PHONY: demo test ranges bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(ARGS)
+
+ranges: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.ranges $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)

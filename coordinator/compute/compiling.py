@@ -23,11 +23,6 @@ from torchord.cache.errors import CompilerMissing
 
 _LIMIT = 1 << 20
 """Kernels of one model: as many as it has sizes and modes, without end."""
-_LIMITS = {
-    "cache_size_limit": "recompile_limit",
-    "accumulated_cache_size_limit": "accumulated_recompile_limit",
-}
-"""What torch 2.4 and 2.5 call it -> what later versions do."""
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -36,8 +31,7 @@ def compiled(model: nn.Module) -> nn.Module:
     import torch._inductor.config as inductor
 
     tracing, backend = cast(Any, dynamo), cast(Any, inductor)  # their fields vary from version to version
-    for older, name in _LIMITS.items():
-        setattr(tracing, name if hasattr(tracing, name) else older, _LIMIT)
+    tracing.recompile_limit = tracing.accumulated_recompile_limit = _LIMIT
     backend.compile_threads = 1  # a worker leaves no pool of compilers behind
     options: dict[str, Any] = {"deterministic": True} if hasattr(backend, "deterministic") else {}
     return cast(nn.Module, torch.compile(model, dynamic=False, options=options))

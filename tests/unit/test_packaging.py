@@ -141,6 +141,7 @@ def dry_run(target: str, venv: Path) -> str:
     [
         ("demo", ["-m examples.digits"]),
         ("test", ["-m pytest"]),
+        ("ranges", ["-m tests.ranges"]),
         ("bench", ["-m benchmarks"]),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports"]),
         ("clean", ["rm -rf"]),
