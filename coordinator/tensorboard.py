@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchord.cache.errors import RunNotFound, TorchordError
-from torchord.cache.ledger.ledger import Event
+from torchord.cache.ledger.answers import Event
 from torchord.coordinator.master.master import Master
 
 _POLL_SECONDS = 1.0

@@ -145,6 +145,11 @@ def script_command(name: str, keys: Sequence[str], args: Sequence[Any]) -> Comma
     return ("EVALSHA", _digest(name), len(keys), *keys, *args)
 
 
+def script_text(command: Command) -> str:
+    """The text of the script that a command of `script_command` runs, for a server that does not know it."""
+    return source(_known[str(command[1])])
+
+
 _known: dict[str, str] = {}  # digest -> name of each script that was asked for
 
 

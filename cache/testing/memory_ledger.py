@@ -20,12 +20,7 @@ import redis
 from torchord.cache import keys
 from torchord.cache.blobs.read_ahead import Notice, notices
 from torchord.cache.errors import CacheError, RunNotFound
-from torchord.cache.ledger.ledger import (
-    BACKUP_ASKED_ALWAYS,
-    BACKUP_FACTOR,
-    BACKUP_LOST_SECONDS,
-    BACKUP_SECONDS,
-    BACKUPS_MOST,
+from torchord.cache.ledger.answers import (
     BeginVerdict,
     Begun,
     Committed,
@@ -33,9 +28,9 @@ from torchord.cache.ledger.ledger import (
     Finished,
     Group,
     Lease,
-    Ledger,
     SlotVerdict,
 )
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import (
     GENESIS,
     Head,
@@ -45,6 +40,13 @@ from torchord.cache.ledger.records import (
     VersionRecord,
     revised,
     revision,
+)
+from torchord.cache.ledger.slots import (
+    BACKUP_ASKED_ALWAYS,
+    BACKUP_FACTOR,
+    BACKUP_LOST_SECONDS,
+    BACKUP_SECONDS,
+    BACKUPS_MOST,
 )
 from torchord.cache.ledger.workers import Registry, WorkerInfo, read
 from torchord.cache.servers.fast_client import Command

@@ -28,7 +28,8 @@ from torchord.cache.errors import (
     Skewed,
     VersionMissing,
 )
-from torchord.cache.ledger.ledger import Begun, Ledger
+from torchord.cache.ledger.answers import Begun
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord, combined_digest
 from torchord.cache.ledger.workers import Heartbeat
 from torchord.cache.servers.fast_client import Command

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torchord.cache.ledger.ledger import Group, SlotVerdict
+from torchord.cache.ledger.answers import Group, SlotVerdict
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.servers.fast_client import Command
 from torchord.coordinator.client import backups

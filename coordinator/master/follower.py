@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from torchord.cache.errors import CacheUnreachable, RunNotFound
-from torchord.cache.ledger.ledger import Event, Ledger
+from torchord.cache.ledger.answers import Event
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 
 OUTAGE_SECONDS = 90.0  # as long as workers wait for Redis

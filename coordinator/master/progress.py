@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from torchord.cache.ledger.ledger import Event
+from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.records import Head
 
 

@@ -21,7 +21,8 @@ from torchord.cache.errors import (
     VersionMissing,
     WaitTimeout,
 )
-from torchord.cache.ledger.ledger import Event, Ledger
+from torchord.cache.ledger.answers import Event
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry, revised, switched
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.follower import Follower

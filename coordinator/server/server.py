@@ -26,7 +26,8 @@ from torchord.cache.errors import (
     Skewed,
     TorchordError,
 )
-from torchord.cache.ledger.ledger import Committed, Ledger
+from torchord.cache.ledger.answers import Committed
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import (
     PARTIAL_SUMS,
     Head,

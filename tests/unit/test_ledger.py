@@ -39,7 +39,8 @@ from tests.support.control import (
 from torchord.cache import keys
 from torchord.cache.blobs.read_ahead import Notice
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
-from torchord.cache.ledger.ledger import Finished, Group, Ledger
+from torchord.cache.ledger.answers import Finished, Group
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, Launch, LedgerEntry
 from torchord.cache.ledger.workers import Heartbeat, Registry, WorkerInfo
 from torchord.cache.servers.fast_client import Lane

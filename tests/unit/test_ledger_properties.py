@@ -31,10 +31,12 @@ from hypothesis.stateful import (
 from tests.support import control
 from tests.support.control import comparable, digest, entry, memory_state, record, redis_state, slot, worker
 from torchord.cache import keys
-from torchord.cache.ledger.ledger import Group, Ledger
+from torchord.cache.ledger.answers import Group
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, LedgerEntry, VersionRecord
 from torchord.cache.ledger.workers import Registry
 from torchord.cache.scripts import source
+from torchord.cache.servers import fast_client
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
 
@@ -923,9 +925,8 @@ def test_a_script_with_a_fault_is_found(redis_url: str, monkeypatch: pytest.Monk
     script, old, new = MUTANTS[mutant]
     changed = source(script).replace(old, new)
     assert changed != source(script)
-    monkeypatch.setattr(
-        "torchord.cache.ledger.ledger.source", lambda name: changed if name == script else source(name)
-    )
+    monkeypatch.setattr(fast_client, "source", lambda name: changed if name == script else source(name))
+    monkeypatch.setattr(fast_client, "_digest", fast_client._digest.__wrapped__)  # without its memory
     with connect(redis_url) as Protocol.client:
         Protocol.url = redis_url
         with pytest.raises(AssertionError):

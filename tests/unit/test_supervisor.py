@@ -15,8 +15,9 @@ from tests.support.control import begin, entry, record, slot, worker
 from tests.support.waiting import wait_until
 from torchord.cache import keys
 from torchord.cache.errors import CheckpointError, RunNotFound
-from torchord.cache.ledger.ledger import BACKUP_FACTOR, BACKUP_LOST_SECONDS, Ledger
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS
+from torchord.cache.ledger.slots import BACKUP_FACTOR, BACKUP_LOST_SECONDS
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES

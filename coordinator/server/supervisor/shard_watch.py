@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import statistics
 
-from torchord.cache.ledger.ledger import Lease, Ledger
+from torchord.cache.ledger.answers import Lease
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender

@@ -1,0 +1,194 @@
+"""The training server's side: takeover under a fencing token, commits, launches, rollback."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torchord.cache import keys
+from torchord.cache.ledger.answers import (
+    Committed,
+    CommitVerdict,
+)
+from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.records import (
+    Launch,
+    LedgerEntry,
+    VersionRecord,
+)
+
+
+class Commits(ControlPlane):
+    """What only the server of a run may do: take it over, commit, launch, roll back."""
+
+    def acquire(
+        self, *, worker: str, node: str, queue: str, environment: str = "", memory: str = ""
+    ) -> tuple[str, int | str]:
+        """Take the run over.
+
+        Args:
+            memory: identity of the memory that the taker shares with its host; "" for none.
+            environment: what of the taker could change bits; "" if that does not matter.
+
+        Returns:
+            ("acquired", token), ("owned", queue of the live owner), ("skewed", environment that the
+            run's updates need) or ("missing", 0).
+        """
+        with self._during("take over", ""):
+            verdict, value = self._script(
+                "acquire", [self.keys.head], [worker, node, keys.worker(""), queue, environment, memory]
+            )
+        return verdict, int(value) if verdict == "acquired" else value
+
+    def release(self, token: int) -> bool:
+        """Give the run up, if it is still ours: a standby may take it at once."""
+        with self._during("release", ""):
+            return bool(self._script("release", [self.keys.head], [token]))
+
+    def initialise(
+        self,
+        *,
+        token: int,
+        manifest: dict[str, Any],
+        record: VersionRecord,
+        dataset_size: int,
+        evaluation_size: int,
+        total_steps: int,
+        dataset_digest: str = "",
+    ) -> str:
+        """Record the first version and start the run; returns "ok", "fenced" or "stopped".
+
+        Args:
+            dataset_digest: of the training dataset's content, "" if it does not know it.
+        """
+        with self._during("initialise", ""):
+            return cast(
+                str,
+                self._script(
+                    "initialise",
+                    [self.keys.head, self.keys.manifest, self.keys.versions, self.keys.events],
+                    [
+                        token,
+                        json.dumps(manifest),
+                        record.version,
+                        record.to_json(),
+                        dataset_size,
+                        total_steps,
+                        keys.RUN_TTL_SECONDS,
+                        time.time(),
+                        keys.EVENTS_KEPT,
+                        evaluation_size,
+                        dataset_digest,
+                    ],
+                ),
+            )
+
+    def commit(
+        self,
+        *,
+        step: int,
+        token: int,
+        shards: int,
+        entry: LedgerEntry,
+        record: VersionRecord,
+        event: dict[str, Any],
+        drop: Iterable[int] = (),
+        launch: Launch | None = None,
+    ) -> Committed:
+        """Move the head from `step` to `step + 1`: see scripts/commit.lua.
+
+        Args:
+            drop: versions that nobody needs once this one is there; pinned ones stay.
+            launch: the chord of a further step that this commit makes possible.
+        """
+        names = self.keys
+        now = time.time()
+        published: list[Any] = []
+        if launch is not None:
+            published = [
+                launch.step,
+                launch.incarnation,
+                launch.size,
+                launch.size_ttl_seconds,
+                *launch.messages,
+            ]
+        with self._during(f"commit version {step + 1}"):
+            reply = self._script(
+                "commit",
+                [
+                    names.head,
+                    names.slots(step),
+                    names.leases(step),
+                    names.ledger,
+                    names.versions,
+                    names.pins,
+                    names.events,
+                    names.expected,
+                    names.spec,
+                    names.manifest,
+                    names.evaluations,
+                    keys.ACTIVE,
+                    keys.RUNS,
+                    *([] if launch is None else [launch.size_key, launch.queue]),
+                ],
+                [
+                    step,
+                    token,
+                    shards,
+                    entry.to_json(),
+                    record.to_json(),
+                    record.chain,
+                    now,
+                    keys.RUN_TTL_SECONDS,
+                    json.dumps(event),
+                    keys.EVENTS_KEPT,
+                    int(now * 1000),
+                    ",".join(map(str, drop)),
+                    *published,
+                ],
+            )
+        if reply[0] != "ok":
+            return Committed(cast(CommitVerdict, reply[0]))
+        first = reply.index("|", 3)
+        second = reply.index("|", first + 1)
+        return Committed(
+            "ok",
+            tuple(int(v) for v in reply[3:first]),
+            frozenset(int(v) for v in reply[first + 1 : second]),
+            launched=reply[1] == "1",
+            incarnation=reply[2],
+            dropped=tuple(VersionRecord.from_json(text) for text in reply[second + 1 :]),
+        )
+
+    def mark_launched(self, step: int, *, token: int) -> str:
+        """Record that the chord of the present step was published; returns "ok", "fenced" or "stale"."""
+        with self._during(f"record the launch of step {step}"):
+            return cast(str, self._script("mark", [self.keys.head], [token, step, "launched"]))
+
+    def mark_called(self, step: int, *, token: int) -> str:
+        """Record that the chord of the present step called back; returns "ok", "fenced" or "stale"."""
+        with self._during(f"record the callback of step {step}"):
+            return cast(str, self._script("mark", [self.keys.head], [token, step, "called"]))
+
+    def rollback(self, *, token: int, version: int, chain: str) -> tuple[bool, tuple[int, ...]]:
+        """Take the head back to `version`.
+
+        Returns:
+            (done, versions above it whose records are still stored).
+        """
+        names = self.keys
+        with self._during(f"roll back to version {version}"):
+            fields = cast(list[str | None], self.client.hmget(names.head, ["version", "reached"]))
+            present, reached = (int(field or 0) for field in fields)
+            under_way = range(present, max(present, reached) + 3)  # more may be launched than is recorded
+            reply = self._script(
+                "rollback",
+                [
+                    *(names.head, names.ledger, names.expected, names.versions, names.events),
+                    *(key(step) for step in under_way for key in (names.slots, names.leases)),
+                ],
+                [token, version, chain, keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT],
+            )
+        return reply[0] == "ok", tuple(int(v) for v in reply[1:])

@@ -1,0 +1,58 @@
+"""One run's control keys on a server, and the two ways there: the lane and redis-py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+import redis
+
+from torchord.cache import keys
+from torchord.cache.servers.fast_client import Command, Lane, LaneClosed, script_command, script_text
+from torchord.cache.servers.redis_client import translated
+
+
+class ControlPlane:
+    """What every operation on a run's keys goes through.
+
+    Args:
+        client: a connection from `torchord.cache.servers.redis_client`.
+        url: its URL, for messages.
+        run: the run's name.
+        lane: a shorter way to the same server; None: everything goes over `client`.
+    """
+
+    def __init__(self, client: redis.Redis, url: str, run: str, *, lane: Lane | None = None) -> None:
+        self.client = client
+        self.url = url
+        self.lane = lane
+        self.run = keys.check_name(run)
+        self.keys = keys.RunKeys(run)
+
+    def _during(self, what: str, link: str = " of") -> AbstractContextManager[None]:
+        return translated(self.url, f"{what}{link} run {self.run!r}")
+
+    def _call(self, *commands: Command) -> list[Any]:
+        """Send commands that may be sent twice, and return their answers, in one round trip by the lane."""
+        if self.lane is not None:
+            with suppress(LaneClosed):
+                return self.lane.call(*commands)
+        return [self._ask(command) for command in commands]
+
+    def _ask(self, command: Command) -> Any:
+        try:
+            return self.client.execute_command(*command)  # type: ignore[no-untyped-call]
+        except redis.exceptions.NoScriptError:
+            self.client.script_load(script_text(command))
+            return self.client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def _script(self, name: str, names: Sequence[str], args: Sequence[Any]) -> Any:
+        return self._call(script_command(name, names, args))[0]
+
+
+def pairs(found: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """A hash: as redis-py gives it, or as the lane does, flat: field, value, field, value."""
+    if isinstance(found, Mapping):
+        return dict(found)
+    return dict(zip(found[::2], found[1::2], strict=True))

@@ -1,0 +1,118 @@
+"""Parts of evaluations and predictions."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, cast
+
+from torchord.cache import keys
+from torchord.cache.ledger.control_plane import ControlPlane
+
+
+class Evaluations(ControlPlane):
+    """Evaluations and predictions, written in parts."""
+
+    def write_part(
+        self, version: int, part: int, value: dict[str, Any], *, parts: int
+    ) -> tuple[str, list[Any]]:
+        """Write one part of an evaluation once: see scripts/write_part.lua."""
+        with self._during(f"write part {part} of the evaluation of version {version}"):
+            reply = self._script(
+                "write_part",
+                [self.keys.parts(version), self.keys.evaluations],
+                [part, json.dumps(value), parts, keys.WORK_TTL_SECONDS, version],
+            )
+        return reply[0], [json.loads(text) for text in reply[1:]]
+
+    def parts_present(self, version: int) -> set[int]:
+        """Which parts of an evaluation are written."""
+        with self._during(f"count the parts of the evaluation of version {version}"):
+            return {int(part) for part in cast(list[str], self.client.hkeys(self.keys.parts(version)))}
+
+    def record_evaluation(self, version: int, metrics: dict[str, Any]) -> bool:
+        """Record the metrics of a version once; True if this call did."""
+        with self._during(f"record the evaluation of version {version}"):
+            return bool(
+                self._script(
+                    "record_evaluation",
+                    [
+                        self.keys.evaluations,
+                        self.keys.parts(version),
+                        self.keys.pins,
+                        self.keys.events,
+                        self.keys.pending_evaluations,
+                    ],
+                    [
+                        version,
+                        json.dumps(metrics),
+                        json.dumps({"version": version, "metrics": metrics}),
+                        keys.RUN_TTL_SECONDS,
+                        keys.EVENTS_KEPT,
+                    ],
+                )
+            )
+
+    def launch_evaluation(self, version: int, parts: int, *, pin_seconds: float) -> bool:
+        """Record that a version is being evaluated and keep it stored; False if that is done or under way."""
+        with self._during(f"record the evaluation of version {version}"):
+            names = self.keys
+            return bool(
+                self._script(
+                    "launch_evaluation",
+                    [names.evaluations, names.pending_evaluations, names.pins],
+                    [version, parts, int((time.time() + pin_seconds) * 1000), keys.RUN_TTL_SECONDS],
+                )
+            )
+
+    def abandon_evaluation(self, version: int, reason: str) -> bool:
+        """Give an evaluation under way up, because its version is lost; True if this call did.
+
+        Event `evaluation lost`: version, and `message` with the reason.
+        """
+        with self._during(f"give the evaluation of version {version} up"):
+            names = self.keys
+            return bool(
+                self._script(
+                    "abandon_evaluation",
+                    [names.pending_evaluations, names.parts(version), names.pins, names.events],
+                    [
+                        version,
+                        json.dumps({"version": version, "message": reason}),
+                        keys.RUN_TTL_SECONDS,
+                        keys.EVENTS_KEPT,
+                    ],
+                )
+            )
+
+    def pending_evaluations(self) -> dict[int, int]:
+        """Evaluations under way: version -> number of parts."""
+        with self._during("list the evaluations under way"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.pending_evaluations))
+        return {int(version): int(parts) for version, parts in found.items()}
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Metrics by version, in order."""
+        with self._during("read the evaluations"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
+        return {int(v): json.loads(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
+
+    def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
+        """Write one part of a prediction once; True if this call did."""
+        key = self.keys.predict(request)
+        with self._during(f"write part {part} of a prediction"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hsetnx(key, str(part), json.dumps(answer))
+            pipe.expire(key, keys.PREDICT_TTL_SECONDS)
+            return bool(pipe.execute()[0])
+
+    def outputs(self, request: str) -> dict[int, dict[str, Any]]:
+        """The parts of a prediction that are written."""
+        with self._during("read a prediction"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.predict(request)))
+        return {int(part): json.loads(text) for part, text in found.items()}
+
+    def drop_outputs(self, request: str) -> None:
+        """Delete what a prediction left."""
+        with self._during("delete a prediction"):
+            self.client.delete(self.keys.predict(request))

@@ -1,0 +1,37 @@
+"""A run's event stream: what happened, for whoever follows it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from torchord.cache import keys
+from torchord.cache.ledger.answers import (
+    Event,
+)
+from torchord.cache.ledger.control_plane import ControlPlane
+
+
+class Events(ControlPlane):
+    """A run's event stream."""
+
+    def emit(self, event: str, data: dict[str, Any]) -> None:
+        """Append one event."""
+        with self._during(f"emit {event!r}"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.xadd(
+                self.keys.events,
+                {"type": event, "data": json.dumps(data)},
+                maxlen=keys.EVENTS_KEPT,
+                approximate=True,
+            )
+            pipe.expire(self.keys.events, keys.RUN_TTL_SECONDS)
+            pipe.execute()
+
+    def read_events(self, after: str = "0-0", *, block_seconds: float = 0.0, count: int = 500) -> list[Event]:
+        """Events after an id, waiting up to `block_seconds` for the first."""
+        with self._during("read the events"):
+            block = None if block_seconds <= 0 else max(1, int(block_seconds * 1000))
+            reply = cast(list[Any], self.client.xread({self.keys.events: after}, count=count, block=block))
+        found = reply[0][1] if reply else []
+        return [Event(id, fields["type"], json.loads(fields["data"])) for id, fields in found]

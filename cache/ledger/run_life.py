@@ -1,0 +1,233 @@
+"""What happens to a run as a whole: created, respecified, switched, brought to another status, retired."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+from torchord.cache import keys
+from torchord.cache.errors import RunNotFound
+from torchord.cache.ledger.control_plane import ControlPlane, pairs
+from torchord.cache.ledger.records import (
+    GENESIS,
+    Head,
+)
+
+
+class RunLife(ControlPlane):
+    """Creating a run, reading and replacing its spec, its head and its status."""
+
+    def create(
+        self,
+        spec: dict[str, Any],
+        *,
+        incarnation: str,
+        version: int = 0,
+        chain: str = GENESIS,
+    ) -> dict[str, Any] | None:
+        """Create the run, once.
+
+        Args:
+            spec: recipe and config as JSON-able dicts.
+            incarnation: unique id of this life of the name; caches are keyed by it.
+            version: head to start from (above 0 when restored from a checkpoint).
+            chain: chain of that version.
+
+        Returns:
+            None if this call created it, else the spec of the run that is there.
+        """
+        names = self.keys
+        left_behind = [name for name in names.lasting() if name not in (names.spec, names.head)]
+        with self._during("create", ""):
+            verdict, text = self._script(
+                "create_run",
+                [
+                    *(names.spec, names.head, keys.RUNS, keys.ACTIVE),
+                    *left_behind,
+                    *(names.slots(version), names.leases(version)),
+                ],
+                [
+                    self.run,
+                    json.dumps(spec),
+                    time.time(),
+                    keys.RUN_TTL_SECONDS,
+                    incarnation,
+                    version,
+                    chain,
+                    spec.get("config", {}).get("skew", "admit"),
+                ],
+            )
+        return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
+
+    def spec(self) -> dict[str, Any]:
+        """Recipe and config as submitted.
+
+        Raises:
+            RunNotFound: if no run of that name is known here.
+        """
+        with self._during("read the spec"):
+            text = self.client.get(self.keys.spec)
+        if text is None:
+            raise RunNotFound(
+                f"no run {self.run!r} is known at {keys.PREFIX} on this server; see Master.runs()"
+            )
+        return cast(dict[str, Any], json.loads(cast(str, text)))
+
+    def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
+        """Replace the spec of a run that stands still.
+
+        Args:
+            spec: recipe and config, as `create` takes them.
+            incarnation: from `records.revised`: the same life of the name, another revision.
+            skew: "refuse" or "admit" workers of another environment from now on.
+
+        Returns:
+            False if the run is not paused or failed; nothing changed then.
+        """
+        with self._during("replace the spec"):
+            return bool(
+                self._script(
+                    "respec",
+                    [self.keys.spec, self.keys.head, self.keys.expected],
+                    [json.dumps(spec), keys.RUN_TTL_SECONDS, incarnation, skew],
+                )
+            )
+
+    def switch(
+        self,
+        spec: dict[str, Any],
+        *,
+        step: int,
+        incarnation: str,
+        following: str,
+        total_steps: int | None,
+        data: dict[str, Any],
+    ) -> str:
+        """Change the config from a step on: see scripts/switch.lua.
+
+        Args:
+            spec: with the switch among its "switches".
+            incarnation: what the caller read; `following` replaces it.
+            total_steps: of the whole run after the switch, None before the run is initialised.
+            data: for the event.
+        """
+        with self._during(f"switch the config from step {step} on"):
+            return cast(
+                str,
+                self._script(
+                    "switch",
+                    [self.keys.spec, self.keys.head, self.keys.events],
+                    [
+                        json.dumps(spec),
+                        step,
+                        incarnation,
+                        following,
+                        "" if total_steps is None else total_steps,
+                        keys.RUN_TTL_SECONDS,
+                        json.dumps(data),
+                        keys.EVENTS_KEPT,
+                    ],
+                ),
+            )
+
+    def server_memory(self) -> str:
+        """Identity of the memory that the training server shares with its host; "" for none."""
+        with self._during("ask where the training server is"):
+            return cast(str | None, self.client.hget(self.keys.head, "memory")) or ""
+
+    def incarnation(self) -> str:
+        """The incarnation in force; "" if the run is unknown."""
+        with self._during("read the incarnation"):
+            return cast(str | None, self.client.hget(self.keys.head, "incarnation")) or ""
+
+    def head(self) -> Head:
+        """The present head.
+
+        Raises:
+            RunNotFound: if no run of that name is known here.
+        """
+        with self._during("read the head"):
+            return head_of(self.run, self._call(("HGETALL", self.keys.head))[0])
+
+    def transition(
+        self,
+        status: str,
+        *,
+        allowed: Iterable[str],
+        event: str,
+        data: dict[str, Any] | None = None,
+        error: dict[str, Any] | Literal["keep"] | None = "keep",
+        token: int | None = None,
+        incarnation: str | None = None,
+        shard: tuple[int, int] | None = None,
+    ) -> tuple[bool, str]:
+        """Change the status if the present one is in `allowed`.
+
+        Args:
+            error: stored as the reason; None clears it, "keep" leaves it.
+            token: the training server's fencing token, None for anybody else.
+            incarnation: life of the run that the change is about, None for any.
+            shard: (step, shard) that the change is about: nothing changes once its slot is written
+                or its step committed, as when a straggler fails.
+
+        Returns:
+            (done, status before).
+        """
+        reason = "-" if error == "keep" else "" if error is None else json.dumps(error)
+        with self._during(f"set status {status!r}"):
+            step = self.client.hget(self.keys.head, "version") or 0 if shard is None else shard[0]
+            verdict, before = self._script(
+                "transition",
+                [
+                    self.keys.head,
+                    keys.ACTIVE,
+                    self.keys.events,
+                    self.keys.slots(int(cast(str, step))),
+                    self.keys.leases(int(cast(str, step))),
+                ],
+                [
+                    self.run,
+                    status,
+                    "," + ",".join(allowed) + ",",
+                    event,
+                    json.dumps(data or {}),
+                    reason,
+                    keys.RUN_TTL_SECONDS,
+                    keys.EVENTS_KEPT,
+                    "" if token is None else token,
+                    secrets.token_hex(6),
+                    incarnation or "",
+                    "" if shard is None else shard[0],
+                    "" if shard is None else shard[1],
+                ],
+            )
+        return verdict == "ok", before
+
+    def retire(self, working_steps: Iterable[int] = ()) -> None:
+        """Give every key of a run at rest its last TTL and delete its working set."""
+        with self._during("retire the keys"):
+            pipe = self.client.pipeline(transaction=False)
+            for name in self.keys.lasting():
+                pipe.expire(name, keys.RESULT_TTL_SECONDS)
+            for step in working_steps:
+                pipe.delete(self.keys.slots(step), self.keys.leases(step))
+            pipe.execute()
+
+    def claim_toolchain(self, toolchain: str) -> str:
+        """Say what compiles a run's kernels here; returns what the first worker said, which is in force."""
+        with self._during("claim the toolchain"):
+            return cast(str, self._script("claim_toolchain", [self.keys.head], [toolchain]))
+
+
+def head_of(run: str, found: Any) -> Head:
+    """The head that a server's hash describes.
+
+    Raises:
+        RunNotFound: the hash is empty: no run of that name is known.
+    """
+    if not found:
+        raise RunNotFound(f"no run {run!r} is known on this server; see Master.runs()")
+    return Head.from_hash(pairs(found))

@@ -1,0 +1,101 @@
+"""Records of stored versions, and the ledger's entries."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torchord.cache import keys
+from torchord.cache.errors import CacheError
+from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.records import (
+    LedgerEntry,
+    VersionRecord,
+)
+
+
+class Versions(ControlPlane):
+    """Where versions are stored, and the entries that say how each came about."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Layout of the parameters.
+
+        Raises:
+            CacheError: before a training server has initialised the run.
+        """
+        with self._during("read the manifest"):
+            text = self.client.get(self.keys.manifest)
+        if text is None:
+            raise CacheError(f"run {self.run!r} has no parameters yet; a training server must start it first")
+        return cast(dict[str, Any], json.loads(cast(str, text)))
+
+    def version(self, version: int) -> VersionRecord | None:
+        """Where a version is stored, None if it is not (any more)."""
+        with self._during(f"look up version {version}"):
+            text = self.client.hget(self.keys.versions, str(version))
+        return None if text is None else VersionRecord.from_json(cast(str, text))
+
+    def versions(self) -> dict[int, VersionRecord]:
+        """All stored versions."""
+        with self._during("list the versions"):
+            found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
+        return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
+
+    def put_version(self, record: VersionRecord, *, token: int) -> bool:
+        """Record or replace a stored version (its state was published after the commit).
+
+        Returns:
+            False if another server has taken the run over; then nothing changed.
+        """
+        with self._during(f"record version {record.version}"):
+            reply = self._script(
+                "put_version",
+                [self.keys.head, self.keys.versions],
+                [token, record.version, record.to_json(), keys.RUN_TTL_SECONDS],
+            )
+        return bool(reply == "ok")
+
+    def drop_versions(self, versions: Iterable[int], *, token: int) -> bool:
+        """Forget stored versions; the caller then deletes their bytes.
+
+        Returns:
+            False if another server has taken the run over; then nothing changed.
+        """
+        with self._during("drop versions"):
+            reply = self._script("drop_versions", [self.keys.head, self.keys.versions], [token, *versions])
+        return bool(reply == "ok")
+
+    def pin(self, version: int, *, seconds: float) -> None:
+        """Keep a version stored for a while, beyond its place in the retention."""
+        with self._during(f"pin version {version}"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hset(self.keys.pins, str(version), int((time.time() + seconds) * 1000))
+            pipe.expire(self.keys.pins, keys.RUN_TTL_SECONDS)
+            pipe.execute()
+
+    def entries(self, first: int = 1, last: int | None = None) -> list[LedgerEntry]:
+        """Ledger entries still in Redis, versions `first` to `last`, in order."""
+        with self._during("read the ledger"):
+            if last is None:
+                texts = cast(dict[str, str], self.client.hgetall(self.keys.ledger)).values()
+                found = [LedgerEntry.from_json(text) for text in texts]
+                return sorted((e for e in found if e.version >= first), key=lambda entry: entry.version)
+            if last < first:
+                return []
+            wanted = [str(version) for version in range(first, last + 1)]
+            listed = cast(list[str | None], self.client.hmget(self.keys.ledger, wanted))
+        return [LedgerEntry.from_json(text) for text in listed if text is not None]
+
+    def ledger_size(self) -> int:
+        """How many entries Redis holds."""
+        with self._during("measure the ledger"):
+            return self.client.hlen(self.keys.ledger)
+
+    def trim_entries(self, versions: Iterable[int]) -> None:
+        """Drop entries that are safe on disk."""
+        fields = [str(version) for version in versions]
+        if fields:
+            with self._during("trim the ledger"):
+                self.client.hdel(self.keys.ledger, *fields)
