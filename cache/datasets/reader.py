@@ -29,6 +29,7 @@ from torchord.cache.errors import (
     DatasetDamaged,
     DatasetError,
 )
+from torchord.cache.tensors.codec import padded
 
 _READ_NBYTES = 16 << 20  # fetched at a time; what a reader holds beside the cache
 _REPAIR = "put the same data again with verify=True, then resume the run"
@@ -131,9 +132,9 @@ class StoredDataset(Dataset[Any]):
         return self._fixed(index, rows).view(np.int64)
 
     def _fixed(self, column: Column, rows: Integers) -> Bytes:
-        """Values of one length, shape (len(rows), length)."""
+        """Values of one length, shape (len(rows), length), each on a boundary of 64 bytes."""
         length = column.value_nbytes
-        found = _empty(len(rows) * length).reshape(len(rows), length)
+        found = _empty(len(rows) * padded(length)).reshape(len(rows), padded(length))[:, :length]
         if not length or not len(rows):
             return found
         if column.data.chunk_nbytes % length:

@@ -314,13 +314,14 @@ def decode_rows(column: Column, rows: Bytes) -> list[Any]:
 
     Args:
         column: where they belong.
-        rows: uint8, shape (values, column.value_nbytes), owned by the caller's samples.
+        rows: uint8, shape (values, column.value_nbytes), owned by the caller's samples; one row may lie
+            any multiple of the dtype's size behind the other.
     """
     leaf, shape = column.leaf, column.shape
     assert shape is not None
     if leaf.kind == "tensor":
-        return list(_tensor(rows.reshape(-1), leaf.dtype, (len(rows), *shape)).unbind(0))
-    array = rows.reshape(-1).view(np.dtype(leaf.dtype)).reshape(len(rows), *shape)
+        return list(_tensor(rows, leaf.dtype, (len(rows), *shape)).unbind(0))
+    array = rows.view(np.dtype(leaf.dtype)).reshape(len(rows), *shape)
     if leaf.kind in _PLAIN:
         return array.tolist()  # type: ignore[no-any-return]
     if leaf.kind == "array" and not shape:
@@ -349,7 +350,7 @@ def decode_one(leaf: Leaf, data: Bytes, shape: Sequence[int] | None) -> Any:
 def _tensor(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     if not data.size:  # numpy gives it strides that torch does not take
         return torch.empty(shape, dtype=dtype_of(dtype))
-    return torch.from_numpy(data).view(dtype_of(dtype)).reshape(shape)
+    return torch.from_numpy(data).view(dtype_of(dtype)).view(shape)
 
 
 def assemble(skeleton: Any, columns: Sequence[Sequence[Any]], count: int) -> list[Any]:

@@ -22,7 +22,11 @@ from torchord.cache.errors import InvalidInput, ManifestMismatch
 from torchord.cache.tensors.pinned import host_memory
 
 ALIGNMENT_NBYTES = 64
-"""Offset of each tensor in a buffer is a multiple of this, which suits any vector load."""
+"""Address of each tensor that is computed with, and its offset in a buffer, is a multiple of this.
+
+It suits any vector load, and torch's own allocators keep it. Products of matrices give other bits on some
+processors (AMD with AVX-512) where their operands start elsewhere or have other strides.
+"""
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -119,7 +123,7 @@ def layout(tensors: Mapping[str, Tensor]) -> Manifest:
         _require_dense(name, tensor)
         nbytes = tensor.numel() * tensor.dtype.itemsize
         specs.append(TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype), offset, nbytes))
-        offset = _aligned(offset + nbytes)
+        offset = padded(offset + nbytes)
     return Manifest(tuple(specs), offset)
 
 
@@ -205,6 +209,60 @@ def check(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     for name in tensors:
         if name not in known:
             raise ManifestMismatch(f"tensor {name!r} is in the model but not in the manifest")
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Bring a tensor into the one layout that bits are computed in, whatever view of what it is.
+
+    That layout is the one of a fresh tensor: row-major, on a boundary of 64 bytes.
+
+    Args:
+        tensor: any dtype and device.
+
+    Returns:
+        The tensor itself where it has that layout, or has no dense memory of its own (sparse, quantized,
+        nested, meta); else a copy, through which gradients flow as through the tensor. The copy of a leaf is
+        a leaf.
+    """
+    tensor = tensor.resolve_conj().resolve_neg() if tensor.layout is torch.strided else tensor
+    if has_layout(tensor):
+        return tensor
+    copy = tensor.clone(memory_format=torch.contiguous_format)
+    return copy.detach().requires_grad_(tensor.requires_grad) if tensor.is_leaf else copy
+
+
+def has_layout(tensor: Tensor) -> bool:
+    """Whether `aligned` leaves a tensor as it is."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return True
+    if tensor.is_conj() or tensor.is_neg():
+        return False
+    return row_major(tensor) and starts_aligned(tensor)
+
+
+def row_major(tensor: Tensor) -> bool:
+    """Whether strides are those of a fresh tensor, in dimensions of one element too: kernels look at them."""
+    if not tensor.is_contiguous():
+        return False
+    expected = 1
+    for extent, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= max(extent, 1)
+    return True
+
+
+def padded(nbytes: int) -> int:
+    """A length in bytes, and what is missing to the next boundary of 64."""
+    return -(-nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
+
+
+def starts_aligned(tensor: Tensor) -> bool:
+    """Whether a dense tensor starts on a boundary of 64 bytes; an empty one does."""
+    try:
+        return tensor.data_ptr() % ALIGNMENT_NBYTES == 0
+    except RuntimeError:  # a subclass that wraps others has no memory of its own
+        return True
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
@@ -308,10 +366,6 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
-
-
 def _as_bits(tensor: Tensor) -> Tensor:
     """View elements as integers of their size, so that a copy is a move of bits (complex128 has none)."""
     integer = _SAME_SIZE_INTEGER.get(tensor.dtype.itemsize)
@@ -332,8 +386,8 @@ def _require_buffer(buffer: Tensor, nbytes: int) -> None:
         )
     if buffer.numel() != nbytes:
         raise InvalidInput(f"the buffer has {buffer.numel()} bytes, the manifest says {nbytes}")
-    if nbytes and (buffer.storage_offset() % 16 or buffer.data_ptr() % 16):
-        raise InvalidInput("the buffer must start at a multiple of 16 bytes; allocate it with torch.empty")
+    if nbytes and not (starts_aligned(buffer) and buffer.storage_offset() % 16 == 0):
+        raise InvalidInput("the buffer must start at a multiple of 64 bytes; allocate it with torch.empty")
 
 
 def _validate(manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
-from torchord.cache.tensors.codec import ALIGNMENT_NBYTES, Manifest, dtype_name, dtype_of
+from torchord.cache.tensors.codec import ALIGNMENT_NBYTES, Manifest, aligned, dtype_name, dtype_of
 from torchord.coordinator.compression.layout import Layout
 from torchord.coordinator.compression.number_formats import NumberFormat
 
@@ -226,8 +226,10 @@ class TensorCodec(ABC):
 
         Args:
             name: of the parameter, e.g. for a seed.
-            values: float32 or float64, finite, contiguous, in the parameter's shape.
-            state: what the last `compress` of this parameter returned; empty at first.
+            values: float32 or float64, finite, in the parameter's shape.
+            state: what the last `compress` of this parameter returned; empty at first. These tensors and
+                `values` have the layout of fresh ones (`cache.codec.aligned`), so that what is multiplied
+                has the same bits wherever it was.
             parts: to be written to: zeros, as `layout` says.
             peak: largest magnitude in `values`.
             error: whether the error is wanted. If so, `values` is the callee's to overwrite
@@ -239,7 +241,7 @@ class TensorCodec(ABC):
         """Return the tensor that some parts stand for, in memory of its own.
 
         Args:
-            parts: as `layout` says; their values may be anybody's.
+            parts: as `layout` says; their values may be anybody's, and the first starts aligned.
             shape: of the result.
             dtype: float32 or float64, of the result.
 
@@ -334,7 +336,7 @@ class TensorCodec(ABC):
         if held is not None and not self.feedback:
             raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off.")
         if not self.feedback:
-            return _as_real(gradient.detach().to(wide).resolve_conj().contiguous())
+            return _as_real(aligned(gradient.detach().to(wide)))
         total = torch.empty(shape, dtype=wide, device=gradient.device)
         if held is None:
             total.copy_(gradient)
@@ -354,7 +356,7 @@ class TensorCodec(ABC):
             return None
         real, dtype = _real(shape, wide)
         layout = self.memory.layout(math.prod(real), dtype)
-        packed = expect(_key(name, _HELD), memory[_HELD], (_nbytes(layout),), torch.uint8).clone()  # aligned
+        packed = aligned(expect(_key(name, _HELD), memory[_HELD], (_nbytes(layout),), torch.uint8))
         found = self.memory.unpack(_split(packed, layout), math.prod(real), dtype).view(real)
         return torch.view_as_complex(found) if wide.is_complex else found
 
@@ -374,7 +376,7 @@ class TensorCodec(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return one tensor compressed, and its entries in the next memory."""
         rounded = _real((), dtype)[1] != source.dtype
-        state = {part: value for part, value in memory.items() if part not in ("", _HELD)}
+        state = {part: aligned(value) for part, value in memory.items() if part not in ("", _HELD)}
         layout = self.layout(tuple(source.shape), source.dtype)
         assert layout is not None
         packed = torch.zeros(_nbytes(layout), dtype=torch.uint8, device=source.device)
@@ -397,7 +399,7 @@ class TensorCodec(ABC):
         layout = self._layout(shape, dtype)
         if layout is None or not key.endswith(SEPARATOR + _PACKED):
             raise ManifestMismatch(f"{key!r} is not what this compression writes; was another one used?")
-        parts = _split(expect(key, packed, (_nbytes(layout),), torch.uint8), layout)
+        parts = _split(aligned(expect(key, packed, (_nbytes(layout),), torch.uint8)), layout)
         try:
             real = self.expand(parts, *_real(shape, _WIDE[dtype]))
         except ManifestMismatch as error:

@@ -131,8 +131,6 @@ class PowerSGD(TensorCodec):
         if "q" in state:
             held = expect("q", state["q"], (columns, rank), matrix.dtype).to(matrix.device)
             start = torch.where(held.abs().amax(0) > 0, held, start)
-        if not error:
-            matrix = matrix.clone()  # to memory aligned like everybody's
         left = orthonormalised(matrix @ _scaled(start))
         right = matrix.T @ left
         sent = right

@@ -9,10 +9,12 @@ provided; see `determinism`).
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
 from torchord.cache.errors import InvalidInput
+from torchord.cache.tensors.codec import aligned
 from torchord.cache.tensors.pinned import pinned_copy
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.loss_scale import LossScale, unscale
@@ -310,26 +313,52 @@ def load_batch(
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move every tensor in nested dicts, lists and tuples to a device; the rest stays.
+    """Bring every tensor of a nested batch to a device, in the layout that is computed in (`codec.aligned`).
 
-    Copies to CUDA go through page-locked memory and do not block; objects with a `to` method of their
-    own (such as a Hugging Face `BatchEncoding` or a `PackedSequence`) are asked to move themselves.
+    Whatever views of whatever memory a dataset or collate makes, the model so sees their values alone.
+    A tensor that is at several places stays one. Copies to CUDA go through page-locked memory and do not
+    block.
+
+    Args:
+        value: tensors in dicts, lists, tuples, mappings and dataclasses; objects with a `to` method of
+            their own (such as a Hugging Face `BatchEncoding`) are asked to move themselves first, and what
+            of them is neither mapping nor dataclass is laid out as they please. The rest stays.
+        device: where to.
     """
+    return _brought(value, device, {})
+
+
+def _brought(value: Any, device: torch.device, done: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """See `to_device`; `done` is what was brought: its id -> (itself, so that it keeps its id, result)."""
     if isinstance(value, Tensor):
-        if device.type != "cuda":
-            return value.to(device)
-        return (pinned_copy(value) if value.is_cpu else value).to(device, non_blocking=True)
+        if id(value) not in done:
+            done[id(value)] = (value, _tensor_on(value, device))
+        return done[id(value)][1]
+    inner = partial(_brought, device=device, done=done)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
+        return type(value)(*map(inner, value))
     if type(value) in (list, tuple):
-        return type(value)(to_device(item, device) for item in value)
-    if type(value) is dict:
-        return {key: to_device(item, device) for key, item in value.items()}
+        return type(value)(map(inner, value))
     if hasattr(value, "to") and callable(value.to):
-        return value.to(device)
+        value = value.to(device)
+        if isinstance(value, MutableMapping):
+            for key, item in list(value.items()):
+                value[key] = inner(item)
+            return value
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: inner(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        value = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):  # frozen ones, too
+                object.__setattr__(value, field.name, inner(getattr(value, field.name)))
     return value
+
+
+def _tensor_on(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return aligned(tensor.to(device))
+    return aligned((pinned_copy(tensor) if tensor.is_cpu else tensor).to(device, non_blocking=True))
 
 
 def formatted(batch: Any, config: TrainingConfig) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
-from torchord.cache.tensors.codec import Manifest, layout, pack, views
+from torchord.cache.tensors.codec import Manifest, layout, pack, row_major, starts_aligned, views
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
@@ -54,6 +54,8 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+        if device.type == "cpu":
+            _align(model)
         self.model = model
         self.config = config
         self.device = device
@@ -193,7 +195,7 @@ class Replica:
         """
         if self.spoilt():
             self._copies = True
-        if self._copies or not all(p.is_contiguous() for p in self.parameters.values()):
+        if self._copies or not all(map(row_major, self.parameters.values())):
             self.load(buffer)
             return
         self._take(buffer)
@@ -344,6 +346,17 @@ def _formatted(model: nn.Module, config: TrainingConfig | None) -> nn.Module:
     if config is not None and config.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+@torch.no_grad()
+def _align(model: nn.Module) -> None:
+    """Move parameters and buffers that start elsewhere, such as numpy's, to boundaries of 64 bytes.
+
+    Their order in memory is the recipe's and stays; a tensor that shared memory with them does no more.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not starts_aligned(tensor):
+            tensor.data = tensor.data.clone()
 
 
 def _homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[_BufferHome]]:

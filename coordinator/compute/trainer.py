@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from torchord.cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
+from torchord.cache.tensors.codec import aligned, starts_aligned
 from torchord.coordinator.compute.deltas import Delta, DeltaEncoder
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.loss_scale import exhausted
@@ -244,6 +245,8 @@ class Trainer:
             self.optimizer.step()
         except Exception as error:
             raise RunFailed(f"step {step}: the optimizer raised {type(error).__name__}: {error}") from error
+        if not _torchs_own(self.optimizer):  # whose state is laid out like the parameters
+            _lay_out(self.optimizer)
         self.replica.write(buffers)
 
     def _must_stop(self, loss: float) -> bool:
@@ -334,6 +337,7 @@ def restore_optimizer(
     try:
         optimizer.load_state_dict(saved)
         _undo_casts(optimizer, saved)
+        _lay_out(optimizer)
         if (scheduler is None) != (tree["scheduler"] is None):
             raise ValueError("one has a scheduler, the other has none")
         if scheduler is not None:
@@ -345,11 +349,7 @@ def restore_optimizer(
 
 
 def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Give state tensors what they had when they were saved, after load_state_dict.
-
-    That casts them to the parameter's dtype; and a stored state is contiguous, while a fresh one has the
-    parameter's order in memory.
-    """
+    """Give state tensors the dtype that they were saved with; load_state_dict casts to the parameter's."""
     order = [p for group in optimizer.param_groups for p in group["params"]]
     ids = [i for group in saved["param_groups"] for i in group["params"]]
     for number, parameter in zip(ids, order, strict=True):
@@ -357,10 +357,37 @@ def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> N
         for key, value in saved["state"].get(number, {}).items():
             loaded = current.get(key)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                current[key] = loaded = value.to(loaded.device)
-            same = isinstance(loaded, Tensor) and loaded.shape == parameter.shape
-            if same and loaded.stride() != parameter.stride():
-                current[key] = torch.empty_like(parameter, dtype=loaded.dtype).copy_(loaded)
+                current[key] = value.to(loaded.device)
+
+
+@torch.no_grad()
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the state into one layout, the same after a step as after `restore_optimizer`.
+
+    What has a parameter's shape gets its order in memory, like a fresh one; all else is row-major, while
+    an optimizer may have left it otherwise (the factors of a matrix come column by column).
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            state[key] = _laid_out(value, parameter)
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        if value.shape != parameter.shape or value.device != parameter.device:
+            return aligned(value)
+        if value.stride() == parameter.stride() and starts_aligned(value):
+            return value
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    if type(value) is list:
+        return [_laid_out(item, parameter) for item in value]
+    if type(value) is dict:
+        return {key: _laid_out(item, parameter) for key, item in value.items()}
+    return value
+
+
+def _torchs_own(optimizer: torch.optim.Optimizer) -> bool:
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
 def _require_optimizer(optimizer: Any, replica: Replica) -> None:

@@ -144,8 +144,8 @@ def test_unusable_buffers_are_refused():
     for buffer in (torch.zeros(64), torch.zeros(8, 8, dtype=torch.uint8), torch.zeros(63, dtype=torch.uint8)):
         with pytest.raises(InvalidInput):
             codec.views(buffer, manifest)
-    with pytest.raises(InvalidInput, match="multiple of 16"):
-        codec.views(torch.zeros(65, dtype=torch.uint8)[1:], manifest)
+    with pytest.raises(InvalidInput, match="multiple of 64"):
+        codec.views(torch.zeros(80, dtype=torch.uint8)[16:], manifest)
 
 
 def test_sparse_and_meta_tensors_are_refused():

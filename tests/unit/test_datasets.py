@@ -41,6 +41,7 @@ from torchord.cache.errors import (
     NotAllowed,
 )
 from torchord.cache.settings import Settings
+from torchord.cache.tensors.codec import has_layout
 from torchord.coordinator.compute.gradient import load_batch
 from torchord.coordinator.spec.recipe import resolve
 
@@ -202,6 +203,18 @@ def test_batches_have_the_bytes_of_the_dataset_in_memory(datasets: Datasets) -> 
         indices = [3, 49, 0, 3, 17]
         ours, theirs = load_batch(datasets.open(name), indices), load_batch(source, indices)
         assert type(ours) is type(theirs) and all(map(same, ours, theirs))
+
+
+@pytest.mark.parametrize("chunk_nbytes", [512, 100])
+def test_samples_lie_alike_alone_and_among_others(datasets: Datasets, chunk_nbytes: int) -> None:
+    """What a dataset around it multiplies has the same bits, whatever else was asked for with the sample."""
+    rows = torch.randn(20, 5, 3)
+    samples = [(row, row.numpy(), row[: 1 + i % 4, 0]) for i, row in enumerate(rows)]
+    datasets.put("d", samples, chunk_nbytes=chunk_nbytes)
+    found = datasets.open("d")
+    for some in (found.__getitems__([7, 3, 4, 19]), [found[7]], [found[3]]):
+        for whole, array, ragged in some:
+            assert has_layout(whole) and has_layout(torch.from_numpy(array)) and has_layout(ragged)
 
 
 def test_indices(datasets: Datasets) -> None:
