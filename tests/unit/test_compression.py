@@ -819,7 +819,7 @@ def test_an_import_path_is_resolved_within_the_allow_list() -> None:
     with pytest.raises(ConfigError, match="made a OrderedDict, but must make a codec"):
         parse("collections:OrderedDict", resolve=Admission(("*",)).fetch)
     assert isinstance(
-        parse("torchord.coordinator.compression:TopK:0.1", resolve=Admission(("coordinator",)).fetch), Codec
+        parse("torchord.coordinator.compression:TopK:0.1", resolve=Admission(("torchord",)).fetch), Codec
     )
 
 
