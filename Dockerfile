@@ -35,9 +35,7 @@ COPY --chown=torchord:torchord examples /app/examples
 COPY --chown=torchord:torchord flowerconfig.py /app/
 USER torchord
 
-# Celery takes the working directory off the import path once it has found the app.
-ENV PYTHONPATH=/app \
-    TORCHORD_CHECKPOINT_DIR=/var/lib/torchord/checkpoints
+ENV TORCHORD_CHECKPOINT_DIR=/var/lib/torchord/checkpoints
 VOLUME /var/lib/torchord/checkpoints /var/lib/torchord/tensorboard
 
 # Celery finishes the task in hand on SIGTERM.

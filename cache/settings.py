@@ -32,8 +32,8 @@ class Settings:
         cache_weights: relative share of each of `cache_urls`, in their order; empty means equal.
         cache_connections: sockets per node that one operation uses at a time.
         checkpoint_dir: directory or fsspec URL under which each run has a folder.
-        allowed_modules: module prefixes that a worker may import recipes from; None means
-            what lies under the directory that the worker was started in, and `torch`.
+        allowed_modules: module prefixes that a worker may import recipes from, "." for what lies under
+            the directory that the worker was started in; None means "." and "torch".
         host_cache: whether processes of one host share fetched versions.
         keep_memory: whether a worker keeps the memory that it frees for its next step.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".

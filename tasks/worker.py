@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +19,7 @@ from torchord.coordinator.messages.task_names import UPDATES, private_queue
 from torchord.coordinator.runtime import faults
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
+from torchord.tasks.start import announce, import_from_working_directory
 
 # What needs torch is imported where it is used: Flower and the `celery` commands load this module too.
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from torchord.coordinator.server.supervisor.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
-
-# Celery takes the working directory off the path once it has found the app, but a worker may import
-# recipes from there: last, so that nothing in it hides an installed module.
-if os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())
 
 
 class Process:
@@ -201,6 +196,8 @@ def _named(sender: str, instance: Any, **_: Any) -> None:
     _node = sender
     _queues = tuple(sorted(instance.app.amqp.queues.consume_from))
     instance.app.conf[_QUEUES_SETTING] = _queues
+    if not instance.quiet:
+        announce(settings)
 
 
 @signals.after_setup_logger.connect
@@ -214,6 +211,7 @@ def _quiet(**_: Any) -> None:
 @signals.worker_init.connect
 def _preload(**_: Any) -> None:
     """Import torch before the pool starts: children share its pages, the first task does not wait."""
+    import_from_working_directory()
     if settings.keep_memory:
         keep_memory()  # before torch has threads; children inherit it
     import torch

@@ -14,9 +14,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import site
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,10 +26,10 @@ from typing import Literal, Self
 from torchord.cache.errors import InvalidInput, NoWorker
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, tail
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
+from torchord.coordinator.local_cluster.import_path import for_workers
 
 READY_SECONDS = 60.0
 READY_MARK = b" ready."
-ROOT = Path(__file__).absolute().parents[3]  # above torchord/
 QUEUES: Mapping[str, str] = MappingProxyType({"server": "updates", "client": "gradients"})
 # What would make a child talk to another broker than this cluster's, or load another app.
 FOREIGN = (
@@ -387,8 +385,7 @@ class LocalCluster:
         return f"{name}@%h" if self._url is None else f"{name}-{self._owner}@%h"
 
     def _argv(self, name: str, role: Role, queues: str | None) -> tuple[str, ...]:
-        # -P: the directory that we run in comes after torchord on the path, so that a stranger's
-        # `tasks.py` there is not taken for ours.
+        # -P: the directory that we run in stands where PYTHONPATH has it, and not before all else.
         argv = [sys.executable, "-P", "-m", "celery", "-A", self._app, "worker", "-n", self._node(name)]
         queues = queues or (None if role == "single" else self._queues[role])
         concurrency = self._concurrency if role != "server" else 1
@@ -425,22 +422,12 @@ def _report(worker: WorkerProcess, what: str) -> str:
 def _environment(url: str, checkpoint_dir: str | Path | None) -> dict[str, str | None]:
     """Changes to the environment that make a worker serve this cluster and import what we can import."""
     changes: dict[str, str | None] = dict.fromkeys(FOREIGN)
-    changes |= {"TORCHORD_URL": url, "PYTHONPATH": os.pathsep.join(_import_path()), "PYTHONUNBUFFERED": "1"}
+    changes |= {
+        "TORCHORD_URL": url,
+        "PYTHONPATH": os.pathsep.join(map(str, for_workers())),
+        "PYTHONUNBUFFERED": "1",
+    }
     if checkpoint_dir is not None:
         text = str(checkpoint_dir)
         changes["TORCHORD_CHECKPOINT_DIR"] = text if "://" in text else str(Path(text).absolute())
     return changes
-
-
-def _import_path() -> list[str]:
-    """Torchord's root, the current directory, then what our own import path has beyond an installation.
-
-    The last part carries PYTHONPATH and the directory of a script, so that a recipe which can be
-    imported here can be imported by a worker.
-    """
-    installed = {Path(path) for path in (*sysconfig.get_paths().values(), *site.getsitepackages())}
-    installed |= {Path(site.getusersitepackages())}
-    extra = (Path(entry).absolute() for entry in sys.path if entry and Path(entry).is_dir())
-    beyond = (path for path in extra if not any(path == base or base in path.parents for base in installed))
-    root = () if ROOT in installed else (ROOT,)
-    return list(dict.fromkeys(str(path) for path in (*root, Path.cwd(), *beyond)))

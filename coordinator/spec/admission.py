@@ -21,6 +21,13 @@ from typing import Any
 
 from torchord.cache.errors import NotAllowed, RecipeError
 
+HERE = "."
+"""The word of an allow-list for the modules whose file lies under the directory that the worker was
+started in and belongs to no installed package."""
+
+DEFAULT_ALLOWED = (HERE, "torch")
+"""The allow-list of a worker that was given none."""
+
 START_DIRECTORY = Path.cwd().resolve()
 """The directory that the process was started in, as seen when this module was first imported."""
 
@@ -86,15 +93,30 @@ class Admission:
     """The rule of one worker.
 
     Attributes:
-        allowed: module prefixes that may be imported, each with what lies below it ("torch"
-            means `TORCH_MODULES`, "*" means anything, for a process that wrote the recipe
-            itself); None: modules whose file lies under `directory` and is no
-            installed package, and `TORCH_MODULES`.
-        directory: where the worker was started; consulted only if `allowed` is None.
+        allowed: module prefixes that may be imported, each with what lies below it ("." means
+            modules whose file lies under `directory` and is no installed package, "torch" means
+            `TORCH_MODULES`, "*" means anything, for a process that wrote the recipe itself);
+            None: `DEFAULT_ALLOWED`.
+        directory: where the worker was started; consulted only if "." is allowed.
+        needs: all targets of the recipe, so that a refusal can say at once what it takes to admit it.
     """
 
     allowed: tuple[str, ...] | None
     directory: Path = field(default_factory=lambda: START_DIRECTORY)
+    needs: tuple[str, ...] = ()
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """The allow-list in force."""
+        return DEFAULT_ALLOWED if self.allowed is None else self.allowed
+
+    def describe(self) -> str:
+        """What is admitted, in words: "modules under /home/me/project and the building blocks of torch"."""
+        if "*" in self.listed:
+            return "every module"
+        words = {HERE: f"modules under {self.directory}", "torch": "the building blocks of torch"}
+        *first, last = (words.get(name, name) for name in self.listed or ("nothing",))
+        return f"{', '.join(first)} and {last}" if first else last
 
     def load(self, module: str) -> ModuleType:
         """Import a module, its parents first, each judged before any of it runs.
@@ -170,7 +192,7 @@ class Admission:
     def _judge(self, name: str, spec: ModuleSpec, *, target: str, last: bool) -> None:
         if not last and spec.origin is None and spec.submodule_search_locations is not None:
             return  # a namespace package has no code of its own; its child is judged next
-        if not last and self.allowed is not None and any(within(p, name) for p in self.allowed):
+        if not last and any(within(p, name) for p in self.listed):
             return  # the allow-list names something below this package, so it admits the package's own file
         if not last and any(within(part, name) for part in TORCH_MODULES):
             return  # torch is running already; its submodule is judged next
@@ -180,18 +202,17 @@ class Admission:
     def _permits(self, name: str, spec: ModuleSpec | None, file: str | None) -> bool:
         if name == "__main__":
             return False
-        if self.allowed is not None and "*" in self.allowed:
+        if "*" in self.listed:
             return True
         if within(name, "torch"):
-            default = self.allowed is None or "torch" in self.allowed
-            return (default and torch_admits(name)) or self._names(name)
-        if self.allowed is not None:
-            return self._names(name)
-        return file is not None and _is_project_file(Path(file), self.directory)
+            return ("torch" in self.listed and torch_admits(name)) or self._names(name)
+        if self._names(name):
+            return True
+        return HERE in self.listed and file is not None and _is_project_file(Path(file), self.directory)
 
     def _names(self, name: str) -> bool:
         """Whether the allow-list itself names the module (for torch: a part of it)."""
-        listed = [prefix for prefix in self.allowed or () if prefix not in ("torch", "*")]
+        listed = [prefix for prefix in self.listed if prefix not in ("torch", "*")]
         if within(name, "torch._C") and torch_admits(
             name
         ):  # where functions of torch.nn and others really live
@@ -199,17 +220,35 @@ class Admission:
         return any(within(name, prefix) for prefix in listed)
 
     def _refusal(self, name: str, target: str) -> NotAllowed:
-        prefix = name if within(name, "torch") and not torch_admits(name) else name.partition(".")[0]
-        rule = (
-            f"modules under {self.directory} and the building blocks of torch"
-            if self.allowed is None
-            else ", ".join(self.allowed) or "nothing"
-        )
-        listed = ",".join(dict.fromkeys((*(self.allowed or ("torch",)), prefix)))
+        others = (_prefix(module) for module in map(_module, self.needs) if self._would_refuse(module))
+        missing = dict.fromkeys((_prefix(name), *others))
         return NotAllowed(
-            f"this worker may not import {name!r}, which the recipe needs for {target!r} (it admits {rule}); "
-            f"to allow it, start the worker with TORCHORD_ALLOWED_MODULES={listed}"
+            f"this worker may not import {name!r}, which the recipe needs for {target!r} (it admits "
+            f"{self.describe()}); to allow it, start the worker with "
+            f"TORCHORD_ALLOWED_MODULES={','.join(dict.fromkeys((*self.listed, *missing)))}"
         )
+
+    def _would_refuse(self, module: str) -> bool:
+        """Whether a module that is there would be refused, from its outermost package; nothing is run."""
+        if within(module, "torch") or self._names(module):
+            return not self._permits(module, None, None)
+        outermost = module.partition(".")[0]
+        try:
+            spec = importlib.util.find_spec(outermost)
+        except (ImportError, ValueError, AttributeError):
+            return False
+        if spec is None or spec.origin is None:
+            return False
+        return not self._permits(outermost, spec, spec.origin if spec.has_location else None)
+
+
+def _module(target: str) -> str:
+    return target.partition(":")[0]
+
+
+def _prefix(module: str) -> str:
+    """What an allow-list names to admit a module: its outermost package, or a part of torch."""
+    return module if within(module, "torch") and not torch_admits(module) else module.partition(".")[0]
 
 
 def _find(name: str, target: str) -> ModuleSpec:

@@ -19,7 +19,13 @@ from types import MethodType, ModuleType
 from typing import Any, TypeAlias
 
 from torchord.cache.errors import NotAllowed, RecipeError
-from torchord.coordinator.spec.admission import START_DIRECTORY, Admission, present_name, source_file
+from torchord.coordinator.spec.admission import (
+    OWN_TARGETS,
+    START_DIRECTORY,
+    Admission,
+    present_name,
+    source_file,
+)
 
 
 @dataclass(frozen=True)
@@ -180,9 +186,9 @@ def resolve(
     Args:
         spec: from `Recipe.to_spec`.
         allowed: module prefixes that may be imported ("my_models" admits "my_models.cnn", not
-            "my_models2"); None: modules whose file lies under `directory` and belongs to no
-            installed package, and the parts of torch in `admission.TORCH_MODULES`. A listed
-            "torch" means those parts, too; other parts of torch are listed by name.
+            "my_models2"); "." admits modules whose file lies under `directory` and belongs to no
+            installed package, "torch" the parts of torch in `admission.TORCH_MODULES` (others are
+            listed by name). None: (".", "torch").
         directory: where this process was started, the default.
 
     Raises:
@@ -191,8 +197,10 @@ def resolve(
         RecipeError: a module or attribute does not exist here, or is not callable.
     """
     recipe = Recipe.from_spec(spec)
-    admission = Admission(allowed, directory or START_DIRECTORY)
-    found = {name: _bind(name, entry, admission) for name, entry in _entries(recipe).items()}
+    entries = _entries(recipe)
+    targets = {entry.target for entry in entries.values() if isinstance(entry, Target)}
+    admission = Admission(allowed, directory or START_DIRECTORY, tuple(sorted(targets - OWN_TARGETS)))
+    found = {name: _bind(name, entry, admission) for name, entry in entries.items()}
     metrics = {name.partition(".")[2]: call for name, call in found.items() if name.startswith("metrics.")}
     plain = {field.name: found.get(field.name) for field in fields(ResolvedRecipe)}
     return ResolvedRecipe(**{**plain, "metrics": metrics})  # type: ignore[arg-type]

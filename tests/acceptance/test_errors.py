@@ -46,8 +46,8 @@ from torchord.cache.errors import (
 )
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.settings import Settings
-from torchord.coordinator.local_cluster.cluster import ROOT
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
+from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.plan import Plan
 

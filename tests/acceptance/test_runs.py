@@ -21,7 +21,7 @@ from tests.support import models, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, Recipe, TrainingConfig
-from torchord.coordinator.local_cluster.cluster import ROOT
+from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.spec.plan import Plan
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=6, evaluate_every=3)

@@ -18,7 +18,7 @@ from tests.support.fleet import Fleet, fleet
 from tests.support.waiting import wait_until
 from torchord import Master, TrainingConfig
 from torchord.cache.errors import CacheUnreachable
-from torchord.coordinator.local_cluster.cluster import ROOT
+from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.messages import task_names
 from torchord.coordinator.messages.broker import celery_url
 

@@ -18,8 +18,9 @@ from celery import Celery
 from tests.support.processes import MARK, describe, guardian_pid, marked, responds
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord.cache.errors import CacheUnreachable, InvalidInput, NoWorker
-from torchord.coordinator.local_cluster.cluster import ROOT, LocalCluster
+from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
+from torchord.coordinator.local_cluster.import_path import ROOT
 
 STUB = "tests.support.stub_app"
 Start = Callable[..., LocalCluster]
@@ -163,8 +164,8 @@ def test_the_workers_use_this_cluster_whatever_the_shell_says(
     assert environment["TORCHORD_CHECKPOINT_DIR"] == str(tmp_path / "here")
     assert environment["EXTRA"] == "1"
     path = environment["PYTHONPATH"].split(os.pathsep)
-    assert path[0] == str(ROOT)
-    assert str(tmp_path / "recipes") in path
+    assert path[0] == str(tmp_path / "recipes"), "in the order of this program's own path"
+    assert path[-1] == str(Path.cwd())
     assert not [entry for entry in path if "site-packages" in entry or entry.endswith("lib-dynload")]
     assert add(cluster.url, 1, 2, "gradients") == 3
 

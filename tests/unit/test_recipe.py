@@ -317,8 +317,37 @@ def test_modules_elsewhere_are_refused_and_do_not_run(project: Path) -> None:
         with pytest.raises(NotAllowed) as refused:
             resolve(spec_of(model=entry(target)), allowed=None, directory=here)
         root = target.partition(":")[0].partition(".")[0]
-        assert f"TORCHORD_ALLOWED_MODULES=torch,{root}" in str(refused.value)
+        assert str(refused.value).endswith(f"TORCHORD_ALLOWED_MODULES=.,torch,{root}")
         assert "'model'" in str(refused.value)
+    assert list(project.rglob("*.ran")) == []
+
+
+def test_the_list_in_a_refusal_admits_the_recipe_when_it_is_set_to_the_letter(project: Path) -> None:
+    for name in ("here/mine.py", "library_a/__init__.py", "library_a/inner.py", "library_b.py"):
+        write(project / name, "def f(): return 1\n")
+    here = project / "here"
+    spec = spec_of(model=entry("mine:f"), dataset=entry("library_a.inner:f"), optimizer=entry("library_b:f"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(here))
+        with pytest.raises(NotAllowed) as refused:
+            resolve(spec, allowed=None, directory=here)
+        setting = str(refused.value).rpartition("TORCHORD_ALLOWED_MODULES=")[2]
+        assert setting == ".,torch,library_a,library_b"
+        assert resolve(spec, allowed=tuple(setting.split(",")), directory=here).model() == 1
+        with pytest.raises(NotAllowed, match=r"it admits library_b.*=library_b,mine,library_a,torch$"):
+            resolve(spec, allowed=("library_b",), directory=here)
+
+
+def test_the_start_directory_is_a_word_of_the_list(project: Path) -> None:
+    write(project / "here/mine.py", "def f(): return 1\n")
+    write(project / "elsewhere.py", LEAVES_A_TRACE)
+    here = project / "here"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(here))
+        spec = spec_of(model=entry("mine:f"), dataset=entry("mine:f"), optimizer=entry("mine:f"))
+        assert resolve(spec, allowed=(".", "torch"), directory=here).model() == 1
+        with pytest.raises(NotAllowed, match=r"it admits modules under .*here and the building blocks of"):
+            resolve(spec_of(model=entry("elsewhere:f")), allowed=(".", "torch"), directory=here)
     assert list(project.rglob("*.ran")) == []
 
 
