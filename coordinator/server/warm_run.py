@@ -7,8 +7,9 @@ from weakref import ref
 
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import VersionRecord
+from torchord.cache.ledger.records import LedgerEntry, VersionRecord
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.services import RunContext, Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, Collector
@@ -67,6 +68,19 @@ class WarmRun:
     def run(self) -> str:
         """The run's name."""
         return self.context.run
+
+    def take(
+        self, entry: LedgerEntry, record: VersionRecord, committed: Committed, *, spent: list[BlobRef]
+    ) -> None:
+        """Note a commit: `trainer` holds the version that it made.
+
+        Args:
+            spent: gradient bytes and slot states that nobody needs any more.
+        """
+        self.version, self.chain, self.record = entry.version, entry.chain, record
+        self.committed_at, self.seconds = entry.committed_at, entry.seconds
+        self.spent = spent
+        self.stored, self.pinned = committed.stored, committed.pinned
 
     def oldest_needed(self) -> int:
         """The oldest version that a step from here on is computed at."""

@@ -7,30 +7,30 @@ from typing import Any
 
 import pytest
 
-from torchord.coordinator.server.server import TrainingServer
+from torchord.coordinator.server.finish import Finish
 
 
-class Server(TrainingServer):
+class Ends(Finish):
     """Notes the versions whose evaluation it would launch."""
 
     def __init__(self) -> None:
         self.launched: list[int] = []
 
-    def _launch_evaluation(self, warm: Any) -> None:
+    def launch_evaluation(self, warm: Any) -> None:
         self.launched.append(warm.version)
 
 
 def evaluated(every: int | None, evaluation: object = "a dataset", total: int = 6) -> list[int]:
     """The versions of a run of `total` steps at which an evaluation is launched beside the steps."""
-    server = Server()
+    ends = Ends()
     for version in range(total + 1):
         context = SimpleNamespace(
             config=SimpleNamespace(evaluate_every=every),
             plan=lambda: SimpleNamespace(total_steps=total),
             recipe=SimpleNamespace(evaluation=evaluation),
         )
-        server._evaluate_if_due(SimpleNamespace(version=version, context=context))  # type: ignore[arg-type]
-    return server.launched
+        ends.evaluate_if_due(SimpleNamespace(version=version, context=context))  # type: ignore[arg-type]
+    return ends.launched
 
 
 @pytest.mark.parametrize(

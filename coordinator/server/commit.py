@@ -1,0 +1,341 @@
+"""A step's way into the ledger: average, optimizer, stored version, entry, commit, next chord.
+
+Nothing here decides whether this process may act: the commit is a compare-and-swap of the head under
+the fencing token, and whoever was overtaken learns it there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.errors import ChunkCorrupt, ChunkMissing, Fenced, ManifestMismatch, NonFinite, RunError
+from torchord.cache.ledger.answers import Committed
+from torchord.cache.ledger.records import (
+    PARTIAL_SUMS,
+    Launch,
+    LedgerEntry,
+    SlotRecord,
+    StateRecord,
+    VersionRecord,
+)
+from torchord.coordinator.compute.sums import Aggregate
+from torchord.coordinator.compute.trainer import ApplyReport
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.runtime import cache_report as tiers
+from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
+from torchord.coordinator.server.step_slots import loss_of, nonfinite, receipts_of, roots_of, send_missing
+from torchord.coordinator.server.step_sum import StepSum
+from torchord.coordinator.server.upkeep import Upkeep
+from torchord.coordinator.server.warm_run import WarmRun
+
+_FAR_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A step that was committed.
+
+    Attributes:
+        receipt: what Flower shows of it.
+        committed: the ledger's answer.
+        drafted: the chord that was to be launched with it, None if there was none.
+    """
+
+    receipt: dict[str, Any]
+    committed: Committed
+    drafted: Launch | None
+
+
+class StepCommit:
+    """Applies complete steps of warm runs, commits them and launches the next, for one training server.
+
+    Args:
+        services: connections and stores of the process.
+        sender: publishes the next steps.
+        upkeep: says which versions a commit may drop.
+        worker: id of the process, for the ledger's entries.
+        queue: its private queue, where the chords call back.
+        fault: called with the name of each point of the protocol; tests use it to die there.
+
+    Attributes:
+        read_nbytes: what the last update had to read from the chunk store, in bytes.
+        before: what the cache's tiers had done when the server was called.
+    """
+
+    def __init__(
+        self, services: Services, sender: Sender, upkeep: Upkeep, *, worker: str, queue: str, fault: Hook
+    ) -> None:
+        self.services = services
+        self.sender = sender
+        self.upkeep = upkeep
+        self.worker = worker
+        self.queue = queue
+        self.fault = fault
+        self.read_nbytes = 0
+        self.before = tiers.snapshot(services)
+
+    # --- one step -------------------------------------------------------------------------
+
+    def apply(self, warm: WarmRun, present: dict[int, SlotRecord] | None, launched: int) -> Applied | None:
+        """Apply and commit the present step if every slot is there; None if one is missing.
+
+        Args:
+            present: all its slots, where they have just been read.
+            launched: the last step that is launched; the one after goes out with the commit.
+
+        Raises:
+            Fenced: another server or a person acted; what `warm` holds is ahead of the head.
+            RunError: a replayed step gave other bytes than before.
+            NonFinite: the gradients are not finite and the config asks to stop then.
+            ChunkMissing, ChunkCorrupt: a slot's bytes are lost; it was opened again.
+        """
+        step, tree = warm.version, warm.context.plan().fan_in(warm.version)
+        if present is None:
+            present = roots_of(warm.ledger, step, tree)
+        if present is None or len(present) < len(tree.roots):
+            return None
+        slots = [present[root] for root in tree.roots]
+        # The average, and the optimizer's step.
+        self.fault("server.before_apply")
+        self._adopt(warm)
+        report, loss = self._update(warm, slots)
+        self.fault("server.after_apply")
+        # The new version's bytes: before the record that points to them.
+        draft = self._stored(warm, slots)
+        self.fault("server.after_publish")
+        # The ledger's entry and the version's record, and with them the next chord.
+        entry = self._entry(warm, slots, report, loss, draft)
+        record, unused = self._record(warm, slots, draft, entry)
+        drafted = self._draft(warm, after=launched)
+        committed = warm.ledger.commit(
+            step=step,
+            token=warm.token,
+            shards=tree.total,
+            entry=entry,
+            record=record,
+            event={**_step_event(entry), "tiers": tiers.since(self.before, self.services)},
+            drop=() if warm.record.slots or record.slots else self.upkeep.outlived(warm),
+            launch=drafted,
+        )
+        self.fault("server.after_commit")
+        if committed.verdict != "ok":
+            self.services.chunks.delete(record.own_blobs())
+            raise _refusal(warm, committed.verdict)
+        warm.take(entry, record, committed, spent=[*(slot.blob for slot in slots), *unused])
+        return Applied(self._receipt(warm, entry), committed, drafted)
+
+    def _stored(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> VersionRecord:
+        """Store the version that the trainer has made, and its difference where Clients read differences."""
+        step, replica = warm.version, warm.trainer.replica
+        flat = replica.pack(self.services.chunks.draft(replica.nbytes()))
+        draft = self.services.parameters.publish(
+            warm.ledger, step + 1, flat, chain="", announced=self._far(warm, slots)
+        )
+        if (delta := warm.trainer.delta) is None:
+            return draft
+        return self.services.parameters.publish_delta(
+            warm.ledger, draft, warm.record, delta.compression, delta.payload, delta.buffers
+        )
+
+    def _entry(
+        self,
+        warm: WarmRun,
+        slots: Sequence[SlotRecord],
+        report: ApplyReport,
+        loss: float,
+        draft: VersionRecord,
+    ) -> LedgerEntry:
+        step, plan, now = warm.version, warm.context.plan(), time.time()
+        receipts, sums = receipts_of(slots)
+        return LedgerEntry(
+            version=step + 1,
+            slots=tuple(receipts),
+            parameters=draft.digest,
+            loss=loss,
+            grad_norm=report.grad_norm,
+            examples=sum(slot.examples for slot in slots),
+            seconds=max(0.0, now - warm.committed_at),
+            committed_at=now,
+            token=warm.token,
+            server=self.worker,
+            skipped=report.skipped,
+            lr=tuple(report.lr),
+            previous=warm.chain,
+            notes={
+                **({"switch": plan.switches[step]} if step in plan.switches else {}),
+                **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
+            },
+        ).sealed()
+
+    def _record(
+        self, warm: WarmRun, slots: Sequence[SlotRecord], draft: VersionRecord, entry: LedgerEntry
+    ) -> tuple[VersionRecord, list[BlobRef]]:
+        """The version's record with what its slots keep, and the blobs of states that nobody will need."""
+        states = self._new_states(warm, slots)
+        kept = dict(warm.record.slots) if warm.context.keeps_state(warm.version) else {}
+        if entry.skipped:  # for a NaN: it changes no slot's state, and what it made is of no use
+            unused = [blob for state in states.values() for blob in state.blobs()]
+            return replace(draft, chain=entry.chain, slots=kept), unused
+        return replace(draft, chain=entry.chain, slots={**kept, **states}), []
+
+    def _receipt(self, warm: WarmRun, entry: LedgerEntry) -> dict[str, Any]:
+        return {
+            "run": warm.run,
+            "status": "committed",
+            "step": entry.version - 1,
+            "version": entry.version,
+            "loss": entry.loss,
+            "grad_norm": entry.grad_norm,
+            "examples": entry.examples,
+            "nbytes": sum(slot.nbytes for slot in entry.slots),
+            "skipped": entry.skipped,
+            "worker": self.worker,
+        }
+
+    def _far(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> bool:
+        """Whether Clients read versions from the chunk store, so that they are told while one is stored."""
+        if "fetch" not in self.services.settings.overlap:
+            return False
+        if any(slot.fetched == "store" for slot in slots):  # who reads ahead into the host's tier says "host"
+            warm.far_until = warm.version + _FAR_STEPS
+        least = LEAST_CHUNKS * self.services.chunks.chunks.chunk_nbytes
+        far = self.read_nbytes >= least or warm.version < warm.far_until
+        return far and warm.trainer.replica.nbytes() >= least
+
+    def _draft(self, warm: WarmRun, *, after: int) -> Launch | None:
+        """The chord that the commit of the present step makes possible, None if there is none or several."""
+        plan, following = warm.context.plan(), warm.version + 1
+        if following >= plan.total_steps:
+            return None
+        steps = [step for step in plan.window(following) if step > after]
+        if len(steps) != 1:
+            return None
+        tree = plan.fan_in(steps[0])
+        return self.sender.drafted(
+            warm.run,
+            steps[0],
+            range(tree.shards),
+            callback_queue=self.queue,
+            version=plan.version_for(steps[0]),
+            incarnation=warm.context.incarnation,
+            joining=len(tree.partials),
+        )
+
+    def _update(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> tuple[ApplyReport, float]:
+        """Average the slots in slot order and step the optimizer."""
+        trainer = warm.trainer
+        loss, bad = loss_of(slots), nonfinite(slots)
+        before = self.services.chunks.counters.store_nbytes
+        mean = self._sum(warm, slots)
+        self.read_nbytes = self.services.chunks.counters.store_nbytes - before
+        try:
+            report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
+        except NonFinite as error:
+            where = f"in shards {bad}" if bad else "in the average only"
+            raise NonFinite(f"run {warm.run!r}: {error} The NaN or infinity arose {where}.") from error
+        return report, loss
+
+    def _sum(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> Aggregate:
+        """The average of all root slots of the present step, added up in slot order."""
+        step, plan, ahead = warm.version, warm.context.plan(), warm.collector
+        tree = plan.fan_in(step)
+        total = StepSum(
+            tree,
+            plan.examples(step),
+            warm.trainer,
+            self.services.gradients,
+            allowed=self.services.settings.allowed_modules,
+            read=None if ahead is None or ahead.step != step else ahead.read,
+        )
+        for slot in slots:
+            try:
+                total.add(slot)
+            except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
+                below = tree.below(slot.shard)
+                warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
+                raise
+        return total.result()
+
+    def _adopt(self, warm: WarmRun) -> None:
+        """Follow a switch of the config that holds from the present step on."""
+        config = warm.context.plan().config_at(warm.version)
+        if config != warm.trainer.config:
+            warm.trainer.adopt(warm.context.recipe, config)
+
+    def _new_states(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> dict[int, StateRecord]:
+        """What the slots of the present step left for their next one; some may sit the step out."""
+        if not warm.context.keeps_state(warm.version):
+            return {}
+        if slots[0].total is not None:
+            shards = warm.context.plan().shards_in(warm.version)
+            slots = [slot for slot in warm.ledger.slots(warm.version).values() if slot.shard < shards]
+        return {slot.shard: slot.state for slot in slots if slot.state is not None}
+
+    # --- what comes next --------------------------------------------------------------------
+
+    def launch(self, warm: WarmRun, *, after: int, fresh: bool) -> int:
+        """Publish the chords of the steps that may be computed by now and were not launched.
+
+        Args:
+            after: the last step that was launched.
+            fresh: this process has just committed the step before, so no slot can be there yet.
+
+        Returns:
+            The last step that is launched now.
+        """
+        plan = warm.context.plan()
+        if warm.version >= plan.total_steps:
+            return after
+        for step in plan.window(warm.version):
+            if step <= after:
+                continue
+            present = set() if fresh else warm.ledger.slots_present(step)
+            self.fault("server.before_launch")
+            send_missing(
+                self.sender,
+                warm.run,
+                step,
+                plan.fan_in(step),
+                present,
+                version=plan.version_for(step),
+                callback_queue=self.queue,
+            )
+            self.fault("server.after_launch")
+            warm.ledger.mark_launched(step, token=warm.token)
+            after = step
+        return after
+
+
+def _refusal(warm: WarmRun, verdict: str) -> RunError | Fenced:
+    """Why a commit was not taken; what this process holds is ahead of the head."""
+    if verdict == "diverged":
+        return RunError(
+            f"run {warm.run!r}: replaying step {warm.version} gave other bytes than before; a worker's "
+            "torch, hardware, data or code has changed (see run.verify())"
+        )
+    return Fenced(
+        f"run {warm.run!r}: commit of version {warm.version + 1} was {verdict}; another server or a person "
+        "acted"
+    )
+
+
+def _step_event(entry: LedgerEntry) -> dict[str, Any]:
+    return {
+        "step": entry.version - 1,
+        "version": entry.version,
+        "loss": entry.loss,
+        "grad_norm": entry.grad_norm,
+        "examples": entry.examples,
+        "seconds": entry.seconds,
+        "nbytes": sum(slot.nbytes for slot in entry.slots),
+        "lr": list(entry.lr),
+        "skipped": entry.skipped,
+        "fetched": dict(Counter(slot.fetched for slot in entry.slots)),
+    }

@@ -1,0 +1,84 @@
+"""What a run does beside and after its steps: evaluations that are due, and its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torchord.cache.errors import Fenced
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.server.upkeep import Upkeep
+from torchord.coordinator.server.warm_run import WarmRun
+
+_EVALUATION_PIN_SECONDS = 6 * 3600.0
+_EVALUATION_PART = 4096
+
+
+class Finish:
+    """Launches evaluations and ends runs, for one training server.
+
+    Args:
+        services: connections and stores of the process.
+        sender: publishes evaluations.
+        upkeep: writes the last checkpoint.
+        fault: called with the name of each point of the protocol; tests use it to die there.
+    """
+
+    def __init__(self, services: Services, sender: Sender, upkeep: Upkeep, fault: Hook) -> None:
+        self.services = services
+        self.sender = sender
+        self.upkeep = upkeep
+        self.fault = fault
+
+    def evaluate_if_due(self, warm: WarmRun) -> None:
+        """Launch the evaluation that the config asks for at the present version, if there is one."""
+        version, every = warm.version, warm.context.config.evaluate_every
+        due = every is not None and version > 0 and version % every == 0
+        if due and version < warm.context.plan().total_steps and warm.context.recipe.evaluation is not None:
+            self.launch_evaluation(warm)
+
+    def launch_evaluation(self, warm: WarmRun) -> None:
+        """Publish the evaluation of the present version; it stays stored until that is done."""
+        size = warm.ledger.head().evaluation_size
+        if not size:
+            return
+        parts = evaluation_parts(size, warm.context.config.shards)
+        if warm.ledger.launch_evaluation(warm.version, parts, pin_seconds=_EVALUATION_PIN_SECONDS):
+            self.sender.evaluation(warm.run, warm.version, range(parts), parts)
+
+    def end(self, warm: WarmRun, receipt: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate the last version, write the last checkpoint, end the run."""
+        ledger, version = warm.ledger, warm.version
+        if warm.context.recipe.evaluation is not None:
+            if version not in ledger.evaluations():
+                self.launch_evaluation(warm)
+            if ledger.pending_evaluations():
+                if receipt["status"] == "waiting":  # somebody called for another reason than a commit
+                    self.upkeep.keep_stored(warm)
+                return {**receipt, "status": "evaluating"}
+        if warm.spilled != version:
+            self.upkeep.checkpoint(warm)
+        if warm.record.slots or warm.record.delta is not None:  # no slot and no Client has a next step
+            kept, warm.record = warm.record, replace(warm.record, slots={}, delta=None)
+            if not ledger.put_version(warm.record, token=warm.token):
+                raise Fenced(f"run {warm.run!r}: overtaken at its end")
+            left = warm.record.blobs()
+            self.services.gradients.delete(blob for blob in kept.blobs() if blob not in left)
+        self.fault("server.before_finish")
+        done, _ = ledger.transition(
+            "done", allowed=("running",), event="done", data={"version": version}, token=warm.token
+        )
+        if done:
+            stored = [v for v in ledger.versions() if v != version]
+            self.services.parameters.drop(ledger, stored, token=warm.token)
+            ledger.retire()
+            self.services.parameters.keep(warm.record)
+        self.fault("server.after_finish")
+        return {**receipt, "status": "done", "version": version}
+
+
+def evaluation_parts(size: int, shards: int) -> int:
+    """Into how many tasks an evaluation of `size` samples is split: fixed by the run alone."""
+    return max(1, min(size, max(shards, -(-size // _EVALUATION_PART))))
