@@ -47,7 +47,7 @@ from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.environment import environment
-from torchord.coordinator.runtime.failures import noted, short_traceback
+from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.services import RunContext, Services
 from torchord.coordinator.spec.plan import shown
@@ -420,28 +420,18 @@ class Client:
             place: what the slot is, for people.
             samples: dataset indices that went into it.
         """
-        kind = type(error).__name__
-        message = f"{place} failed on worker {self.heartbeat.info.id}: {kind}: {error}{noted(error)}"
-        reason = {
-            "kind": kind,
-            "message": message,
-            "traceback": short_traceback(error),
-            "step": step,
-            "shard": shard,
-            "samples": [int(s) for s in samples],
-            "worker": self.heartbeat.info.id,
-        }
-        self.services.ledger(context.run).transition(
-            "failed",
-            allowed=("running",),
-            event="failed",
-            data={"message": message},
-            error=reason,
-            incarnation=context.incarnation,
-            shard=(step, shard),
+        failure = Failure.of(
+            error,
+            place,
+            worker=self.heartbeat.info.id,
+            step=step,
+            shard=shard,
+            samples=[int(sample) for sample in samples],
         )
+        ledger = self.services.ledger(context.run)
+        failure.stop(ledger, incarnation=context.incarnation, shard=(step, shard))
         self.services.forget(context.run)
-        return ShardFailed(f"run {context.run!r}: {message}")
+        return ShardFailed(f"run {context.run!r}: {failure.message}")
 
     # --- evaluation ---------------------------------------------------------------------
 
@@ -543,22 +533,11 @@ class Client:
     def _evaluation_failed(
         self, context: RunContext, error: Exception, *, version: int, part: int
     ) -> ShardFailed:
-        kind = type(error).__name__
-        message = (
-            f"part {part} of the evaluation of version {version} failed on worker "
-            f"{self.heartbeat.info.id}: {kind}: {error}"
-        )
-        reason = {"kind": kind, "message": message, "traceback": short_traceback(error), "version": version}
-        self.services.ledger(context.run).transition(
-            "failed",
-            allowed=("running",),
-            event="failed",
-            data={"message": message},
-            error=reason,
-            incarnation=context.incarnation,
-        )
+        what = f"part {part} of the evaluation of version {version}"
+        failure = Failure.of(error, what, worker=self.heartbeat.info.id, version=version)
+        failure.stop(self.services.ledger(context.run), incarnation=context.incarnation)
         self.services.forget(context.run)
-        return ShardFailed(f"run {context.run!r}: {message}")
+        return ShardFailed(f"run {context.run!r}: {failure.message}")
 
     # --- prediction ---------------------------------------------------------------------
 

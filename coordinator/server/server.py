@@ -32,7 +32,7 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
-from torchord.coordinator.runtime.failures import short_traceback
+from torchord.coordinator.runtime.failures import Failure, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.commit import StepCommit
@@ -232,24 +232,11 @@ class TrainingServer:
 
     def _fail(self, ledger: Ledger, error: Exception, token: int | None) -> None:
         """Stop the run with the error as its reason, unless another server has taken it over."""
-        kind = type(error).__name__
-        message = (
-            str(error) if isinstance(error, TorchordError) else f"{kind} on the training server: {error}"
-        )
-        reason = {
-            "kind": kind,
-            "message": message,
-            "traceback": "" if isinstance(error, TorchordError) else short_traceback(error),
-            "worker": self.heartbeat.info.id,
-        }
-        ledger.transition(
-            "failed",
-            allowed=("pending", "running"),
-            event="failed",
-            data={"message": message},
-            error=reason,
-            token=token,
-        )
+        kind, message, trace = type(error).__name__, str(error), ""
+        if not isinstance(error, TorchordError):
+            message, trace = f"{kind} on the training server: {error}", short_traceback(error)
+        failure = Failure(kind, message, {"traceback": trace, "worker": self.heartbeat.info.id})
+        failure.stop(ledger, allowed=("pending", "running"), token=token)
         self.services.forget(ledger.run)
 
     # --- taking a run over --------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS
 from torchord.coordinator.runtime import activity
+from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.server.supervisor.memory import REPEAT_SECONDS, UNSEEN_SECONDS, Memory
 from torchord.coordinator.spec.plan import Plan, shown
 
@@ -243,22 +244,15 @@ class ShardWatch:
             samples = [int(i) for i in self.plan.indices(self.step, lease.shard)]
             of = f" (samples {shown(samples)})"
         message = f"{self._named(lease.shard)} of step {self.step}{of} {what}; {advice}"
-        self.ledger.transition(
-            "failed",
-            allowed=("running",),
-            event="failed",
-            data={"message": message},
-            error={
-                "kind": "Poison",
-                "message": message,
-                "step": self.step,
-                "shard": lease.shard,
-                "samples": samples,
-                "worker": lease.worker,
-                "attempts": lease.attempt,
-            },
-            incarnation=self.head.incarnation,
-            shard=(self.step, lease.shard),
+        details = {
+            "step": self.step,
+            "shard": lease.shard,
+            "samples": samples,
+            "worker": lease.worker,
+            "attempts": lease.attempt,
+        }
+        Failure("Poison", message, details).stop(
+            self.ledger, incarnation=self.head.incarnation, shard=(self.step, lease.shard)
         )
 
 

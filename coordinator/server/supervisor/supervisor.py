@@ -21,6 +21,7 @@ from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
+from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services, switches_of
@@ -271,14 +272,7 @@ class Supervisor:
                 f"{EVALUATION_TRIES} times and never finished; look at the workers' logs (out of memory? "
                 "a crash in native code?)"
             )
-            ledger.transition(
-                "failed",
-                allowed=("running",),
-                event="failed",
-                data={"message": message},
-                error={"kind": "Poison", "message": message, "version": version},
-                incarnation=head.incarnation,
-            )
+            Failure("Poison", message, {"version": version}).stop(ledger, incarnation=head.incarnation)
             return
         log.warning("run %s: parts %s of the evaluation of version %d are sent again", run, lost, version)
         self.sender.evaluation(run, version, lost, parts)
