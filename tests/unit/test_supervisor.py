@@ -6,6 +6,8 @@ messages: the right one is sent, in time, and no more of it than needed. Where a
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from tests.support.control import begin, entry, record, slot, worker
 from tests.support.waiting import wait_until
 from torchord.cache import keys
-from torchord.cache.errors import CheckpointError, RunNotFound
+from torchord.cache.errors import CacheUnreachable, CheckpointError, RunNotFound
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS
 from torchord.cache.ledger.slots import BACKUP_FACTOR, BACKUP_LOST_SECONDS
@@ -24,7 +26,7 @@ from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, UNSEEN_SECONDS
 from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS
-from torchord.coordinator.server.supervisor.supervisor import POLL_SECONDS, Supervisor
+from torchord.coordinator.server.supervisor.supervisor import POLL_SECONDS, SETTLE_SECONDS, Supervisor
 from torchord.coordinator.spec.config import TrainingConfig
 
 RUN = "run-1"
@@ -521,6 +523,95 @@ def test_after_an_outage_nobody_is_taken_for_dead_at_once(lab: Laboratory) -> No
     lab.supervisor.look(lab.registry)
     assert lab.sent.messages == []
     assert lab.rounds(60) == []
+
+
+def test_after_an_outage_the_others_have_time_to_say_that_they_live(lab: Laboratory) -> None:
+    """The supervisor's own lease is the first that is renewed; whoever is silent for longer is dead."""
+    lab.write(1, 2, 3)
+    lab.begin(0)
+    others = {id: lab.living.pop(id) for id in ("w0", "w1", "w2")}
+    lab.now += 30.0
+    assert lab.rounds(SETTLE_SECONDS - POLL_SECONDS) == []
+    lab.living |= {"w1": others["w1"], "w2": others["w2"]}
+    assert lab.rounds(2 * POLL_SECONDS) == [("gradient", 0, 0)], "w0 has not come back"
+
+
+def test_whoever_has_lost_its_own_lease_takes_nobody_for_dead(lab: Laboratory) -> None:
+    """No round took long, but what it missed others may have missed: they have as much time as it took."""
+    lab.write(1, 2, 3)
+    lab.begin(0)
+    living, lab.living = lab.living, {}
+    assert lab.rounds(10) == []
+    assert lab.registry.alive() == {}
+    lab.living = {"s0": living["s0"]}
+    assert lab.rounds(SETTLE_SECONDS - POLL_SECONDS) == []
+    lab.living = living
+    assert lab.rounds(60) == []
+
+
+class Rounds(threading.Event):
+    """What the supervisor's thread waits for between two rounds: a clock that the wait turns.
+
+    Args:
+        before: called before each round with its number.
+        rounds: how many there are.
+    """
+
+    def __init__(self, lab: Laboratory, before: Callable[[int], None], rounds: int) -> None:
+        super().__init__()
+        self.lab, self.before, self.rounds, self.number = lab, before, rounds, 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.lab.now += timeout
+        self.number += 1
+        self.before(self.number)
+        return self.number > self.rounds
+
+
+def test_after_an_error_nobody_is_taken_for_dead_at_once_and_then_whoever_is(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Redis answers this process again, and the others' leases ran out meanwhile; one of them has died."""
+    lab.write(1, 2, 3)
+    lab.begin(0)
+    dead = lab.living.pop("w0")
+    lab.registry.leave(dead)
+    elect, sent = lab.registry.elect, []
+
+    def away_at_first(id: str, *, dead: str = "") -> str:
+        if supervisor_thread.number == 1:
+            raise CacheUnreachable("away")
+        return elect(id, dead=dead)
+
+    def before(number: int) -> None:
+        lab.beat()
+        sent.append(list(lab.sent.messages))
+
+    monkeypatch.setattr(lab.registry, "elect", away_at_first)
+    supervisor_thread = Rounds(lab, before, round(SETTLE_SECONDS / POLL_SECONDS) + 1)
+    lab.supervisor._stop = supervisor_thread
+    lab.supervisor._run()
+    assert [record.message for record in caplog.records if "away" in record.message] == ["supervisor: away"]
+    assert sent[-2] == [] and sent[-1] == [("gradient", 0, 0)]
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_supervisor(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.write(1, 2, 3)
+    elect = lab.registry.elect
+
+    def wrong_at_first(id: str, *, dead: str = "") -> str:
+        if supervisor_thread.number == 1:
+            raise RuntimeError("a mistake")
+        return elect(id, dead=dead)
+
+    monkeypatch.setattr(lab.registry, "elect", wrong_at_first)
+    supervisor_thread = Rounds(lab, lambda number: lab.beat(), round(UNSEEN_SECONDS / POLL_SECONDS) + 40)
+    lab.supervisor._stop = supervisor_thread
+    lab.supervisor._run()
+    assert lab.sent.messages == [("gradient", 0, 0)]
 
 
 def test_a_run_that_redis_lost_is_created_again(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
