@@ -18,6 +18,7 @@ from typing import Any
 from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
 from torchord.cache.servers.address import masked
 from torchord.coordinator.master.master import Master
+from torchord.coordinator.messages.task_names import worker_command
 
 OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -136,7 +137,7 @@ def _status(master: Master, options: argparse.Namespace) -> int:
         for line in status["traceback"].splitlines():
             print(f"               {line}")
     for queue in status["waiting_for"]:
-        print(f"  waiting for  a worker on queue {queue!r}: celery -A torchord worker -Q {queue} -c 1")
+        print(f"  waiting for  a worker on queue {queue!r}: {worker_command(queue)}")
     for refusal in status["refused"]:
         print(f"  refused      {refusal}")
     return OK

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from celery import Celery
-from kombu import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 
 from torchord.cache.errors import TorchordError
 from torchord.cache.settings import Settings, from_environment
-from torchord.coordinator.messages.broker import celery_url, nameless_exchange, transport_options
+from torchord.coordinator.messages.broker import celery_url, declared, nameless_exchange, transport_options
 from torchord.coordinator.messages.task_names import (
     ADVANCE,
     APPLY_UPDATE,
@@ -21,6 +20,7 @@ from torchord.coordinator.messages.task_names import (
     GRADIENTS,
     PARTIAL_SUM,
     PREDICT,
+    QUEUES,
     UPDATES,
 )
 
@@ -42,10 +42,6 @@ def _read() -> tuple[Settings, str]:
 
 
 settings, _URL = _read()
-
-# The nameless exchange delivers by queue name alone, and unlike a named one leaves no
-# `_kombu.binding.*` key behind in Redis for every queue that ever was.
-_DIRECT = Exchange("", type="direct")
 
 
 def _pool(arguments: Sequence[str]) -> str:
@@ -97,7 +93,7 @@ app.conf.update(
     accept_content=["json"],
     result_accept_content=["json"],
     # -Q gradients and -Q updates split the roles; a worker without -Q takes both.
-    task_queues=[Queue(name, _DIRECT, routing_key=name) for name in (GRADIENTS, UPDATES)],
+    task_queues=[declared(name) for name in QUEUES],
     task_default_queue=GRADIENTS,
     task_default_exchange="",
     task_default_exchange_type="direct",

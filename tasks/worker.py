@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
-from kombu import Exchange, Queue
 
 from torchord.cache.errors import CacheError, InvalidInput
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
+from torchord.coordinator.messages.broker import declared
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import UPDATES, private_queue
 from torchord.coordinator.runtime import faults
@@ -135,7 +135,7 @@ class TorchordStep(bootsteps.StartStopStep):
         if UPDATES in consumed:
             own = private_queue(_node)
             if own not in consumed:
-                queue = Queue(own, Exchange("", type="direct"), routing_key=own)
+                queue = declared(own)
                 app.amqp.queues.select_add(queue)
                 parent.task_consumer.add_queue(queue)
                 parent.task_consumer.consume()

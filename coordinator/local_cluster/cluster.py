@@ -4,8 +4,8 @@ Every process is what one would start by hand: `celery -A torchord worker -Q ...
 starts them, so that none is left behind when this process ends, however it ends.
 
     this process ──pipe──▶ guardian ──▶ valkey-server
-                                    ├─▶ celery -A torchord worker -Q updates   -n server@%h
-                                    ├─▶ celery -A torchord worker -Q gradients -n client1@%h
+                                    ├─▶ celery -A torchord worker -Q torchord.updates   -n server@%h
+                                    ├─▶ celery -A torchord worker -Q torchord.gradients -n client1@%h
                                     └─▶ ...
 """
 
@@ -30,7 +30,7 @@ from torchord.coordinator.local_cluster.import_path import for_workers
 
 READY_SECONDS = 60.0
 READY_MARK = b" ready."
-QUEUES: Mapping[str, str] = MappingProxyType({"server": "updates", "client": "gradients"})
+QUEUES: Mapping[str, str] = MappingProxyType({"server": "torchord.updates", "client": "torchord.gradients"})
 # What would make a child talk to another broker than this cluster's, or load another app.
 FOREIGN = (
     "CELERY_BROKER_URL",
@@ -142,8 +142,8 @@ class LocalCluster:
         pool: Celery pool of each worker ("threads", "solo", "prefork"); None leaves the app's own.
         concurrency: tasks that one Client runs at a time; None is 1, and the app's own when single.
         standby: further training servers, which take over when the first one dies.
-        queues: queues by role, where they differ from {"server": "updates", "client": "gradients"};
-            several are separated by commas.
+        queues: queues by role ("server", "client"), where they differ from `QUEUES`; several are separated by
+            commas.
         env: changes to the workers' environment; None as a value removes a variable.
         log_dir: directory for one log a process, kept afterwards; None keeps logs until `stop`.
         checkpoint_dir: TORCHORD_CHECKPOINT_DIR of the workers; None leaves theirs.

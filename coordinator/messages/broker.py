@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from celery import Celery
 from kombu import Exchange, Queue
 
@@ -9,7 +11,7 @@ from torchord.cache.errors import CacheUnreachable, InvalidInput
 from torchord.cache.servers import address
 from torchord.cache.servers.address import Address, masked
 from torchord.cache.servers.redis_client import connect
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.messages.task_names import QUEUES, UPDATES, short_name
 
 
 def celery_url(url: str) -> str:
@@ -58,6 +60,17 @@ def nameless_exchange(name: str) -> Exchange:
     return Exchange("", type="direct")
 
 
+def declared(name: str, *, taken: Container[str] = ()) -> Queue:
+    """One of our queues; Celery takes its short name for it, too (`-Q gradients`).
+
+    Args:
+        taken: names that mean other queues in the app.
+    """
+    short = short_name(name)
+    alias = short if name in QUEUES and short not in taken else None
+    return Queue(name, nameless_exchange(name), routing_key=name, alias=alias)
+
+
 def publisher(url: str, options: dict[str, object]) -> Celery:
     """A Celery app that only publishes: it is nobody's current app and registers no task."""
     app = Celery("torchord-master", broker=url, set_as_current=False)
@@ -67,7 +80,7 @@ def publisher(url: str, options: dict[str, object]) -> Celery:
         task_ignore_result=True,
         broker_connection_timeout=2,
         broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3, **options},
-        task_queues=[Queue(name, nameless_exchange(name), routing_key=name) for name in (GRADIENTS, UPDATES)],
+        task_queues=[declared(name) for name in QUEUES],
         task_default_queue=UPDATES,
         task_default_exchange="",  # else the nameless ones above take the name of the default queue
         task_default_routing_key=UPDATES,

@@ -9,8 +9,10 @@ ADVANCE = "torchord.advance"
 EVALUATE = "torchord.evaluate"
 PREDICT = "torchord.predict"
 
-GRADIENTS = "gradients"
-UPDATES = "updates"
+GRADIENTS = "torchord.gradients"
+UPDATES = "torchord.updates"
+QUEUES = (GRADIENTS, UPDATES)
+"""Names that nobody chooses by chance: who serves such a queue without our tasks discards our messages."""
 
 
 def private_queue(node: str) -> str:
@@ -18,6 +20,11 @@ def private_queue(node: str) -> str:
     return f"{UPDATES}.{node}"
 
 
+def short_name(queue: str) -> str:
+    """What `-Q` also takes for one of our queues: "gradients" for "torchord.gradients"."""
+    return queue.removeprefix("torchord.")
+
+
 def worker_command(queue: str) -> str:
     """The command that starts a worker for a queue, for messages to people."""
-    return f"celery -A torchord worker -Q {queue} -c 1"
+    return f"celery -A torchord worker -Q {short_name(queue)} -c 1"

@@ -48,6 +48,7 @@ from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.settings import Settings
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 from torchord.coordinator.local_cluster.import_path import ROOT
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.plan import Plan
 
@@ -472,23 +473,24 @@ def test_an_infinite_gradient_of_a_finite_loss(one: Fleet) -> None:
 
 def test_nobody_works(master: Master, redis_url: str) -> None:
     run = master.submit(plain(), CONFIG, name="lonely")
-    assert run.status().state == "pending" and set(run.status().waiting_for) == {"gradients", "updates"}
+    assert run.status().state == "pending" and set(run.status().waiting_for) == {GRADIENTS, UPDATES}
     with pytest.raises(NoWorker) as caught:
         run.wait(worker_timeout=0.0)
     message = str(caught.value)
     for part in (
-        "'updates' and 'gradients'", "run 'lonely'", "celery -A torchord worker -Q gradients -c 1",
+        "'torchord.updates' and 'torchord.gradients'", "run 'lonely'",
+        "celery -A torchord worker -Q gradients -c 1",
         "celery -A torchord worker -Q updates -c 1", "it stays queued",
     ):  # fmt: skip
         assert part in message
     # Someone who serves updates only: the other queue is named, and only that.
-    heartbeat = Heartbeat(Services(Settings(redis_url)).registry, new_info("server@there", ("updates",)))
+    heartbeat = Heartbeat(Services(Settings(redis_url)).registry, new_info("server@there", (UPDATES,)))
     heartbeat.start()
     try:
-        with pytest.raises(NoWorker, match="queue 'gradients', so") as caught:
+        with pytest.raises(NoWorker, match=r"queue 'torchord\.gradients', so") as caught:
             run.wait(worker_timeout=0.0)
         assert "-Q updates" not in str(caught.value)
-        assert run.status().waiting_for == ("gradients",)
+        assert run.status().waiting_for == (GRADIENTS,)
     finally:
         heartbeat.stop()
 
@@ -506,7 +508,7 @@ def test_predicting_when_the_workers_have_gone(one: Fleet) -> None:
     with pytest.raises(WaitTimeout, match=r"'deserted': 0 parts in 0\.01 s"):
         run.predict(torch.zeros(2, 6), timeout=0.01)
     with pytest.raises(
-        NoWorker, match=r"queue 'gradients'; start one: celery -A torchord worker -Q gradients"
+        NoWorker, match=r"queue 'torchord.gradients'; start one: celery -A torchord worker -Q gradients"
     ):
         run.predict(torch.zeros(2, 6))
     one.resize(1)

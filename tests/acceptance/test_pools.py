@@ -27,6 +27,7 @@ from torchord import Master, TrainingConfig
 from torchord.cache.errors import CacheUnreachable
 from torchord.cache.keys import RunKeys
 from torchord.coordinator.local_cluster.embedded_server import free_port
+from torchord.coordinator.messages.task_names import GRADIENTS, QUEUES, UPDATES
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=4, seed=2, evaluate_every=5)
 SINGLE = {"layout": "single", "workers": 1}
@@ -83,8 +84,8 @@ def test_trains_to_the_end(tmp_path: Path, layout: str) -> None:
         if layout.startswith("single"):
             assert "-Q" not in one.cluster.processes["worker"].command
         else:
-            assert "-Q updates" in one.cluster.processes["server"].command
-            assert "-Q gradients" in one.cluster.processes["client1"].command
+            assert "-Q torchord.updates" in one.cluster.processes["server"].command
+            assert "-Q torchord.gradients" in one.cluster.processes["client1"].command
 
 
 def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
@@ -147,7 +148,7 @@ def refusals(one: Fleet) -> int:
         ("application/x-msgpack", "binary"),
     ],
 )
-@pytest.mark.parametrize("queue", ["gradients", "updates"])
+@pytest.mark.parametrize("queue", QUEUES)
 def test_only_json_is_read(
     single: Fleet, tmp_path: Path, queue: str, content_type: str, encoding: str
 ) -> None:
@@ -156,7 +157,7 @@ def test_only_json_is_read(
     # Protocol 0, by hand: call os.system with one argument.
     bytecode = f"cos\nsystem\n(S'touch {proof}'\ntR.".encode()
     before = refusals(single)
-    name = f"refused-{queue}-{uuid.uuid4().hex[:6]}"
+    name = f"refused-{uuid.uuid4().hex[:6]}"
     message = {
         "body": base64.b64encode(bytecode).decode(),
         "content-type": content_type,
@@ -187,9 +188,9 @@ def test_a_message_that_is_no_task_of_ours(single: Fleet) -> None:
     from celery import Celery
 
     with Celery("stranger", broker=single.cluster.url, set_as_current=False) as app:
-        unknown = app.send_task("os.system", args=["true"], queue="gradients").id
-        wrong = app.send_task("torchord.compute_gradient", kwargs={"command": "true"}, queue="gradients").id
-        missing = app.send_task("torchord.advance", kwargs={"run": "nobody-submitted"}, queue="updates").id
+        unknown = app.send_task("os.system", args=["true"], queue=GRADIENTS).id
+        wrong = app.send_task("torchord.compute_gradient", kwargs={"command": "true"}, queue=GRADIENTS).id
+        missing = app.send_task("torchord.advance", kwargs={"run": "nobody-submitted"}, queue=UPDATES).id
     for task in (wrong, missing):
         wait_until(lambda task=task: f"[{task}] raised" in single.log("worker"), message=f"task {task}")  # type: ignore[misc]
     wait_until(lambda: unknown in single.log("worker"), message="the unknown task")

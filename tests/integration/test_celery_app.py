@@ -92,7 +92,7 @@ for name, task in sorted(app.tasks.items()):
     found = python(code, tmp_path)
     assert found.returncode == 0, found.stderr
     names = [str(value) for name, value in vars(task_names).items() if name.isupper()]
-    tasks = sorted(name for name in names if name.startswith("torchord."))
+    tasks = sorted({name for name in names if name.startswith("torchord.")} - set(task_names.QUEUES))
     assert found.stdout.splitlines() == [f"{name} True True True" for name in tasks]
 
 
@@ -202,7 +202,7 @@ def test_a_worker_says_who_it_is(single: Fleet) -> None:
     (info,) = registry.alive().values()
     pid = single.cluster.processes["worker"].pid
     assert info.pid == pid and info.node.startswith("worker@")
-    assert set(info.queues) == {"gradients", "updates", task_names.private_queue(info.node)}
+    assert set(info.queues) == {*task_names.QUEUES, task_names.private_queue(info.node)}
     assert "torch" in info.environment and "cpu" in info.environment.lower()
     assert psutil.Process(pid).is_running()
 
@@ -237,10 +237,10 @@ def test_submitting_alone_writes_what_is_listed(redis_url: str, tmp_path: Path) 
     client = redis.Redis.from_url(redis_url, decode_responses=True)
     try:
         names = set(client.scan_iter(count=1000))
-        assert client.llen("updates") == 1
+        assert client.llen(task_names.UPDATES) == 1
     finally:
         client.close()
-    assert {"updates", "torchord:runs", "torchord:active"} <= names
+    assert {task_names.UPDATES, "torchord:runs", "torchord:active"} <= names
     assert {name for name in names if not name.startswith("torchord:{only}:")} == {
-        "updates", "torchord:runs", "torchord:active",
+        task_names.UPDATES, "torchord:runs", "torchord:active",
     }  # fmt: skip

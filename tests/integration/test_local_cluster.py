@@ -21,6 +21,7 @@ from torchord.cache.errors import CacheUnreachable, InvalidInput, NoWorker
 from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 from torchord.coordinator.local_cluster.import_path import ROOT
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 
 STUB = "tests.support.stub_app"
 Start = Callable[..., LocalCluster]
@@ -55,10 +56,10 @@ def add(url: str, left: int, right: int, queue: str) -> int:
 def test_the_workers_take_tasks_from_their_queues(stub: Start) -> None:
     cluster = stub(2)
     assert list(cluster.processes) == ["server", "client1", "client2"]
-    assert add(cluster.url, 1, 2, "updates") == 3
-    assert add(cluster.url, 2, 3, "gradients") == 5
-    assert "-Q updates -c 1" in cluster.processes["server"].command
-    assert "-Q gradients -c 1" in cluster.processes["client2"].command
+    assert add(cluster.url, 1, 2, UPDATES) == 3
+    assert add(cluster.url, 2, 3, GRADIENTS) == 5
+    assert "-Q torchord.updates -c 1" in cluster.processes["server"].command
+    assert "-Q torchord.gradients -c 1" in cluster.processes["client2"].command
 
 
 def test_single_layout_is_one_worker_with_every_queue(stub: Start) -> None:
@@ -146,7 +147,7 @@ def test_the_server_comes_back_on_its_port(stub: Start, tmp_path: Path) -> None:
     assert not responds(cluster.broker)
     cluster.broker.restart()
     assert cluster.url == url
-    assert add(url, 1, 2, "gradients") == 3
+    assert add(url, 1, 2, GRADIENTS) == 3
 
 
 def test_the_workers_use_this_cluster_whatever_the_shell_says(
@@ -167,7 +168,7 @@ def test_the_workers_use_this_cluster_whatever_the_shell_says(
     assert path[0] == str(tmp_path / "recipes"), "in the order of this program's own path"
     assert path[-1] == str(Path.cwd())
     assert not [entry for entry in path if "site-packages" in entry or entry.endswith("lib-dynload")]
-    assert add(cluster.url, 1, 2, "gradients") == 3
+    assert add(cluster.url, 1, 2, GRADIENTS) == 3
 
 
 def test_a_foreign_tasks_module_in_the_directory_is_not_taken_for_ours(
@@ -209,7 +210,7 @@ def test_a_server_given_by_url_survives_the_cluster(stub: Start, redis_server: E
     url = f"redis://127.0.0.1:{redis_server.port}/0"
     cluster = stub(1, url=url)
     assert cluster.url == url and cluster.broker.pid is None
-    assert add(url, 1, 2, "gradients") == 3
+    assert add(url, 1, 2, GRADIENTS) == 3
     assert f"-n client1-{os.getpid()}@%h" in cluster.processes["client1"].command
     cluster.stop()
     assert responds(redis_server)

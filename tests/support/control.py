@@ -22,6 +22,7 @@ from torchord.cache.ledger.records import (
 )
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryPlane
+from torchord.coordinator.messages.task_names import QUEUES
 
 SPEC = {"recipe": {"model": {"target": "m:Model"}}, "config": {"epochs": 1, "skew": "refuse"}}
 
@@ -93,9 +94,7 @@ def record(version: int, chain: str = GENESIS, *, state: bool = False, nonce: st
     return VersionRecord(version, digest("parameters", version), stored, chain, beside)
 
 
-def worker(
-    id: str, *, node: str | None = None, queues: tuple[str, ...] = ("gradients", "updates"), **more: Any
-) -> WorkerInfo:
+def worker(id: str, *, node: str | None = None, queues: tuple[str, ...] = QUEUES, **more: Any) -> WorkerInfo:
     """A worker process by its id."""
     return WorkerInfo(id, node or f"celery@{id}", "host", 1, queues, **more)
 

@@ -20,7 +20,7 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.tasks.backend import Backend
 
 RUN = "a-run"
-QUEUE = "updates.server@host"
+QUEUE = "torchord.updates.server@host"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torchord.coordinator.messages.templates import StepTemplate
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 RUN = "a-run"
-QUEUE = "updates.server@host"
+QUEUE = "torchord.updates.server@host"
 
 
 @pytest.fixture
