@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchord.cache.errors import TorchordError
 from torchord.coordinator.messages.task_names import ADVANCE, APPLY_UPDATE
-from torchord.tasks.celery_app import app
 from torchord.tasks.receipt import Receipt
+from torchord.tasks.registry import task
 
 
-@app.task(name=APPLY_UPDATE, throws=(TorchordError,))
+@task(APPLY_UPDATE)
 def apply_update(receipts: list[Any], *, run: str, step: int) -> Receipt:
     """The callback of a step's chord: average, update, commit, launch the next step.
 
@@ -22,7 +21,7 @@ def apply_update(receipts: list[Any], *, run: str, step: int) -> Receipt:
     return Receipt(process().server.advance(run, step=step))
 
 
-@app.task(name=ADVANCE, throws=(TorchordError,))
+@task(ADVANCE)
 def advance(*, run: str) -> Receipt:
     """Do whatever comes next in a run: initialise, apply, launch, finish.
 

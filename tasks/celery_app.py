@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from celery import Celery
-from kombu.transport import TRANSPORT_ALIASES
 
 from torchord.cache.errors import TorchordError
 from torchord.cache.settings import Settings, from_environment
@@ -23,6 +22,7 @@ from torchord.coordinator.messages.task_names import (
     QUEUES,
     UPDATES,
 )
+from torchord.tasks.transport import Connection
 
 
 def _read() -> tuple[Settings, str]:
@@ -57,23 +57,26 @@ def _pool(arguments: Sequence[str]) -> str:
     return "threads"
 
 
-app = Celery(
-    "torchord",
-    include=[
-        "torchord.tasks.compute_gradient",
-        "torchord.tasks.partial_sum",
-        "torchord.tasks.apply_update",
-        "torchord.tasks.evaluate",
-        "torchord.tasks.predict",
-        "torchord.tasks.worker",
-    ],
-)
+ROUTES = {
+    COMPUTE_GRADIENT: {"queue": GRADIENTS},
+    PARTIAL_SUM: {"queue": GRADIENTS},
+    EVALUATE: {"queue": GRADIENTS},
+    PREDICT: {"queue": GRADIENTS},
+    APPLY_UPDATE: {"queue": UPDATES},
+    ADVANCE: {"queue": UPDATES},
+}
 
-# Kombu's transport with less to do in each turn of the event loop; under its own names, so that URLs read
-# as ever.
-TRANSPORT_ALIASES.update(
-    redis="torchord.tasks.transport:Transport", rediss="torchord.tasks.transport:Transport"
+MODULES = tuple(
+    f"torchord.tasks.{name}"
+    for name in ("compute_gradient", "partial_sum", "apply_update", "evaluate", "predict", "worker")
 )
+"""Where the tasks are, and what a worker keeps beside them."""
+
+# Not the current app of a process that has one of its own; a worker makes the app that it serves current.
+app = Celery("torchord", include=MODULES, set_as_current=False)
+
+# Kombu's transport, with less to do for our queues.
+app.amqp.Connection = Connection
 # Where messages and results are on one plain server, a chord's parts are counted in one script.
 if _URL.startswith(("redis://", "rediss://")):
     app.backend_cls = f"torchord.tasks.backend:Backend+{_URL}"
@@ -98,29 +101,14 @@ app.conf.update(
     task_default_exchange="",
     task_default_exchange_type="direct",
     task_default_routing_key=GRADIENTS,
-    task_routes={
-        COMPUTE_GRADIENT: {"queue": GRADIENTS},
-        PARTIAL_SUM: {"queue": GRADIENTS},
-        EVALUATE: {"queue": GRADIENTS},
-        PREDICT: {"queue": GRADIENTS},
-        APPLY_UPDATE: {"queue": UPDATES},
-        ADVANCE: {"queue": UPDATES},
-    },
+    task_routes=ROUTES,
     # threads -c 1: one process owns one device and answers pings while it computes; nothing is
     # forked, so CUDA and OpenMP may be initialised. prefork and solo work too (docs/workers.md).
     worker_pool=_pool(sys.argv[1:]),
     worker_concurrency=1,
-    # A task is acknowledged when it is done, so a worker that stops hands it back; running it
-    # twice is safe, see each task's docstring.
-    task_acks_late=True,
-    # A killed prefork child's task runs again at once instead of being reported as failed.
-    task_reject_on_worker_lost=True,
     # With late acknowledgement, 1 reserves nothing beyond the running task: a slow worker
     # holds no work that an idle one could do.
     worker_prefetch_multiplier=1,
-    # Receipts are for people (events); the ledger holds the truth. Stored results would only
-    # fill Redis, and a chord whose header stores none cannot hang between storing and counting.
-    task_ignore_result=True,
     # Must exceed the longest step, or the chord forgets its count and hangs (the supervisor
     # would still complete the step).
     result_expires=24 * 3600,
@@ -137,10 +125,6 @@ app.conf.update(
     broker_connection_timeout=1,
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_transport_options={
-        # A message is held by the worker that took it, and by nothing in Redis: what a killed worker
-        # held is sent again by the supervisor (a prediction's part by its caller) within seconds.
-        # Kombu's own record of it costs two transactions a task and would be looked at an hour later.
-        "ack_emulation": False,
         "socket_keepalive": True,
         "socket_connect_timeout": 2,
         "health_check_interval": 30,
@@ -153,7 +137,6 @@ app.conf.update(
     worker_disable_rate_limits=True,
     # Workers need nothing from each other: the ledger and the heartbeats say it all.
     worker_enable_remote_control=True,
-    task_track_started=False,
     timezone="UTC",
     enable_utc=True,
     worker_redirect_stdouts=False,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchord.cache.errors import TorchordError
 from torchord.cache.servers.fast_client import Command
 from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT
 from torchord.tasks.backend import Backend, counted
-from torchord.tasks.celery_app import app
 from torchord.tasks.receipt import Receipt
+from torchord.tasks.registry import task
 
 
-@app.task(bind=True, name=COMPUTE_GRADIENT, throws=(TorchordError,))
+@task(COMPUTE_GRADIENT, bind=True)
 def compute_gradient(
     self: Any, *, run: str, step: int, shard: int, version: int, backup: bool = False
 ) -> Receipt:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchord.cache.errors import TorchordError
 from torchord.coordinator.messages.task_names import EVALUATE
-from torchord.tasks.celery_app import app
+from torchord.tasks.registry import task
 
 
-@app.task(name=EVALUATE, throws=(TorchordError,))
+@task(EVALUATE)
 def evaluate(*, run: str, version: int, part: int, parts: int) -> dict[str, Any]:
     """Evaluate one part of the evaluation dataset at one version.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchord.cache.errors import TorchordError
 from torchord.coordinator.messages.task_names import PARTIAL_SUM
-from torchord.tasks.celery_app import app
 from torchord.tasks.receipt import Receipt
+from torchord.tasks.registry import task
 
 
-@app.task(bind=True, name=PARTIAL_SUM, throws=(TorchordError,))
+@task(PARTIAL_SUM, bind=True)
 def partial_sum(self: Any, *, run: str, step: int, slot: int, version: int, backup: bool = False) -> Receipt:
     """Add up the inputs of one slot of the step's tree and write the slot.
 

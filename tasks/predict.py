@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchord.cache.errors import TorchordError
 from torchord.coordinator.messages.task_names import PREDICT
-from torchord.tasks.celery_app import app
+from torchord.tasks.registry import task
 
 
-@app.task(name=PREDICT, throws=(TorchordError,))
+@task(PREDICT)
 def predict(*, run: str, version: int, request: str, part: int, inputs: dict[str, Any]) -> dict[str, Any]:
     """Compute the outputs of one part of a prediction.
 

@@ -1,19 +1,92 @@
-"""The Redis transport, with less to do in each turn of the worker's event loop."""
+"""The Redis transport for our queues: less to do in each turn of the event loop, and for each message."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kombu.transport.redis import Transport as RedisTransport
+import kombu
+from kombu.transport import redis, virtual
+
+from torchord.coordinator.messages.task_names import is_ours
 
 
-class Transport(RedisTransport):
+class QoS(redis.QoS):
+    """Kombu's record in Redis of what workers have taken and not acknowledged, for all queues but ours.
+
+    A message of ours is held by the worker that took it, and by nothing in Redis: what a killed worker held
+    is sent again by the supervisor (a prediction's part by its caller) within seconds. Kombu's record costs
+    two transactions a task and would be looked at an hour later.
+    """
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """See kombu."""
+        if _is_ours(message):
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def ack(self, delivery_tag: str) -> None:
+        """See kombu."""
+        if self._holds(delivery_tag):
+            virtual.QoS.ack(self, delivery_tag)
+        else:
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """See kombu."""
+        if self._holds(delivery_tag) and not requeue:
+            virtual.QoS.ack(self, delivery_tag)
+        else:
+            super().reject(delivery_tag, requeue=requeue)  # type: ignore[no-untyped-call]
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        """Give a message back to its queue; see kombu."""
+        if not self._holds(tag):
+            super().restore_by_tag(tag, client=client, leftmost=leftmost)  # type: ignore[no-untyped-call]
+            return
+        message = self._delivered[tag]
+        place = message.delivery_info
+        with self.pipe_or_acquire(client=client) as pipe:
+            self.channel._do_restore_message(
+                message._raw, place["exchange"], place["routing_key"], pipe, leftmost
+            )
+            pipe.execute()
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Look for what dead workers held; see kombu. A worker that serves our queues alone need not."""
+        if not all(map(is_ours, self.channel.active_queues)):
+            super().restore_visible(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _holds(self, delivery_tag: str) -> bool:
+        message = self._delivered.get(delivery_tag)
+        return message is not None and _is_ours(message)
+
+
+def _is_ours(message: Any) -> bool:
+    return is_ours(message.delivery_info.get("routing_key") or "")
+
+
+class Channel(redis.Channel):
+    """Kombu's channel, with the above."""
+
+    QoS = QoS
+
+
+class SentinelChannel(redis.SentinelChannel):
+    """Kombu's channel for Sentinel, with the above."""
+
+    QoS = QoS
+
+
+class Transport(redis.Transport):
     """Kombu's Redis transport.
 
     Kombu registers each socket with the event loop anew in every turn, that is several times a task: a
     system call each, which the kernel answers with "exists already". Here a socket is registered when it
     is not.
     """
+
+    Channel = Channel
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """See kombu."""
@@ -31,3 +104,25 @@ class Transport(RedisTransport):
         for callback in set(loop.on_tick) - known:
             loop.on_tick.discard(callback)
         loop.on_tick.add(on_poll_start)
+
+
+class SentinelTransport(Transport):
+    """The same for Sentinel."""
+
+    default_port = redis.SentinelTransport.default_port  # type: ignore[assignment]
+    Channel = SentinelChannel  # type: ignore[assignment]
+
+
+_OURS: dict[Any, type[Transport]] = {redis.Transport: Transport, redis.SentinelTransport: SentinelTransport}
+
+
+class Connection(kombu.Connection):
+    """Kombu's connection, which uses the transports above where kombu would use its own for Redis.
+
+    Set on one app (`app.amqp.Connection`), it changes no other's, and URLs read as ever.
+    """
+
+    def get_transport_cls(self) -> Any:
+        """See kombu."""
+        found = super().get_transport_cls()  # type: ignore[no-untyped-call]
+        return _OURS.get(found, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import bootsteps, current_app, signals
@@ -13,9 +14,9 @@ from celery.utils.nodenames import gethostname
 from torchord.cache.errors import CacheError, InvalidInput
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
-from torchord.coordinator.messages.broker import declared
+from torchord.coordinator.messages.broker import add
 from torchord.coordinator.messages.sender import Sender
-from torchord.coordinator.messages.task_names import UPDATES, private_queue
+from torchord.coordinator.messages.task_names import UPDATES, is_ours, private_queue
 from torchord.coordinator.runtime import faults
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
@@ -130,14 +131,14 @@ class TorchordStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Called at start and again after each reconnection."""
         global _node, _queues
-        _node = parent.hostname
         consumed = tuple(sorted(queue.name for queue in parent.task_consumer.queues))
+        if not _serves(parent.app, consumed):
+            return
+        _node = parent.hostname
         if UPDATES in consumed:
             own = private_queue(_node)
             if own not in consumed:
-                queue = declared(own)
-                app.amqp.queues.select_add(queue)
-                parent.task_consumer.add_queue(queue)
+                parent.task_consumer.add_queue(add(parent.app, own))
                 parent.task_consumer.consume()
                 consumed = (*consumed, own)
         _queues = consumed
@@ -156,6 +157,11 @@ class TorchordStep(bootsteps.StartStopStep):
         """Called before each reconnection, and at the end: then what is at work goes to others at once."""
         if parent.blueprint.state in (bootsteps.CLOSE, bootsteps.TERMINATE):
             _hand_back()
+
+
+def _serves(of: Any, queues: Iterable[str]) -> bool:
+    """Whether a worker works for torchord: an app that torchord is installed in has others, too."""
+    return of is app or any(map(is_ours, queues))
 
 
 def _forks(parent: Any) -> bool:
@@ -193,9 +199,11 @@ def _named(sender: str, instance: Any, **_: Any) -> None:
     Those that are spawned and not forked inherit nothing but the app's settings.
     """
     global _node, _queues
-    _node = sender
-    _queues = tuple(sorted(instance.app.amqp.queues.consume_from))
-    instance.app.conf[_QUEUES_SETTING] = _queues
+    queues = tuple(sorted(instance.app.amqp.queues.consume_from))
+    if not _serves(instance.app, queues):
+        return
+    _node, _queues = sender, queues
+    instance.app.conf[_QUEUES_SETTING] = queues
     if not instance.quiet:
         announce(settings)
 
@@ -203,14 +211,16 @@ def _named(sender: str, instance: Any, **_: Any) -> None:
 @signals.after_setup_logger.connect
 def _quiet(**_: Any) -> None:
     """Leave Celery's two lines a task out of the log, if so wished."""
-    if not settings.task_log:
+    if not settings.task_log and current_app == app:
         for name in ("celery.worker.strategy", "celery.app.trace"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @signals.worker_init.connect
-def _preload(**_: Any) -> None:
+def _preload(sender: Any, **_: Any) -> None:
     """Import torch before the pool starts: children share its pages, the first task does not wait."""
+    if not _serves(sender.app, sender.app.amqp.queues.consume_from):
+        return
     import_from_working_directory()
     if settings.keep_memory:
         keep_memory()  # before torch has threads; children inherit it
@@ -228,8 +238,10 @@ def _preload(**_: Any) -> None:
 def _child_started(sender: str = "", **_: Any) -> None:
     """In a prefork child: it belongs to its parent's node, and child i takes device i."""
     global _node, _queues
-    _node = sender or _node
     _queues = _queues or tuple(current_app.conf.get(_QUEUES_SETTING) or ())
+    if not _queues:
+        return
+    _node = sender or _node
     try:
         from billiard.process import current_process
 

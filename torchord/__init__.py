@@ -2,6 +2,7 @@
 
     from torchord import Master, Recipe, TrainingConfig, LocalCluster      # describe, submit and follow runs
     celery -A torchord worker                                              # a worker
+    torchord.install(app)                                                  # in your own Celery app
 
 Names are imported at first use, so that `celery -A torchord` starts without loading torch. In a checkout
 the three packages below lie in the folders of the same names beside this one.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         stored_dataset,
     )
     from torchord.tasks import app
+    from torchord.tasks.install import install
 
 __all__ = [
     "Audit",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainedModel",
     "TrainingConfig",
     "app",
+    "install",
     "stored_dataset",
 ]
 
@@ -45,6 +48,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "app":
         return import_module("torchord.tasks.celery_app").app
+    if name == "install":
+        return import_module("torchord.tasks.install").install
     if name in __all__:
         return getattr(import_module("torchord.coordinator"), name)
     raise AttributeError(f"module 'torchord' has no attribute {name!r}")

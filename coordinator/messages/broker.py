@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from urllib.parse import urlsplit
 
 from celery import Celery
 from kombu import Exchange, Queue
@@ -71,6 +72,17 @@ def declared(name: str, *, taken: Container[str] = ()) -> Queue:
     return Queue(name, nameless_exchange(name), routing_key=name, alias=alias)
 
 
+def add(app: Celery, name: str) -> Queue:
+    """Have an app know one of our queues, and those of its workers serve it that are not told what to serve.
+
+    A worker that runs serves it once its consumer is told.
+    """
+    queues = app.amqp.queues
+    queue: Queue = queues.select_add(declared(name, taken=queues))
+    queue.exchange = nameless_exchange(name)  # Celery has put the exchange of the app's default queue there
+    return queue
+
+
 def publisher(url: str, options: dict[str, object]) -> Celery:
     """A Celery app that only publishes: it is nobody's current app and registers no task."""
     app = Celery("torchord-master", broker=url, set_as_current=False)
@@ -87,3 +99,31 @@ def publisher(url: str, options: dict[str, object]) -> Celery:
     )
     app.amqp.autoexchange = nameless_exchange
     return app
+
+
+def same_server(one: str, other: str) -> bool:
+    """Whether two broker URLs, in Celery's spelling, name one server (or sentinels) and one database.
+
+    Users, passwords and options do not count.
+
+    Example:
+        >>> same_server("redis://localhost", "redis://:secret@localhost:6379/0")
+        True
+    """
+    return _servers(one) == _servers(other)
+
+
+def _servers(url: str) -> set[tuple[object, ...]]:
+    """What a URL names: (host, port, path, database) of each server; if that is none for us, the URL."""
+    found: set[tuple[object, ...]] = set()
+    for text in url.split(";"):
+        parts = urlsplit(text)
+        if parts.scheme == "sentinel":
+            found.add((parts.hostname, parts.port or 26379, "sentinel", parts.path.strip("/") or "0"))
+            continue
+        try:
+            place = Address.parse(text)
+        except InvalidInput:
+            return {(url,)}
+        found.add((place.host, place.port, place.path, place.db))
+    return found

@@ -20,6 +20,11 @@ def private_queue(node: str) -> str:
     return f"{UPDATES}.{node}"
 
 
+def is_ours(queue: str) -> bool:
+    """Whether a queue is one of ours, private ones included."""
+    return queue in QUEUES or queue.startswith(f"{UPDATES}.")
+
+
 def short_name(queue: str) -> str:
     """What `-Q` also takes for one of our queues: "gradients" for "torchord.gradients"."""
     return queue.removeprefix("torchord.")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from torchord.coordinator.compute import inner_steps as local_steps
 from torchord.coordinator.compute.device_memory import DeviceMemory
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.messages.task_names import QUEUES
 from torchord.coordinator.runtime import environment as environments
 from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.spec.plan import Plan
@@ -295,6 +297,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(environments, "_device", None)
     before = (worker._node, worker._queues)
+    worker._queues = QUEUES
     yield
     worker._node, worker._queues = before
 
@@ -326,7 +329,7 @@ def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.Monke
     for name in ("is_available", "device_count", "init", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, touched)
     monkeypatch.setattr(environments, "_device", None)
-    worker._preload()
+    worker._preload(SimpleNamespace(app=worker.app))
 
 
 @pytest.mark.parametrize(("workspace", "shown"), [(":4096:8", "a GPU"), (":16:8", "a GPU, cuBLAS :16:8")])

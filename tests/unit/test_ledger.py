@@ -46,6 +46,7 @@ from torchord.cache.ledger.workers import Heartbeat, Registry, WorkerInfo
 from torchord.cache.servers.fast_client import Lane
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
+from torchord.coordinator.messages.task_names import GRADIENTS
 
 SCRIPTS = Path(keys.__file__).parent / "scripts"
 Queued = Callable[[], list[str]]
@@ -1582,7 +1583,7 @@ def test_a_worker_is_alive_until_it_leaves(plane: Plane) -> None:
     registry.beat(one)
     registry.beat(worker("w1", queues=("updates",)))
     assert registry.alive() == {"w0": one, "w1": worker("w1", queues=("updates",))}
-    assert [info.id for info in registry.consumers("gradients")] == ["w0"]
+    assert [info.id for info in registry.consumers(GRADIENTS)] == ["w0"]
     registry.leave(one)
     assert list(registry.alive()) == ["w1"]
 

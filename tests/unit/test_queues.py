@@ -5,6 +5,7 @@ from __future__ import annotations
 from celery import Celery
 from kombu import Queue
 
+from torchord.coordinator.local_cluster import cluster
 from torchord.coordinator.messages.broker import declared
 from torchord.coordinator.messages.task_names import GRADIENTS, QUEUES, UPDATES, private_queue, worker_command
 from torchord.tasks.celery_app import app
@@ -36,6 +37,11 @@ def test_a_short_name_that_the_app_uses_itself_stays_its_own() -> None:
     assert consumed(theirs, include="gradients") == {"gradients"}
     assert consumed(theirs, include=f"{GRADIENTS},updates") == {GRADIENTS, UPDATES}
     assert consumed(theirs, exclude="gradients,updates") == {"celery", GRADIENTS}
+
+
+def test_a_local_cluster_serves_them_by_their_full_names() -> None:
+    """So that a short one that its app has for itself is not taken for ours."""
+    assert dict(cluster.QUEUES) == {"server": UPDATES, "client": GRADIENTS}
 
 
 def test_a_private_queue_has_no_short_name() -> None:
