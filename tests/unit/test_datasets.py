@@ -873,6 +873,23 @@ def test_a_folder_holds_datasets_without_redis(folder: str) -> None:
     assert not [name for name in files(folder) if name.endswith(".tmp")]
 
 
+def test_a_file_of_a_folder_has_its_name_once_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads it meanwhile, or after a crash, finds nothing and not half of it."""
+    rename, renamed = os.replace, []
+
+    def noted(source: str, target: str) -> None:
+        assert not Path(target).exists()
+        rename(source, target)
+        renamed.append(Path(target))
+
+    monkeypatch.setattr(os, "replace", noted)
+    datasets = Datasets(fresh(Settings(url="redis://127.0.0.1:1/0")))
+    datasets.put("d", torch.arange(1000), url=str(tmp_path), chunk_nbytes=1000)
+    assert sorted(renamed) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
+
+
 def test_delete_in_a_folder_leaves_what_others_share(folder: str) -> None:
     datasets = Datasets(fresh(Settings()))
     images = torch.randint(0, 256, (64, 100), dtype=torch.uint8)

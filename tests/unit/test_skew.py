@@ -1,0 +1,135 @@
+"""Whoever has other code than a run was submitted with leaves it to others, whatever it is asked to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import models
+from tests.support.shuffle import Post, Shuffle
+from torchord import Master, Run, TrainingConfig
+from torchord.cache.settings import Settings
+from torchord.coordinator.client.partial_sum_task import Adder
+from torchord.coordinator.client.shard_task import Client
+
+CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, fan_in=2, seed=3)
+
+
+class EvaluatingPost(Post):
+    """Keeps the parts of evaluations, too."""
+
+    def __init__(self) -> None:
+        super().__init__(callbacks=1)
+        self.parts: list[tuple[int, int, int]] = []  # waiting (version, part, parts)
+
+    def evaluation(self, run: str, version: int, parts: Any, of: int) -> None:
+        self.parts += [(version, part, of) for part in parts]
+
+
+class Laboratory(Shuffle):
+    """A run whose training server has the submitter's code; what its Clients have is the test's choice."""
+
+    def __init__(self, settings: Settings, run: Run) -> None:
+        super().__init__(settings, run, None)
+        self.ledger = run._ledger
+
+    def _parts(self, settings: Settings, node: str) -> tuple[Any, Any, Any]:
+        if not isinstance(self.post, EvaluatingPost):
+            self.post = EvaluatingPost()
+        return super()._parts(settings, node)
+
+    def submitted(self, change: str = "", **more: Any) -> None:
+        """From now on whoever reads the run's spec finds another digest of the recipe's modules in it."""
+        spec = self.run._ledger.spec()
+        sources = spec["fingerprint"].split(",")
+        spec["fingerprint"] = ",".join(source + change for source in sources)
+        self.ledger.client.set(self.ledger.keys.spec, json.dumps({**spec, **more}), keepttl=True)
+
+    def compute(self, client: Client, shard: int, delivery: str = "d") -> dict[str, Any]:
+        return client.compute_gradient(self.run.name, 0, shard, version=0, delivery=delivery)
+
+    def refused(self) -> list[str]:
+        """The workers that have said for everybody to see that they refuse."""
+        return [event.data["worker"] for event in self.ledger.read_events() if event.type == "refused"]
+
+
+@pytest.fixture
+def pending(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
+    """A run that nobody serves yet."""
+    monkeypatch.setattr("torchord.coordinator.client.shard_task._REFUSAL_SECONDS", (0.0, 0.0))
+    master = Master(redis_url, checkpoint_dir=str(tmp_path))
+    run = master.submit(models.mlp(), CONFIG, name="skewed")
+    yield Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run)
+
+
+@pytest.fixture
+def lab(pending: Laboratory) -> Laboratory:
+    """A run whose first step is launched."""
+    pending.server.advance(pending.run.name)
+    assert len(pending.post.gradients) == 4
+    pending.post.gradients.clear()
+    return pending
+
+
+def test_a_shard_goes_to_those_that_have_the_code(lab: Laboratory) -> None:
+    odd, like = lab.clients
+    assert lab.compute(like, 1)["status"] == "written"
+    lab.submitted("0")
+    for number in range(2):
+        receipt = lab.compute(odd, 0, delivery=f"d{number}")
+        assert receipt["status"] == "refused"
+        assert "another version of tests.support.models" in receipt["reason"]
+    assert lab.ledger.slots_present(0) == {1}
+    assert lab.post.gradients == [(0, 0, 0, None)] * 2, "it is sent again each time"
+    assert odd.heartbeat.info.refuses == {lab.run.name: receipt["reason"]}
+    assert lab.refused() == [odd.heartbeat.info.id], "that is news once"
+    receipt = lab.compute(like, 0)
+    assert (receipt["status"], receipt["attempt"]) == ("written", 1), "a refusal is no failed try"
+
+
+def test_who_may_compute_again_says_so(lab: Laboratory) -> None:
+    odd, _ = lab.clients
+    lab.submitted("0")
+    assert lab.compute(odd, 0)["status"] == "refused"
+    lab.submitted("", skew="admit")
+    odd.services.forget(lab.run.name)
+    assert lab.compute(odd, 0)["status"] == "written"
+    assert odd.heartbeat.info.refuses == {}
+
+
+def test_a_partial_sum_goes_to_those_that_have_the_code(lab: Laboratory) -> None:
+    odd, like = lab.clients
+    for shard in (0, 1):
+        lab.compute(like, shard)
+    lab.post.gradients.clear()
+    lab.submitted("0")
+    receipt = Adder(odd).partial_sum(lab.run.name, 0, 4, version=0, delivery="sum")
+    assert receipt["status"] == "refused" and lab.ledger.slots_present(0) == {0, 1}
+    assert lab.post.gradients == [(0, 4, 0, None)]
+    receipt = Adder(like).partial_sum(lab.run.name, 0, 4, version=0, delivery="sum")
+    assert receipt["status"] == "written"
+
+
+def test_a_part_of_an_evaluation_goes_to_those_that_have_the_code(lab: Laboratory) -> None:
+    odd, like = lab.clients
+    like.services.context(lab.run.name, lab.ledger.head().incarnation).require_same_code()
+    lab.submitted("0")
+    assert odd.evaluate(lab.run.name, 0, 0, 2)["status"] == "refused"
+    assert lab.post.parts == [(0, 0, 2)] and lab.ledger.parts_present(0) == set()
+    assert like.evaluate(lab.run.name, 0, 0, 2)["status"] == "written"
+
+
+def test_a_training_server_with_other_code_does_not_take_the_run(pending: Laboratory) -> None:
+    pending.submitted("0")
+    for _ in range(2):
+        receipt = pending.server.advance(pending.run.name)
+        assert receipt["status"] == "refused"
+        assert "another version of tests.support.models" in receipt["reason"]
+    head = pending.ledger.head()
+    assert (head.status, head.owner, head.token) == ("pending", "", 0)
+    assert pending.post.gradients == []
+    assert pending.refused() == [pending.server.heartbeat.info.id]
