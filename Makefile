@@ -1,7 +1,8 @@
 # make demo     install into .venv (once), then train the digits example on an embedded cluster
 # make test     the whole test suite          make test ARGS='tests/unit -k codec'
+# make check    what to run before a commit: the unit tests that are not slow, and lint (two minutes)
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
-# make lint     style, types, import direction and sizes        make format  rewrite to the style
+# make lint     style, types, import direction and sizes        make format  rewrite to the style, draw the rooms
 # make ranges   unit tests and demo with the lowest and newest versions on each Python (long; docs/dependencies.md)
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
@@ -26,7 +27,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.digits $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --times $(ARGS)
+
+# What to run before a commit: no test that starts workers, none that takes more than some seconds.
+check: lint $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow" tests/unit $(ARGS)
 
 ranges: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.ranges $(ARGS)
@@ -58,6 +63,7 @@ lint-sizes: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python .ci/rooms.py
 
 # A stamp is as new as the two files that decide what is installed; a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +41,7 @@ def files(folder: str, suffix: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / folder).rglob(f"*{suffix}"))
 
 
+@cache
 def modules() -> dict[str, Module]:
     """Every module of the product by name."""
     found = {}
@@ -68,6 +69,7 @@ def imports(module: Module, known: Iterable[str]) -> set[str]:
     return {name for name in found if name in known} - {module.name}
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """Each module's imports from the product."""
     known = modules()

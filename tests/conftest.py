@@ -6,6 +6,8 @@
 | `redis_url` | URL of an empty database on it, emptied afterwards |
 | `cluster` | a function that starts a `LocalCluster`, stopped afterwards |
 | `no_keys_without_ttl` | automatic: a test with one of the two above fails if a torchord key has no TTL |
+
+`--times` ends with a table of the slowest files.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import redis
 
 from tests.support.keys import keys_without_ttl
 from tests.support.processes import guardian_pid, responds
+from tests.support.times import table_of_times
 from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 
@@ -95,6 +98,20 @@ def no_keys_without_ttl(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     forever = keys_without_ttl(url)
     assert not forever, f"keys without a TTL: {forever[:20]}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The switch of the table of times."""
+    parser.addoption("--times", action="store_true", help="end with the slowest files, in a table")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Tell where the time went, when asked."""
+    if config.getoption("--times"):
+        found = [report for reports in terminalreporter.stats.values() for report in reports]
+        terminalreporter.section("where the time went")
+        for line in table_of_times([each for each in found if isinstance(each, pytest.TestReport)]):
+            terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

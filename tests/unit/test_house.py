@@ -1,11 +1,14 @@
 """The scripts of continuous integration that look at the code itself: do they see what they are there for?"""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from product import Module, arrows, imports, longest_chain, modules
+from rooms import PICTURE, drawn, rooms
 from sizes import Length, lengths, lengths_in, problems
+from tests.support.times import table_of_times
 
 CAPS = {"file": 500, "class": 400, "function": 60}
 
@@ -93,3 +96,38 @@ def test_the_products_modules_have_the_names_that_they_are_imported_by() -> None
     found = modules()
     assert {"torchord", "torchord.doors", "torchord.cache.ledger.ledger", "torchord.tasks"} <= found.keys()
     assert "torchord.cache.errors" in arrows()["torchord.cache.blobs.blob"]
+
+
+class Phase(NamedTuple):
+    """One phase of a test."""
+
+    nodeid: str
+    duration: float
+
+
+def test_the_table_of_times_names_the_slowest_files_and_their_slowest_test() -> None:
+    phases = [
+        Phase("tests/a.py::test_one[x]", 1.0),
+        Phase("tests/a.py::test_one[x]", 2.0),
+        Phase("tests/a.py::test_two", 0.5),
+        Phase("tests/b.py::test_three", 0.25),
+        Phase("tests/c.py::test_four", 4.0),
+    ]
+    assert table_of_times(phases, files=2)[2:] == [
+        "| tests/c.py | 1 | 4.0 | test_four | 4.0 |",
+        "| tests/a.py | 2 | 3.5 | test_one | 3.0 |",
+        "| 1 more | 1 | 0.2 | | |",
+        "| all 3 | 4 | 7.8 | | |",
+    ]
+
+
+def test_the_picture_of_the_rooms_is_of_todays_imports() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == drawn(), "run `make format`"
+
+
+def test_every_room_lies_above_what_it_imports() -> None:
+    house = rooms()
+    assert {"client/", "server/", "master/", "tasks/"} <= {room.name for room in house.values()}
+    for (panel, _), room in house.items():
+        assert all(house[panel, below].floor < room.floor for below in room.below)
+        assert room.sentence, f"{room.name} has no sentence"
