@@ -140,6 +140,8 @@ def _status(master: Master, options: argparse.Namespace) -> int:
         print(f"  waiting for  a worker on queue {queue!r}: {worker_command(queue)}")
     for refusal in status["refused"]:
         print(f"  refused      {refusal}")
+    for said in status["discarded"]:
+        print(f"  lost         {said}")
     return OK
 
 

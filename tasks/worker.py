@@ -60,7 +60,13 @@ class Process:
         """Stand for election as the supervisor."""
         from torchord.coordinator.server.supervisor.supervisor import Supervisor
 
-        self.supervisor = Supervisor(self.services, self.heartbeat.info.id, self.sender, fault=self.fault)
+        self.supervisor = Supervisor(
+            self.services,
+            self.heartbeat.info.id,
+            self.sender,
+            fault=self.fault,
+            report=self.heartbeat.discarded,
+        )
         self.supervisor.start()
 
     def stop(self) -> None:
@@ -185,7 +191,9 @@ def _supervise_from_parent() -> None:
     _parent_heartbeat = _heartbeat(services, _node, _queues)
     _parent_heartbeat.start()
     if UPDATES in _queues:
-        _parent_supervisor = Supervisor(services, _parent_heartbeat.info.id, Sender(app))
+        _parent_supervisor = Supervisor(
+            services, _parent_heartbeat.info.id, Sender(app), report=_parent_heartbeat.discarded
+        )
         _parent_supervisor.start()
 
 

@@ -48,6 +48,7 @@ class WorkerInfo:
         since: Unix time (s) at which that last changed.
         environment: what could change bits (torch version, device, CPU capability).
         refuses: run -> why this process may not work on it.
+        discarded: of the supervisor: queue -> what is wrong where its messages are thrown away.
         pace: run -> seconds that it took for a shard of it, the lesser of the last two.
         place: where its pid means something, and
         started: since when it has that pid, so that a process beside it sees at once when it has ended
@@ -64,6 +65,7 @@ class WorkerInfo:
     since: float = 0.0
     environment: str = ""
     refuses: dict[str, str] = field(default_factory=dict)
+    discarded: dict[str, str] = field(default_factory=dict)
     pace: dict[str, float] = field(default_factory=dict)
     place: str = ""
     started: int = 0
@@ -339,6 +341,11 @@ class Heartbeat:
                 refuses[run] = reason
             self._info = replace(self._info, refuses=refuses)
             return True
+
+    def discarded(self, wrong: dict[str, str]) -> None:
+        """Say in which queues messages are thrown away, as the supervisor found."""
+        with self._lock:
+            self._info = replace(self._info, discarded=wrong)
 
     def stop(self) -> None:
         """Stop beating and end the lease."""

@@ -85,7 +85,7 @@ class Progress:
             self._metric = "  ".join(
                 f"{name} {value:.4f}" for name, value in data["metrics"].items() if name != "loss"
             )
-        elif event.type in ("rollback", "failed", "paused", "resumed", "evaluation lost"):
+        elif event.type in ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarded"):
             self._bar.console.print(f"{event.type}: {data}")
         speed = f"{self._rate:,.0f}/s" if self._rate else ""
         self._bar.update(

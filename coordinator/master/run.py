@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from torchord.coordinator.spec.recipe import ResolvedRecipe
 
+log = logging.getLogger(__name__)
+
 _RESTING = ("done", "failed", "cancelled")
 _PACE_SECONDS = 0.05
 _POLL_SECONDS = 0.5
@@ -75,6 +78,8 @@ class RunStatus:
         waiting_for: queues that the run needs and no living worker consumes.
         refused: living workers that may not work on the run, each with the reason: their torch,
             hardware or code would give other bits.
+        discarded: queues whose messages somebody throws away who is no torchord worker, each with what to
+            look for; the run goes on, many times slower.
     """
 
     name: str
@@ -88,6 +93,7 @@ class RunStatus:
     server: str
     waiting_for: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    discarded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,7 @@ class Run:
             server=head.owner,
             waiting_for=() if head.status in _RESTING else tuple(self.idle_queues()),
             refused=() if head.status in _RESTING else self._refused(),
+            discarded=() if head.status in _RESTING else self._discarded(),
         )
 
     def history(self) -> list[StepReport]:
@@ -296,6 +303,8 @@ class Run:
             bar.head(head)
             for event in events:
                 bar.event(event)
+                if event.type == "discarded":
+                    log.warning("run %s: %s", self.name, event.data["message"])
             if head.status == "done" and not events:
                 return
             if head.status == "failed" and not events:
@@ -326,6 +335,10 @@ class Run:
     def _refused(self) -> tuple[str, ...]:
         alive = self._services.registry.alive().values()
         return tuple(f"{info.id}: {info.refuses[self.name]}" for info in alive if self.name in info.refuses)
+
+    def _discarded(self) -> tuple[str, ...]:
+        alive = self._services.registry.alive().values()
+        return tuple(sorted({said for info in alive for said in info.discarded.values()}))
 
     # --- acting --------------------------------------------------------------------------
 

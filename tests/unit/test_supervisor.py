@@ -24,7 +24,8 @@ from torchord.cache.ledger.workers import WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
-from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, UNSEEN_SECONDS
+from torchord.coordinator.server.supervisor.discards import LOSSES, WINDOW_SECONDS
+from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, UNSEEN_SECONDS
 from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS
 from torchord.coordinator.server.supervisor.supervisor import POLL_SECONDS, SETTLE_SECONDS, Supervisor
 from torchord.coordinator.spec.config import TrainingConfig
@@ -66,7 +67,14 @@ class Laboratory:
         self.plane = MemoryPlane(clock=lambda: self.now)
         self.registry = MemoryRegistry(self.plane)
         self.sent = Sent(self.plane)
-        self.supervisor = Supervisor(self, "s0", self.sent, clock=lambda: self.now)  # type: ignore[arg-type]
+        self.wrong: dict[str, str] = {}
+        self.supervisor = Supervisor(
+            self,  # type: ignore[arg-type]
+            "s0",
+            self.sent,  # type: ignore[arg-type]
+            clock=lambda: self.now,
+            report=lambda wrong: setattr(self, "wrong", wrong),
+        )
         self.living = {
             "s0": worker("s0", queues=(UPDATES, f"{UPDATES}.celery@s0")),
             **{id: worker(id, queues=(GRADIENTS,), environment="torch") for id in ("w0", "w1", "w2")},
@@ -746,3 +754,59 @@ def test_a_sum_that_takes_its_workers_down_stops_the_run(tree: Laboratory) -> No
     head = tree.run.head()
     assert head.status == "failed" and head.error is not None
     assert "partial sum 4 of step 0 took its worker down 3 times in a row" in head.error["message"]
+
+
+# --- messages that somebody throws away ---------------------------------------------------------
+
+
+def discarded(lab: Laboratory) -> list[str]:
+    """Queues that the run's events name."""
+    return [event.data["queue"] for event in lab.run.read_events() if event.type == "discarded"]
+
+
+def test_messages_that_are_thrown_away_again_and_again_are_reported(lab: Laboratory) -> None:
+    """Once a minute in the run's events, and for as long as it goes on in the supervisor's heartbeat."""
+    for losses in range(1, LOSSES + 3):
+        assert bool(lab.wrong) is bool(discarded(lab)) is (losses > LOSSES)
+        lab.consume(GRADIENTS)
+        assert len(lab.rounds(REPEAT_SECONDS + POLL_SECONDS)) == 4
+    assert discarded(lab) == [GRADIENTS]
+    assert list(lab.wrong) == [GRADIENTS] and "thrown away by somebody" in lab.wrong[GRADIENTS]
+    lab.rounds(WINDOW_SECONDS + POLL_SECONDS)
+    assert lab.wrong == {} and len(discarded(lab)) == 1
+
+
+def test_what_a_dead_worker_took_with_it_is_not_reported(lab: Laboratory) -> None:
+    """Nor what Redis lost: that happens once, to however many messages."""
+    lab.consume(GRADIENTS)
+    assert len(lab.rounds(WINDOW_SECONDS)) == 4
+    lab.consume(GRADIENTS)
+    lab.rounds(WINDOW_SECONDS)
+    assert lab.wrong == {} and discarded(lab) == []
+
+
+def test_lost_messages_that_no_worker_would_have_begun_are_not_reported(lab: Laboratory) -> None:
+    """Those of a busy fleet may be held by its workers; those of a run that a worker refuses, by that one."""
+    for id in ("w0", "w1", "w2"):
+        lab.doing(id, "something else")
+    for _ in range(2 * LOSSES):
+        lab.consume(GRADIENTS)
+        lab.rounds(REPEAT_SECONDS + POLL_SECONDS)
+    assert lab.wrong == {}
+    for id in ("w0", "w1", "w2"):
+        lab.doing(id)
+    lab.living["w1"] = replace(lab.living["w1"], refuses={RUN: "another torch"})
+    for _ in range(2 * LOSSES):
+        lab.consume(GRADIENTS)
+        lab.rounds(REPEAT_SECONDS + POLL_SECONDS)
+    assert lab.wrong == {} and discarded(lab) == []
+
+
+def test_calls_of_a_training_server_that_are_thrown_away_are_reported(lab: Laboratory) -> None:
+    lab.living.pop("s0")
+    lab.living["s1"] = worker("s1", queues=(UPDATES,))
+    lab.supervisor.worker = "s1"
+    for _ in range(LOSSES + 2):
+        lab.rounds(REPEAT_SECONDS + POLL_SECONDS)
+        lab.consume(UPDATES)
+    assert UPDATES in discarded(lab)

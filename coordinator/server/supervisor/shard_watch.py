@@ -16,6 +16,7 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.failures import Failure
+from torchord.coordinator.server.supervisor.discards import Discards
 from torchord.coordinator.server.supervisor.memory import REPEAT_SECONDS, UNSEEN_SECONDS, Memory
 from torchord.coordinator.spec.plan import Plan, shown
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 POISON_SECONDS = 3.0  # a worker that was only silent (stopped, or starved) gets so long to come back
 SUM_FACTOR = 3.0  # a partial sum is late when it takes so many times as long as usual,
 SUM_AT_LEAST_SECONDS = 0.5  # and at least so long
+_UNSEEN = "its message was lost"
 ASTRAY_SECONDS = 2.0  # longer than a dead worker's lease, whose last beat may be from before it began
 
 
@@ -57,7 +59,7 @@ class ShardWatch:
         self.step = step
         self.tree = plan.fan_in(step)
 
-    def look(self, registry: Registry, sender: Sender) -> None:
+    def look(self, registry: Registry, sender: Sender, discards: Discards) -> None:
         """Check every slot that could be written and is not, once."""
         present = self.ledger.slots_present(self.step)
         missing = [shard for shard in range(self.tree.shards) if shard not in present]
@@ -75,8 +77,10 @@ class ShardWatch:
             elif lease.worker in self.alive:
                 held.append(lease)
         if unseen and self.memory.lasting((self.run, "unseen", self.step, tuple(unseen)), UNSEEN_SECONDS):
-            lost |= dict.fromkeys(unseen, "its message was lost")
-        self._resend(lost, leases, registry, sender)
+            lost |= dict.fromkeys(unseen, _UNSEEN)
+        sent = self._resend(lost, leases, registry, sender)
+        if any(lost[shard] == _UNSEEN for shard in sent):
+            discards.lost(GRADIENTS, self.ledger, self.alive)
         if not unseen and not lost:
             self._back_up(held, sender)
 
@@ -157,25 +161,26 @@ class ShardWatch:
 
     def _resend(
         self, lost: dict[int, str], leases: dict[int, Lease], registry: Registry, sender: Sender
-    ) -> None:
-        """Send lost shards again, unless a message for them waits in the queue."""
+    ) -> list[int]:
+        """Send lost shards again, unless a message for them waits in the queue; returns which were sent."""
         due = []
         for shard in lost:
             attempt = leases[shard].attempt if shard in leases else 0
             if self.memory.due((self.run, "shard", self.step, shard, attempt, lost[shard]), REPEAT_SECONDS):
                 due.append(shard)
         if not due:
-            return
+            return []
         waiting = {
             arguments.get("shard", arguments.get("slot"))
             for arguments in registry.queued(GRADIENTS)
             if (arguments.get("run"), arguments.get("step")) == (self.run, self.step)
         }
+        due = [shard for shard in due if shard not in waiting]
         for shard in due:
-            if shard not in waiting:
-                name = self._named(shard)
-                log.warning("run %s: %s of step %d is sent again: %s", self.run, name, self.step, lost[shard])
-                self._send(sender, shard)
+            name = self._named(shard)
+            log.warning("run %s: %s of step %d is sent again: %s", self.run, name, self.step, lost[shard])
+            self._send(sender, shard)
+        return due
 
     # --- what is late -----------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services, switches_of
+from torchord.coordinator.server.supervisor.discards import Discards
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
 from torchord.coordinator.server.supervisor.shard_watch import ShardWatch
 from torchord.coordinator.spec.config import TrainingConfig
@@ -47,6 +48,7 @@ class Supervisor:
         sender: publishes what has to be sent again.
         clock: monotonic seconds, replaced in tests.
         fault: called with the name of each point of the protocol; tests use it to die there.
+        report: as for `Discards`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Supervisor:
         *,
         clock: Callable[[], float] = time.monotonic,
         fault: Hook = nothing,
+        report: Callable[[dict[str, str]], None] = lambda wrong: None,
     ) -> None:
         self.services = services
         self.worker = worker
@@ -64,6 +67,7 @@ class Supervisor:
         self.clock = clock
         self.fault = fault
         self.memory = Memory(clock)
+        self.discards = Discards(clock, report)
         self._plans: dict[tuple[str, str], Plan] = {}
         self._known: dict[str, str] = {}  # active run -> id of the Redis that knew it
         self._round_ended = clock()
@@ -132,6 +136,7 @@ class Supervisor:
             except RunNotFound:  # expired or deleted between the two reads
                 registry.forget_run(run)
         self.memory.end_round()
+        self.discards.end_round()
         for key in [key for key in self._plans if key[0] not in active]:
             del self._plans[key]
 
@@ -200,18 +205,20 @@ class Supervisor:
             if self.memory.lasting((run, "unserved", head.owner), patience):
                 if head.queue:
                     registry.expire_queue(head.queue)
-                self._advance(run, UPDATES, ("unserved", head.token))
+                self._advance(ledger, alive, UPDATES, ("unserved", head.token))
             return
         idle = not _serving(owner, run) and self._waits_for_owner(ledger, head)
         if idle and self.memory.lasting((run, "idle", head.version, head.token), IDLE_SECONDS):
-            self._advance(run, head.queue or UPDATES, ("idle", head.version))
+            self._advance(ledger, alive, head.queue or UPDATES, ("idle", head.version))
         if head.total_steps is None:
             return
         if head.version < head.total_steps:
             plan = self._plan(ledger, head)
             for step in plan.window(head.version):
                 if head.launched is not None and step <= head.launched:
-                    ShardWatch(ledger, head, plan, alive, self.memory, step).look(registry, self.sender)
+                    ShardWatch(ledger, head, plan, alive, self.memory, step).look(
+                        registry, self.sender, self.discards
+                    )
         self._check_evaluations(ledger, head, alive, registry)
 
     def _waits_for_owner(self, ledger: Ledger, head: Head) -> bool:
@@ -225,14 +232,19 @@ class Supervisor:
         slots = self._plan(ledger, head).fan_in(head.version).total
         return len(ledger.slots_present(head.version)) >= slots
 
-    def _advance(self, run: str, queue: str, why: tuple[object, ...]) -> None:
+    def _advance(
+        self, ledger: Ledger, alive: dict[str, WorkerInfo], queue: str, why: tuple[object, ...]
+    ) -> None:
         """Call a training server, unless a call waits in the queue."""
+        run = ledger.run
 
         def send() -> None:
             waiting = self.services.registry.queued(queue)
             if not any(arguments.get("run") == run for arguments in waiting):
                 log.warning("run %s: a training server is called: %s", run, why[0])
                 self.sender.advance(run, queue=queue)
+                if queue == UPDATES and self.memory.count((run, *why)) > 1:  # nobody has heard the one before
+                    self.discards.lost(queue, ledger, alive)
 
         self.memory.once((run, *why), REPEAT_SECONDS, send)
 
