@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
-from product import Module, arrows, imports, longest_chain, modules
+from product import ROOT, Module, arrows, imports, longest_chain, modules
 from rooms import PICTURE, drawn, rooms
 from sizes import Length, lengths, lengths_in, problems
 from tests.support.times import table_of_times
@@ -131,3 +132,13 @@ def test_every_room_lies_above_what_it_imports() -> None:
     for (panel, _), room in house.items():
         assert all(house[panel, below].floor < room.floor for below in room.below)
         assert room.sentence, f"{room.name} has no sentence"
+
+
+def test_what_runs_before_a_commit_is_what_lint_runs_and_fetches_nothing() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    recipes = (ROOT / "Makefile").read_text().replace("$(BIN)/", ".venv/bin/").splitlines()
+    for hook in config["repos"][0]["hooks"]:
+        assert hook["language"] == "system", hook["id"]
+        command = hook["entry"].partition(" --")[0]
+        assert any(line.strip().startswith(command) for line in recipes), f"no recipe of make runs {command}"
