@@ -148,6 +148,7 @@ class TorchordStep(bootsteps.StartStopStep):
                 parent.task_consumer.consume()
                 consumed = (*consumed, own)
         _queues = consumed
+        _look_at_prefetching(parent)
         try:
             if _forks(parent):
                 _supervise_from_parent()
@@ -168,6 +169,17 @@ class TorchordStep(bootsteps.StartStopStep):
 def _serves(of: Any, queues: Iterable[str]) -> bool:
     """Whether a worker works for torchord: an app that torchord is installed in has others, too."""
     return of is app or any(map(is_ours, queues))
+
+
+def _look_at_prefetching(parent: Any) -> None:
+    """Warn where messages are taken long before they are begun; an app of somebody else decides that."""
+    multiplier = parent.controller.prefetch_multiplier
+    if multiplier != 1 and not parent.app.conf.worker_disable_prefetch:
+        log.warning(
+            "worker_prefetch_multiplier is %s: this worker takes messages of torchord long before it begins "
+            "them, while others wait for them and the supervisor sends them again; set it to 1",
+            multiplier,
+        )
 
 
 def _forks(parent: Any) -> bool:

@@ -33,8 +33,12 @@ FOLDERS = (
 READERS = {
     "deploy/tls",
     "deploy/tls/ca.crt",
+    "cache.py",
+    "coordinator.py",
+    "manage.py",
     "my_codecs.py",
     "my_models.py",
+    "tasks.py",
     "train.py",
     "your_training_script.py",
 }

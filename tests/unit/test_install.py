@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,9 @@ from kombu import Connection, Queue
 from kombu.transport import redis
 
 import torchord
+from torchord.cache import errors
 from torchord.cache.errors import InvalidInput
+from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.messages.broker import celery_url, same_server
 from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT, GRADIENTS, QUEUES, UPDATES
 from torchord.tasks import transport
@@ -139,3 +142,13 @@ def test_everything_that_stands_in_the_way_is_one_error() -> None:
 )
 def test_one_server_and_another(one: str, other: str, same: bool) -> None:
     assert same_server(one, other) is same_server(other, one) is same
+
+
+def test_the_page_says_of_every_error_whose_fault_it_is() -> None:
+    page = (ROOT / "docs" / "your-project.md").read_text()
+    _, _, table = page.partition("## Whose fault it is")
+    table, _, _ = table.partition("\n## ")
+    named = re.findall(r"`(\w+)`", table)
+    known = {name for name, value in vars(errors).items() if isinstance(value, type)} - {"TorchordError"}
+    assert {name for name in named if name in known} == known
+    assert len([name for name in named if name in known]) == len(known), "each once"
