@@ -2,11 +2,10 @@
 
 Each simulated Client has a connection of its own on which it waits in BRPOP as kombu does, its own
 worker id and heartbeat, and fetches each version for itself, as on a host of its own. A message that it
-gets is recorded as unacknowledged, executed by the Clients' own code
-(`torchord.coordinator.client.shard_task`: lease, gradient, bytes, slot;
-`torchord.coordinator.client.partial_sum_task` for partial sums), counted into its chord by Celery's result
-backend, and acknowledged. Only the execution is shared: the process has one Python, so the Clients take turns
-there, and one set of connections for all but the waiting.
+gets is recorded as unacknowledged, executed by the Clients' own code (`torchord.coordinator.client`: lease,
+gradient, bytes, slot, partial sums), counted into its chord by Celery's result backend, and acknowledged.
+Only the execution is shared: the process has one Python, so the Clients take turns there, and one set of
+connections for all but the waiting.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ from torchord.cache import keys
 from torchord.cache.errors import CacheError
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.settings import Settings
-from torchord.coordinator.client.partial_sum_task import Adder
-from torchord.coordinator.client.shard_task import Client
+from torchord.coordinator.client.client import Client
+from torchord.coordinator.client.slot_lease import SlotTask
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT, GRADIENTS, PARTIAL_SUM
+from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.runtime.services import Services
 
@@ -68,6 +68,7 @@ class Fleet:
 
         self.app: Any = app
         self.services = Services(Settings(url=url, host_cache=False))
+        self.contexts = Contexts(self.services)
         self.redis = self.services.ledger("any").client
         self.sender = Sender(app)
         self.selector = selectors.DefaultSelector()
@@ -81,7 +82,7 @@ class Fleet:
         link = socket.create_connection((parts.hostname, parts.port or 6379))
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         info = new_info(f"simulated{number}@bench", (GRADIENTS,), environment())
-        one = Consumer(link, Client(self.services, Heartbeat(self.services.registry, info), self.sender))
+        one = Consumer(link, Client(self.contexts, Heartbeat(self.services.registry, info), self.sender))
         self.selector.register(link, selectors.EVENT_READ, one)
         return one
 
@@ -137,7 +138,8 @@ class Fleet:
         join = None if body is None else (group, body)
         run, version = kwargs["run"], kwargs["version"]
         if task == PARTIAL_SUM:
-            return Adder(consumer.client).partial_sum(delivery=delivery, join=join, **kwargs)
+            asked = SlotTask(run, kwargs["step"], kwargs["slot"], version, delivery, join, kwargs["backup"])
+            return consumer.client.sums.partial_sum(asked)
         assert task == COMPUTE_GRADIENT, f"a fleet that only trains got {task}"
         if consumer.held.get(run) != version:  # the shared replica would fetch it once for all
             try:
@@ -145,7 +147,9 @@ class Fleet:
                 consumer.held = {run: version}
             except CacheError:
                 pass  # a late message: the ledger says so
-        return consumer.client.compute_gradient(delivery=delivery, join=join, **kwargs)
+        backup = kwargs.get("backup", False)
+        asked = SlotTask(run, kwargs["step"], kwargs["shard"], version, delivery, join, backup)
+        return consumer.client.shards.compute_gradient(asked)
 
 
 def serve(url: str, control: Connection) -> None:

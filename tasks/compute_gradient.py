@@ -20,20 +20,12 @@ def compute_gradient(
     Safe to run twice: the gradient is a function of (run, version, shard) alone, and the slot is
     written once; a duplicate, early or late delivery changes nothing but a counter.
     """
+    from torchord.coordinator.client.slot_lease import SlotTask
     from torchord.tasks.partial_sum import joined
     from torchord.tasks.worker import process
 
-    done = process().client.compute_gradient(
-        run,
-        step,
-        shard,
-        delivery=self.request.id,
-        join=joined(self.request),
-        backup=backup,
-        version=version,
-        part=_Part(self),
-    )
-    return Receipt(done)
+    asked = SlotTask(run, step, shard, version, self.request.id, joined(self.request), backup)
+    return Receipt(process().client.shards.compute_gradient(asked, part=_Part(self)))
 
 
 class _Part:

@@ -16,4 +16,4 @@ def evaluate(*, run: str, version: int, part: int, parts: int) -> dict[str, Any]
     """
     from torchord.tasks.worker import process
 
-    return process().client.evaluate(run, version, part, parts)
+    return process().client.inference.evaluate(run, version, part, parts)

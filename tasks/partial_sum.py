@@ -17,12 +17,11 @@ def partial_sum(self: Any, *, run: str, step: int, slot: int, version: int, back
     numbers, and the slot is written once. It waits for nothing: it is sent when its inputs are there,
     and ends at once if one is missing.
     """
+    from torchord.coordinator.client.slot_lease import SlotTask
     from torchord.tasks.worker import process
 
-    done = process().adder.partial_sum(
-        run, step, slot, delivery=self.request.id, join=joined(self.request), backup=backup, version=version
-    )
-    return Receipt(done)
+    asked = SlotTask(run, step, slot, version, self.request.id, joined(self.request), backup)
+    return Receipt(process().client.sums.partial_sum(asked))
 
 
 def joined(request: Any) -> tuple[str, dict[str, Any]] | None:

@@ -16,4 +16,4 @@ def predict(*, run: str, version: int, request: str, part: int, inputs: dict[str
     """
     from torchord.tasks.worker import process
 
-    return process().client.predict(run, version, request, part, inputs)
+    return process().client.inference.predict(run, version, request, part, inputs)

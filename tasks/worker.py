@@ -39,8 +39,8 @@ class Process:
     """
 
     def __init__(self, node: str, queues: tuple[str, ...]) -> None:
-        from torchord.coordinator.client.partial_sum_task import Adder
-        from torchord.coordinator.client.shard_task import Client
+        from torchord.coordinator.client.client import Client
+        from torchord.coordinator.runtime.context import Contexts
         from torchord.coordinator.runtime.services import Services
         from torchord.coordinator.server.server import TrainingServer
 
@@ -50,9 +50,9 @@ class Process:
         self.fault = fault
         self.sender = Sender(app, fault=fault if settings.faults else None)
         self.heartbeat = _heartbeat(self.services, node, queues)
-        self.client = Client(self.services, self.heartbeat, self.sender, fault=fault)
-        self.adder = Adder(self.client)
-        self.server = TrainingServer(self.services, self.heartbeat, self.sender, fault=fault)
+        self.contexts = Contexts(self.services)
+        self.client = Client(self.contexts, self.heartbeat, self.sender, fault=fault)
+        self.server = TrainingServer(self.contexts, self.heartbeat, self.sender, fault=fault)
         self.supervisor: Supervisor | None = None
         self.heartbeat.start()
 
@@ -75,6 +75,7 @@ class Process:
             self.supervisor.stop()
         self.server.leave()
         self.heartbeat.stop()
+        self.contexts.close()
         self.services.close()
 
 
@@ -246,7 +247,7 @@ def _preload(sender: Any, **_: Any) -> None:
         keep_memory()  # before torch has threads; children inherit it
     import torch
 
-    import torchord.coordinator.client.shard_task
+    import torchord.coordinator.client.client
     import torchord.coordinator.server.server  # noqa: F401
     from torchord.coordinator.runtime.environment import set_device
 
@@ -305,11 +306,11 @@ def _hand_back() -> None:
     """What this process is at, or as the parent of a pool, what its children are at."""
     parts = _process
     if parts is not None and parts.pid == os.getpid():
-        parts.client.hand_back()
+        parts.client.lease.hand_back()
     elif _parent_services is not None:
-        from torchord.coordinator.client.hand_back import hand_back
+        from torchord.coordinator.client.slot_lease import hand_back_node
 
         try:
-            hand_back(_parent_services, _node)
+            hand_back_node(_parent_services, _node)
         except CacheError as error:
             log.warning("what the pool is at was not handed back: %s", error)

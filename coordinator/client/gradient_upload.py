@@ -29,7 +29,7 @@ from torchord.cache.stores.gradients import GradientStore, GradientUpload, Store
 from torchord.cache.tensors.codec import Manifest, TensorSpec, dtype_name
 from torchord.coordinator.compute.loss_scale import LossScale
 from torchord.coordinator.compute.replica import Replica
-from torchord.coordinator.runtime.services import RunContext
+from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.spec.config import TrainingConfig
 
 log = logging.getLogger(__name__)

@@ -11,24 +11,23 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from torchord.cache.errors import CacheError, ChunkCorrupt, ChunkMissing
-from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotReceipt, SlotRecord, SumRecord
 from torchord.cache.tensors.codec import Manifest
+from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
+from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.partial import Partial, PartialSum
-from torchord.coordinator.messages.sender import Join
 from torchord.coordinator.runtime import activity
+from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import device
-from torchord.coordinator.runtime.services import RunContext
+from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.spec.codecs import codec_of
-
-if TYPE_CHECKING:
-    from torchord.coordinator.client.shard_task import Client
 
 log = logging.getLogger(__name__)
 
@@ -90,89 +89,69 @@ def summed(inputs: list[SlotRecord]) -> SumRecord:
     return SumRecord(tuple(receipts), tuple(sums), tuple(nonfinite))
 
 
-class Adder:
+class PartialSumTask:
     """Executes partial sums for one worker process.
 
     Args:
-        client: the process's Client, whose connections, lease and faults it shares.
+        contexts: the process's view of the runs.
+        lease: takes and hands back slots.
+        writer: writes slots, and sends what they make possible.
+        fault: called with the name of each point of the protocol; tests use it to die there.
     """
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.services = client.services
-        self.fault = client.fault
+    def __init__(self, contexts: Contexts, lease: SlotLease, writer: SlotWriter, fault: Hook) -> None:
+        self.contexts = contexts
+        self.services = contexts.services
+        self.lease = lease
+        self.writer = writer
+        self.fault = fault
 
-    def partial_sum(
-        self,
-        run: str,
-        step: int,
-        slot: int,
-        *,
-        delivery: str,
-        join: Join | None = None,
-        backup: bool = False,
-        version: int | None = None,
-    ) -> dict[str, Any]:
+    def partial_sum(self, task: SlotTask) -> dict[str, Any]:
         """Add up the inputs of a slot and write it.
-
-        Args:
-            slot: number of the partial sum.
-            delivery: id of the Celery task.
-            join: the chord that the task belongs to.
-            backup: compute even if a live worker is at it.
-            version: what the step is computed at; None: the version of its own number.
 
         Returns:
             The receipt that Flower shows.
         """
         receipt: dict[str, Any] = {
-            "run": run,
-            "step": step,
-            "slot": slot,
-            "version": step if version is None else version,
+            "run": task.run,
+            "step": task.step,
+            "slot": task.slot,
+            "version": task.version,
         }
         self.fault("adder.before_begin")
-        return self.client.at_slot(
+        return self.lease.hold(
+            task,
             receipt,
-            slot,
-            activity.partial_sum(run, step, slot),
-            lambda begun: self._add(receipt, step, slot, begun.attempt, begun.incarnation, join),
-            delivery=delivery,
-            backup=backup,
+            activity.partial_sum(task.run, task.step, task.slot),
+            lambda begun: self._add(task, receipt, begun),
         )
 
-    def _add(
-        self,
-        receipt: dict[str, Any],
-        step: int,
-        slot: int,
-        attempt: int,
-        incarnation: str,
-        join: Join | None,
-    ) -> dict[str, Any]:
+    def _add(self, task: SlotTask, receipt: dict[str, Any], begun: Begun) -> dict[str, Any]:
         self.fault("adder.after_begin")
-        run, ledger = receipt["run"], self.services.ledger(receipt["run"])
-        context = self.services.context(run, incarnation)
+        step, slot = task.step, task.slot
+        context = self.contexts.of(task.run, begun.incarnation)
         context.require_same_code()
+        # The inputs, and their sum.
         tree = context.plan().fan_in(step)
         wanted = tree.inputs(slot) if slot in tree.partials else range(0)
-        found, _ = ledger.some_slots(step, wanted)
+        found, _ = context.ledger.some_slots(step, wanted)
         if not wanted or len(found) < len(wanted):
             return {**receipt, "status": "early"}  # sent again by whoever writes the last input
         inputs = [found[number] for number in wanted]
         began = time.perf_counter()
         try:
-            total = self._sum(context, ledger, step, inputs)
+            total = self._sum(context, step, inputs)
         except InputLost as lost:
-            return self._give_back(receipt, context, lost, slot)
+            return self._give_back(task, receipt, context, lost)
         except CacheError:
             raise
         except Exception as error:
             place = f"partial sum {slot} of step {step}"
-            raise self.client.failed(context, error, step=step, shard=slot, place=place) from error
+            raise self.lease.failed(context, error, task, place=place) from error
+        # Its bytes, then its slot.
         self.fault("adder.before_put")
         near = tree.parent(slot) is None
-        stored = self.services.gradients.put(ledger, step, slot, total.tensors(), for_server=near)
+        stored = self.services.gradients.put(context.ledger, step, slot, total.tensors(), for_server=near)
         self.fault("adder.after_put")
         kept = summed(inputs)
         record = SlotRecord(
@@ -185,13 +164,13 @@ class Adder:
             examples=total.examples,
             loss=sum(each.loss * each.examples for each in inputs) / total.examples,
             grad_norm=math.nan if kept.nonfinite else max(each.grad_norm for each in inputs),
-            worker=self.client.heartbeat.info.id,
-            attempt=attempt,
+            worker=self.lease.worker,
+            attempt=begun.attempt,
             seconds=time.perf_counter() - began,
-            environment=self.client.heartbeat.info.environment,
+            environment=self.lease.heartbeat.info.environment,
             total=replace(kept, notes=total.notes()),
         )
-        verdict, _ = self.client.writer.write(context, step, record, incarnation=incarnation, join=join)
+        verdict, _ = self.writer.write(context, task, record, incarnation=begun.incarnation)
         self.fault("adder.after_slot")
         if verdict == "written":
             self.services.gradients.delete(each.blob for each in inputs)
@@ -203,12 +182,12 @@ class Adder:
             "examples": record.examples,
             "nbytes": stored.blob.nbytes,
             "seconds": round(record.seconds, 6),
-            "attempt": attempt,
+            "attempt": begun.attempt,
         }
 
-    def _sum(self, context: RunContext, ledger: Ledger, step: int, inputs: list[SlotRecord]) -> Partial:
+    def _sum(self, context: RunContext, step: int, inputs: list[SlotRecord]) -> Partial:
         config = context.plan().config_at(step)
-        manifest = Manifest.from_json(ledger.manifest())
+        manifest = Manifest.from_json(context.ledger.manifest())
         allowed = self.services.settings.allowed_modules
         with pinned(config.threads, config.deterministic, device()):
             return add_up(
@@ -216,18 +195,18 @@ class Adder:
             )
 
     def _give_back(
-        self, receipt: dict[str, Any], context: RunContext, lost: InputLost, slot: int
+        self, task: SlotTask, receipt: dict[str, Any], context: RunContext, lost: InputLost
     ) -> dict[str, Any]:
         """An input's bytes are gone: have its shards computed again; the last of them asks for this sum."""
-        run, step, version = receipt["run"], receipt["step"], receipt["version"]
+        run, step = task.run, task.step
         tree, number = context.plan().fan_in(step), lost.slot.shard
         below = tree.below(number)
         log.warning("step %d of run %s: slot %d is made again: %s", step, run, number, lost)
-        verdict = self.services.ledger(run).drop_slot(
-            step, number, nonce=lost.slot.nonce, token=None, into=slot, below=below
+        verdict = context.ledger.drop_slot(
+            step, number, nonce=lost.slot.nonce, token=None, into=task.slot, below=below
         )
         if verdict == "ok":
             for shard in (each for each in (number, *below) if each < tree.shards):
-                self.client.sender.gradient(run, step, shard, version=version)
+                self.lease.sender.gradient(run, step, shard, version=task.version)
         # Stale: the sum was made meanwhile and its inputs deleted, or somebody else opened them.
         return {**receipt, "status": "input lost" if verdict == "ok" else "overtaken", "error": str(lost)}

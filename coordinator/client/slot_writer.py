@@ -1,4 +1,12 @@
-"""What a Client does once a slot's bytes are stored: write the slot, and send what it makes possible."""
+"""What a Client does once a slot's bytes are stored: write the slot, and send what it makes possible.
+
+That may be a backup. A step lasts as long as its slowest shard. As its last shards are under way, each Client
+that writes a slot asks the ledger in the same round trip whether another's shard is better computed once more
+(Dean and Ghemawat, MapReduce, OSDI 2004; by the time that the holder will need, Zaharia et al., OSDI 2008).
+The first to write the slot counts, so the bits are the same. On even machines nobody is late, and nothing is
+computed twice. While shards wait in the queue, nobody is idle: what is late then is not in anyone's way, and
+the ledger names none.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +14,16 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from torchord.cache.errors import CacheError
 from torchord.cache.ledger.answers import Group, SlotVerdict
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.servers.fast_client import Command
-from torchord.coordinator.client import backups
-from torchord.coordinator.messages.sender import Join, Sender
+from torchord.coordinator.client.slot_lease import SlotTask
+from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import UPDATES
+from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.faults import Hook
-from torchord.coordinator.runtime.services import RunContext, Services
+from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.sum_tree import FanIn
 
 log = logging.getLogger(__name__)
@@ -47,26 +57,25 @@ class SlotWriter:
     def write(
         self,
         context: RunContext,
-        step: int,
+        task: SlotTask,
         slot: SlotRecord,
         *,
         incarnation: str,
-        join: Join | None,
         then: Callable[[], Command | None] | None = None,
     ) -> tuple[SlotVerdict, Any]:
         """Write a slot, and send what can be done now that it is there.
 
         Args:
+            task: what was asked for.
             slot: a gradient's or a partial sum's; its bytes are stored.
             incarnation: what `Ledger.begin` answered.
-            join: the chord that the writing task belongs to.
             then: makes a command that may follow in the same round trip.
 
         Returns:
             The ledger's verdict, "written" for every one that means so, and the answer to the command
             that was to follow (None if it was not sent).
         """
-        plan, ledger = context.plan(), self.services.ledger(context.run)
+        plan, ledger, step = context.plan(), context.ledger, task.step
         tree, version = plan.fan_in(step), plan.version_for(step)
         into = group_of(tree, slot.shard)
         finished = ledger.finish_slot(
@@ -76,7 +85,7 @@ class SlotWriter:
             version=version,
             into=into,
             then=None if then is None else then(),
-            idle=backups.question(tree.shards, slot.shard, slot.seconds),
+            idle=_idle(tree.shards, slot.shard, slot.seconds),
         )
         verdict = finished.verdict
         if verdict not in WRITTEN:
@@ -86,9 +95,30 @@ class SlotWriter:
             self.services.gradients.delete([slot.blob])
         elif verdict == "group" and into is not None:
             self.fault("writer.before_send")
-            self.sender.partial_sum(context.run, step, into.slot, version=version, join=join)
-        if verdict in WRITTEN and finished.present == tree.total and (join is None or finished.called):
+            self.sender.partial_sum(context.run, step, into.slot, version=version, join=task.join)
+        if verdict in WRITTEN and finished.present == tree.total and (task.join is None or finished.called):
             self.sender.advance(context.run, queue=ledger.head().queue or UPDATES)
         if finished.late is not None:
-            backups.send(self.sender, context, step, finished.late)
+            _send_backup(self.sender, context, step, finished.late)
         return "written" if verdict in WRITTEN else verdict, finished.answer
+
+
+def _idle(shards: int, slot: int, seconds: float) -> tuple[int, float] | None:
+    """What the writer of a slot asks with, None if there is no point in it.
+
+    Args:
+        shards: of the step.
+        slot: that was written; the writer of a partial sum does not know how long a shard takes.
+        seconds: that it took.
+    """
+    return (shards, seconds) if slot < shards > 1 else None
+
+
+def _send_backup(sender: Sender, context: RunContext, step: int, shard: int) -> None:
+    """Publish the backup of a shard; whoever is idle takes it."""
+    run = context.run
+    log.info("run %s: shard %d of step %d is late; a backup is sent", run, shard, step)
+    try:
+        sender.gradient(run, step, shard, version=context.plan().version_for(step), backup=True)
+    except CacheError as error:  # the supervisor asks, too
+        log.warning("run %s: no backup in step %d: %s", run, step, error)

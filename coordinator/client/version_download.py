@@ -22,7 +22,7 @@ from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, TorchordError
 from torchord.cache.keys import PARAMETERS_UNDERWAY
 from torchord.cache.ledger.ledger import Ledger
-from torchord.coordinator.runtime.services import RunContext
+from torchord.coordinator.runtime.context import RunContext
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,9 @@ from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_command
+from torchord.coordinator.runtime.context import switches_of
 from torchord.coordinator.runtime.recreate import recreate
-from torchord.coordinator.runtime.services import Services, switches_of
+from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import fingerprint, resolve, skewed

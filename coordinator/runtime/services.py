@@ -1,36 +1,24 @@
-"""What one process needs to work on any run: connections, stores and cached run contexts."""
+"""What one process needs to work on any run: connections and stores."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.blobs.host_tier import HostTier
-from torchord.cache.blobs.read_ahead import Ahead
 from torchord.cache.blobs.tiered_store import TieredStore
-from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import VersionRecord, revision
 from torchord.cache.ledger.workers import Registry
 from torchord.cache.servers.fast_client import Lane
 from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients
 from torchord.cache.settings import Settings
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
-from torchord.cache.tensors.codec import Manifest, require_same
-from torchord.coordinator.runtime.environment import device
-from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import ResolvedRecipe, fingerprint, resolve, skewed
 
 if TYPE_CHECKING:
-    from torchord.coordinator.compute.replica import Replica
+    pass
 
-_CONTEXTS_KEPT = 4
+_LEDGERS_KEPT = 64
 
 
 class Services:
@@ -54,8 +42,7 @@ class Services:
         self.chunks = TieredStore(store, HostTier() if settings.host_cache else None)
         self.parameters = ParameterCache(self.chunks)
         self.gradients = GradientStore(self.chunks)
-        self._contexts: OrderedDict[tuple[str, str], RunContext] = OrderedDict()
-        self._lock = threading.Lock()
+        self._ledgers: dict[str, Ledger] = {}
 
     @property
     def registry(self) -> Registry:
@@ -68,289 +55,17 @@ class Services:
         self.registry.require_placement(self.placement)
 
     def ledger(self, run: str) -> Ledger:
-        """The control plane of one run."""
+        """The control plane of one run, made at first use."""
         url = self.settings.url
-        return Ledger(self._clients.get(url, self.patience_seconds), url, run, lane=self.lane)
-
-    def context(self, run: str, incarnation: str) -> RunContext:
-        """The run's recipe, config, data and replica in this process, made at first use."""
-        key = (run, incarnation)
-        with self._lock:
-            found = self._contexts.get(key)
-            if found is None:
-                found = RunContext(self, run, incarnation)
-                for other in [
-                    k for k in self._contexts if k[0] == run and revision(k[1]) == revision(incarnation)
-                ]:
-                    found.adopt(self._contexts.pop(other))
-                self._contexts[key] = found
-                while len(self._contexts) > _CONTEXTS_KEPT:
-                    self._contexts.popitem(last=False)
-            self._contexts.move_to_end(key)
-            return found
-
-    def holds(self, run: str, version: int) -> bool:
-        """Whether this process has a version of a run loaded (of any life of that name)."""
-        with self._lock:
-            return any(key[0] == run and made.loaded == version for key, made in self._contexts.items())
-
-    def forget(self, run: str) -> None:
-        """Drop what this process keeps of a run (after an error in its code, say)."""
-        with self._lock:
-            for key in [key for key in self._contexts if key[0] == run]:
-                del self._contexts[key]
+        client = self._clients.get(url, self.patience_seconds)
+        found = self._ledgers.get(run)
+        if found is None or found.client is not client:
+            if len(self._ledgers) >= _LEDGERS_KEPT:
+                self._ledgers.clear()
+            found = self._ledgers[run] = Ledger(client, url, run, lane=self.lane)
+        return found
 
     def close(self) -> None:
-        """Let go of replicas (they map the host's memory) and of the tensor connections."""
-        with self._lock:
-            self._contexts.clear()
+        """Let go of the tensor connections."""
         self.chunks.close()
         self.lane.close()
-
-
-class RunContext:
-    """One run as seen by one process. Every part is made lazily and once.
-
-    Args:
-        services: the process's stores.
-        run: name of the run.
-        incarnation: id of this life of the name.
-    """
-
-    def __init__(self, services: Services, run: str, incarnation: str) -> None:
-        self.services = services
-        self.run = run
-        self.incarnation = incarnation
-        self.lock = threading.RLock()
-        self._spec: dict[str, Any] | None = None
-        self._resolved: ResolvedRecipe | None = None
-        self._skewed: list[str] | None = None
-        self._config: TrainingConfig | None = None
-        self._toolchain: str | None = None
-        self._datasets: dict[str, Any] = {}
-        self._plan: Plan | None = None
-        self._digest = ""  # of the dataset's content, where it has one
-        self._replica: Replica | None = None
-
-    def adopt(self, other: RunContext) -> None:
-        """Take over what a switch of the config leaves as it was: recipe, data and replica.
-
-        A thread may still be at work on the other; both then share the lock, and the replica knows
-        itself which version it holds.
-        """
-        self.lock, self._resolved, self._skewed = other.lock, other._resolved, other._skewed
-        self._datasets, self._replica = other._datasets, other._replica
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Recipe and config as submitted."""
-        with self.lock:
-            if self._spec is None:
-                self._spec = self.services.ledger(self.run).spec()
-            return self._spec
-
-    @property
-    def config(self) -> TrainingConfig:
-        """The run's configuration."""
-        with self.lock:
-            if self._config is None:
-                self._config = TrainingConfig.from_json(self.spec["config"])
-            return self._config
-
-    @property
-    def switches(self) -> dict[int, dict[str, Any]]:
-        """The live switches of the run: step -> config fields that change from it on."""
-        return switches_of(self.spec)
-
-    def skewed(self) -> list[str]:
-        """Modules of the recipe whose sources here differ from the submitter's.
-
-        What counts is the source at the time this process first met the module: a file that was
-        edited since does not change what the process has imported.
-        """
-        with self.lock:
-            if self._skewed is None:
-                here = _first_met(fingerprint(self.spec["recipe"]))
-                self._skewed = skewed(str(self.spec.get("fingerprint", "")), here)
-            return self._skewed
-
-    def require_same_code(self) -> None:
-        """Refuse to work on the run with other sources than it was submitted with.
-
-        Raises:
-            Skewed: the sources differ and the run's policy is "refuse".
-        """
-        modules = self.skewed()
-        if modules and self.spec.get("skew", self.config.skew) == "refuse":
-            raise Skewed(
-                f"run {self.run!r} was submitted with another version of {', '.join(modules)} than this "
-                "worker has loaded; give it the same files and restart it, or run.resume(admit_skew=True)"
-            )
-
-    def require_same_toolchain(self) -> str:
-        """Refuse to compute a compiled run with another compiler than its first worker's.
-
-        Returns:
-            This process's toolchain, "" for a run that is not compiled.
-
-        Raises:
-            Skewed: it is another one and the run's policy is "refuse".
-            CompilerMissing: there is none.
-        """
-        with self.lock:
-            if self._toolchain is None:
-                self._toolchain = self._claimed_toolchain() if self.config.compile else ""
-            return self._toolchain
-
-    def _claimed_toolchain(self) -> str:
-        from torchord.coordinator.compute.compiling import toolchain
-
-        here = toolchain(device())
-        first = self.services.ledger(self.run).claim_toolchain(here)
-        if first != here and self.spec.get("skew", self.config.skew) == "refuse":
-            raise Skewed(
-                f"run {self.run!r} is compiled with {first}; this worker has {here}, whose kernels may give "
-                "other bits. Give it the same compiler, or run.resume(admit_skew=True)"
-            )
-        return here
-
-    @property
-    def recipe(self) -> ResolvedRecipe:
-        """The recipe's callables.
-
-        Raises:
-            NotAllowed: the allow-list of this worker has no room for a module of the recipe.
-            RecipeError: a module or name cannot be imported here.
-        """
-        with self.lock:
-            if self._resolved is None:
-                self.skewed()  # before the import: the sources as they are imported
-                self._resolved = resolve(self.spec["recipe"], allowed=self.services.settings.allowed_modules)
-            return self._resolved
-
-    def dataset(self, kind: str = "dataset") -> Any:
-        """The training dataset, or the one of `kind` "evaluation"."""
-        from torchord.coordinator.compute.gradient import open_dataset
-
-        with self.lock:
-            if kind not in self._datasets:
-                made = open_dataset(self.recipe, self.config, kind)
-                self._datasets[kind] = made
-            return self._datasets[kind]
-
-    def plan(self) -> Plan:
-        """Which samples belong to which shard, for the dataset size that the run recorded.
-
-        Raises:
-            RunError: if this worker has loaded a dataset of another length.
-        """
-        with self.lock:
-            if self._plan is None:
-                head = self.services.ledger(self.run).head()
-                size, self._digest = head.dataset_size, head.dataset_digest
-                self._plan = Plan(len(self.dataset()) if size is None else size, self.config, self.switches)
-            loaded = self._datasets.get("dataset")
-            if loaded is not None and len(loaded) != self._plan.size:
-                raise RunError(
-                    f"the dataset has {len(loaded)} samples on this worker and {self._plan.size} in the run; "
-                    "give every worker the same data"
-                )
-            here = getattr(loaded, "digest", "")
-            if loaded is not None and self._digest and here != self._digest:
-                raise DatasetChanged(
-                    f"the dataset of run {self.run!r} has the digest {here or 'none'} on this worker and "
-                    f"{self._digest} in the run: it was replaced. Submit the run anew, under another name"
-                )
-            return self._plan
-
-    def keeps_state(self, step: int) -> bool:
-        """Whether the slots of a step hand a state on to the next."""
-        from torchord.coordinator.compute.shard import keeps_state
-
-        return keeps_state(self.plan().config_at(step), self.services.settings.allowed_modules)
-
-    def replica(self) -> Replica:
-        """This process's copy of the model, on its device, holding any version or none."""
-        from torchord.coordinator.compute.replica import Replica
-
-        with self.lock:
-            if self._replica is None:
-                built = Replica.build(self.recipe, self.config, device(), computing=True)
-                self.require_same_model(built)
-                self._replica = built
-            return self._replica
-
-    def require_same_model(self, replica: Replica) -> None:
-        """Refuse a model that is laid out otherwise than the run's versions.
-
-        Raises:
-            ManifestMismatch: names the first tensor that differs.
-        """
-        ledger = self.services.ledger(self.run)
-        try:
-            require_same(replica.manifest, Manifest.from_json(ledger.manifest()))
-        except ManifestMismatch as error:
-            raise ManifestMismatch(
-                f"run {self.run!r}: {error}; this worker's code builds another model than the run's: give it "
-                "the same files and restart it"
-            ) from error
-
-    @property
-    def loaded(self) -> int | None:
-        """The version that the replica holds, None if there is none."""
-        return None if self._replica is None else self._replica.loaded
-
-    def replica_at(
-        self,
-        version: int,
-        record: VersionRecord | None = None,
-        ahead: Callable[[BlobRef], Ahead | None] | None = None,
-    ) -> tuple[Replica, str]:
-        """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store".
-
-        Args:
-            record: where the version is, if that is known already.
-            ahead: finds what was read of it before it was committed.
-        """
-        replica = self.replica()
-        if replica.loaded == version and not replica.spoilt():
-            self.services.parameters.hit()
-            return replica, "process"
-        ledger = self.services.ledger(self.run)
-        deltas = self.config.parameter_compression != "none"
-        held = deltas and replica.loaded is not None and not replica.spoilt()
-        replica.loaded = None
-        if held and self._forward(replica, ledger, version):
-            replica.loaded = version
-            return replica, "delta"
-        fetch = self.services.parameters.fetch
-        out = replica.flat if self.services.chunks.tiered(replica.nbytes()) else replica.landing()
-        record, flat, source = fetch(ledger, version, out=out, record=record, ahead=ahead)
-        replica.attach(flat)
-        replica.loaded, replica.digest = version, record.digest
-        return replica, source
-
-    def _forward(self, replica: Replica, ledger: Ledger, version: int) -> bool:
-        """Bring the replica to a version by the deltas from what it holds, if that can be done."""
-        from torchord.coordinator.compute.deltas import forward
-
-        return forward(
-            replica, self.services.parameters, ledger, version, self.services.settings.allowed_modules
-        )
-
-
-def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The live switches of a run: step -> config fields that change from it on."""
-    return {int(step): dict(fields) for step, fields in spec.get("switches", {}).items()}
-
-
-_sources: dict[str, str] = {}
-
-
-def _first_met(found: str) -> str:
-    """A fingerprint with each module's digest as it was when this process first met the module."""
-    met = []
-    for item in filter(None, found.split(",")):
-        module, _, digest = item.partition("=")
-        met.append(f"{module}={_sources.setdefault(module, digest)}")
-    return ",".join(met)

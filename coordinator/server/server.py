@@ -32,9 +32,9 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
+from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.failures import Failure, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
-from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.commit import StepCommit
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.takeover import TakeOver
@@ -50,7 +50,7 @@ class TrainingServer:
     """Serves runs for one worker process.
 
     Args:
-        services: connections and stores of the process.
+        contexts: the process's view of the runs.
         heartbeat: its lease; its id is the owner that the head names.
         sender: publishes the next steps.
         fault: called with the name of each point of the protocol; tests use it to die there.
@@ -58,13 +58,14 @@ class TrainingServer:
 
     def __init__(
         self,
-        services: Services,
+        contexts: Contexts,
         heartbeat: Heartbeat,
         sender: Sender,
         *,
         fault: Hook = nothing,
     ) -> None:
-        self.services = services
+        self.contexts = contexts
+        self.services = services = contexts.services
         self.heartbeat = heartbeat
         self.sender = sender
         self.fault = fault
@@ -211,7 +212,7 @@ class TrainingServer:
             return
         if revision(incarnation) != revision(warm.context.incarnation):
             raise Fenced(f"run {warm.run!r}: its recipe was corrected meanwhile")
-        warm.context = self.services.context(warm.run, incarnation)
+        warm.context = self.contexts.of(warm.run, incarnation)
         warm.checkpoints.save_spec({**warm.context.spec, "incarnation": incarnation})
         log.info("run %s: config switched: %s", warm.run, warm.context.switches)
 
@@ -237,7 +238,7 @@ class TrainingServer:
             message, trace = f"{kind} on the training server: {error}", short_traceback(error)
         failure = Failure(kind, message, {"traceback": trace, "worker": self.heartbeat.info.id})
         failure.stop(ledger, allowed=("pending", "running"), token=token)
-        self.services.forget(ledger.run)
+        self.contexts.forget(ledger.run)
 
     # --- taking a run over --------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class TrainingServer:
         """
         self.fault("server.before_acquire")
         info = self.heartbeat.info
-        context = self.services.context(run, ledger.head().incarnation)
+        context = self.contexts.of(run, ledger.head().incarnation)
         context.require_same_code()
         verdict, value = ledger.acquire(
             worker=info.id,
@@ -270,7 +271,7 @@ class TrainingServer:
         token = self._tokens[run] = int(value)
         self.fault("server.after_acquire")
         head = ledger.head()
-        context = self.services.context(run, head.incarnation)
+        context = self.contexts.of(run, head.incarnation)
         warm = TakeOver(self.services, self.fault, context, token).warm(head)
         self._warm[run] = warm
         self._evict(run)

@@ -14,9 +14,10 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
 from torchord.cache.tensors import tree
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.runtime.context import RunContext, switches_of
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
-from torchord.coordinator.runtime.services import RunContext, Services, switches_of
+from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.warm_run import WarmRun
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan

@@ -11,7 +11,8 @@ from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import LedgerEntry, VersionRecord
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.runtime.services import RunContext, Services
+from torchord.coordinator.runtime.context import RunContext
+from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, Collector
 
 NEVER = -1

@@ -54,10 +54,12 @@ class Laboratory(Shuffle):
 
     def __init__(self, settings: Settings, run: Run) -> None:
         super().__init__(settings, run, None)
-        self.post = EvaluatingPost()
         self.statuses: list[str] = []
-        for process in (*self.clients, self.server):
-            process.sender = self.post
+
+    def _parts(self, settings: Settings, node: str) -> tuple[Any, Any, Any]:
+        if not isinstance(self.post, EvaluatingPost):
+            self.post = EvaluatingPost()
+        return super()._parts(settings, node)
 
     def train_to(self, version: int) -> None:
         """Deliver everything but evaluations until a version is committed and its commit's work is done."""
@@ -67,7 +69,9 @@ class Laboratory(Shuffle):
     def evaluate(self, client: int = 1) -> None:
         """Deliver the first part that waits, and the calls that it leads to."""
         version, part, of = self.post.parts.pop(0)
-        self.statuses.append(self.clients[client].evaluate(self.run.name, version, part, of)["status"])
+        self.statuses.append(
+            self.clients[client].inference.evaluate(self.run.name, version, part, of)["status"]
+        )
         while self.post.callbacks:
             self.post.callbacks -= 1
             self.server.advance(self.run.name)
@@ -91,7 +95,7 @@ def start(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(
         "torchord.cache.blobs.tiered_store.INLINE_NBYTES", 0
     )  # bytes inside a record are lost with it only
-    monkeypatch.setattr("torchord.coordinator.client.shard_task._REFUSAL_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("torchord.coordinator.client.slot_lease._REFUSAL_SECONDS", (0.0, 0.0))
     recipe = models.mlp(SIZE)
 
     def make(name: str) -> Laboratory:
@@ -192,8 +196,8 @@ def test_a_node_that_may_come_back(
     def silent(*_: Any) -> Any:
         raise ChunkMissing("on none of the nodes; silent: b") from CacheUnreachable("b is away")
 
-    monkeypatch.setattr("torchord.coordinator.client.shard_task.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(client.services.chunks, "get_from", silent)
+    monkeypatch.setattr("torchord.coordinator.client.inference_task.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(client.contexts.services.chunks, "get_from", silent)
     lab.evaluate()
     now[0] = WORKER_PATIENCE_SECONDS - 1
     lab.evaluate()
@@ -220,7 +224,7 @@ def test_a_store_that_is_away_ends_no_run(
         raise CacheUnreachable("no node answers")
 
     with monkeypatch.context() as patched:
-        patched.setattr(lab.clients[1].services.chunks, "get_from", away)
+        patched.setattr(lab.clients[1].contexts.services.chunks, "get_from", away)
         for _ in range(10):
             lab.evaluate()
     assert lab.statuses == ["handed back"] * 10
@@ -282,7 +286,7 @@ def go_on(lab: Shuffle) -> None:
         if lab.post.callbacks or lab.post.gradients:
             lab._in_order()
         else:  # as the supervisor does
-            plan = lab.clients[0].services.context(run.name, head.incarnation).plan()
+            plan = lab.clients[0].contexts.of(run.name, head.incarnation).plan()
             for step in plan.window(head.version):
                 tree, present = plan.fan_in(step), ledger.slots_present(step)
                 missing = [shard for shard in range(tree.shards) if shard not in present]
@@ -372,7 +376,7 @@ class Predicting:
     def send(self, task: str, kwargs: dict[str, Any], **_: Any) -> None:
         self.lose(kwargs)
         with suppress(CacheError):
-            self.lab.clients[1].predict(**kwargs)
+            self.lab.clients[1].inference.predict(**kwargs)
 
     def advance(self, run: str, *, queue: str) -> None:
         self.calls += 1
@@ -383,7 +387,7 @@ def predicted(lab: Laboratory, sender: Any, version: int) -> torch.Tensor:
     """Outputs for some inputs, in four parts."""
     inputs = torch.linspace(-1, 1, 48).reshape(8, 6)
     found = predict(
-        lab.clients[0].services,
+        lab.clients[0].contexts.services,
         sender,
         lab.run._ledger,
         inputs,
@@ -423,7 +427,7 @@ def test_the_version_of_a_prediction_is_lost(start: Callable[[str], Laboratory])
     lab = start("version")
     lab.train_to(3)
     expected = predicted(lab, Predicting(lab, lambda kwargs: None), 3)
-    lab.clients[1].services.forget(lab.run.name)  # it held the version
+    lab.clients[1].contexts.forget(lab.run.name)  # it held the version
     lab.lose(3)
     sender = Predicting(lab, lambda kwargs: None)
     assert torch.equal(predicted(lab, sender, 3), expected)
@@ -431,7 +435,7 @@ def test_the_version_of_a_prediction_is_lost(start: Callable[[str], Laboratory])
 
     lab.run._ledger.pin(3, seconds=60)
     lab.train_to(5)
-    lab.clients[1].services.forget(lab.run.name)
+    lab.clients[1].contexts.forget(lab.run.name)
     lab.lose(3)
     with pytest.raises(VersionMissing, match=r"version 3 of run 'version' was lost .* Predict from another"):
         predicted(lab, sender, 3)

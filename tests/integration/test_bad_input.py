@@ -413,7 +413,7 @@ def said(folder: Path, word: str) -> bool:
 def test_a_worker_with_another_model_refuses_and_says_which_tensor(redis_url: str) -> None:
     from tests.support.inprocess import resolved
     from torchord.coordinator.compute.replica import Replica
-    from torchord.coordinator.runtime.services import RunContext
+    from torchord.coordinator.runtime.context import RunContext
 
     class Services:
         def ledger(self, run: str) -> Any:

@@ -16,9 +16,10 @@ from torchord import Run
 from torchord.cache.ledger.records import Launch
 from torchord.cache.ledger.workers import Heartbeat, new_info
 from torchord.cache.settings import Settings
-from torchord.coordinator.client.partial_sum_task import Adder
-from torchord.coordinator.client.shard_task import Client
+from torchord.coordinator.client.client import Client
+from torchord.coordinator.client.slot_lease import SlotTask
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.server import TrainingServer
 
@@ -131,11 +132,11 @@ class Shuffle:
         self.old: list[Any] = []
         self.verdicts: Counter[str] = Counter()
 
-    def _parts(self, settings: Settings, node: str) -> tuple[Services, Heartbeat, Any]:
+    def _parts(self, settings: Settings, node: str) -> tuple[Contexts, Heartbeat, Any]:
         services = Services(settings)
         heartbeat = Heartbeat(services.registry, new_info(node, (GRADIENTS, UPDATES)))
         services.registry.beat(heartbeat.info)
-        return services, heartbeat, self.post
+        return Contexts(services), heartbeat, self.post
 
     def train(self) -> dict[str, Any]:
         """Deliver messages until the run has ended; the bits that it ended with."""
@@ -186,9 +187,8 @@ class Shuffle:
     def _deliver(self, message: Any, client: Client, delivery: str, *, backup: bool) -> None:
         step, shard, version, chord = message
         join = None if chord is None else ("group", {"chord": chord})
-        work = client.compute_gradient if (step, shard) not in self.post.sums else Adder(client).partial_sum
-        receipt = work(
-            self.run.name, step, shard, version=version, delivery=delivery, join=join, backup=backup
-        )
+        task = SlotTask(self.run.name, step, shard, version, delivery, join, backup)
+        summed = (step, shard) in self.post.sums
+        receipt = client.sums.partial_sum(task) if summed else client.shards.compute_gradient(task)
         self.verdicts[receipt["status"]] += 1
         self.post.counted(shard, chord)

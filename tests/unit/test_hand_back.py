@@ -9,7 +9,7 @@ import pytest
 from tests.support.control import record, worker
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
-from torchord.coordinator.client.hand_back import hand_back
+from torchord.coordinator.client.slot_lease import hand_back_node
 
 NODE = "celery@pool"
 
@@ -38,7 +38,7 @@ class Bench:
         return ledger
 
     def stop(self) -> None:
-        hand_back(cast(Any, self), NODE)
+        hand_back_node(cast(Any, self), NODE)
 
 
 def begin(ledger: Ledger, shard: int, id: str, step: int = 0) -> None:

@@ -14,6 +14,7 @@ from tests.support.control import worker
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord.cache.errors import RunNotFound
 from torchord.cache.settings import Settings
+from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.server import TrainingServer
@@ -86,7 +87,7 @@ class Busy:
     def __init__(self, redis_url: str) -> None:
         services = Services(Settings(url=redis_url))
         heartbeat = SimpleNamespace(info=worker("s0"), doing=lambda task: None)
-        self.server = TrainingServer(services, cast(Any, heartbeat), cast(Any, None))
+        self.server = TrainingServer(Contexts(services), cast(Any, heartbeat), cast(Any, None))
         self.server._lock = cast(Any, Lock())
         self.begun: list[str] = []
         self.go = threading.Event()

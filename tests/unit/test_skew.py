@@ -13,8 +13,8 @@ from tests.support import models
 from tests.support.shuffle import Post, Shuffle
 from torchord import Master, Run, TrainingConfig
 from torchord.cache.settings import Settings
-from torchord.coordinator.client.partial_sum_task import Adder
-from torchord.coordinator.client.shard_task import Client
+from torchord.coordinator.client.client import Client
+from torchord.coordinator.client.slot_lease import SlotTask
 
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, fan_in=2, seed=3)
 
@@ -50,7 +50,7 @@ class Laboratory(Shuffle):
         self.ledger.client.set(self.ledger.keys.spec, json.dumps({**spec, **more}), keepttl=True)
 
     def compute(self, client: Client, shard: int, delivery: str = "d") -> dict[str, Any]:
-        return client.compute_gradient(self.run.name, 0, shard, version=0, delivery=delivery)
+        return client.shards.compute_gradient(SlotTask(self.run.name, 0, shard, 0, delivery))
 
     def refused(self) -> list[str]:
         """The workers that have said for everybody to see that they refuse."""
@@ -60,7 +60,7 @@ class Laboratory(Shuffle):
 @pytest.fixture
 def pending(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
     """A run that nobody serves yet."""
-    monkeypatch.setattr("torchord.coordinator.client.shard_task._REFUSAL_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("torchord.coordinator.client.slot_lease._REFUSAL_SECONDS", (0.0, 0.0))
     master = Master(redis_url, checkpoint_dir=str(tmp_path))
     run = master.submit(models.mlp(), CONFIG, name="skewed")
     yield Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run)
@@ -96,7 +96,7 @@ def test_who_may_compute_again_says_so(lab: Laboratory) -> None:
     lab.submitted("0")
     assert lab.compute(odd, 0)["status"] == "refused"
     lab.submitted("", skew="admit")
-    odd.services.forget(lab.run.name)
+    odd.contexts.forget(lab.run.name)
     assert lab.compute(odd, 0)["status"] == "written"
     assert odd.heartbeat.info.refuses == {}
 
@@ -107,20 +107,20 @@ def test_a_partial_sum_goes_to_those_that_have_the_code(lab: Laboratory) -> None
         lab.compute(like, shard)
     lab.post.gradients.clear()
     lab.submitted("0")
-    receipt = Adder(odd).partial_sum(lab.run.name, 0, 4, version=0, delivery="sum")
+    receipt = odd.sums.partial_sum(SlotTask(lab.run.name, 0, 4, 0, "sum"))
     assert receipt["status"] == "refused" and lab.ledger.slots_present(0) == {0, 1}
     assert lab.post.gradients == [(0, 4, 0, None)]
-    receipt = Adder(like).partial_sum(lab.run.name, 0, 4, version=0, delivery="sum")
+    receipt = like.sums.partial_sum(SlotTask(lab.run.name, 0, 4, 0, "sum"))
     assert receipt["status"] == "written"
 
 
 def test_a_part_of_an_evaluation_goes_to_those_that_have_the_code(lab: Laboratory) -> None:
     odd, like = lab.clients
-    like.services.context(lab.run.name, lab.ledger.head().incarnation).require_same_code()
+    like.contexts.of(lab.run.name, lab.ledger.head().incarnation).require_same_code()
     lab.submitted("0")
-    assert odd.evaluate(lab.run.name, 0, 0, 2)["status"] == "refused"
+    assert odd.inference.evaluate(lab.run.name, 0, 0, 2)["status"] == "refused"
     assert lab.post.parts == [(0, 0, 2)] and lab.ledger.parts_present(0) == set()
-    assert like.evaluate(lab.run.name, 0, 0, 2)["status"] == "written"
+    assert like.inference.evaluate(lab.run.name, 0, 0, 2)["status"] == "written"
 
 
 def test_a_training_server_with_other_code_does_not_take_the_run(pending: Laboratory) -> None:

@@ -18,12 +18,15 @@ from torchord.tasks import worker
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was handed back, and by whom: this process's own Client, or for the pool of a node."""
     found: list[str] = []
-    own = SimpleNamespace(pid=os.getpid(), client=SimpleNamespace(hand_back=lambda: found.append("own")))
+    own = SimpleNamespace(
+        pid=os.getpid(), client=SimpleNamespace(lease=SimpleNamespace(hand_back=lambda: found.append("own")))
+    )
     monkeypatch.setattr(worker, "_process", own)
     monkeypatch.setattr(worker, "_parent_services", None)
     monkeypatch.setattr(worker, "_node", "celery@here")
     monkeypatch.setattr(
-        "torchord.coordinator.client.hand_back.hand_back", lambda services, node: found.append(f"pool {node}")
+        "torchord.coordinator.client.slot_lease.hand_back_node",
+        lambda services, node: found.append(f"pool {node}"),
     )
     return found
 
@@ -80,6 +83,6 @@ def test_a_worker_ends_though_redis_is_away(
 
     monkeypatch.setattr(worker, "_process", None)
     monkeypatch.setattr(worker, "_parent_services", object())
-    monkeypatch.setattr("torchord.coordinator.client.hand_back.hand_back", away)
+    monkeypatch.setattr("torchord.coordinator.client.slot_lease.hand_back_node", away)
     stop(bootsteps.CLOSE)
     assert [record.message for record in caplog.records] == ["what the pool is at was not handed back: away"]

@@ -187,8 +187,8 @@ class ShardWatch:
     def _back_up(self, held: list[Lease], sender: Sender) -> None:
         """Have idle workers compute what takes far longer than its peers; the first to finish counts.
 
-        Clients that finish a shard see to it themselves (see `torchord.coordinator.client.backups`), unless
-        none is at work.
+        Clients that finish a shard see to it themselves (see
+        `torchord.coordinator.client.slot_writer`), unless none is at work.
         """
         idle = sum(
             GRADIENTS in info.queues and bool(info.environment) and not info.tasks

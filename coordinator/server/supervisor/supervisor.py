@@ -21,10 +21,11 @@ from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
+from torchord.coordinator.runtime.context import switches_of
 from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.recreate import recreate
-from torchord.coordinator.runtime.services import Services, switches_of
+from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.supervisor.discards import Discards
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
 from torchord.coordinator.server.supervisor.shard_watch import ShardWatch

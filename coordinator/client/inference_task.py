@@ -1,0 +1,201 @@
+"""Evaluation and prediction by the Clients: one part at one version.
+
+Safe to run twice: what is computed depends on (run, version, part) alone, and each part is written once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from torchord.cache.blobs.chunk_store import BlobRef
+from torchord.cache.errors import (
+    CacheError,
+    CacheUnreachable,
+    ChunkCorrupt,
+    ManifestMismatch,
+    RunNotFound,
+    ShardFailed,
+    Skewed,
+)
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
+from torchord.cache.tensors import tree
+from torchord.cache.tensors.codec import Manifest, layout, pack, views
+from torchord.coordinator.client.slot_lease import LOSSES, SlotLease
+from torchord.coordinator.compute import gradient
+from torchord.coordinator.messages.task_names import UPDATES
+from torchord.coordinator.runtime import activity
+from torchord.coordinator.runtime.context import Contexts, RunContext
+from torchord.coordinator.runtime.failures import Failure
+from torchord.coordinator.runtime.faults import Hook
+
+log = logging.getLogger(__name__)
+
+
+class InferenceTask:
+    """Evaluates and predicts for one worker process.
+
+    Args:
+        contexts: the process's view of the runs.
+        lease: refuses what this worker may not compute.
+        fault: called with the name of each point of the protocol; tests use it to die there.
+    """
+
+    def __init__(self, contexts: Contexts, lease: SlotLease, fault: Hook) -> None:
+        self.contexts = contexts
+        self.services = contexts.services
+        self.lease = lease
+        self.heartbeat = lease.heartbeat
+        self.sender = lease.sender
+        self.fault = fault
+        self._silent_since: dict[tuple[str, int], float] = {}  # (run, version) to evaluate -> monotonic clock
+
+    def evaluate(self, run: str, version: int, part: int, parts: int) -> dict[str, Any]:
+        """Evaluate one part of the evaluation dataset at one version and write it once.
+
+        Returns:
+            The receipt that Flower shows: metrics of the part, and of the whole when it is the last.
+        """
+        ledger = self.services.ledger(run)
+        receipt: dict[str, Any] = {
+            "run": run,
+            "version": version,
+            "part": part,
+            "worker": self.heartbeat.info.id,
+        }
+        head = ledger.head()
+        if head.status != "running" or version in ledger.evaluations():
+            return {**receipt, "status": "nothing to do"}
+        context = self.contexts.of(run, head.incarnation)
+        try:
+            if unlike := self.lease.unlike(run, head):
+                raise Skewed(unlike)
+            context.require_same_code()
+        except Skewed as error:
+            return self.lease.refuse({**receipt, "parts": parts}, str(error))
+        self.heartbeat.doing(activity.evaluation(run, version, part))
+        try:
+            with context.lock:
+                dataset = context.dataset("evaluation")
+                samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
+                replica, _ = context.replica_at(version)
+                examples, metrics = gradient.evaluate(
+                    replica, context.recipe, context.config, dataset, samples
+                )
+        except ManifestMismatch as error:
+            return self.lease.refuse({**receipt, "parts": parts}, str(error))
+        except CacheError as error:
+            return self._evaluation_back({**receipt, "parts": parts}, error)
+        except Exception as error:
+            raise self._evaluation_failed(context, error, version=version, part=part) from error
+        finally:
+            self.heartbeat.doing("")
+        self.fault("client.before_part")
+        verdict, values = ledger.write_part(
+            version, part, {"examples": examples, "metrics": metrics}, parts=parts
+        )
+        self.fault("client.after_part")
+        self.lease.worked()
+        self._silent_since.pop((run, version), None)
+        if verdict == "complete":
+            _, whole = gradient.combine([(value["examples"], value["metrics"]) for value in values])
+            ledger.record_evaluation(version, whole)
+            receipt["evaluation"] = whole
+            self._call_if_evaluated(ledger)
+        return {**receipt, "status": verdict, "examples": examples, **metrics}
+
+    def _evaluation_back(self, receipt: dict[str, Any], error: CacheError) -> dict[str, Any]:
+        """Give a part of an evaluation back that the store does not let this worker compute.
+
+        Of the present version the training server still holds the bytes and stores them again. Those of an
+        earlier one are gone for good, unless a cache node that may have them comes back in time, and the run
+        goes on without its evaluation.
+        """
+        run, version = receipt["run"], receipt["version"]
+        log.warning("evaluation part %d of run %s goes back: %s", receipt["part"], run, error)
+        ledger = self.services.ledger(run)
+        try:
+            if isinstance(error, LOSSES):
+                if version != ledger.head().version and self._gone_for_good(run, version, error):
+                    why = f"version {version} cannot be evaluated any more: {error}"
+                    ledger.abandon_evaluation(version, why)
+                    self._call_if_evaluated(ledger)
+                    return {**receipt, "status": "version lost", "error": str(error)}
+                self.lease.report_loss(run, version)
+            self.lease.send_again(receipt)
+        except (CacheError, RunNotFound) as away:  # the supervisor sends it again
+            log.warning("evaluation part %d of run %s not sent again: %s", receipt["part"], run, away)
+        return {**receipt, "status": "handed back", "error": str(error)}
+
+    def _gone_for_good(self, run: str, version: int, error: CacheError) -> bool:
+        """Whether every node said that it lacks a version's bytes, or one has been silent for too long."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, CacheUnreachable):
+            cause = cause.__cause__
+        now = time.monotonic()
+        since = self._silent_since.setdefault((run, version), now)
+        if cause is not None and now - since < WORKER_PATIENCE_SECONDS:
+            return False
+        self._silent_since.pop((run, version), None)
+        return True
+
+    def _call_if_evaluated(self, ledger: Ledger) -> None:
+        """Call the training server if the run has waited for nothing but its evaluations."""
+        head = ledger.head()
+        if head.version == head.total_steps and not ledger.pending_evaluations():
+            self.sender.advance(ledger.run, queue=head.queue or UPDATES)
+
+    def _evaluation_failed(
+        self, context: RunContext, error: Exception, *, version: int, part: int
+    ) -> ShardFailed:
+        what = f"part {part} of the evaluation of version {version}"
+        failure = Failure.of(error, what, worker=self.heartbeat.info.id, version=version)
+        failure.stop(context.ledger, incarnation=context.incarnation)
+        self.contexts.forget(context.run)
+        return ShardFailed(f"run {context.run!r}: {failure.message}")
+
+    # --- prediction ---------------------------------------------------------------------
+
+    def predict(
+        self, run: str, version: int, request: str, part: int, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Compute the outputs of one part of a prediction and write them once.
+
+        Args:
+            inputs: {"blob", "manifest", "skeleton"} of the part's inputs.
+        """
+        ledger = self.services.ledger(run)
+        receipt: dict[str, Any] = {
+            "run": run,
+            "version": version,
+            "part": part,
+            "worker": self.heartbeat.info.id,
+        }
+        context = self.contexts.of(run, ledger.head().incarnation)
+        self.heartbeat.doing(activity.prediction(run, version, part))
+        try:
+            blob = BlobRef.from_json(inputs["blob"])
+            tensors = views(self.services.chunks.get(blob), Manifest.from_json(inputs["manifest"]))
+            with context.lock:
+                replica, _ = context.replica_at(version)
+                outputs = gradient.predict(replica, tree.unflatten(inputs["skeleton"], tensors))
+            skeleton, found = tree.flatten(outputs)
+            manifest = layout(found)
+            key = ledger.keys.predict_blob(request, part, "outputs")
+            stored = self.services.chunks.put(key, pack(found, manifest), ttl_seconds=3600)
+            answer = {"blob": stored.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
+        except ChunkCorrupt as error:  # and so it will stay; what is only missing may be stored again
+            answer = {"error": f"part {part} cannot be computed: {error}"}
+        except CacheError:
+            raise
+        except Exception as error:  # noqa: BLE001  the recipe's own code; it goes to whoever asked
+            kind = type(error).__name__
+            answer = {"error": f"part {part} failed on worker {receipt['worker']}: {kind}: {error}"}
+        finally:
+            self.heartbeat.doing("")
+        ledger.write_output(request, part, answer)
+        return {**receipt, "status": "failed" if "error" in answer else "written"}

@@ -1,0 +1,326 @@
+"""A run as one process sees it: recipe, config, plan, data and replica, each made once."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.read_ahead import Ahead
+from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import VersionRecord, revision
+from torchord.cache.tensors.codec import Manifest, require_same
+from torchord.coordinator.compute.compiling import toolchain
+from torchord.coordinator.compute.deltas import forward
+from torchord.coordinator.compute.gradient import open_dataset
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shard import keeps_state
+from torchord.coordinator.runtime.environment import device
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.recipe import ResolvedRecipe, fingerprint, resolve, skewed
+
+_CONTEXTS_KEPT = 4
+
+
+class Contexts:
+    """The runs that one process works on.
+
+    Args:
+        services: the process's connections and stores.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self._contexts: OrderedDict[tuple[str, str], RunContext] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, run: str, incarnation: str) -> RunContext:
+        """The run's recipe, config, data and replica in this process, made at first use."""
+        key = (run, incarnation)
+        with self._lock:
+            found = self._contexts.get(key)
+            if found is None:
+                found = RunContext(self.services, run, incarnation)
+                for other in [
+                    k for k in self._contexts if k[0] == run and revision(k[1]) == revision(incarnation)
+                ]:
+                    found.adopt(self._contexts.pop(other))
+                self._contexts[key] = found
+                while len(self._contexts) > _CONTEXTS_KEPT:
+                    self._contexts.popitem(last=False)
+            self._contexts.move_to_end(key)
+            return found
+
+    def holds(self, run: str, version: int) -> bool:
+        """Whether this process has a version of a run loaded (of any life of that name)."""
+        with self._lock:
+            return any(key[0] == run and made.loaded == version for key, made in self._contexts.items())
+
+    def forget(self, run: str) -> None:
+        """Drop what this process keeps of a run (after an error in its code, say)."""
+        with self._lock:
+            for key in [key for key in self._contexts if key[0] == run]:
+                del self._contexts[key]
+
+    def close(self) -> None:
+        """Let go of the replicas: they map the host's memory."""
+        with self._lock:
+            self._contexts.clear()
+
+
+class RunContext:
+    """One run as seen by one process. Every part is made lazily and once.
+
+    Args:
+        services: the process's stores.
+        run: name of the run.
+        incarnation: id of this life of the name.
+    """
+
+    def __init__(self, services: Services, run: str, incarnation: str) -> None:
+        self.services = services
+        self.run = run
+        self.incarnation = incarnation
+        self.ledger = services.ledger(run)
+        self.lock = threading.RLock()
+        self._spec: dict[str, Any] | None = None
+        self._resolved: ResolvedRecipe | None = None
+        self._skewed: list[str] | None = None
+        self._config: TrainingConfig | None = None
+        self._toolchain: str | None = None
+        self._datasets: dict[str, Any] = {}
+        self._plan: Plan | None = None
+        self._digest = ""  # of the dataset's content, where it has one
+        self._replica: Replica | None = None
+
+    def adopt(self, other: RunContext) -> None:
+        """Take over what a switch of the config leaves as it was: recipe, data and replica.
+
+        A thread may still be at work on the other; both then share the lock, and the replica knows
+        itself which version it holds.
+        """
+        self.lock, self._resolved, self._skewed = other.lock, other._resolved, other._skewed
+        self._datasets, self._replica = other._datasets, other._replica
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Recipe and config as submitted."""
+        with self.lock:
+            if self._spec is None:
+                self._spec = self.ledger.spec()
+            return self._spec
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The run's configuration."""
+        with self.lock:
+            if self._config is None:
+                self._config = TrainingConfig.from_json(self.spec["config"])
+            return self._config
+
+    @property
+    def switches(self) -> dict[int, dict[str, Any]]:
+        """The live switches of the run: step -> config fields that change from it on."""
+        return switches_of(self.spec)
+
+    def skewed(self) -> list[str]:
+        """Modules of the recipe whose sources here differ from the submitter's.
+
+        What counts is the source at the time this process first met the module: a file that was
+        edited since does not change what the process has imported.
+        """
+        with self.lock:
+            if self._skewed is None:
+                here = _first_met(fingerprint(self.spec["recipe"]))
+                self._skewed = skewed(str(self.spec.get("fingerprint", "")), here)
+            return self._skewed
+
+    def require_same_code(self) -> None:
+        """Refuse to work on the run with other sources than it was submitted with.
+
+        Raises:
+            Skewed: the sources differ and the run's policy is "refuse".
+        """
+        modules = self.skewed()
+        if modules and self.spec.get("skew", self.config.skew) == "refuse":
+            raise Skewed(
+                f"run {self.run!r} was submitted with another version of {', '.join(modules)} than this "
+                "worker has loaded; give it the same files and restart it, or run.resume(admit_skew=True)"
+            )
+
+    def require_same_toolchain(self) -> str:
+        """Refuse to compute a compiled run with another compiler than its first worker's.
+
+        Returns:
+            This process's toolchain, "" for a run that is not compiled.
+
+        Raises:
+            Skewed: it is another one and the run's policy is "refuse".
+            CompilerMissing: there is none.
+        """
+        with self.lock:
+            if self._toolchain is None:
+                self._toolchain = self._claimed_toolchain() if self.config.compile else ""
+            return self._toolchain
+
+    def _claimed_toolchain(self) -> str:
+        here = toolchain(device())
+        first = self.ledger.claim_toolchain(here)
+        if first != here and self.spec.get("skew", self.config.skew) == "refuse":
+            raise Skewed(
+                f"run {self.run!r} is compiled with {first}; this worker has {here}, whose kernels may give "
+                "other bits. Give it the same compiler, or run.resume(admit_skew=True)"
+            )
+        return here
+
+    @property
+    def recipe(self) -> ResolvedRecipe:
+        """The recipe's callables.
+
+        Raises:
+            NotAllowed: the allow-list of this worker has no room for a module of the recipe.
+            RecipeError: a module or name cannot be imported here.
+        """
+        with self.lock:
+            if self._resolved is None:
+                self.skewed()  # before the import: the sources as they are imported
+                self._resolved = resolve(self.spec["recipe"], allowed=self.services.settings.allowed_modules)
+            return self._resolved
+
+    def dataset(self, kind: str = "dataset") -> Any:
+        """The training dataset, or the one of `kind` "evaluation".
+
+        Raises:
+            RunError: this worker's training data has another length than the run's.
+            DatasetChanged: a stored dataset was replaced since the run began.
+        """
+        with self.lock:
+            if kind not in self._datasets:
+                made = open_dataset(self.recipe, self.config, kind)
+                if kind == "dataset" and self._plan is not None:
+                    self._require_same_data(made, self._plan)
+                self._datasets[kind] = made
+            return self._datasets[kind]
+
+    def plan(self) -> Plan:
+        """Which samples belong to which shard, for the dataset size that the run recorded.
+
+        Raises:
+            RunError, DatasetChanged: as `dataset`.
+        """
+        if self._plan is not None:
+            return self._plan
+        with self.lock:
+            if self._plan is None:
+                head = self.ledger.head()
+                size, self._digest = head.dataset_size, head.dataset_digest
+                plan = Plan(len(self.dataset()) if size is None else size, self.config, self.switches)
+                if "dataset" in self._datasets:
+                    self._require_same_data(self._datasets["dataset"], plan)
+                self._plan = plan
+            return self._plan
+
+    def _require_same_data(self, loaded: Any, plan: Plan) -> None:
+        """Refuse training data that is not what the run was planned for; asked once a process."""
+        if len(loaded) != plan.size:
+            raise RunError(
+                f"the dataset has {len(loaded)} samples on this worker and {plan.size} in the run; "
+                "give every worker the same data"
+            )
+        here = getattr(loaded, "digest", "")
+        if self._digest and here != self._digest:
+            raise DatasetChanged(
+                f"the dataset of run {self.run!r} has the digest {here or 'none'} on this worker and "
+                f"{self._digest} in the run: it was replaced. Submit the run anew, under another name"
+            )
+
+    def keeps_state(self, step: int) -> bool:
+        """Whether the slots of a step hand a state on to the next."""
+        return keeps_state(self.plan().config_at(step), self.services.settings.allowed_modules)
+
+    def replica(self) -> Replica:
+        """This process's copy of the model, on its device, holding any version or none."""
+        with self.lock:
+            if self._replica is None:
+                built = Replica.build(self.recipe, self.config, device(), computing=True)
+                self.require_same_model(built)
+                self._replica = built
+            return self._replica
+
+    def require_same_model(self, replica: Replica) -> None:
+        """Refuse a model that is laid out otherwise than the run's versions.
+
+        Raises:
+            ManifestMismatch: names the first tensor that differs.
+        """
+        ledger = self.ledger
+        try:
+            require_same(replica.manifest, Manifest.from_json(ledger.manifest()))
+        except ManifestMismatch as error:
+            raise ManifestMismatch(
+                f"run {self.run!r}: {error}; this worker's code builds another model than the run's: give it "
+                "the same files and restart it"
+            ) from error
+
+    @property
+    def loaded(self) -> int | None:
+        """The version that the replica holds, None if there is none."""
+        return None if self._replica is None else self._replica.loaded
+
+    def replica_at(
+        self,
+        version: int,
+        record: VersionRecord | None = None,
+        ahead: Callable[[BlobRef], Ahead | None] | None = None,
+    ) -> tuple[Replica, str]:
+        """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store".
+
+        Args:
+            record: where the version is, if that is known already.
+            ahead: finds what was read of it before it was committed.
+        """
+        replica = self.replica()
+        if replica.loaded == version and not replica.spoilt():
+            self.services.parameters.hit()
+            return replica, "process"
+        ledger = self.ledger
+        deltas = self.config.parameter_compression != "none"
+        held = deltas and replica.loaded is not None and not replica.spoilt()
+        replica.loaded = None
+        if held and self._forward(replica, ledger, version):
+            replica.loaded = version
+            return replica, "delta"
+        fetch = self.services.parameters.fetch
+        out = replica.flat if self.services.chunks.tiered(replica.nbytes()) else replica.landing()
+        record, flat, source = fetch(ledger, version, out=out, record=record, ahead=ahead)
+        replica.attach(flat)
+        replica.loaded, replica.digest = version, record.digest
+        return replica, source
+
+    def _forward(self, replica: Replica, ledger: Ledger, version: int) -> bool:
+        """Bring the replica to a version by the deltas from what it holds, if that can be done."""
+        return forward(
+            replica, self.services.parameters, ledger, version, self.services.settings.allowed_modules
+        )
+
+
+def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The live switches of a run: step -> config fields that change from it on."""
+    return {int(step): dict(fields) for step, fields in spec.get("switches", {}).items()}
+
+
+_sources: dict[str, str] = {}
+
+
+def _first_met(found: str) -> str:
+    """A fingerprint with each module's digest as it was when this process first met the module."""
+    met = []
+    for item in filter(None, found.split(",")):
+        module, _, digest = item.partition("=")
+        met.append(f"{module}={_sources.setdefault(module, digest)}")
+    return ",".join(met)
