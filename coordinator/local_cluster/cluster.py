@@ -27,6 +27,7 @@ from torchord.cache.errors import InvalidInput, NoWorker
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, tail
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 from torchord.coordinator.local_cluster.import_path import for_workers
+from torchord.coordinator.local_cluster.starting import forget, register
 
 READY_SECONDS = 60.0
 READY_MARK = b" ready."
@@ -52,12 +53,13 @@ class _Launch:
     """How a worker is started, so that it can be started again."""
 
     argv: tuple[str, ...]
+    queues: frozenset[str] | None  # None: all
     env: Mapping[str, str | None]
     cwd: Path
     log: Path
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WorkerProcess:
     """One Celery worker of a `LocalCluster`.
 
@@ -73,6 +75,7 @@ class WorkerProcess:
     _launch: _Launch = field(repr=False)
     _child: Child
     _log_start: int = field(repr=False)
+    _told_to_end: bool = field(default=False, repr=False)
 
     @property
     def pid(self) -> int:
@@ -98,10 +101,12 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL, to pool processes too: a crash. It has ended when `wait()` returns."""
+        self._told_to_end = True
         self._child.kill()
 
     def terminate(self) -> None:
         """SIGTERM: Celery's warm shutdown, which finishes the current task first."""
+        self._told_to_end = True
         self._child.terminate()
 
     def pause(self) -> None:
@@ -120,6 +125,20 @@ class WorkerProcess:
                 return READY_MARK in log.read()
         except FileNotFoundError:
             return False
+
+    def serves(self, queue: str) -> bool:
+        """Whether it takes tasks from a queue once it is ready."""
+        return self._launch.queues is None or queue in self._launch.queues
+
+    def failure(self) -> str | None:
+        """What there is to say of it if it ended before it was ready, and nobody told it to; else None.
+
+        With its command and the end of its log.
+        """
+        code = self.poll()
+        if code is None or self._told_to_end or self.ready():
+            return None
+        return _report(self, f"ended with exit code {code} before it was ready")
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of its log, indented."""
@@ -271,6 +290,7 @@ class LocalCluster:
         """End the workers, then the server, and remove temporary logs. Idempotent."""
         if self._owner != os.getpid():  # a fork of the process that started the cluster
             return
+        forget(self._processes.values())
         guardian, self._guardian = self._guardian, None
         if guardian is not None:
             guardian.close(self._grace_seconds)
@@ -325,7 +345,9 @@ class LocalCluster:
             for worker in waiting:
                 code = worker.poll()
                 if code is not None:
-                    raise NoWorker(_report(worker, f"ended with exit code {code} before it was ready"))
+                    raise NoWorker(
+                        worker.failure() or _report(worker, f"was told to end ({code}) before it was ready")
+                    )
             if time.monotonic() > deadline:
                 raise NoWorker(_report(waiting[0], f"was not ready after {timeout_seconds:g} s"))
             time.sleep(0.02)
@@ -356,8 +378,10 @@ class LocalCluster:
         if name in self._processes and self._processes[name].poll() is None:
             raise InvalidInput(f"A worker {name!r} runs already; choose another name.")
         url = self.url
+        queues = queues or (None if role == "single" else self._queues[role])
         launch = _Launch(
             argv=self._argv(name, role, queues),
+            queues=None if queues is None else frozenset(queues.split(",")),
             env={**_environment(url, self._checkpoint_dir), **self._env, **(env or {})},
             cwd=Path.cwd(),
             log=self._logs() / f"{name}.log",
@@ -374,6 +398,7 @@ class LocalCluster:
         worker = self._processes.get(name)
         if worker is None:
             raise InvalidInput(f"No worker {name!r}; there are: {', '.join(self._processes) or 'none'}.")
+        forget([worker])
         worker._child.stop(self._grace_seconds)
         return self._spawn(name, worker.role, worker._launch)
 
@@ -387,7 +412,6 @@ class LocalCluster:
     def _argv(self, name: str, role: Role, queues: str | None) -> tuple[str, ...]:
         # -P: the directory that we run in stands where PYTHONPATH has it, and not before all else.
         argv = [sys.executable, "-P", "-m", "celery", "-A", self._app, "worker", "-n", self._node(name)]
-        queues = queues or (None if role == "single" else self._queues[role])
         concurrency = self._concurrency if role != "server" else 1
         if concurrency is None and role == "client":
             concurrency = 1
@@ -411,6 +435,7 @@ class LocalCluster:
             raise NoWorker(f"Worker {name!r} could not be started: {error}") from error
         worker = WorkerProcess(name, role, launch.log, launch, child, log_start)
         self._processes[name] = worker
+        register(worker, self.url)
         return worker
 
 

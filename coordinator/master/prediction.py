@@ -18,6 +18,7 @@ from torchord.cache.errors import (
     WaitTimeout,
 )
 from torchord.cache.ledger.ledger import Ledger
+from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.messages.task_names import GRADIENTS, PREDICT, UPDATES, worker_command
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def predict(
                 )
             if sent and now - max(progressed, looked) > _ALONE_SECONDS:
                 looked = now
-                if not services.registry.consumers(GRADIENTS):
+                started = starting(services.settings.url)  # before the registry, see there
+                if not services.registry.consumers(GRADIENTS) and not coming(started, [GRADIENTS]):
                     raise NoWorker(
                         f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
                     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.records import Head
+from torchord.coordinator.local_cluster.starting import waiting_line
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -23,6 +28,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._rate = 0.0
+        self._waited = False
 
     def __enter__(self) -> Progress:
         if self.enabled:
@@ -69,6 +75,16 @@ class Progress:
             self._bar.update(self._task, total=head.total_steps, completed=head.version)
             if head.status == "paused":
                 self._bar.update(self._task, note="paused")
+
+    def waiting(self, names: Sequence[str], *, overdue: bool) -> None:
+        """Say once that this program's own cluster is starting; without a bar, only if it takes long."""
+        if self._waited or (self._bar is None and not overdue):
+            return
+        self._waited = True
+        if self._bar is not None:
+            self._bar.console.print(waiting_line(names))
+        else:
+            log.warning("run %r: %s", self.name, waiting_line(names))
 
     def event(self, event: Event) -> None:
         """Show one event."""

@@ -25,6 +25,7 @@ from torchord.cache.errors import (
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry, revised, switched
+from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.messages.sender import Sender
@@ -258,7 +259,8 @@ class Run:
         Args:
             timeout: seconds; None waits as long as it takes.
             progress: show a progress bar (step, loss, metric, samples/s, time left).
-            worker_timeout: seconds without any worker on a queue before giving up waiting.
+            worker_timeout: seconds without any worker on a queue before giving up waiting; workers of a
+                `LocalCluster` of this program that are starting are waited for as long as they take.
 
         Raises:
             RunFailed: with the message of what failed.
@@ -290,8 +292,8 @@ class Run:
         )
 
     def _wait(self, bar: Any, timeout: float | None, worker_timeout: float) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        workers_seen = time.monotonic()
+        began = workers_seen = time.monotonic()
+        deadline = None if timeout is None else began + timeout
         follower = Follower(self._ledger)
         while True:
             head, events = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
@@ -317,15 +319,38 @@ class Run:
                     f"run {self.name!r} is {head.status} at version {head.version} of {head.total_steps} "
                     f"after {timeout:g} s; it goes on, call wait() again"
                 )
-            if events or head.status == "paused":
-                workers_seen = now
-            elif now - workers_seen > worker_timeout:
-                idle = self.idle_queues()
-                if idle:
-                    raise NoWorker(_no_worker(self.name, idle, self._refused()))
+            if (
+                events
+                or head.status == "paused"
+                or self._worked_on(
+                    bar, alone=now - workers_seen > worker_timeout, overdue=now - began > worker_timeout
+                )
+            ):
                 workers_seen = now
             if events and head.status == "running":
                 time.sleep(_PACE_SECONDS)  # steps may take a few milliseconds: don't ask after each
+
+    def _worked_on(self, bar: Any, *, alone: bool, overdue: bool) -> bool:
+        """Whether each queue has a worker, or will get one from a cluster that this program has started.
+
+        Args:
+            bar: shows whom the run waits for.
+            alone: whether it is high time; else only a program's own cluster is looked at.
+            overdue: whether a starting cluster has taken long.
+
+        Raises:
+            NoWorker: it is high time and nobody will come, or a worker of the cluster failed to start.
+        """
+        started = starting(self._services.settings.url)  # before the registry, see there
+        if not started and not alone:
+            return False
+        idle = self.idle_queues()
+        names = coming(started, idle)
+        if names:
+            bar.waiting(names, overdue=overdue)
+        elif idle and alone:
+            raise NoWorker(_no_worker(self.name, idle, self._refused()))
+        return bool(names) or not idle
 
     def idle_queues(self) -> list[str]:
         """The queues, of those that the run needs, that no living worker consumes that may work on it."""
