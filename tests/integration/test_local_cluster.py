@@ -166,7 +166,7 @@ def test_the_workers_use_this_cluster_whatever_the_shell_says(
     assert environment["EXTRA"] == "1"
     path = environment["PYTHONPATH"].split(os.pathsep)
     assert path[0] == str(tmp_path / "recipes"), "in the order of this program's own path"
-    assert path[-1] == str(Path.cwd())
+    assert str(Path.cwd()) in path
     assert not [entry for entry in path if "site-packages" in entry or entry.endswith("lib-dynload")]
     assert add(cluster.url, 1, 2, GRADIENTS) == 3
 
