@@ -7,20 +7,45 @@ answer. Every message is one that a person can act on; with --json, results go t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import click
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
 from torchord.cache.servers.address import masked
-from torchord.coordinator.master.master import Master
+
+if TYPE_CHECKING:
+    from torchord.coordinator.master.master import Master
 from torchord.coordinator.messages.task_names import worker_command
 
 OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+_COMPLETION_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was typed.
+
+    Attributes:
+        name: of the run; "" for `list`.
+        url: Redis URL of broker and control plane; None: the environment's.
+        checkpoint_dir: where the checkpoints are; None: the environment's.
+        json: whether results are printed as JSON.
+        admit_skew: `resume --admit-skew`.
+        replay: steps of `verify --replay`.
+    """
+
+    name: str = ""
+    url: str | None = None
+    checkpoint_dir: str | None = None
+    json: bool = False
+    admit_skew: bool = False
+    replay: tuple[int, ...] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,11 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see the module.
     """
-    options = _parser().parse_args(arguments)
     try:
-        master = Master(options.url, checkpoint_dir=options.checkpoint_dir)
-        command: Callable[[Master, argparse.Namespace], int] = options.command
-        return command(master, options)
+        code: int = _torchord.main(arguments, prog_name="torchord", standalone_mode=False)
+        return code
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except click.Abort:
+        return INTERRUPTED
+
+
+def _perform(command: Callable[[Master, Options], int], options: Options) -> int:
+    from torchord.coordinator.master.master import Master  # imports torch: help and completion do without
+
+    try:
+        return command(Master(options.url, checkpoint_dir=options.checkpoint_dir), options)
     except RunNotFound as error:
         return _report(error, NOT_FOUND)
     except CacheUnreachable as error:
@@ -52,60 +87,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--url", help="Redis URL of broker and control plane (default: TORCHORD_URL, then localhost)"
-    )
-    common.add_argument(
-        "--checkpoint-dir", help="where the checkpoints are (default: TORCHORD_CHECKPOINT_DIR)"
-    )
-    common.add_argument("--json", action="store_true", help="print JSON")
-    parser = argparse.ArgumentParser(
-        prog="torchord",
-        description="Look at, stop, continue and audit torchord's runs.",
-        epilog="Exit codes: 0 all is well; 1 the run or its audit is not; 2 wrong arguments; "
-        "3 no such run; 4 Redis does not answer.",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, function, text in (
-        ("list", _list, "all runs, oldest first"),
-        ("status", _status, "where a run stands"),
-        ("watch", _watch, "follow a run's events until it rests"),
-        ("pause", _pause, "stop within the step; what is done is kept"),
-        ("resume", _resume, "continue after a pause, a failure, or the loss of Redis"),
-        ("cancel", _cancel, "end a run for good"),
-        ("verify", _verify, "audit a run's ledger"),
-    ):
-        command = commands.add_parser(
-            name, parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}."
-        )
-        command.set_defaults(command=function)
-        if name != "list":
-            command.add_argument("name", metavar="NAME", help="the run")
-        if name == "resume":
-            command.add_argument(
-                "--admit-skew",
-                action="store_true",
-                help="let workers with another torch, hardware or code take part; the bits are then theirs",
-            )
-        if name == "verify":
-            command.add_argument(
-                "--replay",
-                metavar="STEP",
-                type=int,
-                action="append",
-                default=[],
-                help="also compute this step again here, from the nearest checkpoint, and compare bytes; "
-                "may be given several times",
-            )
-    return parser
+# --- what can be typed ----------------------------------------------------------------------
+
+_URL = click.Option(
+    ["--url"], help="Redis URL of broker and control plane (default: TORCHORD_URL, then localhost)."
+)
+_CHECKPOINTS = click.Option(
+    ["--checkpoint-dir"], help="Where the checkpoints are (default: TORCHORD_CHECKPOINT_DIR)."
+)
+_JSON = click.Option(["--json"], is_flag=True, help="Print JSON.")
+_ADMIT_SKEW = click.Option(
+    ["--admit-skew"],
+    is_flag=True,
+    help="Let workers with another torch, hardware or code take part; the bits are then theirs.",
+)
+_REPLAY = click.Option(
+    ["--replay"],
+    metavar="STEP",
+    type=int,
+    multiple=True,
+    help="Also compute this step again here, from the nearest checkpoint, and compare bytes; "
+    "may be given several times.",
+)
+
+
+def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """Names of runs that begin with what was typed; none if the server does not answer."""
+    from torchord.cache import keys
+    from torchord.cache.servers.redis_client import connect, translated
+    from torchord.cache.settings import from_environment
+
+    try:
+        url = context.params.get("url") or from_environment().url
+        with translated(url, "list the runs"), connect(url, patience_seconds=_COMPLETION_SECONDS) as client:
+            names = cast(list[str], client.zrange(keys.RUNS, 0, -1))
+    except TorchordError:
+        return []
+    return [name for name in names if name.startswith(typed)]
+
+
+def _command(name: str, perform: Callable[[Master, Options], int], text: str, *more: click.Option) -> None:
+    parameters: list[click.Parameter] = [_URL, _CHECKPOINTS, _JSON, *more]
+    if name != "list":
+        parameters.append(click.Argument(["name"], shell_complete=_run_names))
+
+    def run(**typed: Any) -> int:
+        return _perform(perform, Options(**typed))
+
+    _torchord.add_command(click.Command(name, params=parameters, callback=run, help=text))
+
+
+_torchord = click.Group(
+    "torchord",
+    help="Look at, stop, continue and audit torchord's runs.",
+    epilog="Exit codes: 0 all is well; 1 the run or its audit is not; 2 wrong arguments; "
+    "3 no such run; 4 Redis does not answer.",
+)
 
 
 # --- commands -----------------------------------------------------------------------------
 
 
-def _list(master: Master, options: argparse.Namespace) -> int:
+def _list(master: Master, options: Options) -> int:
     rows = []
     for name in master.runs():
         try:
@@ -123,7 +166,7 @@ def _list(master: Master, options: argparse.Namespace) -> int:
     return OK
 
 
-def _status(master: Master, options: argparse.Namespace) -> int:
+def _status(master: Master, options: Options) -> int:
     status = asdict(master.run(options.name).status())
     if options.json:
         print(json.dumps(status))
@@ -145,7 +188,7 @@ def _status(master: Master, options: argparse.Namespace) -> int:
     return OK
 
 
-def _watch(master: Master, options: argparse.Namespace) -> int:
+def _watch(master: Master, options: Options) -> int:
     run = master.run(options.name)
     run.status()  # raises if there is no such run
     for event in run.events():
@@ -162,22 +205,22 @@ def _watch(master: Master, options: argparse.Namespace) -> int:
     return BAD
 
 
-def _pause(master: Master, options: argparse.Namespace) -> int:
+def _pause(master: Master, options: Options) -> int:
     master.run(options.name).pause()
     return _told(master, options)
 
 
-def _resume(master: Master, options: argparse.Namespace) -> int:
+def _resume(master: Master, options: Options) -> int:
     master.run(options.name).resume(admit_skew=options.admit_skew)
     return _told(master, options)
 
 
-def _cancel(master: Master, options: argparse.Namespace) -> int:
+def _cancel(master: Master, options: Options) -> int:
     master.run(options.name).cancel()
     return _told(master, options)
 
 
-def _verify(master: Master, options: argparse.Namespace) -> int:
+def _verify(master: Master, options: Options) -> int:
     def progress(step: int) -> None:
         print(f"computing step {step} again", file=sys.stderr, flush=True)
 
@@ -198,7 +241,7 @@ def _verify(master: Master, options: argparse.Namespace) -> int:
 # --- words --------------------------------------------------------------------------------
 
 
-def _told(master: Master, options: argparse.Namespace) -> int:
+def _told(master: Master, options: Options) -> int:
     status = asdict(master.run(options.name).status())
     print(json.dumps(status) if options.json else f"{status['name']}: {status['state']}, {_progress(status)}")
     return OK
@@ -235,5 +278,10 @@ def _report(error: TorchordError, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+_command("list", _list, "All runs, oldest first.")
+_command("status", _status, "Where a run stands.")
+_command("watch", _watch, "Follow a run's events until it rests.")
+_command("pause", _pause, "Stop within the step; what is done is kept.")
+_command("resume", _resume, "Continue after a pause, a failure, or the loss of Redis.", _ADMIT_SKEW)
+_command("cancel", _cancel, "End a run for good.")
+_command("verify", _verify, "Audit a run's ledger.", _REPLAY)

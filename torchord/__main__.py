@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torchord.coordinator.__main__ import main
+from torchord.coordinator.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import redis
 
 from tests.support import models
 from torchord import LocalCluster, Master, Run, TrainingConfig
-from torchord.cache.keys import RunKeys
+from torchord.cache.keys import RUNS, RunKeys
 from torchord.cache.ledger.records import LedgerEntry
-from torchord.coordinator.__main__ import BAD, NOT_FOUND, OK, UNREACHABLE, USAGE, main
+from torchord.coordinator.cli import BAD, NOT_FOUND, OK, UNREACHABLE, USAGE, main
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=2, checkpoint_every=4)  # 10 steps
 
@@ -147,12 +148,47 @@ def test_no_redis(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no Redis answers at redis://127.0.0.1:1/0" in capsys.readouterr().err
 
 
-def test_wrong_arguments(idle: Shell) -> None:
+def test_wrong_arguments(idle: Shell, capsys: pytest.CaptureFixture[str]) -> None:
     assert idle("status", "no such name")[0] == USAGE
     for words in ([], ["dance"], ["status"], ["verify", "x", "--replay", "soon"]):
-        with pytest.raises(SystemExit) as exit:
-            main(words)
-        assert exit.value.code == USAGE
+        assert main(words) == USAGE
+        out, err = capsys.readouterr()
+        assert out == "" and "torchord" in err
+
+
+def fresh(code: str, **environment: str) -> str:
+    """What a program prints in a fresh interpreter that may not load torch."""
+    refuse = "import sys; sys.modules['torch'] = None; from torchord.coordinator.cli import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", refuse + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def completed(words: str, url: str) -> list[str]:
+    """What bash is told to offer for the last of `words`."""
+    count = str(len(words.split(" ")) - 1)
+    shell = {"_TORCHORD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": count}
+    lines = fresh("main([])", TORCHORD_URL=url, **shell).splitlines()
+    return [line.partition(",")[2] for line in lines if line]
+
+
+def test_help_and_completion_do_without_torch(idle: Shell) -> None:
+    assert "verify" in fresh("sys.exit(main(['--help']))")
+    assert "--replay" in fresh("sys.exit(main(['verify', '--help']))")
+    assert completed("torchord re", idle.url) == ["resume"]
+    assert completed("torchord verify --re", idle.url) == ["--replay"]
+    with redis.Redis.from_url(idle.url) as client:
+        client.zadd(RUNS, {"digits-01": 1, "digits-02": 2, "other": 3})
+        client.expire(RUNS, 60)
+    assert completed("torchord status di", idle.url) == ["digits-01", "digits-02"]
+    assert completed("torchord status ", idle.url) == ["digits-01", "digits-02", "other"]
+    assert completed("torchord status di", "redis://127.0.0.1:1/0") == []
 
 
 # --- verify -------------------------------------------------------------------------------
