@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from types import CodeType, ModuleType
 
 
 class _Doors(MetaPathFinder, Loader):
@@ -26,12 +26,17 @@ class _Doors(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`; `python -m coordinator` runs the file itself."""
+        """See `importlib.abc.MetaPathFinder`."""
         package, _, rest = fullname.partition(".")
-        if package not in self.open or not rest or rest == "__main__":
+        if package not in self.open or not rest:
             return None
         found = find_spec(f"torchord.{fullname}")
         return None if found is None else ModuleSpec(fullname, self, origin=found.origin)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """What `python -m coordinator` runs as its program: the code of torchord's module."""
+        spec = find_spec(f"torchord.{fullname}")
+        return spec.loader.get_code(spec.name) if spec and isinstance(spec.loader, InspectLoader) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """See `importlib.abc.Loader`: torchord's own module, imported if it was not."""
