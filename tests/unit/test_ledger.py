@@ -880,6 +880,17 @@ def test_rollback_takes_the_head_back_and_keeps_what_the_replay_must_meet(
     assert [e.chain for e in running.entries()] == chains
 
 
+def test_a_rollback_over_entries_that_are_on_disk_only(running: Ledger) -> None:
+    """Of those the replay is not told what it has to meet; the others it must."""
+    token = running.head().token
+    advance(running, token, 3)
+    chains = [e.chain for e in running.entries()]
+    running.trim_entries([1, 2])
+    assert running.rollback(token=token, version=0, chain=GENESIS)[0]
+    advance(running, token, 3)
+    assert [e.chain for e in running.entries()] == chains
+
+
 def test_a_replay_that_gives_other_bytes_is_told(plane: Plane, running: Ledger) -> None:
     token = running.head().token
     advance(running, token, 1)
@@ -963,6 +974,18 @@ def test_a_second_replay_must_meet_the_first_one_with_the_corrected_code(plane: 
     fill(ledger, 1)
     assert commit(ledger, 1, token).verdict == "diverged"
     assert commit(ledger, 1, token, entry=other, record=record(2, other.chain)).verdict == "ok"
+
+
+def test_a_rollback_sent_twice_begins_one_revision_of_the_run(plane: Plane) -> None:
+    """Else the slots of the replay would be refused: they are of the revision that the first one began."""
+    ledger = plane.ledger()
+    ledger.create({"recipe": {}, "config": {"skew": "admit"}}, incarnation="life")
+    token = start(ledger)
+    advance(ledger, token, 2)
+    ledger.rollback(token=token, version=0, chain=GENESIS)
+    fill(ledger, 0)
+    only_counters_change(plane, lambda: ledger.rollback(token=token, version=0, chain=GENESIS))
+    assert ledger.incarnation() == "life.1" and ledger.slots_present(0) == {0, 1}
 
 
 def test_where_any_environment_is_admitted_a_replay_may_give_other_bytes(plane: Plane) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.plan import Plan, derive_seed, epoch_order
+from torchord.coordinator.spec.plan import Plan, derive_seed, epoch_order, shown
 
 plans = st.builds(
     lambda size, batch, shards, epochs: Plan(
@@ -213,3 +213,19 @@ def test_switching_the_local_steps_still_visits_every_example_once(
 
 def test_a_switch_beyond_the_end_is_without_effect() -> None:
     assert Plan(8, TrainingConfig(batch_size=4), {5: {"shards": 1}}).total_steps == 2
+
+
+def test_the_indices_of_a_shard_cannot_be_written_to_however_many_parts_it_has() -> None:
+    """They may be views of the epoch's order, which all shards share."""
+    plan = Plan(16, TrainingConfig(batch_size=4, shards=2, local_steps=2))
+    for indices in (plan.indices(0, 0), *plan.parts(0, 0), Plan(8, TrainingConfig()).indices(0, 0)):
+        with pytest.raises(ValueError, match="read-only"):
+            indices[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(1, "[0]"), (8, "[0, 1, 2, 3, 4, 5, 6, 7]"), (9, "[0, 1, 2, 3, 4, 5, 6, 7, … 9 in all]")],
+)
+def test_a_message_shows_the_first_samples_and_says_how_many_there_are(size: int, text: str) -> None:
+    assert shown(range(size)) == text
