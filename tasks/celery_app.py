@@ -139,6 +139,9 @@ app.conf.update(
     worker_enable_remote_control=True,
     timezone="UTC",
     enable_utc=True,
+    # A child of a pool that starts by spawn imports torch before it says that it is up; Celery kills one
+    # that takes 4 s, and its successor likewise, for as long as the machine is slow.
+    worker_proc_alive_timeout=120,
     worker_redirect_stdouts=False,
     worker_hijack_root_logger=True,
 )
