@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from textwrap import wrap
@@ -190,15 +191,23 @@ def _boxes(panel: dict[str, Room], left: float, width: float, top: float) -> tup
     return boxes, top - ROW_GAP
 
 
-def _arrow(upper: Box, lower: Box) -> str:
-    """A line from a box to one below it, upright where their edges overlap."""
+def _arrow(upper: Box, lower: Box, boxes: Iterable[Box]) -> str:
+    """A line from a box to one below, upright where their edges overlap, and past the boxes on its way."""
     left, right = max(upper.left, lower.left), min(upper.left + upper.width, lower.left + lower.width)
     if right - left > 20:
         start = end = (left + right) / 2
     else:
         start, end = upper.left + upper.width / 2, lower.left + lower.width / 2
-    y, stop = upper.top + upper.height, lower.top - 2
-    return f'<path class="arrow" d="M{start:g} {y:g} L{end:g} {stop:g}"/>'
+    points = [(start, upper.top + upper.height)]
+    floors: dict[float, list[Box]] = {}
+    for box in boxes:
+        if upper.top < box.top < lower.top:
+            floors.setdefault(box.top, []).append(box)
+    for top, row in sorted(floors.items()):
+        gap = min((box.left - GAP / 2 for box in row), key=lambda x: abs(x - end))
+        points += [(gap, top - GAP / 2), (gap, top + row[0].height + GAP / 2)]
+    points.append((end, lower.top - 2))
+    return f'<path class="arrow" d="M{" L".join(f"{x:g} {y:g}" for x, y in points)}"/>'
 
 
 def drawn() -> str:
@@ -213,7 +222,7 @@ def drawn() -> str:
         title = "torchord/, tasks/ and coordinator/" if name == "coordinator" else "cache/"
         body.append(f'<text class="head" x="{left + GAP}" y="{MARGIN + 23}">{title}</text>')
         arrows_of = [(boxes[room], boxes[below]) for room in panel for below in _needed(panel, panel[room])]
-        body += [_arrow(upper, lower) for upper, lower in arrows_of]
+        body += [_arrow(upper, lower, boxes.values()) for upper, lower in arrows_of]
         body += [line for box in boxes.values() for line in box.drawn()]
     panels = [
         f'<rect class="panel" x="{left}" y="{MARGIN}" width="{width}" height="{bottom - MARGIN:g}" rx="8"/>'
