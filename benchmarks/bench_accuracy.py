@@ -182,7 +182,7 @@ def simulate(given: Recipe, how: TrainingConfig, data: TensorDataset) -> Iterato
     for step in range(plan.total_steps):
         replica.load(trainer.replica.pack())
         done = [
-            work(replica, made, plan, data, step, shard, states.get(shard), allowed=("*",))
+            work(replica, made, plan, data, step, shard, states.get(shard))
             for shard in range(plan.shards_in(step))
         ]
         states.update({shard: each.state for shard, each in enumerate(done) if each.state is not None})

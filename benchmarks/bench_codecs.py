@@ -62,7 +62,6 @@ from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import decoded, work
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.spec.codecs import codec_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import ResolvedRecipe
@@ -88,7 +87,6 @@ SHARDS = 4
 LEAST_RATIO, MOST_POINTS = 100.0, 0.3
 REPETITIONS = 20
 HELD_OUT = 10_000
-ALLOWED = ("benchmarks",)
 
 
 # --- what is trained ------------------------------------------------------------------------
@@ -171,7 +169,7 @@ class Simulation:
     def __init__(self, recipe: ResolvedRecipe, config: TrainingConfig, data: TensorDataset) -> None:
         self.recipe, self.config, self.data = recipe, config, data
         self.plan = Plan(len(data), config)
-        self.trainer = Trainer.build(recipe, config, allowed=ALLOWED)
+        self.trainer = Trainer.build(recipe, config)
         self.replica = Replica.build(recipe, config)
         self.states: dict[int, Any] = {}
         self.losses: list[float] = []
@@ -187,10 +185,10 @@ class Simulation:
         loss, nbytes = 0.0, 0
         for shard in range(plan.shards_in(step)):
             state = self.states.get(shard)
-            done = work(self.replica, self.recipe, plan, self.data, step, shard, state, allowed=ALLOWED)
+            done = work(self.replica, self.recipe, plan, self.data, step, shard, state)
             if done.state is not None:
                 self.states[shard] = done.state
-            gradients = decoded(done.payload, trainer.replica, self.config.compression, ALLOWED)
+            gradients = decoded(done.payload, trainer.replica, self.recipe.codec(self.config.compression))
             accumulator.add(gradients, done.buffers, done.examples)
             loss += done.loss * done.examples
             nbytes += layout({**done.payload, **done.buffers}).nbytes
@@ -210,7 +208,7 @@ class Simulation:
 
     def codec_milliseconds(self) -> tuple[float, float]:
         """Median time to encode and to decode a shard's gradients, as they were at the last step."""
-        codec = codec_of(self.config.compression, ALLOWED)
+        codec = self.recipe.codec(self.config.compression)
         step = len(self.losses) - 1
         indices = self.plan.indices(step, 0)
         found = compute(self.replica, self.recipe, self.config, self.data, indices, step, 0).gradients

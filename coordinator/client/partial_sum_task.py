@@ -27,7 +27,7 @@ from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
-from torchord.coordinator.spec.codecs import codec_of
+from torchord.coordinator.spec.codecs import CodecOf
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def add_up(
     read: Callable[[SlotRecord], tuple[dict[str, Tensor], dict[str, Tensor]]],
     manifest: Manifest,
     examples: int,
-    allowed: tuple[str, ...] | None,
+    codec_of: CodecOf,
 ) -> Partial:
     """The sum of some slots, in the order given.
 
@@ -54,7 +54,7 @@ def add_up(
         read: slot -> (its tensors but for buffers, its buffers).
         manifest: of the parameters.
         examples: examples in the whole step.
-        allowed: the worker's allow-list, for codecs that are imported.
+        codec_of: finds the codec of each slot, see `ResolvedRecipe.codec`.
 
     Raises:
         InputLost: a slot's bytes are gone.
@@ -66,7 +66,7 @@ def add_up(
         except (ChunkMissing, ChunkCorrupt) as error:
             raise InputLost(slot, str(error)) from error
         if slot.total is None:
-            gradients = codec_of(slot.compression, allowed).decode(tensors, manifest)
+            gradients = codec_of(slot.compression).decode(tensors, manifest)
             total.add_shard(gradients, buffers, slot.examples)
         else:
             total.add(Partial.of(tensors, slot.total.notes, slot.examples))
@@ -188,10 +188,13 @@ class PartialSumTask:
     def _sum(self, context: RunContext, step: int, inputs: list[SlotRecord]) -> Partial:
         config = context.plan().config_at(step)
         manifest = Manifest.from_json(context.ledger.manifest())
-        allowed = self.services.settings.allowed_modules
         with pinned(config.threads, config.deterministic, device()):
             return add_up(
-                inputs, self.services.gradients.get, manifest, context.plan().examples(step), allowed
+                inputs,
+                self.services.gradients.get,
+                manifest,
+                context.plan().examples(step),
+                context.recipe.codec,
             )
 
     def _give_back(

@@ -200,7 +200,6 @@ class ShardTask:
                 state = None
                 if context.keeps_state(step):
                     state = self._slot_state(context, version, shard, record)
-                allowed = self.services.settings.allowed_modules
                 outgoing = self.outbox.begin(context, step, shard, replica, plan.config_at(step))
                 if outgoing is not None:
                     unless_stored.callback(outgoing.upload.give_up)
@@ -212,7 +211,6 @@ class ShardTask:
                     step,
                     shard,
                     state,
-                    allowed=allowed,
                     watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
                 return done, outgoing

@@ -21,9 +21,10 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import Manifest, as_bytes, pack, views
 from torchord.cache.tensors.pieces import checksums, split
+from torchord.coordinator.compression.codec import Codec
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
-from torchord.coordinator.spec.codecs import codec_of
+from torchord.coordinator.spec.codecs import CodecOf
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +68,12 @@ class DeltaEncoder:
 
     Attributes:
         compression: spec of the codec.
-        allowed: the allow-list, for codecs that are imported.
+        codec: the codec itself.
         memory: e and what else the codec keeps, on the CPU.
     """
 
     compression: str
-    allowed: tuple[str, ...] | None = None
+    codec: Codec
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def encode(
@@ -93,10 +94,9 @@ class DeltaEncoder:
                 after = parameter.detach().cpu()
                 if name in self.memory or not torch.equal(before[name], after):
                     moved[name] = after - before[name]
-            codec = codec_of(self.compression, self.allowed)
-            encoded = codec.encode(moved, self.memory)
+            encoded = self.codec.encode(moved, self.memory)
             self.memory = encoded.residual
-            for name, difference in codec.decode(encoded.payload, moved).items():
+            for name, difference in self.codec.decode(encoded.payload, moved).items():
                 parameters[name].copy_(before[name] + difference)
         return Delta(self.compression, encoded.payload, dict(buffers))
 
@@ -119,12 +119,15 @@ def forward(
     parameters: ParameterCache,
     ledger: Ledger,
     version: int,
-    allowed: tuple[str, ...] | None,
+    codec_of: CodecOf,
 ) -> bool:
     """Bring a replica from the version that it holds to a later one by their deltas.
 
     The result is checked against the version's digest: it has the bytes that a download would have
     given, or the replica is left as it is.
+
+    Args:
+        codec_of: finds the codec of each delta, see `ResolvedRecipe.codec`.
 
     Returns:
         Whether the replica holds the version now; if not, it has to be downloaded.
@@ -139,7 +142,7 @@ def forward(
             assert record.delta is not None
             delta = Delta(record.delta.compression, *parameters.fetch_delta(record.delta))
             with pinned(config.threads, config.deterministic, replica.device):
-                flat = advanced(flat, replica.manifest, delta, allowed)
+                flat = advanced(flat, replica.manifest, delta, codec_of(delta.compression))
     except (CacheError, ManifestMismatch) as error:
         log.warning("version %d of run %s is downloaded whole: %s", version, ledger.run, error)
         return False
@@ -157,19 +160,20 @@ def forward(
     return True
 
 
-def advanced(flat: Tensor, manifest: Manifest, delta: Delta, allowed: tuple[str, ...] | None) -> Tensor:
+def advanced(flat: Tensor, manifest: Manifest, delta: Delta, codec: Codec) -> Tensor:
     """Return the version after the one in `flat`: a Client's half. Call with the process pinned.
 
     Args:
         flat: 1-D uint8 on the CPU, laid out by the run's manifest; not written to.
         delta: of the version that follows it; its tensors may be views of a received buffer.
+        codec: what its payload was encoded with.
 
     Raises:
         ManifestMismatch: the delta is not of this model, or of another codec.
     """
     tensors = dict(views(flat, manifest))
     with torch.no_grad():
-        moved = codec_of(delta.compression, allowed).decode(delta.payload, manifest)
+        moved = codec.decode(delta.payload, manifest)
         tensors.update({name: tensors[name] + difference for name, difference in moved.items()})
     tensors.update(delta.buffers)
     return pack(tensors, manifest)

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from torchord.coordinator.compression.codec import Codec
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute import inner_steps as local_steps
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
-from torchord.coordinator.spec.codecs import codec_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import ResolvedRecipe
@@ -44,9 +44,9 @@ class ShardWork:
     examples: int
 
 
-def keeps_state(config: TrainingConfig, allowed: tuple[str, ...] | None) -> bool:
+def keeps_state(config: TrainingConfig, recipe: ResolvedRecipe) -> bool:
     """Whether slots of this config hand a state on from step to step."""
-    return config.local_steps > 1 or codec_of(config.compression, allowed).stateful
+    return config.local_steps > 1 or recipe.codec(config.compression).stateful
 
 
 def work(
@@ -58,7 +58,6 @@ def work(
     shard: int,
     state: Mapping[str, Any] | None,
     *,
-    allowed: tuple[str, ...] | None,
     watched: gradient.Watch = gradient.unwatched,
 ) -> ShardWork:
     """Compute one shard.
@@ -68,14 +67,13 @@ def work(
         plan: says which examples, and which config is in force.
         state: the slot's state at that version; one that another kind of step left (before a switch of
             compression or between plain and local steps) is set aside, and the slot starts afresh.
-        allowed: the worker's allow-list, for codecs that are imported.
         watched: as for `gradient.compute`; plain steps only.
 
     Raises:
         Exception: whatever the recipe's code raises.
     """
     config = plan.config_at(step)
-    codec = codec_of(config.compression, allowed)
+    codec = recipe.codec(config.compression)
     mode = f"{'local' if config.local_steps > 1 else 'plain'} {config.compression}"
     before = state if state is not None and state["mode"] == mode else {}
     kept: dict[str, Any] = {"mode": mode}
@@ -101,10 +99,8 @@ def work(
     )
 
 
-def decoded(
-    payload: Mapping[str, Tensor], replica: Replica, compression: str, allowed: tuple[str, ...] | None
-) -> dict[str, Tensor]:
+def decoded(payload: Mapping[str, Tensor], replica: Replica, codec: Codec) -> dict[str, Tensor]:
     """The gradients that a payload stands for, in the parameters' shapes and dtypes."""
     config = replica.config
     with pinned(config.threads, config.deterministic, replica.device):
-        return codec_of(compression, allowed).decode(payload, replica.parameters)
+        return codec.decode(payload, replica.parameters)

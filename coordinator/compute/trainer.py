@@ -58,7 +58,6 @@ class Trainer:
         config: the run's config.
         deltas: compresses the steps' differences; None without `parameter_compression`.
         delta: what leads from the version before to the present one, if it was compressed.
-        allowed: the allow-list, for codecs that are imported.
     """
 
     def __init__(
@@ -67,14 +66,13 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler | None,
         config: TrainingConfig,
-        allowed: tuple[str, ...] | None = None,
+        deltas: DeltaEncoder | None = None,
     ) -> None:
         self.replica = replica
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.config = config
-        self.allowed = allowed
-        self.deltas = _delta_encoder(config, allowed)
+        self.deltas = deltas
         self.delta: Delta | None = None
 
     @classmethod
@@ -83,8 +81,6 @@ class Trainer:
         resolved: ResolvedRecipe,
         config: TrainingConfig,
         device: torch.device | str = "cpu",
-        *,
-        allowed: tuple[str, ...] | None = None,
     ) -> Trainer:
         """Make model, optimizer and scheduler as at the start of the run (version 0).
 
@@ -96,7 +92,7 @@ class Trainer:
         replica = Replica.build(resolved, config, device)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
             optimizer, scheduler = _servers_optimizer(resolved, config, replica)
-        return cls(replica, optimizer, scheduler, config, allowed)
+        return cls(replica, optimizer, scheduler, config, _delta_encoder(resolved, config))
 
     def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
         """Go on under another config, after a switch.
@@ -278,11 +274,11 @@ class Trainer:
             raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
 
 
-def _delta_encoder(config: TrainingConfig, allowed: tuple[str, ...] | None) -> DeltaEncoder | None:
+def _delta_encoder(resolved: ResolvedRecipe, config: TrainingConfig) -> DeltaEncoder | None:
     """What compresses the parameters' way to the workers, if the config asks for it."""
     if config.parameter_compression == "none":
         return None
-    return DeltaEncoder(config.parameter_compression, allowed)
+    return DeltaEncoder(config.parameter_compression, resolved.codec(config.parameter_compression))
 
 
 def build_optimizer(

@@ -45,7 +45,6 @@ class Replay:
         plan: the run's plan, with its switches.
         checkpoints: where the run's checkpoints are; without any, everything is computed from the start.
         entries: the run's ledger by version.
-        allowed: the allow-list, for codecs that are imported.
         progress: called with each step before it is computed.
     """
 
@@ -56,14 +55,12 @@ class Replay:
         checkpoints: CheckpointStore,
         entries: Mapping[int, LedgerEntry],
         *,
-        allowed: tuple[str, ...] | None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan = plan
         self.checkpoints = checkpoints
         self.entries = entries
-        self.allowed = allowed
         self.progress = progress
         self._trainer: Trainer | None = None
         self._replica: Replica | None = None
@@ -136,7 +133,7 @@ class Replay:
 
     def _built(self, version: int) -> Trainer:
         config = self.plan.config_at(min(version, self.plan.total_steps - 1))
-        return Trainer.build(self.recipe, config, device(), allowed=self.allowed)
+        return Trainer.build(self.recipe, config, device())
 
     def _hold(self, version: int, slots: dict[int, Any]) -> str:
         """Keep the version that the trainer has come to; its digest."""
@@ -184,7 +181,7 @@ class Replay:
         finite = all(_finite(result) for result in done)
         report = trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
         slots: dict[int, Any] = {}
-        if keeps_state(config, self.allowed):
+        if keeps_state(config, self.recipe):
             kept = {shard: result.state for shard, result in enumerate(done) if result.state is not None}
             slots = {**self._slots[step], **({} if report.skipped else kept)}
         digest = self._hold(step + 1, slots)
@@ -199,13 +196,13 @@ class Replay:
     def _average(self, step: int, done: list[ShardWork], examples: int) -> Aggregate:
         """The average of the step's shards, in the order in which the step's tree sums them."""
         assert self._trainer is not None
-        replica, compression = self._trainer.replica, self.plan.config_at(step).compression
+        replica, codec = self._trainer.replica, self.recipe.codec(self.plan.config_at(step).compression)
         tree = self.plan.fan_in(step)
         held = replica.held()
         if not tree.partials:
             accumulator = Accumulator(held, examples)
             for result in done:
-                gradients = decoded(result.payload, replica, compression, self.allowed)
+                gradients = decoded(result.payload, replica, codec)
                 accumulator.add(gradients, result.buffers, result.examples)
             return accumulator.result()
         sums: dict[int, Partial] = {}
@@ -216,7 +213,7 @@ class Replay:
                     total.add(sums.pop(number))
                     continue
                 result = done[number]
-                gradients = decoded(result.payload, replica, compression, self.allowed)
+                gradients = decoded(result.payload, replica, codec)
                 total.add_shard(gradients, result.buffers, result.examples)
             sums[slot] = total.result()
         whole = PartialSum(examples)
@@ -232,9 +229,7 @@ class Replay:
             self._dataset = open_dataset(self.recipe, self.plan.config)
         self._replica.load(self._flats[version])
         state = self._slots[version].get(shard)
-        return work(
-            self._replica, self.recipe, self.plan, self._dataset, step, shard, state, allowed=self.allowed
-        )
+        return work(self._replica, self.recipe, self.plan, self._dataset, step, shard, state)
 
     def _compared(self, step: int, shard: int, result: ShardWork, slot: SlotReceipt) -> list[str]:
         sent = {**result.payload, **result.buffers}

@@ -522,7 +522,6 @@ class Run:
             plan,
             self._checkpoints(head.incarnation),
             {entry.version: entry for entry in entries},
-            allowed=("*",) if self._trusted else self._services.settings.allowed_modules,
             progress=progress,
         )
         computed, problems = replay.compare(steps)

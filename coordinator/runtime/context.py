@@ -241,7 +241,7 @@ class RunContext:
 
     def keeps_state(self, step: int) -> bool:
         """Whether the slots of a step hand a state on to the next."""
-        return keeps_state(self.plan().config_at(step), self.services.settings.allowed_modules)
+        return keeps_state(self.plan().config_at(step), self.recipe)
 
     def replica(self) -> Replica:
         """This process's copy of the model, on its device, holding any version or none."""
@@ -304,9 +304,7 @@ class RunContext:
 
     def _forward(self, replica: Replica, ledger: Ledger, version: int) -> bool:
         """Bring the replica to a version by the deltas from what it holds, if that can be done."""
-        return forward(
-            replica, self.services.parameters, ledger, version, self.services.settings.allowed_modules
-        )
+        return forward(replica, self.services.parameters, ledger, version, self.recipe.codec)
 
 
 def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

@@ -251,7 +251,7 @@ class StepCommit:
             plan.examples(step),
             warm.trainer,
             self.services.gradients,
-            allowed=self.services.settings.allowed_modules,
+            warm.context.recipe.codec,
             read=None if ahead is None or ahead.step != step else ahead.read,
         )
         for slot in slots:

@@ -17,6 +17,7 @@ from torchord.coordinator.compute.partial import Partial, PartialSum
 from torchord.coordinator.compute.shard import decoded
 from torchord.coordinator.compute.sums import Accumulator, Aggregate
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.codecs import CodecOf
 from torchord.coordinator.spec.sum_tree import FanIn
 
 
@@ -28,7 +29,7 @@ class StepSum:
         examples: examples of all slots together, from the plan.
         trainer: holds the version that the step starts from.
         gradients: where the slots' bytes are.
-        allowed: the worker's allow-list, for codecs that are imported.
+        codec_of: finds the codec of each slot, see `ResolvedRecipe.codec`.
         read: reads the bytes of a slot; None: from `gradients`.
     """
 
@@ -38,14 +39,14 @@ class StepSum:
         examples: int,
         trainer: Trainer,
         gradients: GradientStore,
+        codec_of: CodecOf,
         *,
-        allowed: tuple[str, ...] | None,
         read: Callable[[SlotRecord], Tensor] | None = None,
     ) -> None:
         self._roots = tree.roots
         self._trainer = trainer
         self._gradients = gradients
-        self._allowed = allowed
+        self._codec_of = codec_of
         self._read = read
         held = trainer.replica.held()
         self._held = held
@@ -68,7 +69,7 @@ class StepSum:
                 self._sums.add(Partial.of(payload, slot.total.notes, slot.examples))
             self._taken += 1
             return
-        gradients = decoded(payload, replica, slot.compression, self._allowed)
+        gradients = decoded(payload, replica, self._codec_of(slot.compression))
         with pinned(config.threads, config.deterministic, replica.device):
             self._accumulator.add(gradients, buffers, slot.examples)
         self._taken += 1

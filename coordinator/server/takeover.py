@@ -74,8 +74,7 @@ class TakeOver:
         return trainer
 
     def _built(self, config: TrainingConfig) -> Trainer:
-        allowed = self.services.settings.allowed_modules
-        return Trainer.build(self.context.recipe, config, device(), allowed=allowed)
+        return Trainer.build(self.context.recipe, config, device())
 
     def _initialise(self, head: Head) -> WarmRun:
         """Make the first version: the recipe's own initial weights, or a checkpoint's."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from torchord.cache.errors import ConfigError, NotAllowed, RecipeError
@@ -21,7 +21,7 @@ from torchord.coordinator.compression.codec import Codec, Plain
 from torchord.coordinator.compression.powersgd import PowerSGD
 from torchord.coordinator.compression.quantized import bf16, fp16, int8, sign
 from torchord.coordinator.compression.topk import TopK
-from torchord.coordinator.spec.admission import START_DIRECTORY, Admission
+from torchord.coordinator.spec.admission import Admission
 
 CODECS: Mapping[str, Callable[..., Codec]] = {
     "none": Plain,
@@ -61,17 +61,21 @@ def parse(spec: str, *, resolve: Resolve | None = None) -> Codec:
     return _made(spec, make, arguments)
 
 
-@lru_cache(maxsize=32)
-def codec_of(spec: str, allowed: tuple[str, ...] | None) -> Codec:
-    """Return the codec that a run's config names, imported from where its recipe may be.
+CodecOf = Callable[[str], Codec]
+"""From what a config or a record says of its compression to the codec; each is made once a process."""
 
-    Args:
-        allowed: the worker's allow-list; None: its default.
 
-    Raises:
-        ConfigError, NotAllowed: as `parse` raises them.
+def codecs_within(admission: Admission) -> CodecOf:
+    """Return what finds a run's codecs: those of an import path come from where its recipe may.
+
+    The function raises ConfigError and NotAllowed as `parse` does.
     """
-    return parse(spec, resolve=Admission(allowed, START_DIRECTORY).fetch)
+    return partial(_made_once, admission=admission)
+
+
+@lru_cache(maxsize=32)
+def _made_once(spec: str, admission: Admission) -> Codec:
+    return parse(spec, resolve=admission.fetch)
 
 
 def check(spec: str) -> None:

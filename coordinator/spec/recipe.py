@@ -26,6 +26,7 @@ from torchord.coordinator.spec.admission import (
     present_name,
     source_file,
 )
+from torchord.coordinator.spec.codecs import CodecOf, codecs_within
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe:
-    """A recipe whose callables were imported, arguments bound; the fields of `Recipe`."""
+    """A recipe whose callables were imported, arguments bound; the fields of `Recipe`.
+
+    Attributes:
+        codec: the codec that a config's `compression` or a slot's record names; one of an import path
+            comes from where the recipe may.
+    """
 
     model: Callable[..., Any]
     dataset: Callable[..., Any]
@@ -176,6 +182,7 @@ class ResolvedRecipe:
     collate: Callable[..., Any] | None
     parameter_groups: Callable[..., Any] | None
     outer_optimizer: Callable[..., Any] | None = None
+    codec: CodecOf
 
 
 def resolve(
@@ -203,7 +210,7 @@ def resolve(
     found = {name: _bind(name, entry, admission) for name, entry in entries.items()}
     metrics = {name.partition(".")[2]: call for name, call in found.items() if name.startswith("metrics.")}
     plain = {field.name: found.get(field.name) for field in fields(ResolvedRecipe)}
-    return ResolvedRecipe(**{**plain, "metrics": metrics})  # type: ignore[arg-type]
+    return ResolvedRecipe(**{**plain, "metrics": metrics, "codec": codecs_within(admission)})  # type: ignore[arg-type]
 
 
 def modules_of(spec: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from torchord.coordinator.compute.deltas import Delta, DeltaEncoder, advanced, f
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.spec.codecs import parse
 from torchord.coordinator.spec.config import TrainingConfig
 
 SPECS = ("int8", "fp16:on", "sign", "topk:0.05,values=int8", "powersgd:1,values=int8")
@@ -44,7 +45,7 @@ def test_both_halves_have_the_same_bytes(spec: str, dtype: torch.dtype) -> None:
     server = {name: torch.nn.Parameter(value.clone()) for name, value in state.items()}
     buffer = torch.arange(5)
     manifest = layout({**state, "count": buffer})
-    flat, encoder = pack({**state, "count": buffer}, manifest), DeltaEncoder(spec)
+    flat, encoder = pack({**state, "count": buffer}, manifest), DeltaEncoder(spec, parse(spec))
     for step in range(4):
         before = {name: p.detach().clone() for name, p in server.items()}
         with torch.no_grad():
@@ -52,7 +53,7 @@ def test_both_halves_have_the_same_bytes(spec: str, dtype: torch.dtype) -> None:
             server["b"] += 0.01 * random((7,), 20 + step).to(dtype)
         buffer = buffer + 1
         delta = encoder.encode(before, server, {"count": buffer})
-        flat = advanced(flat, manifest, delta, None)
+        flat = advanced(flat, manifest, delta, parse(delta.compression))
         expected = pack({**{name: p.detach() for name, p in server.items()}, "count": buffer}, manifest)
         assert torch.equal(flat, expected)
         assert not any(name.startswith("frozen") for name in delta.payload), (
@@ -64,7 +65,7 @@ def test_both_halves_have_the_same_bytes(spec: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_held_back_arrives_later(spec: str) -> None:
     """Whatever the codec, the workers' copy stays within the memory of where the steps alone lead."""
-    parameter, encoder = torch.nn.Parameter(torch.zeros(40, 50)), DeltaEncoder(spec)
+    parameter, encoder = torch.nn.Parameter(torch.zeros(40, 50)), DeltaEncoder(spec, parse(spec))
     wanted = torch.zeros(40, 50)
     for step in range(30):
         before = {"w": parameter.detach().clone()}
@@ -147,7 +148,7 @@ class Versions:
         return made
 
     def forward(self, replica: Replica, version: int) -> bool:
-        return forward(replica, self.cache, self, version, None)  # type: ignore[arg-type]
+        return forward(replica, self.cache, self, version, parse)  # type: ignore[arg-type]
 
 
 def test_deltas_lead_from_any_version_that_is_held() -> None:
@@ -209,5 +210,5 @@ def test_buffers_come_whole() -> None:
     manifest = layout(state)
     delta = Delta("none", {"w": torch.ones(100)}, {"mean": torch.full((3,), 2.0)})
     with pinned(1, True):
-        found = advanced(pack(state, manifest), manifest, delta, None)
+        found = advanced(pack(state, manifest), manifest, delta, parse(delta.compression))
     assert torch.equal(found, pack({"w": torch.ones(100), "mean": torch.full((3,), 2.0)}, manifest))

@@ -16,6 +16,7 @@ from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.server.step_sum import StepSum
+from torchord.coordinator.spec.codecs import parse
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.sum_tree import FanIn
 
@@ -50,7 +51,7 @@ class Landed:
         return total.result().gradients
 
     def sum(self) -> StepSum:
-        return StepSum(FanIn(len(SIZES), len(SIZES)), sum(SIZES), self.trainer, self.store, allowed=("*",))
+        return StepSum(FanIn(len(SIZES), len(SIZES)), sum(SIZES), self.trainer, self.store, parse)
 
 
 def test_stored_slots_have_the_bits_of_their_tensors_sum() -> None:
