@@ -211,6 +211,13 @@ def test_switching_the_local_steps_still_visits_every_example_once(
     ]
 
 
+def test_switches_hold_in_the_order_of_their_steps_however_they_are_stored() -> None:
+    """JSON sorts them as text: 10 before 3."""
+    config, switches = TrainingConfig(batch_size=4, shards=2), {10: {"shards": 1}, 3: {"shards": 4}}
+    plan = Plan(48, config, switches)
+    assert [plan.shards_in(step) for step in range(12)] == [2] * 3 + [4] * 7 + [1] * 2
+
+
 def test_a_switch_beyond_the_end_is_without_effect() -> None:
     assert Plan(8, TrainingConfig(batch_size=4), {5: {"shards": 1}}).total_steps == 2
 
