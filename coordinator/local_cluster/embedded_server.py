@@ -29,7 +29,6 @@ from typing import Self
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
 from torchord.cache.servers.address import Address, masked
-from torchord.cache.servers.redis_client import process_id
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 
 HOST = "127.0.0.1"
@@ -256,6 +255,8 @@ class EmbeddedServer:
 
     def _started(self, program: str, port: int) -> bool:
         guardian = self._shared_guardian or self._guardian
+        from torchord.cache.servers.redis_client import process_id  # importing the cluster stays quick
+
         assert guardian is not None
         try:
             child = guardian.spawn(self._argv(program, port), log=self.log, cwd=self._scratch, last=True)

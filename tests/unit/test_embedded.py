@@ -15,9 +15,9 @@ import pytest
 from tests.support.processes import responds
 from tests.support.waiting import wait_until
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
-from torchord.cache.servers.redis_client import connect
+from torchord.cache.servers.redis_client import connect, process_id
 from torchord.coordinator.local_cluster import embedded_server as embedded
-from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, find_server, process_id
+from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, find_server
 
 
 @pytest.fixture
