@@ -254,8 +254,6 @@ class EmbeddedServer:
         raise ServerNotFound(f"{program} did not start {where}. The end of its log:\n{tail(self.log)}")
 
     def _started(self, program: str, port: int) -> bool:
-        from torchord.cache.servers.redis_client import process_id  # loads redis-py; this module does not
-
         guardian = self._shared_guardian or self._guardian
         from torchord.cache.servers.redis_client import process_id  # importing the cluster stays quick
 
