@@ -84,7 +84,7 @@ class SumRecord:
         receipts: of the shards in it, in slot order.
         sums: of the partial sums that it was made from, in slot order; its own is not among them.
         nonfinite: the shards whose loss or gradient was NaN or infinite.
-        notes: what its tensors stand for (torchord.coordinator.compute.partial).
+        notes: what its tensors stand for (torchord.coordinator.compute.sums).
     """
 
     receipts: tuple[SlotReceipt, ...]

@@ -22,7 +22,7 @@ from torchord.cache.tensors.codec import Manifest
 from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.compute.partial import Partial, PartialSum
+from torchord.coordinator.compute.sums import Partial, PartialSum
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import device

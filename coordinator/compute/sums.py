@@ -1,4 +1,4 @@
-"""Averages the shards of a step, in slot order, the same way whoever computed them.
+"""Sums and averages of a step's shards, in slot order, the same whoever computed them.
 
 With N examples in the step and n_k in shard k, w_k = n_k / N, the averaged gradient is
 
@@ -13,19 +13,36 @@ shard that left it alone counts with the old value); an integer or boolean buffe
 value of the lowest slot that changed it. Each shard normalises by its own batch statistics,
 as each rank does under DDP; but where DDP keeps rank 0's running statistics, here they are
 the average over the shards, so that every example counts.
+
+A partial sum is one over part of a step's shards, and the average may be made of such sums. That of the
+shards a to b is
+
+    S = ((w_a g_a + w_{a+1} g_{a+1}) + ...) + w_b g_b
+
+in slot order; a partial sum of partial sums, and the average at the root, add theirs up in slot order.
+`torchord.coordinator.spec.sum_tree` says what goes into which, so the average has the same bits wherever each
+sum was made. Half-precision gradients are summed in float32 and rounded once, at the root.
+
+Of buffers, a partial sum keeps the value b of the first of its shards that changed a buffer and the sum of
+w_k (b_k - b) over those that did; sums of sums shift that to the first one's b, weighted by the examples
+behind it; the root adds the shards that left the buffer alone with the old value. It is the same average in
+the tree's order; what all shards agree on comes out bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchord.cache.errors import InvalidInput
+from torchord.cache.tensors.codec import dtype_name, dtype_of
 
 _HALVES = (torch.float16, torch.bfloat16)
+_SUM, _BASE, _MOVED = "sum/", "base/", "moved/"
 
 
 class Aggregate(NamedTuple):
@@ -87,7 +104,7 @@ class Accumulator:
             )
         weight = examples / self.examples
         for name, gradient in gradients.items():
-            wide = _widened(gradient)
+            wide = _wide(gradient)
             total = self._gradients.get(name)
             if total is None:
                 self._dtypes[name] = gradient.dtype
@@ -126,7 +143,7 @@ class _BufferAverage:
             if name not in self._base:
                 self._begin(name, value)
         for name, total in self._sum.items():
-            total.add_(self._deviation(name, buffers.get(name, self._old[name])), alpha=weight)
+            total.add_(_from(self._base[name], buffers.get(name, self._old[name])), alpha=weight)
         self._taken.append(weight)
 
     def _begin(self, name: str, value: Tensor) -> None:
@@ -135,24 +152,190 @@ class _BufferAverage:
             self._base[name] = value.clone()
             return
         first = self._old[name] if self._taken else value
-        self._base[name] = _widened(first).clone()
+        self._base[name] = _wide(first).clone()
         self._sum[name] = torch.zeros_like(self._base[name])
-
-    def _deviation(self, name: str, value: Tensor) -> Tensor:
-        base, wide = self._base[name], _widened(value)
-        return torch.where(wide == base, torch.zeros_like(base), wide - base)  # inf - inf would be NaN
 
     def result(self) -> dict[str, Tensor]:
         return {name: self._value(name, base) for name, base in self._base.items()}
 
     def _value(self, name: str, base: Tensor) -> Tensor:
-        deviation = self._sum.get(name)
-        if deviation is None:
-            return base
-        moved = torch.where(deviation == 0, base, base + deviation)  # keeps a base of -0.0
-        return moved.to(self._old[name].dtype)
+        return _moved_by(base, self._sum.get(name), self._old[name].dtype)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """Return half-precision values as float32, in which they are summed; others as they are."""
+@dataclass(frozen=True)
+class Partial:
+    """What one partial sum holds.
+
+    Attributes:
+        sums: parameter name -> weighted sum of the gradients, in float32 for half precision.
+        bases: buffer name -> value in the first shard that changed it; floating ones as wide as sums.
+        moved: floating buffer name -> weighted sum of the deviations from the base.
+        halves: parameter name -> dtype of its gradients, where that is a half precision.
+        changed: buffer name -> examples in the shards that changed it.
+        examples: examples in all its shards.
+    """
+
+    sums: dict[str, Tensor]
+    bases: dict[str, Tensor]
+    moved: dict[str, Tensor]
+    halves: dict[str, str]
+    changed: dict[str, int]
+    examples: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What of it travels as bytes."""
+        return {
+            **{_SUM + name: value for name, value in self.sums.items()},
+            **{_BASE + name: value for name, value in self.bases.items()},
+            **{_MOVED + name: value for name, value in self.moved.items()},
+        }
+
+    def notes(self) -> dict[str, Any]:
+        """What of it travels as JSON, beside its tensors and examples."""
+        return {"halves": self.halves, "changed": self.changed}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], examples: int) -> Partial:
+        """The inverse of `tensors` and `notes`."""
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        return cls(
+            named(_SUM), named(_BASE), named(_MOVED), dict(notes["halves"]), dict(notes["changed"]), examples
+        )
+
+
+class PartialSum:
+    """Adds up the inputs of one slot, one after the other in slot order.
+
+    Args:
+        examples: examples in the whole step, known beforehand from the plan.
+
+    Example:
+        >>> total = PartialSum(4)
+        >>> total.add_shard({"w": torch.tensor([1.0])}, {}, 2)
+        >>> total.add_shard({"w": torch.tensor([3.0])}, {}, 2)
+        >>> total.result().sums["w"]
+        tensor([2.])
+    """
+
+    def __init__(self, examples: int) -> None:
+        if examples < 1:
+            raise InvalidInput(f"a step needs at least one example, not {examples}.")
+        self._whole = examples
+        self._sums: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}
+        self._moved: dict[str, Tensor] = {}
+        self._halves: dict[str, str] = {}
+        self._changed: dict[str, int] = {}
+        self._seen = 0
+
+    def _count(self, examples: int) -> None:
+        self._seen += examples
+        if examples < 1 or self._seen > self._whole:
+            raise InvalidInput(
+                f"{examples} more examples make {self._seen} in a step of {self._whole}; was an input added "
+                "twice?"
+            )
+
+    @torch.no_grad()
+    def add_shard(
+        self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: int
+    ) -> None:
+        """Add a shard; arguments as those of `Accumulator.add`.
+
+        Raises:
+            InvalidInput: the inputs have more examples together than the step.
+        """
+        self._count(examples)
+        weight = examples / self._whole
+        for name, gradient in gradients.items():
+            if gradient.dtype in _HALVES:
+                self._halves.setdefault(name, dtype_name(gradient.dtype))
+            total = self._sums.get(name)
+            if total is None:
+                self._sums[name] = _wide(gradient) * weight
+            else:
+                total.add_(_wide(gradient), alpha=weight)
+        for name, value in buffers.items():
+            self._add_buffer(name, value, None, examples)
+
+    @torch.no_grad()
+    def add(self, partial: Partial) -> None:
+        """Add a partial sum.
+
+        Raises:
+            InvalidInput: the inputs have more examples together than the step.
+        """
+        self._count(partial.examples)
+        for name, value in partial.sums.items():
+            total = self._sums.get(name)
+            if total is None:
+                self._sums[name] = value.clone()
+            else:
+                total.add_(value)
+        for name, dtype in partial.halves.items():
+            self._halves.setdefault(name, dtype)
+        for name, base in partial.bases.items():
+            self._add_buffer(name, base, partial.moved.get(name), partial.changed[name])
+
+    def _add_buffer(self, name: str, value: Tensor, moved: Tensor | None, examples: int) -> None:
+        """Take `examples` examples' value of a buffer, which is `value` + `moved` / their weight."""
+        self._changed[name] = self._changed.get(name, 0) + examples
+        numeric = value.is_floating_point() or value.is_complex()
+        if name not in self._bases:
+            self._bases[name] = _wide(value).clone()
+            if numeric:
+                self._moved[name] = torch.zeros_like(self._bases[name]) if moved is None else moved.clone()
+        elif numeric:
+            if moved is not None:
+                self._moved[name].add_(moved)
+            self._moved[name].add_(_from(self._bases[name], value), alpha=examples / self._whole)
+
+    def result(self) -> Partial:
+        """Return the sum; the tensors are the caller's to change."""
+        return Partial(self._sums, self._bases, self._moved, self._halves, self._changed, self._seen)
+
+    @torch.no_grad()
+    def average(self, old: Mapping[str, Tensor]) -> Aggregate:
+        """Return the average over the step; the tensors are the caller's to change.
+
+        Args:
+            old: buffer name -> value in the version that the shards were computed on.
+
+        Raises:
+            InvalidInput: an input is missing.
+        """
+        if self._seen != self._whole:
+            raise InvalidInput(f"the inputs added have {self._seen} of the step's {self._whole} examples.")
+        gradients = {
+            name: total.to(dtype_of(self._halves[name])) if name in self._halves else total
+            for name, total in self._sums.items()
+        }
+        return Aggregate(gradients, {name: self._value(name, old[name]) for name in self._bases})
+
+    def _value(self, name: str, old: Tensor) -> Tensor:
+        base, moved = self._bases[name], self._moved.get(name)
+        unchanged = self._whole - self._changed[name]
+        if moved is not None and unchanged:
+            moved = moved.add(_from(base, old), alpha=unchanged / self._whole)
+        return _moved_by(base, moved, old.dtype)
+
+
+def _from(base: Tensor, value: Tensor) -> Tensor:
+    """How far value is from base, 0 where they are equal: inf - inf would be NaN."""
+    wide = _wide(value)
+    return torch.where(wide == base, torch.zeros_like(base), wide - base)
+
+
+def _moved_by(base: Tensor, deviation: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A buffer's new value; None: it is no floating one, and takes the base's."""
+    if deviation is None:
+        return base
+    return torch.where(deviation == 0, base, base + deviation).to(dtype)  # keeps a base of -0.0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Half-precision values as float32, in which they are summed; others as they are."""
     return tensor.float() if tensor.dtype in _HALVES else tensor

@@ -13,9 +13,8 @@ from torch import Tensor
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.compute.partial import Partial, PartialSum
 from torchord.coordinator.compute.shard import decoded
-from torchord.coordinator.compute.sums import Accumulator, Aggregate
+from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.codecs import CodecOf
 from torchord.coordinator.spec.sum_tree import FanIn

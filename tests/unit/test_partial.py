@@ -9,8 +9,7 @@ from torch import Tensor
 
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import layout, pack, views
-from torchord.coordinator.compute.partial import Partial, PartialSum
-from torchord.coordinator.compute.sums import Accumulator, Aggregate
+from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
 from torchord.coordinator.spec.sum_tree import FanIn
 
 Shard = tuple[dict[str, Tensor], dict[str, Tensor], int]
