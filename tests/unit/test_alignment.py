@@ -269,7 +269,7 @@ def test_instruction_sets(limits: dict[str, str]) -> None:
     )
     capability, found = json.loads(done.stdout.splitlines()[-1])
     if wanted := limits.get("ATEN_CPU_CAPABILITY"):
-        assert capability == wanted.upper()
+        assert capability.replace("NO AVX", "DEFAULT") == wanted.upper()  # torch 2.7's name of it
     expected = found.pop("fresh")
     assert len(found) == len(LAYOUTS)
     for way, digests in found.items():

@@ -47,6 +47,12 @@ SPEC = {"recipe": {}, "config": {"skew": "refuse"}}
 _names = itertools.count()
 
 
+@pytest.fixture(autouse=True)
+def heartbeats_end_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lease ends by the clock: on a slow machine a walk takes longer than one lasts."""
+    monkeypatch.setattr(keys, "WORKER_LEASE_MS", 3_600_000)
+
+
 Dice = st.DataObject | random.Random
 
 
