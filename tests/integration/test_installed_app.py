@@ -178,7 +178,20 @@ def test_inspect_shows_what_runs(shop: Shop, key: str) -> None:
     assert task.get(PATIENCE_SECONDS) == "told"
 
 
-def test_revoked_before_and_while_it_runs(shop: Shop, key: str) -> None:
+def test_inspect_shows_what_is_reserved(shop: Shop, key: str) -> None:
+    """Both processes of the pool are busy; the worker has taken a third task."""
+    running = [shop.module.waits.delay(key) for _ in range(2)]
+    shop.begun(key, times=2)
+    third = shop.module.add.delay(1, 1)
+    found = wait_until(lambda: any(shop.inspect().reserved().values()) and shop.inspect().reserved())
+    assert [task["id"] for tasks in found.values() for task in tasks] == [third.id]
+    for _ in running:
+        shop.go_on(key)
+    assert [task.get(PATIENCE_SECONDS) for task in running] == ["told", "told"]
+    assert third.get(PATIENCE_SECONDS) == 2
+
+
+def test_revoked_while_it_runs(shop: Shop, key: str) -> None:
     waiting = shop.module.waits.delay(key)
     shop.begun(key)
     waiting.revoke(terminate=True)
