@@ -1,107 +1,109 @@
-"""The Redis transport: kombu's record of what is not acknowledged is kept for all queues but ours."""
+"""Which sockets the worker's event loop watches, and how often it is told of them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import kombu
 import pytest
-import redis
-from kombu import Queue
+from kombu import Connection, Queue
+from kombu.asynchronous import Hub
 
-from torchord.coordinator.messages.broker import declared
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, private_queue
-from torchord.tasks.transport import Connection, SentinelTransport, Transport
+from tests.support.waiting import wait_until
+from torchord.tasks.transport import Transport
 
-OURS = [GRADIENTS, UPDATES, private_queue("server@host")]
-THEIRS = ["celery", "gradients", "torchord.gradients.more"]
+QUEUE = "transport-test"
+
+
+class Loop:
+    """A connection with a consumer on an event loop, as in a worker.
+
+    Attributes:
+        told: file descriptor -> how often the kernel was told of it.
+        received: bodies of messages.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.hub = Hub()
+        self.told: Counter[int] = Counter()
+        self.received: list[Any] = []
+        register = self.hub.poller.register
+
+        def counted(fd: int, events: int) -> None:
+            self.told[fd] += 1
+            register(fd, events)
+
+        self.hub.poller.register = counted
+        self.connection = Connection(url, transport=Transport)
+        channel = self.connection.channel()
+        consumer = self.connection.Consumer(
+            [Queue(QUEUE, no_declare=True)], channel, callbacks=[self._receive], no_ack=True, accept=["json"]
+        )
+        consumer.consume()
+        self.connection.register_with_event_loop(self.hub)
+
+    def _receive(self, body: Any, message: Any) -> None:
+        self.received.append(body)
+
+    def turn(self) -> list[int]:
+        """What happens before each poll; the sockets that are to be watched."""
+        for callback in list(self.hub.on_tick):
+            callback()
+        return list(self.connection.transport.cycle.fds)
+
+    def watched(self, fd: int) -> bool:
+        """Whether what comes on a socket goes to the transport."""
+        return fd in self.hub.readers and self.hub.readers[fd][0] == self.connection.transport.on_readable
+
+    def receive(self, body: str) -> None:
+        """Send a message and let the loop turn until it is there."""
+        with Connection(self.url) as sender:
+            sender.Producer().publish(body, routing_key=QUEUE, exchange="", serializer="json")
+
+        def turned() -> bool:
+            self.hub.run_once()
+            return body in self.received
+
+        wait_until(turned, message=f"message {body}", interval=0.0)
+
+    def close(self) -> None:
+        self.connection.close()
+        self.hub.close()
 
 
 @pytest.fixture
-def connection(redis_url: str) -> Iterator[kombu.Connection]:
-    """To an empty database; closed, with what it held given back, when the test ends."""
-    with Connection(redis_url) as made:
-        yield made
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    """Looks at what is there."""
-    made = redis.Redis.from_url(redis_url, decode_responses=True)
+def loop(redis_url: str) -> Iterator[Loop]:
+    made = Loop(redis_url)
     yield made
     made.close()
 
 
-def taken(connection: kombu.Connection, name: str, *, publish: bool = True) -> Any:
-    """A message that was taken off a queue and is not acknowledged."""
-    queue: Any = (declared(name) if name in OURS else Queue(name, routing_key=name))(connection)
-    queue.declare()
-    if publish:
-        with connection.Producer() as producer:
-            producer.publish({"number": 1}, routing_key=name, exchange=queue.exchange)
-    message = queue.get(no_ack=False)
-    assert message.payload == {"number": 1}
-    return message
+def test_the_kernel_is_told_of_a_socket_once(loop: Loop) -> None:
+    for number in range(3):
+        loop.receive(f"message {number}")
+    assert loop.received == [f"message {number}" for number in range(3)]
+    for _ in range(3):
+        fds = loop.turn()
+    assert fds and [loop.told[fd] for fd in fds] == [1] * len(fds)
 
 
-@pytest.mark.parametrize("name", [*OURS, *THEIRS])
-def test_what_was_taken_is_recorded_for_queues_that_are_not_ours(
-    name: str, connection: kombu.Connection, client: redis.Redis
-) -> None:
-    message = taken(connection, name)
-    assert (client.llen(name), client.hlen("unacked")) == (0, int(name in THEIRS))
-    message.ack()
-    assert (client.llen(name), client.hlen("unacked"), client.zcard("unacked_index")) == (0, 0, 0)
+def test_a_socket_that_the_loop_forgot_is_watched_again(loop: Loop) -> None:
+    [fd, *_] = loop.turn()
+    loop.hub.remove(fd)
+    loop.turn()
+    assert loop.watched(fd) and loop.told[fd] == 2
+    loop.receive("after that")
 
 
-@pytest.mark.parametrize("name", [GRADIENTS, "celery"])
-def test_what_is_rejected_goes_or_comes_again(
-    name: str, connection: kombu.Connection, client: redis.Redis
-) -> None:
-    message = taken(connection, name)
-    assert "redelivered" not in message.delivery_info
-    message.requeue()
-    assert (client.llen(name), client.hlen("unacked")) == (1, 0)
-    again = taken(connection, name, publish=False)
-    assert again.delivery_info["redelivered"] is True
-    again.reject()
-    assert (client.llen(name), client.hlen("unacked")) == (0, 0)
-
-
-@pytest.mark.parametrize("name", [GRADIENTS, "celery"])
-def test_a_worker_that_stops_gives_back_what_it_holds(name: str, redis_url: str, client: redis.Redis) -> None:
-    with Connection(redis_url) as connection:
-        taken(connection, name)
-        assert client.llen(name) == 0
-    assert (client.llen(name), client.hlen("unacked")) == (1, 0)
-
-
-def test_a_worker_that_serves_ours_alone_does_not_look_for_what_the_dead_held(
-    connection: kombu.Connection, client: redis.Redis
-) -> None:
-    """One that serves another queue beside them does."""
-    client.hset("unacked", "tag", "null")
-    client.zadd("unacked_index", {"tag": 1.0})
-    channel: Any = connection.default_channel
-    channel._active_queues = [GRADIENTS]
-    channel.qos.restore_visible()
-    assert client.zcard("unacked_index") == 1
-    channel._active_queues = [GRADIENTS, "celery"]
-    client.hdel("unacked", "tag")
-    channel.qos.restore_visible()
-    assert client.zcard("unacked_index") == 0
-
-
-@pytest.mark.parametrize(
-    ("url", "transport"),
-    [
-        ("redis://h", Transport),
-        ("rediss://h?ssl_cert_reqs=required", Transport),
-        ("redis+socket:///run/r.sock", Transport),
-        ("sentinel://h:1/0", SentinelTransport),
-    ],
-)
-def test_every_url_of_a_redis_gets_it(url: str, transport: type) -> None:
-    assert Connection(url).get_transport_cls() is transport
-    assert Connection("memory://").get_transport_cls() is kombu.Connection("memory://").get_transport_cls()
+def test_a_socket_under_the_number_of_one_that_was_anothers_is_watched(loop: Loop) -> None:
+    """A number is free once its socket is closed, and what the loop knew of it goes on being there."""
+    [fd, *_] = loop.turn()
+    others: list[int] = []
+    loop.hub.remove(fd)
+    loop.hub.readers[fd] = (others.append, (fd,))
+    loop.turn()
+    assert loop.watched(fd)
+    loop.receive("to the one that has the number now")
+    assert others == []
