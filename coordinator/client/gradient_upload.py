@@ -108,7 +108,7 @@ class _Course:
     resting: int = 0
 
 
-class Outbox:
+class GradientUploads:
     """Stores the gradients of one worker process, ahead of their time where that pays.
 
     Args:

@@ -19,10 +19,10 @@ from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_di
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.stores.gradients import StoredGradient
 from torchord.cache.tensors import tree
-from torchord.coordinator.client.gradient_upload import Outbox, Outgoing
+from torchord.coordinator.client.gradient_upload import GradientUploads, Outgoing
 from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
-from torchord.coordinator.client.version_download import Arrivals
+from torchord.coordinator.client.version_download import VersionDownload
 from torchord.coordinator.compute.gradient import unwatched
 from torchord.coordinator.compute.shard import ShardWork, work
 from torchord.coordinator.runtime import activity
@@ -61,10 +61,10 @@ class ShardTask:
         self.writer = writer
         self.fault = fault
         overlap = self.services.settings.overlap
-        self.outbox = Outbox(
+        self.uploads = GradientUploads(
             self.services.gradients, ahead="upload" in overlap, announced="collect" in overlap
         )
-        self.arrivals = Arrivals(self.services.chunks, on="fetch" in overlap)
+        self.downloads = VersionDownload(self.services.chunks, on="fetch" in overlap)
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
     def compute_gradient(self, task: SlotTask, part: Part | None = None) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class ShardTask:
         self.fault("client.after_slot")
         # What can be done before the next task comes.
         self.lease.heartbeat.worked(task.run, seconds)
-        self.arrivals.idle(context, begun.memory)
+        self.downloads.idle(context, begun.memory)
         return {**written, "status": verdict}
 
     def _gradient(
@@ -157,7 +157,7 @@ class ShardTask:
             done, outgoing = self._work(context, task, begun.record, unless_stored)
             seconds = time.perf_counter() - began
             self.fault("client.before_put")
-            stored = self.outbox.put(
+            stored = self.uploads.put(
                 outgoing,
                 context,
                 context.ledger,
@@ -195,12 +195,12 @@ class ShardTask:
                 samples = indices.tolist()
                 version = plan.version_for(step)
                 replica, self._fetched.source = context.replica_at(
-                    version, record, partial(self.arrivals.take, context)
+                    version, record, partial(self.downloads.take, context)
                 )
                 state = None
                 if context.keeps_state(step):
                     state = self._slot_state(context, version, shard, record)
-                outgoing = self.outbox.begin(context, step, shard, replica, plan.config_at(step))
+                outgoing = self.uploads.begin(context, step, shard, replica, plan.config_at(step))
                 if outgoing is not None:
                     unless_stored.callback(outgoing.upload.give_up)
                 done = work(

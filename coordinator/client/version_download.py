@@ -33,7 +33,7 @@ _PATIENCE_SECONDS = 120.0  # for the first notice
 _STALL_SECONDS = 3.0  # between two chunks
 
 
-class Arrivals:
+class VersionDownload:
     """One worker process's versions on their way; at most one a run.
 
     Args:
@@ -90,7 +90,7 @@ class _Arrival:
         self._mapped: Tensor | None = None  # keeps the host's tier from letting it go
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="torchord-arrivals", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="torchord-version-download", daemon=True)
         self._thread.start()
 
     @property

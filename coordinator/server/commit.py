@@ -244,7 +244,7 @@ class StepCommit:
 
     def _sum(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> Aggregate:
         """The average of all root slots of the present step, added up in slot order."""
-        step, plan, ahead = warm.version, warm.context.plan(), warm.collector
+        step, plan, ahead = warm.version, warm.context.plan(), warm.download
         tree = plan.fan_in(step)
         total = StepSum(
             tree,

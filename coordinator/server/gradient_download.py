@@ -31,7 +31,7 @@ _PAUSES_SECONDS = (0.002, 0.05)
 _PATIENCE_SECONDS = 60.0  # without news, or three steps
 
 
-class Collector:
+class GradientDownload:
     """Reads the gradients of one step ahead of its update.
 
     Args:
@@ -66,7 +66,7 @@ class Collector:
         self._ahead: dict[int, Ahead | None] = {}
         self._whole: set[int] = set()  # those that there is nothing more to read of
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="torchord-collector", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="torchord-gradient-download", daemon=True)
 
     def start(self) -> None:
         """Begin."""

@@ -39,7 +39,7 @@ from torchord.coordinator.server.commit import StepCommit
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.takeover import TakeOver
 from torchord.coordinator.server.upkeep import Upkeep
-from torchord.coordinator.server.warm_run import WarmRun, collect
+from torchord.coordinator.server.warm_run import WarmRun, read_ahead
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class TrainingServer:
             if drafted is not None and committed.launched:
                 launched = drafted.step
             launched = self.commit.launch(warm, after=launched, fresh=True)
-            collect(self.services, warm, self.commit.read_nbytes, warm.seconds)
+            read_ahead(self.services, warm, self.commit.read_nbytes, warm.seconds)
             self._after_commit(warm, committed)
             if drafted is not None and committed.launched and drafted.step == warm.version:
                 return receipt  # it was not launched before, so its chord has yet to call
@@ -292,8 +292,8 @@ class TrainingServer:
         """Hand every run over before the process ends: a standby goes on at once, without replay."""
         with self._lock:
             for warm in self._warm.values():
-                if warm.collector is not None:
-                    warm.collector.stop()
+                if warm.download is not None:
+                    warm.download.stop()
                 self.upkeep.let_go(warm)
                 try:
                     if warm.ledger.release(warm.token):

@@ -13,7 +13,7 @@ from torchord.cache.ledger.records import LedgerEntry, VersionRecord
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.services import Services
-from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, Collector
+from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, GradientDownload
 
 NEVER = -1
 
@@ -39,7 +39,7 @@ class WarmRun:
         nbytes: memory that the run takes here.
         shared: several processes of this node take turns, so the state goes out with each version.
         far_until: up to which step it is taken for granted that Clients are on other hosts.
-        collector: reads the present step's gradients ahead; None where that does not pay.
+        download: reads the present step's gradients ahead; None where that does not pay.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
     """
@@ -60,7 +60,7 @@ class WarmRun:
     nbytes: int = 0
     shared: bool = False
     far_until: int = NEVER
-    collector: Collector | None = field(default=None, repr=False)
+    download: GradientDownload | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()
@@ -89,23 +89,23 @@ class WarmRun:
         return plan.version_for(self.version) if self.version < plan.total_steps else self.version
 
 
-def collect(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
+def read_ahead(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
     """Begin to read the present step's gradients ahead, if that can pay.
 
     Args:
         read_nbytes: what the update of the step before had to read from the chunk store.
         step_seconds: what that step took.
     """
-    if warm.collector is not None:
-        warm.collector.stop()
-        warm.collector = None
+    if warm.download is not None:
+        warm.download.stop()
+        warm.download = None
     plan, store = warm.context.plan(), services.chunks.chunks
     if "collect" not in services.settings.overlap or read_nbytes < LEAST_CHUNKS * store.chunk_nbytes:
         return
     if warm.version >= plan.total_steps:
         return
     held = ref(warm)
-    warm.collector = Collector(
+    warm.download = GradientDownload(
         warm.ledger,
         warm.version,
         plan.fan_in(warm.version).roots,
@@ -114,4 +114,4 @@ def collect(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: f
         step_seconds=step_seconds,
         wanted=lambda: held() is not None,
     )
-    warm.collector.start()
+    warm.download.start()

@@ -21,7 +21,7 @@ from torchord.cache.keys import PARAMETERS_UNDERWAY
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
 from torchord.coordinator.client import version_download as arrivals
-from torchord.coordinator.client.version_download import Arrivals
+from torchord.coordinator.client.version_download import VersionDownload
 
 SIZE = 64 << 10
 NBYTES = 5 * SIZE + 64
@@ -40,7 +40,7 @@ class Counting(MemoryChunkStore):
 
 
 class Context:
-    """What `Arrivals` asks of a `RunContext`: version 3 is loaded."""
+    """What `VersionDownload` asks of a `RunContext`: version 3 is loaded."""
 
     run, loaded = "r", 3
 
@@ -60,7 +60,7 @@ class Client:
         self.store = Counting()
         self.chunks = TieredStore(self.store, host)
         self.context: Any = Context(compression)
-        self.arrivals = Arrivals(self.chunks, on=on)
+        self.arrivals = VersionDownload(self.chunks, on=on)
 
     def version(self, key: str = "v4", seed: int = 0) -> BlobRef:
         """Store a version's bytes."""

@@ -18,7 +18,7 @@ from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
-from torchord.coordinator.server.gradient_download import Collector
+from torchord.coordinator.server.gradient_download import GradientDownload
 
 SIZE = 4
 BYTES = torch.arange(18, dtype=torch.uint8)
@@ -117,7 +117,7 @@ class Server:
         self.ledger = MemoryLedger(MemoryPlane(), "r")
         self.chunks = TieredStore(self.store, None)
         self.wanted = True
-        self.collector = Collector(
+        self.collector = GradientDownload(
             self.ledger, 1, range(2), self.chunks,
             most_nbytes=most_nbytes, step_seconds=0.0, wanted=lambda: self.wanted,
         )  # fmt: skip
