@@ -1,6 +1,6 @@
 # make demo     install into .venv (once), then train the digits example on an embedded cluster
 # make test     the whole test suite          make test ARGS='tests/unit -k codec'
-# make check    what to run before a commit: the unit tests that are not slow, and lint (two minutes)
+# make check    what to run before a commit: the unit tests that are not slow, and lint (under two minutes)
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
 # make lint     style, types, import direction and sizes        make format  rewrite to the style, draw the rooms
 # make ranges   unit tests and demo with the lowest and newest versions on each Python (long; docs/dependencies.md)

@@ -79,6 +79,7 @@ def test_an_unusable_url_is_refused_without_its_password(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_password_before_several_sentinels_is_no_obstacle_to_saying_that_none_answers() -> None:
     url = f"sentinel://:secret@127.0.0.1:{free_port()},127.0.0.1:{free_port()}/svc/0"
     with pytest.raises(CacheUnreachable, match=r"sentinel://:\*\*\*@127\.0\.0\.1:\d+,127") as caught:

@@ -256,6 +256,7 @@ print(json.dumps([torch.backends.cpu.get_cpu_capability(), found]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS)
 def test_instruction_sets(limits: dict[str, str]) -> None:
     """The libraries read their limits when they are loaded, so each has a process of its own."""

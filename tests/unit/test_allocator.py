@@ -17,6 +17,7 @@ print(known, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
     def run(how: str) -> tuple[str, int]:

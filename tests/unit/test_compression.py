@@ -367,6 +367,7 @@ def test_alignment_and_strides_do_not_show(spec: str, change: Change) -> None:
     assert two_steps(spec, change) == two_steps(spec)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

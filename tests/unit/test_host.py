@@ -137,6 +137,7 @@ def _fetch_in_process(directory, ref, results):
     results.put((len(calls), bytes(memory(tensor)) == bytes(memory(blob()))))
 
 
+@pytest.mark.slow
 def test_processes_download_once(store, tier):
     ref = reference(store)
     results = SPAWN.Queue()

@@ -821,6 +821,7 @@ class Stuttering(Protocol):
 MACHINES = pytest.mark.parametrize("machine", [Protocol, Stuttering], ids=["once", "sent-twice"])
 
 
+@pytest.mark.slow
 @MACHINES
 def test_any_interleaving_keeps_the_promises(redis_url: str, machine: type[Protocol]) -> None:
     """Short ones, which hypothesis chooses and, when one fails, makes shorter."""
@@ -896,6 +897,7 @@ def walk(machine: type[Protocol], seed: int, steps: int = 350) -> Counter[str]:
     return played.happened
 
 
+@pytest.mark.slow
 @MACHINES
 def test_long_walks_end_well(redis_url: str, machine: type[Protocol]) -> None:
     happened: Counter[str] = Counter()

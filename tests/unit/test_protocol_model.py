@@ -541,6 +541,7 @@ def check(protocol: Protocol) -> Exploration:
 # --- what is checked ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_protocol_keeps_its_promises() -> None:
     """2 steps of 2 shards, 2 Clients, 2 training servers."""
     found = check(Protocol())
@@ -552,16 +553,19 @@ def test_the_protocol_keeps_its_promises() -> None:
         assert state.slots == 0
 
 
+@pytest.mark.slow
 def test_it_keeps_them_over_more_steps() -> None:
     """4 steps of 1 shard, 1 Client: rollbacks over several versions, replays overtaken in their turn."""
     check(Protocol(steps=4, shards=1, clients=1))
 
 
+@pytest.mark.slow
 def test_it_keeps_them_with_staleness() -> None:
     """4 steps of 1 shard, each computed at the version before the last."""
     check(Protocol(steps=4, shards=1, clients=1, staleness=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "protocol",
     [Sums(steps=1, shards=3), Sums(steps=2, shards=2, clients=1)],
