@@ -17,6 +17,8 @@ from torchord.cache.tensors.codec import aligned, memory
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.gradient import compute, evaluate, predict
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.spec.admission import Admission
+from torchord.coordinator.spec.codecs import codecs_within
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import ResolvedRecipe
 
@@ -169,6 +171,7 @@ def recipe(model: Callable[[], nn.Module], change: Change | None = None) -> Reso
         metrics={},
         collate=None,
         parameter_groups=None,
+        codec=codecs_within(Admission(())),
     )
     return plain if change is None else replace(plain, collate=changed)
 
