@@ -7,7 +7,6 @@ answer. Every message is one that a person can act on; with --json, results go t
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
+from torchord.cache.ledger.figures import for_others
 from torchord.cache.servers.address import masked
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _list(master: Master, options: Options) -> int:
         except RunNotFound:  # it expired meanwhile
             continue
     if options.json:
-        print(json.dumps(rows))
+        print(for_others(rows))
         return OK
     if not rows:
         print(f"No runs at {masked(master.url)}.")
@@ -169,7 +169,7 @@ def _list(master: Master, options: Options) -> int:
 def _status(master: Master, options: Options) -> int:
     status = asdict(master.run(options.name).status())
     if options.json:
-        print(json.dumps(status))
+        print(for_others(status))
         return OK
     print(f"{status['name']}: {status['state']}, {_progress(status)}")
     if status["epoch"] is not None and status["state"] != "done":
@@ -193,7 +193,7 @@ def _watch(master: Master, options: Options) -> int:
     run.status()  # raises if there is no such run
     for event in run.events():
         if options.json:
-            line = json.dumps({"id": event.id, "type": event.type, **event.data})
+            line = for_others({"id": event.id, "type": event.type, **event.data})
         else:
             line = _worded(event.type, event.data)
         print(line, flush=True)
@@ -228,7 +228,7 @@ def _verify(master: Master, options: Options) -> int:
         reexecute=options.replay, progress=progress if options.replay else None
     )
     if options.json:
-        print(json.dumps(asdict(found)))
+        print(for_others(asdict(found)))
     else:
         print(found)
         for problem in found.problems[1:20]:
@@ -243,7 +243,7 @@ def _verify(master: Master, options: Options) -> int:
 
 def _told(master: Master, options: Options) -> int:
     status = asdict(master.run(options.name).status())
-    print(json.dumps(status) if options.json else f"{status['name']}: {status['state']}, {_progress(status)}")
+    print(for_others(status) if options.json else f"{status['name']}: {status['state']}, {_progress(status)}")
     return OK
 
 

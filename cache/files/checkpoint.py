@@ -34,6 +34,7 @@ from torch import Tensor
 
 from torchord.cache.errors import CheckpointError, ManifestMismatch
 from torchord.cache.files.folder import open_folder
+from torchord.cache.ledger.figures import tagged, untagged
 from torchord.cache.ledger.records import life
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import dtype_name, dtype_of
@@ -118,7 +119,7 @@ class CheckpointStore:
             version: the parameter version, from 0.
             tensors: name -> state tensor, any dtype, shape, strides and device.
             state: tree of plain values and tensors, e.g. `Trainer.state()`.
-            meta: JSON-able facts to keep with it.
+            meta: JSON-able facts to keep with it; figures may be NaN or infinite.
 
         Returns:
             Bytes written.
@@ -133,7 +134,7 @@ class CheckpointStore:
             "run": self.run,
             "version": version,
             "state": skeleton,
-            "meta": dict(meta or {}),
+            "meta": tagged(dict(meta or {})),
             "files": {},
         }
         nbytes = 0
@@ -174,7 +175,7 @@ class CheckpointStore:
             where = self._files.where(entry["name"])
             parts[part] = _from_safetensors(self._verified(entry), entry, where)
         state = tree.unflatten(marker["state"], parts["state"])
-        return Checkpoint(version, parts["tensors"], state, marker["meta"])
+        return Checkpoint(version, parts["tensors"], state, untagged(marker["meta"]))
 
     def latest_version(self, at_most: int | None = None) -> int | None:
         """Return the newest version whose checkpoint is whole, every byte verified; None if none is.

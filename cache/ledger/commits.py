@@ -13,6 +13,7 @@ from torchord.cache.ledger.answers import (
     CommitVerdict,
 )
 from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.figures import to_text
 from torchord.cache.ledger.records import (
     Launch,
     LedgerEntry,
@@ -142,7 +143,7 @@ class Commits(ControlPlane):
                     record.chain,
                     now,
                     keys.RUN_TTL_SECONDS,
-                    json.dumps(event),
+                    to_text(event),
                     keys.EVENTS_KEPT,
                     int(now * 1000),
                     ",".join(map(str, drop)),

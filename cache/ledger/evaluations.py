@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torchord.cache import keys
 from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.figures import from_text, to_text
 
 
 class Evaluations(ControlPlane):
@@ -21,9 +22,9 @@ class Evaluations(ControlPlane):
             reply = self._script(
                 "write_part",
                 [self.keys.parts(version), self.keys.evaluations],
-                [part, json.dumps(value), parts, keys.WORK_TTL_SECONDS, version],
+                [part, to_text(value), parts, keys.WORK_TTL_SECONDS, version],
             )
-        return reply[0], [json.loads(text) for text in reply[1:]]
+        return reply[0], [from_text(text) for text in reply[1:]]
 
     def parts_present(self, version: int) -> set[int]:
         """Which parts of an evaluation are written."""
@@ -45,8 +46,8 @@ class Evaluations(ControlPlane):
                     ],
                     [
                         version,
-                        json.dumps(metrics),
-                        json.dumps({"version": version, "metrics": metrics}),
+                        to_text(metrics),
+                        to_text({"version": version, "metrics": metrics}),
                         keys.RUN_TTL_SECONDS,
                         keys.EVENTS_KEPT,
                     ],
@@ -95,7 +96,7 @@ class Evaluations(ControlPlane):
         """Metrics by version, in order."""
         with self._during("read the evaluations"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
-        return {int(v): json.loads(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
+        return {int(v): from_text(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
 
     def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
         """Write one part of a prediction once; True if this call did."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, cast
 
 from torchord.cache import keys
@@ -10,6 +9,7 @@ from torchord.cache.ledger.answers import (
     Event,
 )
 from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.figures import from_text, to_text
 
 
 class Events(ControlPlane):
@@ -21,7 +21,7 @@ class Events(ControlPlane):
             pipe = self.client.pipeline(transaction=True)
             pipe.xadd(
                 self.keys.events,
-                {"type": event, "data": json.dumps(data)},
+                {"type": event, "data": to_text(data)},
                 maxlen=keys.EVENTS_KEPT,
                 approximate=True,
             )
@@ -34,4 +34,4 @@ class Events(ControlPlane):
             block = None if block_seconds <= 0 else max(1, int(block_seconds * 1000))
             reply = cast(list[Any], self.client.xread({self.keys.events: after}, count=count, block=block))
         found = reply[0][1] if reply else []
-        return [Event(id, fields["type"], json.loads(fields["data"])) for id, fields in found]
+        return [Event(id, fields["type"], from_text(fields["data"])) for id, fields in found]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.ledger.figures import from_text, to_text
 
 GENESIS = "0" * 32
 
@@ -162,12 +163,12 @@ class SlotRecord:
         fields["buffers"] = list(self.buffers)
         fields["state"] = None if self.state is None else self.state.as_dict()
         fields["total"] = None if self.total is None else self.total.as_dict()
-        return json.dumps(fields, separators=(",", ":"))
+        return to_text(fields)
 
     @classmethod
     def from_json(cls, text: str) -> SlotRecord:
         """The inverse of `to_json`."""
-        fields = json.loads(text)
+        fields = from_text(text)
         fields["blob"] = BlobRef.from_json(fields["blob"])
         fields["buffers"] = tuple(fields["buffers"])
         fields["state"] = None if fields["state"] is None else StateRecord.from_dict(fields["state"])
@@ -376,7 +377,7 @@ class LedgerEntry:
 
     def to_json(self) -> str:
         """Text for the ledger hash and its segments on disk."""
-        return json.dumps(self._plain(), separators=(",", ":"))
+        return to_text(self._plain())
 
     def _plain(self) -> dict[str, Any]:
         """The fields as JSON has them; `dataclasses.asdict` takes three times as long."""
@@ -387,7 +388,7 @@ class LedgerEntry:
     @classmethod
     def from_json(cls, text: str) -> LedgerEntry:
         """The inverse of `to_json`."""
-        fields = json.loads(text)
+        fields = from_text(text)
         fields["slots"] = tuple(SlotReceipt(**slot) for slot in fields["slots"])
         fields["lr"] = tuple(fields["lr"])
         return cls(**fields)
@@ -470,7 +471,7 @@ class Head:
             late=integer("late") or 0,
             divergent=integer("divergent") or 0,
             replayed=integer("replayed") or 0,
-            error=json.loads(fields["error"]) if fields.get("error") else None,
+            error=from_text(fields["error"]) if fields.get("error") else None,
             backups=integer("backups") or 0,
             reached=int(fields.get("reached", -1)),
             environment=fields.get("environment", ""),

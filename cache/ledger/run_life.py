@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from torchord.cache import keys
 from torchord.cache.errors import RunNotFound
 from torchord.cache.ledger.control_plane import ControlPlane, pairs
+from torchord.cache.ledger.figures import to_text
 from torchord.cache.ledger.records import (
     GENESIS,
     Head,
@@ -127,7 +128,7 @@ class RunLife(ControlPlane):
                         following,
                         "" if total_steps is None else total_steps,
                         keys.RUN_TTL_SECONDS,
-                        json.dumps(data),
+                        to_text(data),
                         keys.EVENTS_KEPT,
                     ],
                 ),
@@ -176,7 +177,7 @@ class RunLife(ControlPlane):
         Returns:
             (done, status before).
         """
-        reason = "-" if error == "keep" else "" if error is None else json.dumps(error)
+        reason = "-" if error == "keep" else "" if error is None else to_text(error)
         with self._during(f"set status {status!r}"):
             step = self.client.hget(self.keys.head, "version") or 0 if shard is None else shard[0]
             verdict, before = self._script(
@@ -193,7 +194,7 @@ class RunLife(ControlPlane):
                     status,
                     "," + ",".join(allowed) + ",",
                     event,
-                    json.dumps(data or {}),
+                    to_text(data or {}),
                     reason,
                     keys.RUN_TTL_SECONDS,
                     keys.EVENTS_KEPT,

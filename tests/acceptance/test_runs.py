@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from tests.support import models, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, Recipe, TrainingConfig
+from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.spec.plan import Plan
 
@@ -279,6 +281,20 @@ def test_evaluations(one: Fleet) -> None:
         assert one.train(recipe, CONFIG, "evaluated-alone")[1].evaluations == trained.evaluations
     finally:
         one.resize(2)
+
+
+def test_metrics_that_are_not_finite_neither_stop_a_run_nor_its_restart(one: Fleet) -> None:
+    metrics = {"accuracy": models.accuracy, "auroc": models.undefined, "perplexity": models.unbounded}
+    run, trained = one.train(models.mlp(metrics=metrics), CONFIG, "not-finite")
+    assert list(trained.evaluations) == [3, 6, 9, 10]
+    for found in trained.evaluations.values():
+        assert math.isnan(found["auroc"]) and found["perplexity"] == math.inf
+        assert 0 <= found["accuracy"] <= 1 and math.isfinite(found["loss"])
+    client = connect(one.cluster.url)
+    client.delete(*client.keys("torchord:{not-finite}:*"))
+    client.close()
+    run.resume()
+    assert repr(finished(run).evaluations) == repr(trained.evaluations)
 
 
 # --- what can be used -----------------------------------------------------------------------

@@ -251,6 +251,16 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) == targets).float().mean()
 
 
+def undefined(outputs: Tensor, targets: Tensor) -> float:
+    """NaN, as an AUROC of a single class is."""
+    return float("nan")
+
+
+def unbounded(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Infinite, as a perplexity that overflows is."""
+    return torch.tensor(torch.inf)
+
+
 def raising_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Raise whatever is given."""
     raise ArithmeticError("this loss always raises")

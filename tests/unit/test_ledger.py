@@ -1278,6 +1278,13 @@ def test_an_evaluation_from_launch_to_record(plane: Plane, running: Ledger) -> N
     assert running.read_events()[-1].data == {"version": 0, "metrics": {"loss": 1.5}}
 
 
+def test_metrics_that_are_not_finite_are_values(plane: Plane, running: Ledger) -> None:
+    metrics = {"loss": math.inf, "least": -math.inf, "auroc": NAN}
+    assert running.record_evaluation(0, metrics)
+    assert repr(running.evaluations()) == repr({0: metrics})
+    assert repr(running.read_events()[-1].data["metrics"]) == repr(metrics)
+
+
 def test_the_first_part_and_the_first_record_win(plane: Plane, running: Ledger) -> None:
     running.write_part(0, 0, {"loss": 1.0}, parts=2)
     running.write_part(0, 0, {"loss": 2.0}, parts=2)
