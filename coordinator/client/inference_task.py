@@ -30,7 +30,7 @@ from torchord.coordinator.compute import gradient
 from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
-from torchord.coordinator.runtime.failures import Failure
+from torchord.coordinator.runtime.failures import Failure, contained
 from torchord.coordinator.runtime.faults import Hook
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class InferenceTask:
             return self.lease.refuse({**receipt, "parts": parts}, str(error))
         self.heartbeat.doing(activity.evaluation(run, version, part))
         try:
-            with context.lock:
+            with contained(), context.lock:
                 dataset = context.dataset("evaluation")
                 samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
                 replica, _ = context.replica_at(version)
@@ -180,7 +180,7 @@ class InferenceTask:
         try:
             blob = BlobRef.from_json(inputs["blob"])
             tensors = views(self.services.chunks.get(blob), Manifest.from_json(inputs["manifest"]))
-            with context.lock:
+            with contained(), context.lock:
                 replica, _ = context.replica_at(version)
                 outputs = gradient.predict(replica, tree.unflatten(inputs["skeleton"], tensors))
             skeleton, found = tree.flatten(outputs)

@@ -26,6 +26,7 @@ from torchord.coordinator.compute.sums import Partial, PartialSum
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import device
+from torchord.coordinator.runtime.failures import contained
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.spec.codecs import CodecOf
 
@@ -140,7 +141,8 @@ class PartialSumTask:
         inputs = [found[number] for number in wanted]
         began = time.perf_counter()
         try:
-            total = self._sum(context, step, inputs)
+            with contained():
+                total = self._sum(context, step, inputs)
         except InputLost as lost:
             return self._give_back(task, receipt, context, lost)
         except CacheError:

@@ -28,6 +28,7 @@ from torchord.coordinator.compute.shard import ShardWork, work
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import environment
+from torchord.coordinator.runtime.failures import contained
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.spec.plan import shown
 
@@ -188,7 +189,7 @@ class ShardTask:
         step, shard = task.step, task.slot
         samples: Sequence[int] = ()
         try:
-            with context.lock:
+            with contained(), context.lock:
                 dataset = context.dataset()
                 plan = context.plan()
                 indices = plan.indices(step, shard)

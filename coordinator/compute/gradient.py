@@ -477,6 +477,6 @@ def _during(what: str) -> Iterator[None]:
     """Let what the recipe's code raises pass as it is, with a note that says where it happened."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # sys.exit() included
         error.add_note(f"torchord: raised while {what}")
         raise

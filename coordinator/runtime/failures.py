@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Self
 
 from torchord.cache.ledger.ledger import Ledger
 
 _FRAMES_SHOWN = 4
+_WORKERS_OWN = ("billiard", "celery")  # whose handlers of signals raise to end a process
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,62 @@ class Failure:
             incarnation=incarnation,
             shard=shard,
         )
+
+
+class RecipeExit(Exception):
+    """The recipe's code raised what ends a process or a thread, such as `sys.exit()`, and no error."""
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Let what the recipe's code runs in here end its run, but neither the worker nor its thread.
+
+    `SystemExit`, `KeyboardInterrupt` and their kin pass every `except Exception`: a worker's thread that
+    one ends takes no task of any run any more. A signal's own still pass: Ctrl-C, and what Celery's
+    handlers raise to end a process.
+
+    Raises:
+        RecipeExit: in the place of what was raised, with its traceback, its notes and the way out.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as end:
+        if _signalled(end):
+            raise
+        found = RecipeExit(_said_of(end))
+        for note in getattr(end, "__notes__", ()):
+            found.add_note(note)
+        raise found.with_traceback(end.__traceback__) from end
+
+
+def _signalled(end: BaseException) -> bool:
+    """Whether this was raised by the handler of a signal, and not by the code that it interrupted."""
+    ctrl_c = isinstance(end, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    if ctrl_c and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        return True  # which is no Python code: it leaves no frame of its own
+    *_, (frame, _) = traceback.walk_tb(end.__traceback__)
+    return _package(frame) in _WORKERS_OWN
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def _said_of(end: BaseException) -> str:
+    kind = type(end).__name__
+    frames = list(traceback.walk_tb(end.__traceback__))
+    if _package(frames[-1][0]) == "argparse":
+        caller, line = next(found for found in reversed(frames) if _package(found[0]) != "argparse")
+        code = caller.f_code
+        return (
+            f"{kind}: {end}. argparse, called by {code.co_name} ({os.path.basename(code.co_filename)}:{line})"
+            ", met the worker's command line, not yours, and would end the worker. Give the values as "
+            "arguments of the recipe's entry, with functools.partial"
+        )
+    what = "sys.exit()" if isinstance(end, SystemExit) else f"a {kind}"
+    return f"{kind}: {end}. {what} would end the worker, not the run: raise an error, such as RuntimeError"
 
 
 def short_traceback(error: BaseException) -> str:

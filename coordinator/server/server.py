@@ -33,7 +33,7 @@ from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.context import Contexts
-from torchord.coordinator.runtime.failures import Failure, short_traceback
+from torchord.coordinator.runtime.failures import Failure, contained, noted, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.server.commit import StepCommit
 from torchord.coordinator.server.finish import Finish
@@ -104,7 +104,8 @@ class TrainingServer:
             self.heartbeat.doing(activity.update(run, head.version))
             self.commit.before = before = tiers.snapshot(self.services)
             try:
-                done = self._advance(run, ledger, head, slots, called=step)
+                with contained():
+                    done = self._advance(run, ledger, head, slots, called=step)
                 if done["status"] == "done":
                     self._warm.pop(run, None)
                 return {**done, "tiers": tiers.since(before, self.services)}
@@ -235,7 +236,7 @@ class TrainingServer:
         """Stop the run with the error as its reason, unless another server has taken it over."""
         kind, message, trace = type(error).__name__, str(error), ""
         if not isinstance(error, TorchordError):
-            message, trace = f"{kind} on the training server: {error}", short_traceback(error)
+            message, trace = f"{kind} on the training server: {error}{noted(error)}", short_traceback(error)
         failure = Failure(kind, message, {"traceback": trace, "worker": self.heartbeat.info.id})
         failure.stop(ledger, allowed=("pending", "running"), token=token)
         self.contexts.forget(ledger.run)

@@ -138,6 +138,9 @@ class Admission:
                 raise RecipeError(
                     f"importing module {name!r} for the recipe raised {type(error).__name__}: {error}"
                 ) from error
+            except BaseException as end:
+                end.add_note(f"torchord: raised while importing module {name!r}")
+                raise
         assert loaded is not None
         return loaded
 
@@ -301,7 +304,7 @@ def source_file(module: str) -> Path | None:
     try:
         present = sys.modules.get(module)
         spec = present.__spec__ if present is not None else importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
+    except (Exception, SystemExit):  # noqa: BLE001  of a parent package, whose import itself says more
         return None
     if spec is None or not spec.has_location or spec.origin is None:
         return None

@@ -24,7 +24,7 @@ import redis
 import torch
 import torch.nn.functional as F
 
-from tests.support import models, recipes_more, reference
+from tests.support import models, recipes_leaving, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, Recipe, Run, TrainingConfig
@@ -430,6 +430,34 @@ RAISING: dict[str, tuple[dict[str, Any], str]] = {
     "no such attribute": (
         {"dataset": "tests.support.models:nothing"},
         r"has no attribute 'nothing' on this worker; does it run the same code",
+    ),
+    # What would end the worker ends the run: the same two workers go on to the next one.
+    "exit in a sample": (
+        {"dataset": recipes_leaving.ExpiresAt},
+        r"SystemExit: the licence has expired\. sys\.exit\(\) would end the worker.*raise an error.*"
+        r"\(raised while reading sample 17 from the dataset\)(?s:.*)in __getitem__",
+    ),
+    "exit in the forward": (
+        {"model": recipes_leaving.Leaving},
+        r"KeyboardInterrupt: no more\. a KeyboardInterrupt would end the worker(?s:.*)in forward",
+    ),
+    "exit in the loss": ({"loss": recipes_leaving.leaving_loss}, r"GeneratorExit: (?s:.*)in leaving_loss"),
+    "exit in the optimizer": (
+        {"optimizer": partial(recipes_leaving.LeavingSGD, lr=0.1)},
+        r"RecipeExit on the training server: SystemExit: diverged(?s:.*)in step",
+    ),
+    "exit in a metric": (
+        {"evaluation": models.points, "metrics": {"bad": recipes_leaving.leaving_metric}},
+        r"part \d of the evaluation of version 5 failed on worker client\d@.*SystemExit: 3\.",
+    ),
+    "exit of an import": (
+        {"dataset": "tests.support.leaving_module:points"},
+        r"SystemExit: no GPU here\..*\(raised while importing module 'tests.support.leaving_module'\)",
+    ),
+    "command line of the worker": (
+        {"model": recipes_leaving.of_the_command_line},
+        r"SystemExit: 2\. argparse, called by of_the_command_line \(recipes_leaving\.py:\d+\), met the "
+        r"worker's command line, not yours.*functools\.partial",
     ),
 }
 
