@@ -1,1 +1,1 @@
-"""A run's tensors under its records: versions, gradients and slot states."""
+"""A run's tensors under its records: versions, gradients, slot states and predictions."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torchord.cache.errors import CacheError, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import SlotRecord, StateRecord
 from torchord.cache.stores.damage import require_fitting, telling
+from torchord.cache.stores.trees import get_tree, put_tree
 from torchord.cache.tensors.codec import Manifest, TensorSpec, copy_bits, gaps, layout, pack, same_bits, views
 from torchord.cache.tensors.pieces import chunk_count
 
@@ -208,24 +210,15 @@ class GradientStore:
 
         return GradientUpload(self.chunks, key, nonce, expected, buffer, tell if announced else None)
 
-    def put_state(
-        self, ledger: Ledger, step: int, shard: int, skeleton: Any, tensors: Mapping[str, torch.Tensor]
-    ) -> StateRecord:
-        """Store what a slot keeps for its next step."""
-        manifest = layout(tensors)
-        blob = None
-        if manifest.nbytes:
-            key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
-            packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
-            blob = self.chunks.put(key, packed, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True)
-        return StateRecord(skeleton, manifest.to_json(), blob)
+    def put_state(self, ledger: Ledger, step: int, shard: int, state: Any) -> StateRecord:
+        """Store the tree that a slot keeps for its next step."""
+        key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
+        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True)
+        return put_tree(state, put, self.chunks.draft)
 
-    def get_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Skeleton and tensors of a stored tree."""
-        if state.blob is None:
-            return state.skeleton, {}
-        what = f"slot state {state.blob.key}"
-        return state.skeleton, self._read(what, state.blob, state.manifest)
+    def get_state(self, state: StateRecord) -> Any:
+        """The tree that a slot kept; errors as for `get_tree`."""
+        return get_tree("slot state", state, self.chunks.get)
 
     def get(
         self, slot: SlotRecord, read: Callable[[SlotRecord], torch.Tensor] | None = None
@@ -240,24 +233,14 @@ class GradientStore:
             ManifestMismatch: the slot's record does not describe its bytes.
         """
         what = f"gradient of shard {slot.shard} by worker {slot.worker}"
-        get = None if read is None else lambda blob: read(slot)
-        tensors = self._read(what, slot.blob, slot.manifest, get)
+        manifest = Manifest.from_json(slot.manifest)
+        require_fitting(what, slot.blob, manifest)
+        with telling(what, slot.blob, lambda: slot.manifest):
+            tensors = views(self.chunks.get(slot.blob) if read is None else read(slot), manifest)
         if missing := set(slot.buffers) - set(tensors):
             raise ManifestMismatch(f"{what}: no tensor {min(missing)!r} in its manifest")
         buffers = {name: tensors.pop(name) for name in slot.buffers}
         return tensors, buffers
-
-    def _read(
-        self,
-        what: str,
-        blob: BlobRef,
-        manifest: Mapping[str, Any],
-        get: Callable[[BlobRef], torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        layout_of_it = Manifest.from_json(manifest)
-        require_fitting(what, blob, layout_of_it)
-        with telling(what, blob, lambda: manifest):
-            return views((get or self.chunks.get)(blob), layout_of_it)
 
     def delete(self, blobs: Iterable[BlobRef]) -> None:
         """Delete bytes that no slot points to any more."""

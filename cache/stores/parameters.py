@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, ChunkMissing, ManifestMismatch, VersionMissing
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import DeltaRecord, StateRecord, VersionRecord
-from torchord.cache.stores.damage import require_fitting, telling
+from torchord.cache.stores.damage import telling
+from torchord.cache.stores.trees import get_tree, put_tree
 from torchord.cache.tensors.codec import Manifest, layout, pack, views
 
 
@@ -145,27 +147,15 @@ class ParameterCache:
             self._counters = replace(c, seconds=c.seconds + time.perf_counter() - began)
         return tensors, buffers
 
-    def publish_state(
-        self, ledger: Ledger, record: VersionRecord, skeleton: Any, tensors: dict[str, torch.Tensor]
-    ) -> VersionRecord:
-        """Store optimizer state beside a version and return the record that names it."""
-        manifest = layout(tensors)
-        blob = None
-        if manifest.nbytes:
-            key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
-            blob = self.chunks.put(
-                key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, shown=False
-            )
-        return replace(record, state=StateRecord(skeleton, manifest.to_json(), blob))
+    def publish_state(self, ledger: Ledger, record: VersionRecord, state: Any) -> VersionRecord:
+        """Store the tree of the optimizer's state beside a version and return the record that names it."""
+        key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
+        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, shown=False)
+        return replace(record, state=put_tree(state, put))
 
-    def fetch_state(self, state: StateRecord) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Skeleton and tensors of a published state."""
-        if state.blob is None:
-            return state.skeleton, {}
-        manifest = Manifest.from_json(state.manifest)
-        require_fitting("optimizer state", state.blob, manifest)
-        with telling(f"optimizer state {state.blob.key}", state.blob, lambda: state.manifest):
-            return state.skeleton, views(self.chunks.get(state.blob), manifest)
+    def fetch_state(self, state: StateRecord) -> Any:
+        """The tree of a published state; errors as for `get_tree`."""
+        return get_tree("optimizer state", state, self.chunks.get)
 
     def record(self, ledger: Ledger, version: int) -> VersionRecord:
         """Where a version is, and what its slots kept.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from torchord.cache.blobs.chunk_store import BlobRef
 from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
@@ -22,9 +21,8 @@ from torchord.cache.errors import (
     Skewed,
 )
 from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import StateRecord
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
-from torchord.cache.tensors import tree
-from torchord.cache.tensors.codec import Manifest, layout, pack, views
 from torchord.coordinator.client.slot_lease import LOSSES, SlotLease
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.messages.task_names import UPDATES
@@ -166,7 +164,7 @@ class InferenceTask:
         """Compute the outputs of one part of a prediction and write them once.
 
         Args:
-            inputs: {"blob", "manifest", "skeleton"} of the part's inputs.
+            inputs: record of the part's inputs, as JSON has it (`StateRecord.as_dict`).
         """
         ledger = self.services.ledger(run)
         receipt: dict[str, Any] = {
@@ -175,27 +173,24 @@ class InferenceTask:
             "part": part,
             "worker": self.heartbeat.info.id,
         }
+        predictions = self.services.predictions
+        answer: StateRecord | str
         context = self.contexts.of(run, ledger.head().incarnation)
         self.heartbeat.doing(activity.prediction(run, version, part))
         try:
-            blob = BlobRef.from_json(inputs["blob"])
-            tensors = views(self.services.chunks.get(blob), Manifest.from_json(inputs["manifest"]))
+            batch = predictions.get(StateRecord.from_dict(inputs))
             with contained(), context.lock:
                 replica, _ = context.replica_at(version)
-                outputs = gradient.predict(replica, tree.unflatten(inputs["skeleton"], tensors))
-            skeleton, found = tree.flatten(outputs)
-            manifest = layout(found)
-            key = ledger.keys.predict_blob(request, part, "outputs")
-            stored = self.services.chunks.put(key, pack(found, manifest), ttl_seconds=3600)
-            answer = {"blob": stored.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
+                outputs = gradient.predict(replica, batch)
+            answer = predictions.put_outputs(ledger, request, part, outputs)
         except ChunkCorrupt as error:  # and so it will stay; what is only missing may be stored again
-            answer = {"error": f"part {part} cannot be computed: {error}"}
+            answer = f"part {part} cannot be computed: {error}"
         except CacheError:
             raise
         except Exception as error:  # noqa: BLE001  the recipe's own code; it goes to whoever asked
             kind = type(error).__name__
-            answer = {"error": f"part {part} failed on worker {receipt['worker']}: {kind}: {error}"}
+            answer = f"part {part} failed on worker {receipt['worker']}: {kind}: {error}"
         finally:
             self.heartbeat.doing("")
-        ledger.write_output(request, part, answer)
-        return {**receipt, "status": "failed" if "error" in answer else "written"}
+        predictions.answer(ledger, request, part, answer)
+        return {**receipt, "status": "failed" if isinstance(answer, str) else "written"}

@@ -18,7 +18,6 @@ from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_digest
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.stores.gradients import StoredGradient
-from torchord.cache.tensors import tree
 from torchord.coordinator.client.gradient_upload import GradientUploads, Outgoing
 from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
@@ -106,9 +105,7 @@ class ShardTask:
         done, stored, seconds = self._gradient(context, task, begun)
         state = None
         if done.state is not None:
-            state = self.services.gradients.put_state(
-                context.ledger, task.step, task.slot, *tree.flatten(done.state)
-            )
+            state = self.services.gradients.put_state(context.ledger, task.step, task.slot, done.state)
         self.fault("client.after_put")
         # Its slot: the bytes are stored, so the record that points to them may be written.
         slot = SlotRecord(
@@ -230,7 +227,7 @@ class ShardTask:
         if record is None or record.version != version:
             record = self.services.parameters.record(context.ledger, version)
         kept = record.slots.get(shard)
-        return None if kept is None else tree.unflatten(*self.services.gradients.get_state(kept))
+        return None if kept is None else self.services.gradients.get_state(kept)
 
 
 def _written(slot: SlotRecord, stored: StoredGradient) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from torchord.cache import keys
-from torchord.cache.blobs.chunk_store import BlobRef
 from torchord.cache.errors import (
     ChunkMissing,
     InvalidInput,
@@ -18,14 +21,11 @@ from torchord.cache.errors import (
     WaitTimeout,
 )
 from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import StateRecord
 from torchord.coordinator.local_cluster.starting import coming, starting
+from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, PREDICT, UPDATES, worker_command
-
-if TYPE_CHECKING:
-    import torch
-
-    from torchord.coordinator.messages.sender import Sender
-    from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.runtime.services import Services
 
 _WINDOW = 16  # parts in flight: bounds the cache's memory whatever the input's length
 _POLL_SECONDS = 0.01
@@ -45,11 +45,6 @@ def predict(
     timeout_seconds: float | None,
 ) -> Any:
     """See `Run.predict`."""
-    import torch
-
-    from torchord.cache.tensors import tree
-    from torchord.cache.tensors.codec import Manifest, layout, pack, views
-
     if type(batch_size) is not int or batch_size < 1:
         raise InvalidInput(f"batch_size must be a whole number of examples, at least 1, got {batch_size!r}")
     if ledger.version(version) is None:
@@ -57,106 +52,165 @@ def predict(
             f"version {version} of run {ledger.run!r} is not in the cache; stored: "
             f"{sorted(ledger.versions())}. Predict from one of these, or from the newest (version=None)"
         )
-    request = uuid.uuid4().hex[:12]
-    waiting = _batches(inputs, batch_size)
-    sent: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}  # part -> its inputs' bytes, its message
-    kwargs: dict[str, Any]
-    done: dict[int, Any] = {}
-    number = 0
-    exhausted = False
-    began = time.monotonic()
-    progressed = looked = began
-    ledger.pin(version, seconds=_PIN_SECONDS)
-    pinned = began
+    prediction = Prediction(services, sender, ledger, version, _batches(inputs, batch_size))
     try:
-        while not exhausted or sent:
-            while not exhausted and len(sent) < _WINDOW:
-                batch = next(waiting, None)
-                if batch is None:
-                    exhausted = True
-                    break
-                skeleton, tensors = tree.flatten(batch)
-                manifest = layout(tensors)
-                key = ledger.keys.predict_blob(request, number, "inputs")
-                packed = pack(tensors, manifest)
-                blob = services.chunks.put(key, packed, ttl_seconds=keys.PREDICT_TTL_SECONDS)
-                reference = {"blob": blob.to_json(), "manifest": manifest.to_json(), "skeleton": skeleton}
-                kwargs = {"run": ledger.run, "version": version, "request": request, "part": number}
-                kwargs["inputs"] = reference
-                sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
-                sent[number] = (packed, kwargs)
-                number += 1
-            for part, answer in ledger.outputs(request).items():
-                if part not in sent:
-                    continue
-                if "error" in answer:
-                    raise RunFailed(f"prediction from run {ledger.run!r}: {answer['error']}")
-                blob = BlobRef.from_json(answer["blob"])
-                found = views(services.chunks.get(blob), Manifest.from_json(answer["manifest"]))
-                done[part] = tree.unflatten(answer["skeleton"], found)
-                services.chunks.delete([blob, BlobRef.from_json(sent[part][1]["inputs"]["blob"])])
-                del sent[part]
-                progressed = time.monotonic()
-            now = time.monotonic()
-            if now - pinned > _PIN_SECONDS / 2:
-                ledger.pin(version, seconds=_PIN_SECONDS)
-                pinned = now
-            if timeout_seconds is not None and now - began > timeout_seconds:
-                raise WaitTimeout(
-                    f"prediction from run {ledger.run!r}: {len(done)} parts in {timeout_seconds:g} s"
-                )
-            if sent and now - max(progressed, looked) > _ALONE_SECONDS:
-                looked = now
-                started = starting(services.settings.url)  # before the registry, see there
-                if not services.registry.consumers(GRADIENTS) and not coming(started, [GRADIENTS]):
-                    raise NoWorker(
-                        f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
-                    )
-            if sent and now - progressed > _RESEND_SECONDS:
-                _require_version(services, sender, ledger, version)
-                for packed, kwargs in sent.values():  # a worker may have died with one; each is written once
-                    _keep_stored(services, BlobRef.from_json(kwargs["inputs"]["blob"]), packed)
-                    sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
-                progressed = now
-            if sent:
-                time.sleep(_POLL_SECONDS)
+        done = prediction.outputs(timeout_seconds)
     finally:
-        ledger.drop_outputs(request)
-        services.chunks.delete(BlobRef.from_json(kwargs["inputs"]["blob"]) for _, kwargs in sent.values())
+        prediction.clean_up()
     if not done:
         raise InvalidInput("predict() was given no examples")
-    return _joined([done[part] for part in range(number)], torch)
+    return _joined(done)
 
 
-def _require_version(services: Services, sender: Sender, ledger: Ledger, version: int) -> None:
-    """Make sure that the workers can load the version, which they may have tried in vain.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part that is under way.
 
-    Raises:
-        VersionMissing: it is lost, and no training server can store it again.
+    Attributes:
+        batch: its inputs.
+        record: where they are stored.
+        kwargs: the message's.
     """
-    try:
-        services.chunks.touch(services.parameters.record(ledger, version).blob, keys.BLOB_TTL_SECONDS)
-    except (VersionMissing, ChunkMissing) as error:
-        head = ledger.head()
-        if isinstance(error, VersionMissing) or head.status != "running" or head.version != version:
-            raise VersionMissing(
-                f"version {version} of run {ledger.run!r} was lost while workers predicted from it: {error}. "
-                "Predict from another version, or load a checkpoint with run.model(version)"
-            ) from error
-        sender.advance(ledger.run, queue=head.queue or UPDATES)
+
+    batch: Any
+    record: StateRecord
+    kwargs: dict[str, Any]
 
 
-def _keep_stored(services: Services, blob: BlobRef, packed: torch.Tensor) -> None:
-    """Have a part's inputs live on; stored again, under their name, if they were lost."""
-    try:
-        services.chunks.touch(blob, keys.PREDICT_TTL_SECONDS)
-    except ChunkMissing:
-        services.chunks.put(blob.key, packed, ttl_seconds=keys.PREDICT_TTL_SECONDS)
+class Prediction:
+    """One prediction under way: a window of parts, sent again where their workers died.
+
+    Args:
+        services: connections and stores of this process.
+        sender: sends the parts to the workers.
+        ledger: of the run.
+        version: to predict from; it is pinned until the outputs are there.
+        batches: the inputs of each part, in order.
+    """
+
+    def __init__(
+        self, services: Services, sender: Sender, ledger: Ledger, version: int, batches: Iterator[Any]
+    ) -> None:
+        self._services = services
+        self._store = services.predictions
+        self._sender = sender
+        self._ledger = ledger
+        self._version = version
+        self._batches = batches
+        self._request = uuid.uuid4().hex[:12]
+        self._number = 0  # of the next part
+        self._exhausted = False
+        self._sent: dict[int, _Part] = {}
+        self._done: dict[int, Any] = {}
+        self._began = self._progressed = self._looked = time.monotonic()
+        self._pinned = -math.inf
+
+    def outputs(self, timeout_seconds: float | None) -> list[Any]:
+        """Have every part computed; returns their outputs, in order.
+
+        Raises:
+            RunFailed: a part cannot be computed.
+            NoWorker: nobody consumes the queue.
+            VersionMissing: the version is lost for good.
+            WaitTimeout: it took too long.
+        """
+        while not self._exhausted or self._sent:
+            self._pin()
+            self._send_more()
+            self._collect()
+            now = time.monotonic()
+            if timeout_seconds is not None and now - self._began > timeout_seconds:
+                raise WaitTimeout(
+                    f"prediction from run {self._ledger.run!r}: {len(self._done)} parts in "
+                    f"{timeout_seconds:g} s"
+                )
+            if self._sent:
+                self._require_worker(now)
+                if now - self._progressed > _RESEND_SECONDS:
+                    self._send_again()
+                    self._progressed = now
+                time.sleep(_POLL_SECONDS)
+        return [self._done[part] for part in range(self._number)]
+
+    def clean_up(self) -> None:
+        """Delete what is stored of it."""
+        self._ledger.drop_outputs(self._request)
+        self._store.delete(part.record for part in self._sent.values())
+
+    def _pin(self) -> None:
+        now = time.monotonic()
+        if now - self._pinned > _PIN_SECONDS / 2:
+            self._ledger.pin(self._version, seconds=_PIN_SECONDS)
+            self._pinned = now
+
+    def _send_more(self) -> None:
+        """Store and send parts until the window is full."""
+        while not self._exhausted and len(self._sent) < _WINDOW:
+            batch = next(self._batches, None)
+            if batch is None:
+                self._exhausted = True
+                return
+            record = self._store.put_inputs(self._ledger, self._request, self._number, batch)
+            kwargs = {"run": self._ledger.run, "version": self._version, "request": self._request}
+            kwargs |= {"part": self._number, "inputs": record.as_dict()}
+            self._sent[self._number] = _Part(batch, record, kwargs)
+            self._send(kwargs)
+            self._number += 1
+
+    def _send(self, kwargs: dict[str, Any]) -> None:
+        self._sender.send(PREDICT, kwargs, queue=GRADIENTS, hidden="inputs")
+
+    def _collect(self) -> None:
+        """Fetch the outputs that are there."""
+        for number, answer in self._store.answers(self._ledger, self._request).items():
+            if number not in self._sent:
+                continue
+            if isinstance(answer, str):
+                raise RunFailed(f"prediction from run {self._ledger.run!r}: {answer}")
+            self._done[number] = self._store.get(answer)
+            self._store.delete([answer, self._sent[number].record])
+            del self._sent[number]
+            self._progressed = time.monotonic()
+
+    def _require_worker(self, now: float) -> None:
+        """Make sure, once in a while without progress, that somebody consumes the queue."""
+        if now - max(self._progressed, self._looked) <= _ALONE_SECONDS:
+            return
+        self._looked = now
+        started = starting(self._services.settings.url)  # before the registry, see there
+        if not self._services.registry.consumers(GRADIENTS) and not coming(started, [GRADIENTS]):
+            raise NoWorker(
+                f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
+            )
+
+    def _send_again(self) -> None:
+        """Send every part under way again, for a worker may have died with one; each is written once."""
+        self._require_version()
+        for part in self._sent.values():
+            self._store.keep_inputs(part.record, part.batch)
+            self._send(part.kwargs)
+
+    def _require_version(self) -> None:
+        """Make sure that the workers can load the version, which they may have tried in vain.
+
+        Raises:
+            VersionMissing: it is lost, and no training server can store it again.
+        """
+        services, ledger, version = self._services, self._ledger, self._version
+        try:
+            services.chunks.touch(services.parameters.record(ledger, version).blob, keys.BLOB_TTL_SECONDS)
+        except (VersionMissing, ChunkMissing) as error:
+            head = ledger.head()
+            if isinstance(error, VersionMissing) or head.status != "running" or head.version != version:
+                raise VersionMissing(
+                    f"version {version} of run {ledger.run!r} was lost while workers predicted from it: "
+                    f"{error}. Predict from another version, or load a checkpoint with run.model(version)"
+                ) from error
+            self._sender.advance(ledger.run, queue=head.queue or UPDATES)
 
 
 def _batches(inputs: Any, batch_size: int) -> Iterator[Any]:
     """Inputs cut into batches, in order."""
-    import torch
     from torch.utils.data import default_collate
 
     if isinstance(inputs, torch.Tensor):
@@ -176,13 +230,13 @@ def _batches(inputs: Any, batch_size: int) -> Iterator[Any]:
         yield default_collate(inner)
 
 
-def _joined(parts: list[Any], torch: Any) -> Any:
+def _joined(parts: list[Any]) -> Any:
     """Outputs of all parts as one value of the same form."""
     first = parts[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(parts) if first.ndim else torch.stack(parts)
     if isinstance(first, dict):
-        return {name: _joined([part[name] for part in parts], torch) for name in first}
+        return {name: _joined([part[name] for part in parts]) for name in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(_joined([part[i] for part in parts], torch) for i in range(len(first)))
+        return type(first)(_joined([part[i] for part in parts]) for i in range(len(first)))
     return parts

@@ -19,8 +19,8 @@ from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
 from torchord.cache.errors import CheckpointError, InvalidInput, ShardFailed, TorchordError
 from torchord.cache.files.checkpoint import CheckpointStore
-from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, StateRecord, combined_digest
-from torchord.cache.tensors import tree
+from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, combined_digest
+from torchord.cache.stores.trees import put_tree
 from torchord.cache.tensors.codec import as_bytes, layout, pack
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
@@ -234,12 +234,7 @@ class Replay:
         sent = {**result.payload, **result.buffers}
         digest = _stored(pack(sent, layout(sent))).digest
         if result.state is not None:
-            skeleton, tensors = tree.flatten(result.state)
-            manifest = layout(tensors)
-            blob = None
-            if manifest.nbytes:
-                blob = _stored(pack(tensors, manifest))
-            digest = combined_digest(digest, StateRecord(skeleton, manifest.to_json(), blob))
+            digest = combined_digest(digest, put_tree(result.state, _stored))
         if digest == slot.digest:
             return []
         config = self.plan.config_at(step)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.tiered_store import TieredStore
@@ -14,9 +12,7 @@ from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients
 from torchord.cache.settings import Settings
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
-
-if TYPE_CHECKING:
-    pass
+from torchord.cache.stores.predictions import PredictionStore
 
 _LEDGERS_KEPT = 64
 
@@ -42,6 +38,7 @@ class Services:
         self.chunks = TieredStore(store, HostTier() if settings.host_cache else None)
         self.parameters = ParameterCache(self.chunks)
         self.gradients = GradientStore(self.chunks)
+        self.predictions = PredictionStore(self.chunks)
         self._ledgers: dict[str, Ledger] = {}
 
     @property

@@ -12,7 +12,6 @@ from torchord.cache.errors import CacheError, CheckpointError, Fenced, ManifestM
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
-from torchord.cache.tensors import tree
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext, switches_of
 from torchord.coordinator.runtime.environment import device
@@ -164,7 +163,7 @@ class TakeOver:
             try:
                 trainer = self._trainer(version)
                 _, flat, _ = self.services.parameters.fetch(self.ledger, version)
-                skeleton, tensors = self.services.parameters.fetch_state(record.state)
+                state = self.services.parameters.fetch_state(record.state)
                 for earlier in needed:
                     self.services.parameters.fetch(self.ledger, earlier, record=stored[earlier])
                 for each in (*needed, version):
@@ -174,7 +173,7 @@ class TakeOver:
                 log.warning("run %s: version %d cannot be restored: %s", self.ledger.run, version, error)
                 continue
             trainer.replica.load(flat)
-            trainer.load_state(tree.unflatten(skeleton, tensors))
+            trainer.load_state(state)
             return trainer, record
         return None
 
@@ -223,10 +222,9 @@ class TakeOver:
         """Store what a trainer holds as a version with its optimizer state."""
         parameters = self.services.parameters
         record = parameters.publish(self.ledger, version, trainer.replica.pack(None), chain=chain)
-        skeleton, tensors = tree.flatten(trainer.state(copies=False))
-        return parameters.publish_state(self.ledger, record, skeleton, tensors)
+        return parameters.publish_state(self.ledger, record, trainer.state(copies=False))
 
     def _stored_slots(self, version: int, trees: Mapping[int, Any]) -> dict[int, StateRecord]:
         """Store slot states that a checkpoint holds."""
         put = self.services.gradients.put_state
-        return {shard: put(self.ledger, version, shard, *tree.flatten(kept)) for shard, kept in trees.items()}
+        return {shard: put(self.ledger, version, shard, kept) for shard, kept in trees.items()}

@@ -10,7 +10,6 @@ from typing import Any
 from torchord.cache import keys
 from torchord.cache.errors import CacheError, ChunkLost, Fenced
 from torchord.cache.ledger.records import StateRecord
-from torchord.cache.tensors import tree
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.warm_run import NEVER, WarmRun
@@ -55,8 +54,8 @@ class Upkeep:
             Fenced: another server has taken the run over.
         """
         self.fault("server.before_state")
-        skeleton, tensors = tree.flatten(warm.trainer.state(copies=False))
-        warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, skeleton, tensors)
+        state = warm.trainer.state(copies=False)
+        warm.record = self.services.parameters.publish_state(warm.ledger, warm.record, state)
         if not warm.ledger.put_version(warm.record, token=warm.token):
             raise Fenced(f"run {warm.run!r}: overtaken while publishing the state of version {warm.version}")
         warm.state_version, warm.state_at = warm.version, time.monotonic()
@@ -161,10 +160,7 @@ class Upkeep:
 
     def _slot_trees(self, slots: dict[int, StateRecord]) -> dict[int, Any]:
         """The slots' states themselves."""
-        return {
-            shard: tree.unflatten(*self.services.gradients.get_state(record))
-            for shard, record in slots.items()
-        }
+        return {shard: self.services.gradients.get_state(record) for shard, record in slots.items()}
 
     def _window(self, warm: WarmRun) -> dict[int, Any]:
         """The earlier versions that the steps under way are computed at (staleness)."""

@@ -17,7 +17,7 @@ class Parameters:
     def __init__(self) -> None:
         self.dropped: list[int] = []
 
-    def publish_state(self, ledger: Any, record: Any, skeleton: Any, tensors: Any) -> Any:
+    def publish_state(self, ledger: Any, record: Any, state: Any) -> Any:
         return record
 
     def drop(self, ledger: Any, versions: Any, *, token: int) -> None:
