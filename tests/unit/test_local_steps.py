@@ -101,7 +101,9 @@ def test_the_same_shard_and_state_give_the_same_bytes_anywhere(make: Any) -> Non
             assert torch.equal(value, other.gradient.gradients[name])
 
 
-@pytest.mark.parametrize("recipe", [models.mlp(optimizer=SGD), models.odd(), models.cnn(24)], ids=repr)
+@pytest.mark.parametrize(
+    "recipe", [models.mlp(optimizer=SGD), models.odd(), models.cnn(24)], ids=["mlp", "odd", "cnn"]
+)
 def test_a_version_in_the_hosts_memory_is_left_alone(recipe: Recipe) -> None:
     """The steps are taken on a copy; afterwards the parameters lie in the version again."""
     loaded, attached = Bench(recipe, local_steps=2), Bench(recipe, local_steps=2)
