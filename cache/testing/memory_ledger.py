@@ -30,6 +30,7 @@ from torchord.cache.ledger.answers import (
     Lease,
     SlotVerdict,
 )
+from torchord.cache.ledger.figures import from_text, to_text
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import (
     GENESIS,
@@ -171,7 +172,7 @@ class MemoryLedger(Ledger):
         events = list(self.plane.get(self.keys.events) or [])
         last = int(events[-1].id.partition("-")[0]) if events else 0
         number = max(last + 1, int(self.plane.clock() * 1000))
-        events.append(Event(f"{number}-0", event, json.loads(json.dumps(data))))
+        events.append(Event(f"{number}-0", event, from_text(to_text(data))))
         self.plane.put(self.keys.events, events[-keys.EVENTS_KEPT :], keys.RUN_TTL_SECONDS)
 
     # --- life of a run ------------------------------------------------------------------
@@ -311,7 +312,7 @@ class MemoryLedger(Ledger):
             if error is None:
                 plane.hdel(names.head, "error")
             elif error != "keep":
-                plane.hset(names.head, {"error": json.dumps(error)})
+                plane.hset(names.head, {"error": to_text(error)})
             active = set(plane.get(keys.ACTIVE) or ())
             if status in ("running", "pending"):
                 plane.hdel(names.head, "launched", "called")
@@ -841,11 +842,11 @@ class MemoryLedger(Ledger):
         with plane.changed:
             if str(version) in plane.hash(self.keys.evaluations):
                 return "done", []
-            fields = {str(part): json.dumps(value), **plane.hash(name)}
+            fields = {str(part): to_text(value), **plane.hash(name)}
             plane.hset(name, fields, keys.WORK_TTL_SECONDS)
             if len(fields) < parts:
                 return "written", []
-            return "complete", [json.loads(fields[str(index)]) for index in range(parts)]
+            return "complete", [from_text(fields[str(index)]) for index in range(parts)]
 
     def parts_present(self, version: int) -> set[int]:
         """See `Ledger.parts_present`."""
@@ -858,7 +859,7 @@ class MemoryLedger(Ledger):
             first = field not in plane.hash(names.evaluations)
             plane.hset(
                 names.evaluations,
-                {field: json.dumps(metrics), **plane.hash(names.evaluations)},
+                {field: to_text(metrics), **plane.hash(names.evaluations)},
                 keys.RUN_TTL_SECONDS,
             )
             plane.delete(names.parts(version))
@@ -899,7 +900,7 @@ class MemoryLedger(Ledger):
     def evaluations(self) -> dict[int, dict[str, float]]:
         """See `Ledger.evaluations`."""
         found = self.plane.hash(self.keys.evaluations)
-        return {int(v): json.loads(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
+        return {int(v): from_text(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
 
     # --- prediction ---------------------------------------------------------------------------
 
