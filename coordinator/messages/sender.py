@@ -17,8 +17,7 @@ from torchord.cache.ledger.records import Launch
 from torchord.cache.servers.address import masked
 from torchord.cache.servers.redis_client import hint_of
 from torchord.coordinator.messages import task_names
-from torchord.coordinator.messages.front import push_front
-from torchord.coordinator.messages.templates import StepTemplate, push
+from torchord.coordinator.messages.templates import StepTemplate, push, push_front
 from torchord.coordinator.runtime.faults import Injector
 
 Join = tuple[str, dict[str, Any]]  # a chord, as (group id, callback)

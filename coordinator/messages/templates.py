@@ -1,4 +1,4 @@
-"""A step's messages from a recorded one: the same Celery messages, rendered instead of rebuilt.
+"""Celery's messages recorded, to be sent by torchord: rendered for each step, or put at a queue's front.
 
 Publishing a chord through Celery's canvas costs its publisher about 2 ms for two tasks and 0.6 ms for
 each further one: signatures are cloned, options merged and one connection round trip made per task.
@@ -6,6 +6,10 @@ All of that gives the same message but for a few fields. So the first step of a 
 one header message (onto an in-memory transport), and each step after that fills in the step, the
 shard and fresh ids, and sends all of it in one round trip. What arrives is an ordinary protocol-2
 message of an ordinary chord: workers, Flower and the `celery` command see no difference.
+
+A task that others wait for goes to the front of its queue, which Celery has no option for: on one plain
+Redis its recorded message is put where the workers take from. Elsewhere such a task goes to the back like
+any other, and is only done later.
 """
 
 from __future__ import annotations
@@ -13,12 +17,40 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 from uuid import uuid4
 
 from celery import Celery
 from kombu import Connection
+from kombu.transport import memory
+
+
+class _Channel(memory.Channel):
+    queues: dict[str, Any] = {}  # noqa: RUF012  as in its base class; not those of other memory transports in this process
+
+
+class _Transport(memory.Transport):
+    Channel = _Channel
+
+
+_recording = threading.Lock()
+
+
+def recorded(publish: Callable[..., object], queue: str, **options: Any) -> dict[str, Any]:
+    """The message that Celery would send, as a Redis list has it in JSON.
+
+    Args:
+        publish: sends it: `Celery.send_task` with its task, or a signature's `apply_async`.
+        queue: where it goes.
+        options: for `publish`.
+    """
+    with _recording, Connection(transport=_Transport) as connection:
+        publish(queue=queue, producer=connection.Producer(), add_to_parent=False, **options)
+        found: dict[str, Any] = connection.default_channel._get(queue)
+        return found
 
 
 class StepTemplate:
@@ -59,27 +91,22 @@ class StepTemplate:
         callback.freeze(self._ids["body"])
         step, shard = int(self._step), int(self._shard)
         arguments = {**kwargs, "step": step, "shard": shard, "version": int(self._version)}
-        with Connection("memory://") as connection:
-            producer = connection.Producer()
-            app.send_task(
-                task,
-                kwargs=arguments,
-                task_id=self._ids["task"],
-                group_id=self._ids["group"],
-                group_index=shard,
-                chord=dict(callback),
-                queue=queue,
-                ignore_result=True,
-                producer=producer,
-                add_to_parent=False,
-                root_id=self._ids["task"],
-                parent_id=self._ids["group"],
-            )
-            recorded = connection.default_channel._get(queue)
-        recorded["headers"]["parent_id"] = None
-        self._tag = str(recorded["properties"]["delivery_tag"])
-        recorded["body"], self._body = "@body@", base64.b64decode(recorded["body"]).decode()
-        self._envelope = json.dumps(recorded)
+        message = recorded(
+            partial(app.send_task, task),
+            queue,
+            kwargs=arguments,
+            task_id=self._ids["task"],
+            group_id=self._ids["group"],
+            group_index=shard,
+            chord=dict(callback),
+            ignore_result=True,
+            root_id=self._ids["task"],
+            parent_id=self._ids["group"],
+        )
+        message["headers"]["parent_id"] = None
+        self._tag = str(message["properties"]["delivery_tag"])
+        message["body"], self._body = "@body@", base64.b64decode(message["body"]).decode()
+        self._envelope = json.dumps(message)
         for name, token in (
             ("task", self._ids["task"]),
             ("group", self._ids["group"]),
@@ -127,27 +154,26 @@ class CallbackTemplate:
         options = {name: value for name, value in callback["options"].items() if name != "task_id"}
         self.queue = str(options["queue"])
         results = "@results@"
-        with Connection("memory://") as connection:
-            app.signature(
-                callback["task"],
-                args=([results],),
-                kwargs={**callback["kwargs"], "step": int(self._step)},
-                options=options,
-            ).apply_async(
-                task_id=self._ids["task"],
-                root_id=self._ids["root"],
-                parent_id=self._ids["parent"],
-                producer=connection.Producer(),
-                add_to_parent=False,
-            )
-            recorded = connection.default_channel._get(self.queue)
-        self._tag = str(recorded["properties"]["delivery_tag"])
-        body = base64.b64decode(recorded["body"]).decode()
+        signature = app.signature(
+            callback["task"],
+            args=([results],),
+            kwargs={**callback["kwargs"], "step": int(self._step)},
+            options=options,
+        )
+        message = recorded(
+            signature.apply_async,
+            self.queue,
+            task_id=self._ids["task"],
+            root_id=self._ids["root"],
+            parent_id=self._ids["parent"],
+        )
+        self._tag = str(message["properties"]["delivery_tag"])
+        body = base64.b64decode(message["body"]).decode()
         before, found, self._tail = body.partition(f"[[{json.dumps(results)}]]")
         # Plain text: the script that puts the results in could not encode it.
-        recorded["properties"]["body_encoding"] = None
-        recorded["body"] = "@body@"
-        self._before, _, self._after = json.dumps(recorded).partition('"@body@"')
+        message["properties"]["body_encoding"] = None
+        message["body"] = "@body@"
+        self._before, _, self._after = json.dumps(message).partition('"@body@"')
         envelope = self._before + self._after
         missing = [token for token in (*self._ids.values(), self._tag) if token not in envelope]
         if before != "[" or not found or self._step not in self._tail or missing:
@@ -204,3 +230,13 @@ def push(
         fault("sender.mid_launch")
     pipe.lpush(template.queue, *messages)
     pipe.execute()
+
+
+def push_front(app: Celery, task: str, *, queue: str, **options: Any) -> None:
+    """Publish a task so that the next free worker takes it; for apps whose result backend is the broker.
+
+    Args:
+        options: as for `Celery.send_task`.
+    """
+    message = recorded(partial(app.send_task, task), queue, **options)
+    cast(Any, app.backend).client.rpush(queue, json.dumps(message).encode())
