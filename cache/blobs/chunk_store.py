@@ -40,14 +40,26 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 
+@dataclass(slots=True)
+class Counters:
+    """What went through one store: bytes and wall seconds, each way."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds_in: float = 0.0
+    seconds_out: float = 0.0
+
+
 class Chunks(Protocol):
     """What callers need of a chunk store; `ChunkStore` and `MemoryChunkStore` have it.
 
     Attributes:
         chunk_nbytes: length of each chunk, in bytes.
+        counters: what went through the store.
     """
 
     chunk_nbytes: int
+    counters: Counters
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a buffer."""
@@ -80,16 +92,6 @@ class Chunks(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
-
-
-@dataclass(slots=True)
-class Counters:
-    """What went through one store: bytes and wall seconds, each way."""
-
-    bytes_in: int = 0
-    bytes_out: int = 0
-    seconds_in: float = 0.0
-    seconds_out: float = 0.0
 
 
 class ChunkStore:

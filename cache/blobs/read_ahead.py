@@ -126,11 +126,6 @@ class Ahead:
         self._wanted = threading.Event()
         self._lock = threading.Lock()
 
-    @classmethod
-    def into(cls, chunks: Chunks, ref: BlobRef, view: memoryview) -> Ahead:
-        """For a blob whose reference is known, and which `follow` therefore reads to its end."""
-        return cls(chunks, ref.nbytes, ref.chunk_nbytes, view)
-
     @property
     def read_nbytes(self) -> int:
         """Bytes that are here."""

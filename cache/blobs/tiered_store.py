@@ -77,6 +77,16 @@ class TieredStore:
         """A snapshot of the counters."""
         return self._counters
 
+    @property
+    def chunk_nbytes(self) -> int:
+        """Length of each chunk of what goes to the chunk store, in bytes."""
+        return self.chunks.chunk_nbytes
+
+    @property
+    def written_seconds(self) -> float:
+        """Wall seconds that writing to the chunk store took, by all threads."""
+        return self.chunks.counters.seconds_out
+
     @cached_property
     def memory_id(self) -> str:
         """Equal in two processes exactly if they share this tier's memory; "" without one."""
@@ -133,7 +143,7 @@ class TieredStore:
     def _put_telling(
         self, key: str, buffer: Tensor, ttl_seconds: int, tell: Callable[[BlobRef, Iterable[int]], None]
     ) -> BlobRef:
-        size, nbytes = self.chunks.chunk_nbytes, buffer.numel()
+        size, nbytes = self.chunk_nbytes, buffer.numel()
         ref = BlobRef(key, nbytes, size, checksums(split(as_bytes(buffer), size)))
         upload = Upload(
             self.chunks, key, buffer, (), ttl_seconds=ttl_seconds, tell=lambda sums: tell(ref, sums)
@@ -158,6 +168,10 @@ class TieredStore:
     def uploaded(self, ref: BlobRef) -> None:
         """Count a blob that an upload has finished."""
         self._count(written_nbytes=ref.nbytes)
+
+    def read_ahead(self, nbytes: int, chunk_nbytes: int, view: memoryview | None = None) -> Ahead:
+        """Begin to read a blob of the chunk store before its reference is known; see `Ahead`."""
+        return Ahead(self.chunks, nbytes, chunk_nbytes, view)
 
     def collected(self, ref: BlobRef, ahead_nbytes: int) -> None:
         """Count a blob that was read from the chunk store past this tier, most of it maybe ahead."""

@@ -74,7 +74,7 @@ class GradientUpload:
         manifest = Manifest(tuple(expected), buffer.numel())
         self._views = views(buffer, manifest)
         self._written: set[str] = set()
-        size = chunks.chunks.chunk_nbytes
+        size = chunks.chunk_nbytes
         due = [0] * (self.nbytes // size)  # what lies behind the last whole chunk waits for the buffers
         for spec in expected:
             for number in range(spec.offset // size, min(len(due), chunk_count(spec.end, size))):
@@ -200,7 +200,7 @@ class GradientStore:
         """
         nonce = uuid.uuid4().hex[:12]
         key = ledger.keys.gradient_blob(step, shard, nonce)
-        size = self.chunks.chunks.chunk_nbytes
+        size = self.chunks.chunk_nbytes
         whole = expected[-1].end // size  # the length of the chunks behind is not known yet
 
         def tell(sums: Mapping[int, str]) -> None:

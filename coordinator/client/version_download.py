@@ -57,7 +57,7 @@ class VersionDownload:
             return
         replica = context.replica()
         nbytes = replica.nbytes()
-        if nbytes < LEAST_CHUNKS * self._chunks.chunks.chunk_nbytes:
+        if nbytes < LEAST_CHUNKS * self._chunks.chunk_nbytes:
             return
         if self._chunks.tiered(nbytes):
             if server_memory in (None, self._chunks.memory_id):
@@ -123,10 +123,13 @@ class _Arrival:
             if self._chunks.host is not None and self._chunks.tiered(ref.nbytes):
                 first = notice
                 self._mapped = self._chunks.host.fetch(
-                    ref, lambda view: self._follow(first, Ahead.into(self._chunks.chunks, ref, view))
+                    ref,
+                    lambda view: self._follow(
+                        first, self._chunks.read_ahead(ref.nbytes, ref.chunk_nbytes, view)
+                    ),
                 )
             else:
-                ahead = Ahead(self._chunks.chunks, ref.nbytes, ref.chunk_nbytes)
+                ahead = self._chunks.read_ahead(ref.nbytes, ref.chunk_nbytes)
                 with self._lock:
                     if self._stopped.is_set():  # it was needed before it was heard of: once is enough
                         return

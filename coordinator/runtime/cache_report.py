@@ -20,7 +20,6 @@ def snapshot(services: Services) -> Tiers:
     """
     fetches = services.parameters.counters
     tiers = services.chunks.counters
-    moved = getattr(services.chunks.chunks, "counters", None)
     return {
         "process": {"hits": fetches.process_hits, "misses": fetches.host_hits + fetches.misses},
         "host": {
@@ -36,7 +35,7 @@ def snapshot(services: Services) -> Tiers:
             "seconds": tiers.store_seconds,
             "ahead_nbytes": tiers.ahead_nbytes,
             "written_nbytes": tiers.written_nbytes,
-            "written_seconds": getattr(moved, "seconds_out", 0.0),
+            "written_seconds": services.chunks.written_seconds,
         },
     }
 

@@ -205,7 +205,7 @@ class StepCommit:
             return False
         if any(slot.fetched == "store" for slot in slots):  # who reads ahead into the host's tier says "host"
             warm.far_until = warm.version + _FAR_STEPS
-        least = LEAST_CHUNKS * self.services.chunks.chunks.chunk_nbytes
+        least = LEAST_CHUNKS * self.services.chunks.chunk_nbytes
         far = self.read_nbytes >= least or warm.version < warm.far_until
         return far and warm.trainer.replica.nbytes() >= least
 

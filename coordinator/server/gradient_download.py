@@ -136,7 +136,7 @@ class GradientDownload:
                 self._whole.add(root)
                 return False
             self._free_nbytes -= notice.nbytes
-            made = Ahead(self._chunks.chunks, notice.nbytes, notice.chunk_nbytes)
+            made = self._chunks.read_ahead(notice.nbytes, notice.chunk_nbytes)
             self._ahead.setdefault(root, made)
         ahead = self._ahead[root]
         try:

@@ -99,7 +99,7 @@ def read_ahead(services: Services, warm: WarmRun, read_nbytes: int, step_seconds
     if warm.download is not None:
         warm.download.stop()
         warm.download = None
-    plan, store = warm.context.plan(), services.chunks.chunks
+    plan, store = warm.context.plan(), services.chunks
     if "collect" not in services.settings.overlap or read_nbytes < LEAST_CHUNKS * store.chunk_nbytes:
         return
     if warm.version >= plan.total_steps:
