@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -113,14 +113,14 @@ _REPLAY = click.Option(
 
 def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
     """Names of runs that begin with what was typed; none if the server does not answer."""
-    from torchord.cache import keys
-    from torchord.cache.servers.redis_client import connect, translated
+    from torchord.cache.ledger.runs import Runs
+    from torchord.cache.servers.redis_client import connect
     from torchord.cache.settings import from_environment
 
     try:
         url = context.params.get("url") or from_environment().url
-        with translated(url, "list the runs"), connect(url, patience_seconds=_COMPLETION_SECONDS) as client:
-            names = cast(list[str], client.zrange(keys.RUNS, 0, -1))
+        with connect(url, patience_seconds=_COMPLETION_SECONDS) as client:
+            names = Runs(client, url).listed()
     except TorchordError:
         return []
     return [name for name in names if name.startswith(typed)]

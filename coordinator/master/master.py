@@ -6,12 +6,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torchord.cache import keys
 from torchord.cache.datasets.library import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput
-from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, connect, ping, translated
 from torchord.cache.settings import from_environment
 from torchord.coordinator.master.run import Run, TrainedModel
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
@@ -68,8 +67,7 @@ class Master:
         self.url = settings.url
         broker = celery_url(settings.url)
         self._services = Services(settings)
-        self._client = connect(settings.url, patience_seconds=CLIENT_PATIENCE_SECONDS)
-        ping(self._client, settings.url)
+        self._services.require_reachable()
         self._sender = Sender(publisher(broker, transport_options(settings.url)))
         self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
@@ -151,18 +149,7 @@ class Master:
 
     def runs(self) -> list[str]:
         """Names of the runs that the server knows, oldest first."""
-        with translated(self.url, "list the runs"):
-            names = cast(list[str], self._client.zrange(keys.RUNS, 0, -1))
-            if not names:
-                return []
-            pipe = self._client.pipeline(transaction=False)
-            for name in names:
-                pipe.exists(keys.RunKeys(name).head)
-            known = pipe.execute()
-            gone = [name for name, there in zip(names, known, strict=True) if not there]
-            if gone:
-                self._client.zrem(keys.RUNS, *gone)
-        return [name for name, there in zip(names, known, strict=True) if there]
+        return self._services.runs.known()
 
 
 def _differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:

@@ -6,9 +6,10 @@ from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.runs import Runs
 from torchord.cache.ledger.workers import Registry
 from torchord.cache.servers.fast_client import Lane
-from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients
+from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients, ping
 from torchord.cache.settings import Settings
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
@@ -46,6 +47,21 @@ class Services:
         """The registry of living workers."""
         url = self.settings.url
         return Registry(self._clients.get(url, self.patience_seconds), url)
+
+    @property
+    def runs(self) -> Runs:
+        """The registry of runs."""
+        url = self.settings.url
+        return Runs(self._clients.get(url, self.patience_seconds), url)
+
+    def require_reachable(self) -> None:
+        """Ask the server of the control plane for a sign of life.
+
+        Raises:
+            CacheUnreachable: within seconds, if nothing answers.
+        """
+        url = self.settings.url
+        ping(self._clients.get(url, self.patience_seconds), url)
 
     def require_same_placement(self) -> None:
         """See `Registry.require_placement`."""

@@ -1,0 +1,45 @@
+"""Which runs a server knows."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import redis
+
+from torchord.cache import keys
+from torchord.cache.servers.redis_client import translated
+
+
+class Runs:
+    """The registry of all runs, finished ones included as long as they are kept.
+
+    Args:
+        client: a connection from `torchord.cache.servers.redis_client`.
+        url: its URL, for messages.
+
+    Raises:
+        CacheUnreachable: from any method, when the server stays away longer than the connection's patience.
+    """
+
+    def __init__(self, client: redis.Redis, url: str) -> None:
+        self.client = client
+        self.url = url
+
+    def listed(self) -> list[str]:
+        """Names of the runs, oldest first; some may have expired."""
+        with translated(self.url, "list the runs"):
+            return cast(list[str], self.client.zrange(keys.RUNS, 0, -1))
+
+    def known(self) -> list[str]:
+        """Names of the runs that are there, oldest first; those that have expired leave the registry."""
+        names = self.listed()
+        if not names:
+            return []
+        with translated(self.url, "list the runs"):
+            pipe = self.client.pipeline(transaction=False)
+            for name in names:
+                pipe.exists(keys.RunKeys(name).head)
+            there = dict(zip(names, pipe.execute(), strict=True))
+            if gone := [name for name in names if not there[name]]:
+                self.client.zrem(keys.RUNS, *gone)
+        return [name for name in names if there[name]]
