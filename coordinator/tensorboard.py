@@ -15,41 +15,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchord.cache.errors import RunNotFound, TorchordError
+from torchord.cache.errors import CacheUnreachable, RunNotFound, TorchordError
 from torchord.cache.ledger.answers import Event
 from torchord.coordinator.master.master import Master
+from torchord.coordinator.master.run import Run
 
 _POLL_SECONDS = 1.0
 _PLACE = "torchord.json"
 
 
-class Follower:
+class Summaries:
     """Copies one run's events to TensorBoard.
 
     Args:
-        master: where the runs are.
-        run: the run's name.
+        run: the run.
         directory: the run's own log directory.
         writer: an object with `add_scalar(tag, value, step, walltime)` and `flush()`.
     """
 
-    def __init__(self, master: Master, run: str, directory: Path, writer: Any) -> None:
-        self.run = run
+    def __init__(self, run: Run, directory: Path, writer: Any) -> None:
         self.writer = writer
-        self._ledger = master._services.ledger(run)
         self._place = directory / _PLACE
-        self._after = json.loads(self._place.read_text())["after"] if self._place.exists() else "0-0"
+        self._follower = run.follow(
+            json.loads(self._place.read_text())["after"] if self._place.exists() else "0-0"
+        )
 
     def copy(self) -> int:
-        """Write what is new; returns how many events that was."""
-        events = self._ledger.read_events(self._after)
+        """Write what is new; returns how many events that was: none while Redis is away.
+
+        Raises:
+            CacheUnreachable: Redis was away for too long, or from the start.
+            RunNotFound: the run has expired, or was lost and nobody created it again.
+        """
+        _, events = self._follower.look(block_seconds=0.0, resting=())
         for event in events:
             for tag, value, step in scalars(event):
                 self.writer.add_scalar(tag, value, step, int(event.id.split("-")[0]) / 1000)
-            self._after = event.id
         if events:
             self.writer.flush()
-            self._place.write_text(json.dumps({"after": self._after}))
+            self._place.write_text(json.dumps({"after": events[-1].id}))
         return len(events)
 
 
@@ -71,6 +75,27 @@ def scalars(event: Event) -> list[tuple[str, float, int]]:
     return []
 
 
+def copy_all(followed: dict[str, Summaries]) -> int:
+    """Write what is new of every run; a run that is gone is followed no more. Returns how many events."""
+    copied = 0
+    for name in list(followed):
+        try:
+            copied += followed[name].copy()
+        except RunNotFound:  # `main` takes it up again, should somebody create it
+            followed.pop(name).writer.close()
+    return copied
+
+
+def _names(master: Master, followed: dict[str, Summaries]) -> list[str]:
+    """The runs that are not followed yet; none while Redis is away."""
+    try:
+        return [name for name in master.runs() if name not in followed]
+    except CacheUnreachable:
+        if not followed:
+            raise
+        return []  # those that are followed say when that takes too long
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Follow every run until interrupted; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -85,34 +110,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("TensorBoard is not installed; run: pip install 'torchord[tensorboard]'", file=sys.stderr)
         return 2
-    followers: dict[str, Follower] = {}
+    followed: dict[str, Summaries] = {}
     try:
         options.logdir.mkdir(parents=True, exist_ok=True)
         master = Master(options.url)
         while True:
-            for run in master.runs():
-                if run not in followers:
-                    directory = options.logdir / run
-                    directory.mkdir(parents=True, exist_ok=True)
-                    writer: Any = SummaryWriter(str(directory))
-                    followers[run] = Follower(master, run, directory, writer)
+            for name in _names(master, followed):
+                directory = options.logdir / name
+                directory.mkdir(parents=True, exist_ok=True)
+                followed[name] = Summaries(master.run(name), directory, SummaryWriter(str(directory)))
             (options.logdir / ".alive").touch()
-            copied = sum(follower.copy() for follower in followers.values())
+            copied = copy_all(followed)
             if options.once and not copied:
                 return 0
             if not copied:
                 time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
         return 130
-    except RunNotFound as error:
-        print(error, file=sys.stderr)
-        return 1
     except TorchordError as error:
         print(error, file=sys.stderr)
         return 1
     finally:
-        for follower in followers.values():
-            follower.writer.close()
+        for summaries in followed.values():
+            summaries.writer.close()
 
 
 if __name__ == "__main__":

@@ -241,12 +241,20 @@ class Run:
         Args:
             after: id of the last event seen, to go on from there.
         """
-        follower = Follower(self._ledger, after)
+        follower = self.follow(after)
         while True:
             head, found = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
             yield from found
             if head is not None and not found and head.status in _RESTING:
                 return
+
+    def follow(self, after: str = "0-0") -> Follower:
+        """What looks at the run whenever it is asked to, through outages; for whoever follows several runs.
+
+        Args:
+            after: id of the last event seen, to go on from there.
+        """
+        return Follower(self._ledger, after)
 
     def wait(
         self, *, timeout: float | None = None, progress: bool = False, worker_timeout: float = 15.0
@@ -294,7 +302,7 @@ class Run:
     def _wait(self, bar: Any, timeout: float | None, worker_timeout: float) -> None:
         began = workers_seen = time.monotonic()
         deadline = None if timeout is None else began + timeout
-        follower = Follower(self._ledger)
+        follower = self.follow()
         while True:
             head, events = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
             now = time.monotonic()
