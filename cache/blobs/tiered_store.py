@@ -19,7 +19,7 @@ from torch import Tensor
 from torchord.cache.blobs.blob import BlobRef, inlined, unpacked
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, Chunks
 from torchord.cache.blobs.host_tier import HostTier
-from torchord.cache.blobs.read_ahead import Ahead
+from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.upload import Upload
 from torchord.cache.tensors.codec import as_bytes
 from torchord.cache.tensors.pieces import checksums, split
@@ -169,9 +169,9 @@ class TieredStore:
         """Count a blob that an upload has finished."""
         self._count(written_nbytes=ref.nbytes)
 
-    def read_ahead(self, nbytes: int, chunk_nbytes: int, view: memoryview | None = None) -> Ahead:
-        """Begin to read a blob of the chunk store before its reference is known; see `Ahead`."""
-        return Ahead(self.chunks, nbytes, chunk_nbytes, view)
+    def read_ahead(self, nbytes: int, chunk_nbytes: int, view: memoryview | None = None) -> ReadAhead:
+        """Begin to read a blob of the chunk store before its reference is known; see `ReadAhead`."""
+        return ReadAhead(self.chunks, nbytes, chunk_nbytes, view)
 
     def collected(self, ref: BlobRef, ahead_nbytes: int) -> None:
         """Count a blob that was read from the chunk store past this tier, most of it maybe ahead."""
@@ -219,7 +219,7 @@ class TieredStore:
         return self.get_from(ref, out)[0]
 
     def get_from(
-        self, ref: BlobRef, out: Tensor | None = None, ahead: Ahead | None = None
+        self, ref: BlobRef, out: Tensor | None = None, ahead: ReadAhead | None = None
     ) -> tuple[Tensor, str]:
         """Read a blob, and say which tier had it.
 

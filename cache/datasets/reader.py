@@ -20,7 +20,7 @@ from torchord.cache.datasets.chunk_cache import ChunkCache, ReadCounters
 from torchord.cache.datasets.content import Bytes, Chunk, Stream, address_of
 from torchord.cache.datasets.place import Place
 from torchord.cache.datasets.record import Record, renewal_seconds
-from torchord.cache.datasets.samples import Column, Leaf, Manifest
+from torchord.cache.datasets.samples import Column, DatasetManifest, Leaf
 from torchord.cache.errors import (
     CacheError,
     ChunkCorrupt,
@@ -55,7 +55,7 @@ class StoredDataset(Dataset[Any]):
         CacheUnreachable: from access: a server does not answer; trying again may help.
     """
 
-    def __init__(self, record: Record, manifest: Manifest, place: Place, cache: ChunkCache) -> None:
+    def __init__(self, record: Record, manifest: DatasetManifest, place: Place, cache: ChunkCache) -> None:
         self.name = record.name
         self.digest = record.digest
         self._record = record
@@ -212,7 +212,7 @@ class StoredDataset(Dataset[Any]):
 # --- manifests --------------------------------------------------------------------------
 
 
-def read_manifest(place: Place, record: Record) -> Manifest:
+def read_manifest(place: Place, record: Record) -> DatasetManifest:
     """Read and verify a manifest.
 
     Raises:
@@ -223,7 +223,7 @@ def read_manifest(place: Place, record: Record) -> Manifest:
         text = b"".join(part.tobytes() for part in place.read(list(record.manifest.chunks())))
         if address_of(text) != record.digest:
             raise DatasetDamaged("its manifest does not have the digest of its record")
-        manifest = Manifest.from_json(text)
+        manifest = DatasetManifest.from_json(text)
     except (ChunkMissing, ChunkCorrupt, DatasetDamaged) as error:
         raise DatasetDamaged(
             f"dataset {record.name!r} ({record.digest}) in {place.label} cannot be opened: {error}; {_REPAIR}"
@@ -231,7 +231,7 @@ def read_manifest(place: Place, record: Record) -> Manifest:
     return manifest
 
 
-def all_chunks(record: Record, manifest: Manifest) -> dict[str, Chunk]:
+def all_chunks(record: Record, manifest: DatasetManifest) -> dict[str, Chunk]:
     """Every chunk once, by address."""
     streams = (record.manifest, *manifest.streams())
     return {chunk.address: chunk for stream in streams for chunk in stream.chunks()}

@@ -95,7 +95,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class DatasetManifest:
     """A stored dataset in full.
 
     Attributes:
@@ -126,7 +126,7 @@ class Manifest:
         return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
-    def from_json(cls, text: bytes) -> Manifest:
+    def from_json(cls, text: bytes) -> DatasetManifest:
         """Rebuild a manifest that `to_json` produced, trusting nothing in it.
 
         Raises:
@@ -392,7 +392,7 @@ def _column(value: Mapping[str, Any]) -> Column:
     )
 
 
-def _validate(manifest: Manifest) -> None:
+def _validate(manifest: DatasetManifest) -> None:
     if manifest.samples < 1:
         raise ValueError(f"{manifest.samples} samples")
     numbers: list[int] = []

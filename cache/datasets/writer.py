@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from torchord.cache.datasets import samples
 from torchord.cache.datasets.content import Chunk, Stream
 from torchord.cache.datasets.place import Place
-from torchord.cache.datasets.samples import Column, Leaf, Manifest, Value
+from torchord.cache.datasets.samples import Column, DatasetManifest, Leaf, Value
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
 
 _GROUP_NBYTES = 4 << 20  # looked for and sent together
@@ -252,7 +252,7 @@ class _ColumnWriter:
         return writer.finish()
 
 
-def write(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Advance) -> Manifest:
+def write(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Advance) -> DatasetManifest:
     """Store data as columns.
 
     Args:
@@ -289,7 +289,7 @@ def size_of(data: Any) -> int | None:
         return None
 
 
-def _write_arrays(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Advance) -> Manifest:
+def _write_arrays(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Advance) -> DatasetManifest:
     skeleton, leaves = samples.take_apart(data)
     arrays = samples.follow(skeleton, data)
     for leaf, column in zip(leaves, arrays, strict=True):
@@ -317,10 +317,10 @@ def _write_arrays(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Adv
             writer.add_rows(samples.rows_of(block), len(block), shape)
             advance(len(block) / len(arrays))
         columns.append(writer.finish())
-    return Manifest(count, skeleton, tuple(columns))
+    return DatasetManifest(count, skeleton, tuple(columns))
 
 
-def _write_samples(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Advance) -> Manifest:
+def _write_samples(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Advance) -> DatasetManifest:
     skeleton: Any = None
     leaves: list[Leaf] = []
     writers: list[_ColumnWriter] = []
@@ -337,7 +337,7 @@ def _write_samples(data: Any, uploader: Uploader, chunk_nbytes: int, advance: Ad
         except InvalidInput as error:
             raise InvalidInput(f"sample {index} cannot be stored: {error}") from None
         advance(1)
-    return Manifest(count, skeleton, tuple(writer.finish() for writer in writers))
+    return DatasetManifest(count, skeleton, tuple(writer.finish() for writer in writers))
 
 
 def _read(data: Any, count: int) -> Iterator[Any]:

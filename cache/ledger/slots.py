@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torchord.cache import keys
-from torchord.cache.blobs.read_ahead import Notice, notices
+from torchord.cache.blobs.notice import Notice, notices
 from torchord.cache.ledger.answers import (
     Begun,
     Finished,

@@ -16,7 +16,7 @@ import torch
 
 from torchord.cache import keys
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.read_ahead import Notice
+from torchord.cache.blobs.notice import Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger

@@ -18,7 +18,8 @@ import torch
 
 from torchord.cache import keys
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.read_ahead import Ahead, Notice
+from torchord.cache.blobs.notice import Notice
+from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, ChunkMissing, ManifestMismatch, VersionMissing
 from torchord.cache.ledger.ledger import Ledger
@@ -178,7 +179,7 @@ class ParameterCache:
         *,
         out: torch.Tensor | None = None,
         record: VersionRecord | None = None,
-        ahead: Callable[[BlobRef], Ahead | None] | None = None,
+        ahead: Callable[[BlobRef], ReadAhead | None] | None = None,
     ) -> tuple[VersionRecord, torch.Tensor, str]:
         """Read a version.
 

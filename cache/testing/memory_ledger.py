@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import redis
 
 from torchord.cache import keys
-from torchord.cache.blobs.read_ahead import Notice, notices
+from torchord.cache.blobs.notice import Notice, notices
 from torchord.cache.errors import CacheError, RunNotFound
 from torchord.cache.ledger.answers import (
     BeginVerdict,

@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.read_ahead import Ahead, Notice
+from torchord.cache.blobs.notice import Notice
+from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, TorchordError
 from torchord.cache.keys import PARAMETERS_UNDERWAY
@@ -72,7 +73,7 @@ class VersionDownload:
         ledger = context.services.ledger(context.run)
         self._following[context] = _Arrival(self._chunks, ledger, held, nbytes)
 
-    def take(self, context: RunContext, ref: BlobRef) -> Ahead | None:
+    def take(self, context: RunContext, ref: BlobRef) -> ReadAhead | None:
         """What this process has read of a version, which is needed now; None if nothing."""
         found = self._following.pop(context, None)
         return None if found is None else found.end(ref)
@@ -86,7 +87,7 @@ class _Arrival:
         self._chunks = chunks
         self._ledger = ledger
         self._nbytes = nbytes
-        self._ahead: Ahead | None = None
+        self._ahead: ReadAhead | None = None
         self._mapped: Tensor | None = None  # keeps the host's tier from letting it go
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -102,7 +103,7 @@ class _Arrival:
         """Read no more; does not wait for what is being read."""
         self._stopped.set()
 
-    def end(self, ref: BlobRef) -> Ahead | None:
+    def end(self, ref: BlobRef) -> ReadAhead | None:
         """Hand over what is in memory of this process.
 
         In the host's tier the thread goes on: whoever fetches the version from there waits for it.
@@ -153,7 +154,7 @@ class _Arrival:
             self._stopped.wait(min(max(waited / 50, _PAUSES_SECONDS[0]), _PAUSES_SECONDS[1]))
         return None
 
-    def _follow(self, notice: Notice, ahead: Ahead) -> None:
+    def _follow(self, notice: Notice, ahead: ReadAhead) -> None:
         """Read a version to its end.
 
         Raises:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.read_ahead import Ahead
+from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import VersionRecord, revision
@@ -276,7 +276,7 @@ class RunContext:
         self,
         version: int,
         record: VersionRecord | None = None,
-        ahead: Callable[[BlobRef], Ahead | None] | None = None,
+        ahead: Callable[[BlobRef], ReadAhead | None] | None = None,
     ) -> tuple[Replica, str]:
         """The replica, holding `version`, and where that came from: "process", "delta", "host" or "store".
 

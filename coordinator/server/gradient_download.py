@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from torchord.cache import keys
-from torchord.cache.blobs.read_ahead import Ahead, Notice
+from torchord.cache.blobs.notice import Notice
+from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, TorchordError
 from torchord.cache.ledger.ledger import Ledger
@@ -63,7 +64,7 @@ class GradientDownload:
         self._pause_seconds = min(max(step_seconds / _LOOKS, _PAUSES_SECONDS[0]), _PAUSES_SECONDS[1])
         self._patience_seconds = max(_PATIENCE_SECONDS, 3 * step_seconds)
         self._wanted = wanted
-        self._ahead: dict[int, Ahead | None] = {}
+        self._ahead: dict[int, ReadAhead | None] = {}
         self._whole: set[int] = set()  # those that there is nothing more to read of
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="torchord-gradient-download", daemon=True)

@@ -15,7 +15,7 @@ import torch
 from tests.support.waiting import wait_until
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.host_tier import HostTier
-from torchord.cache.blobs.read_ahead import Notice
+from torchord.cache.blobs.notice import Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.keys import PARAMETERS_UNDERWAY
 from torchord.cache.testing.memory_chunks import MemoryChunkStore

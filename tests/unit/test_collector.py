@@ -12,7 +12,8 @@ from tests.support.control import slot as any_slot
 from tests.support.waiting import wait_until
 from torchord.cache import keys
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.read_ahead import Ahead, Notice
+from torchord.cache.blobs.notice import Notice
+from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
 from torchord.cache.ledger.records import SlotRecord
@@ -65,7 +66,7 @@ def test_a_notice_survives_its_text_and_nothing_else_does() -> None:
 def test_what_was_read_ahead_is_not_read_again() -> None:
     store = Counting()
     ref = stored(store)
-    ahead = Ahead(store, ref.nbytes, SIZE)
+    ahead = ReadAhead(store, ref.nbytes, SIZE)
     assert ahead.follow(some(ref, 0, 2)) and not ahead.follow(some(ref, 0, 2))
     assert ahead.follow(some(ref, 0, 1, 2, 4)) and ahead.read_nbytes == 3 * SIZE  # the last one waits
     assert torch.equal(ahead.complete(ref) if ahead else BYTES, BYTES)
@@ -78,7 +79,7 @@ def test_chunks_of_another_attempt_count_if_their_bytes_are_the_same() -> None:
         stored(store, "first"),
         stored(store, "second", BYTES.clone().index_fill_(0, torch.tensor(5), 9)),
     )
-    ahead = Ahead(store, first.nbytes, SIZE)
+    ahead = ReadAhead(store, first.nbytes, SIZE)
     ahead.follow(some(first, 0, 1, 2))
     store.delete([first])
     found = ahead.complete(second)
@@ -90,7 +91,7 @@ def test_chunks_of_another_attempt_count_if_their_bytes_are_the_same() -> None:
 def test_a_damaged_chunk_is_noticed_and_read_anew() -> None:
     store = Counting()
     ref = stored(store)
-    ahead = Ahead(store, ref.nbytes, SIZE)
+    ahead = ReadAhead(store, ref.nbytes, SIZE)
     good, deadline = store.chunks["k:1"]
     store.chunks["k:1"] = (b"XXXX", deadline)
     with pytest.raises(ChunkCorrupt):
@@ -104,9 +105,9 @@ def test_a_damaged_chunk_is_noticed_and_read_anew() -> None:
 def test_a_blob_that_does_not_fit_is_left_to_the_store() -> None:
     store = Counting()
     ref = stored(store)
-    ahead = Ahead(store, 8, SIZE)
+    ahead = ReadAhead(store, 8, SIZE)
     assert not ahead.follow(some(ref, 0)) and ahead.complete(ref) is None
-    assert Ahead(store, 18, 2).complete(ref) is None
+    assert ReadAhead(store, 18, 2).complete(ref) is None
 
 
 class Server:

@@ -29,7 +29,7 @@ from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier, ReadCounte
 from torchord.cache.datasets.content import Bytes, Chunk, ContentStore
 from torchord.cache.datasets.library import Datasets, StoredDataset
 from torchord.cache.datasets.place import place_of
-from torchord.cache.datasets.samples import Manifest
+from torchord.cache.datasets.samples import DatasetManifest
 from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
@@ -626,7 +626,7 @@ def test_a_node_that_keeps_nothing_is_reported(datasets: Datasets, monkeypatch: 
 def test_a_manifest_from_a_stranger_is_refused(datasets: Datasets) -> None:
     datasets.put("d", [(i, torch.ones(i), "x") for i in range(5)])
     good = json.loads(datasets.open("d")._manifest.to_json())
-    Manifest.from_json(json.dumps(good).encode())
+    DatasetManifest.from_json(json.dumps(good).encode())
 
     def changed(path: Sequence[Any], value: Any) -> bytes:
         copy = json.loads(json.dumps(good))
@@ -656,10 +656,10 @@ def test_a_manifest_from_a_stranger_is_refused(datasets: Datasets) -> None:
         (("columns", 0, "data", "checksums"), ""),
     ]:
         with pytest.raises(DatasetDamaged, match="the manifest cannot be used"):
-            Manifest.from_json(changed(path, value))
+            DatasetManifest.from_json(changed(path, value))
     for text in (b"", b"[]", b"{}", b"\xff", b"null"):
         with pytest.raises(DatasetDamaged):
-            Manifest.from_json(text)
+            DatasetManifest.from_json(text)
 
 
 # --- names ------------------------------------------------------------------------------

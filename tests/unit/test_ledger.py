@@ -37,7 +37,7 @@ from tests.support.control import (
     write,
 )
 from torchord.cache import keys
-from torchord.cache.blobs.read_ahead import Notice
+from torchord.cache.blobs.notice import Notice
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
 from torchord.cache.ledger.answers import Finished, Group
 from torchord.cache.ledger.ledger import Ledger
