@@ -1,5 +1,5 @@
 # make demo     install into .venv (once), then train the digits example on an embedded cluster
-# make test     the whole test suite          make test ARGS='tests/unit -k codec'
+# make test     the whole test suite          make test ARGS='tests/unit -k codec'     JOBS=0 one test at a time
 # make check    what to run before a commit: the unit tests that are not slow, and lint (under two minutes)
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
 # make lint     style, types, import direction and sizes        make format  rewrite to the style, draw the rooms
@@ -11,6 +11,8 @@
 #                           for the small CPU build on Linux (see docs/deployment.md)
 
 VENV  ?= .venv
+# Test files that run at a time: most of what tests with real workers take is waiting.
+JOBS  ?= 2
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # The first interpreter that is new enough; looked up only when .venv is made.
@@ -27,11 +29,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.digits $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q --times $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --times $(ARGS)
 
 # What to run before a commit: no test that starts workers, none that takes more than some seconds.
 check: lint $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow" tests/unit $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests/unit $(ARGS)
 
 ranges: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.ranges $(ARGS)
