@@ -153,5 +153,20 @@ class Master:
 
 
 def _differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
-    """Names of the recipe entries that differ."""
-    return [f"recipe.{field}" for field in sorted({*ours, *theirs}) if ours.get(field) != theirs.get(field)]
+    """Names of the recipe entries that differ.
+
+    A run that was submitted when a spec had no kinds of arguments is the same without them.
+    """
+    return [
+        f"recipe.{field}"
+        for field in sorted({*ours, *theirs})
+        if theirs.get(field) not in (ours.get(field), _without_kinds(ours.get(field)))
+    ]
+
+
+def _without_kinds(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    if "target" in entry:
+        return {name: value for name, value in entry.items() if name != "kinds"}
+    return {name: _without_kinds(value) for name, value in entry.items()}

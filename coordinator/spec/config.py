@@ -170,6 +170,7 @@ class TrainingConfig:
         value = getattr(self, name)
         if not isinstance(value, str) or value not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+        object.__setattr__(self, name, choices[choices.index(value)])  # a str enumeration's value
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a plain dict that JSON carries without loss."""

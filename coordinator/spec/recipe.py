@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 from torchord.cache.errors import NotAllowed, RecipeError
@@ -26,6 +25,7 @@ from torchord.coordinator.spec.admission import (
     present_name,
     source_file,
 )
+from torchord.coordinator.spec.arguments import Encoder, names_in, restored
 from torchord.coordinator.spec.codecs import CodecOf, codecs_within
 
 
@@ -35,17 +35,28 @@ class Target:
 
     Attributes:
         target: "package.module:attribute"; the attribute may be dotted.
-        args: positional arguments bound first, JSON-able.
-        kwargs: keyword arguments, JSON-able.
+        args: positional arguments bound first.
+        kwargs: keyword arguments.
+        kinds: what the arguments are beyond JSON, as a spec has it (`torchord.coordinator.spec.arguments`);
+            leave it out where they are the values themselves.
     """
 
     target: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
+    kinds: tuple[Any, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of a spec."""
-        return {"target": self.target, "args": list(self.args), "kwargs": dict(self.kwargs or {})}
+        return {"target": self.target, **self.arguments(), **({"kinds": [*self.kinds]} if self.kinds else {})}
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments as a spec has them."""
+        return {"args": list(self.args), "kwargs": dict(self.kwargs or {})}
+
+    def targets(self) -> set[str]:
+        """Return all that is imported for it: the callable, and what the arguments name."""
+        return {self.target, *names_in(self.arguments(), self.kinds)}
 
 
 Entry: TypeAlias = Callable[..., Any] | str | Target
@@ -58,7 +69,7 @@ _TORCH_PUBLIC = ("torch.nn.functional", "torch", "torch.special", "torch.linalg"
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is trained. Each entry is an importable callable, a `functools.partial` of one with
-    JSON-able arguments, or the string "package.module:attribute".
+    arguments bound, or the string "package.module:attribute".
 
     Attributes:
         model: () -> torch.nn.Module.
@@ -80,8 +91,9 @@ class Recipe:
             `scheduler` are then the shards' own. None: the mean of the shards' weights (Local SGD);
             `torchord.coordinator.local_steps:diloco` is DiLoCo's.
 
-    Arguments travel as JSON: a tuple arrives at the workers as a list, and numbers must be
-    finite.
+    Arguments arrive at the workers as what they are (numbers of Python and numpy, NaN included, strings,
+    bytes, lists, tuples, dicts, paths, dtypes, devices, members of enumerations, importable callables
+    and partials of them), or are refused.
 
     Raises:
         RecipeError: an entry is missing, superfluous or not callable. Whether the workers can
@@ -125,13 +137,14 @@ class Recipe:
         """Return the recipe as plain JSON, after checking that each entry can be imported by name.
 
         Returns:
-            entry name -> {"target": "package.module:attribute", "args": [...], "kwargs": {...}};
-            entries that were not given are left out, and "metrics" maps names to such entries.
+            entry name -> {"target": "package.module:attribute", "args": [...], "kwargs": {...}}, with
+            "kinds" where arguments are more than JSON; entries that were not given are left out, and
+            "metrics" maps names to such entries.
 
         Raises:
             RecipeError: a worker could not import a callable (a lambda, a local function or
                 class, something of the script that is being run, a method of an object), or an
-                argument is not JSON-able.
+                argument cannot arrive as what it is.
         """
         spec: dict[str, Any] = {}
         for name, entry in _entries(self).items():
@@ -205,7 +218,7 @@ def resolve(
     """
     recipe = Recipe.from_spec(spec)
     entries = _entries(recipe)
-    targets = {entry.target for entry in entries.values() if isinstance(entry, Target)}
+    targets = _targets(recipe)
     admission = Admission(allowed, directory or START_DIRECTORY, tuple(sorted(targets - OWN_TARGETS)))
     found = {name: _bind(name, entry, admission) for name, entry in entries.items()}
     metrics = {name.partition(".")[2]: call for name, call in found.items() if name.startswith("metrics.")}
@@ -215,9 +228,7 @@ def resolve(
 
 def modules_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the modules that a spec names, sorted, each once."""
-    entries = _entries(Recipe.from_spec(spec)).values()
-    names = {entry.target.partition(":")[0] for entry in entries if isinstance(entry, Target)}
-    return tuple(sorted(names))
+    return tuple(sorted({target.partition(":")[0] for target in _targets(Recipe.from_spec(spec))}))
 
 
 def fingerprint(spec: Mapping[str, Any]) -> str:
@@ -259,6 +270,12 @@ def _entries(recipe: Recipe) -> dict[str, Entry]:
         elif value is not None or field.name in _REQUIRED:
             found[field.name] = value
     return found
+
+
+def _targets(recipe: Recipe) -> set[str]:
+    """Return all that a recipe made from a spec has its workers import."""
+    entries = (entry for entry in _entries(recipe).values() if isinstance(entry, Target))
+    return set().union(*(entry.targets() for entry in entries))
 
 
 def _check_kind(name: str, entry: Any) -> None:
@@ -308,24 +325,43 @@ def _check_syntax(name: str, text: str) -> None:
         )
 
 
-def _encode(name: str, entry: Entry) -> Target:
+def _encode(name: str, entry: Entry, where: str = "") -> Target:
+    """Return an entry by name; `where` is which of its arguments it is, if it is one."""
     if isinstance(entry, str):
         return Target(entry)
     if isinstance(entry, Target):
+        if entry.kinds:
+            return entry
         args, kwargs = entry.args, dict(entry.kwargs or {})
         target = entry.target
     elif isinstance(entry, functools.partial):
         args, kwargs = entry.args, entry.keywords
-        target = _name_of(name, entry.func)
+        target = _name_of(name, entry.func, where)
     else:
-        return Target(_name_of(name, entry))
-    plain_args = tuple(_plain(name, f"argument {place}", value) for place, value in enumerate(args))
-    plain_kwargs = {key: _plain(name, f"argument {key!r}", value) for key, value in kwargs.items()}
-    return Target(target, plain_args, plain_kwargs)
+        return Target(_name_of(name, entry, where))
+    encoder = Encoder(name, functools.partial(_callable, name))
+    of = f" of {where}" if where else ""
+    plain_args = tuple(
+        encoder.write(value, ("args", place), f"argument {place}{of}") for place, value in enumerate(args)
+    )
+    plain_kwargs = {
+        key: encoder.write(value, ("kwargs", key), f"argument {key!r}{of}") for key, value in kwargs.items()
+    }
+    return Target(target, plain_args, plain_kwargs, tuple(encoder.kinds))
 
 
-def _name_of(name: str, function: Any) -> str:
-    """Return "module:qualname" under which importing gives this very object."""
+def _callable(name: str, where: str, value: Any) -> dict[str, Any] | None:
+    """Return the spec of a callable among the arguments, None for a value of another sort."""
+    named = (functools.partial, Target, type, FunctionType, BuiltinFunctionType, MethodType)
+    return _encode(name, value, where).to_json() if isinstance(value, named) else None
+
+
+def _name_of(name: str, function: Any, where: str = "") -> str:
+    """Return "module:qualname" under which importing gives this very object.
+
+    Args:
+        where: which argument of the entry it is, "" for the entry itself.
+    """
     owner = getattr(function, "__self__", None)
     module: str
     path: str | None
@@ -342,8 +378,9 @@ def _name_of(name: str, function: Any) -> str:
         found = _look_up(module, path)
         if found is function or (isinstance(function, MethodType) and found == function):
             return f"{_shortest_home(module, path, found)}:{path}"
+    which = f"{name!r}: {where}" if where else repr(name)
     raise RecipeError(
-        f"recipe entry {name!r} is {shown}, {_why_unimportable(function, module, path)}, so no worker can "
+        f"recipe entry {which} is {shown}, {_why_unimportable(function, module, path)}, so no worker can "
         "import it; move it to a module, e.g. my_models.py, and import it from there."
     )
 
@@ -389,37 +426,6 @@ def _public_torch_name(function: Any) -> str | None:
     return None
 
 
-def _plain(entry: str, path: str, value: Any) -> Any:
-    """Return an argument as JSON would deliver it, or refuse it by name."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise RecipeError(
-                f"recipe entry {entry!r}: {path} is {value!r}, but numbers must be finite to travel as JSON."
-            )
-        return float(value)
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry, f"{path}[{place}]", item) for place, item in enumerate(value)]
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise RecipeError(
-                    f"recipe entry {entry!r}: {path} has the key {key!r}, but keys must be strings to "
-                    f"travel as JSON."
-                )
-        return {str(key): _plain(entry, f"{path}[{key!r}]", item) for key, item in value.items()}
-    raise RecipeError(
-        f"recipe entry {entry!r}: {path} is of type {type(value).__name__}, which does not travel as JSON; "
-        "bind numbers, strings, booleans, None, lists and dicts only, and make anything else inside a "
-        "function of your module."
-    )
-
-
 # --- from names to callables ------------------------------------------------------------
 
 
@@ -430,8 +436,10 @@ def _decode(name: str, value: Any) -> Target:
     if not isinstance(args, (list, tuple)) or not isinstance(kwargs, Mapping):
         raise RecipeError(f"recipe entry {name!r} has malformed arguments: {value!r}.")
     _check_syntax(name, value["target"])
-    target = value["target"]
-    return Target(present_name(target), tuple(args), dict(kwargs))
+    kinds = value.get("kinds", [])
+    if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, list) for kind in kinds):
+        raise RecipeError(f"recipe entry {name!r} has malformed kinds of arguments: {kinds!r}.")
+    return Target(present_name(value["target"]), tuple(args), dict(kwargs), tuple(kinds))
 
 
 def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
@@ -445,6 +453,17 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
         raise RecipeError(f"recipe entry {name!r}: {error}") from error.__cause__
     if inspect.isclass(found) and (name in _FUNCTIONS or name.startswith("metrics.")):
         raise RecipeError(f"recipe entry {name!r}: {entry.target!r} is a class, but must be a function.")
-    if entry.args or entry.kwargs:
-        return functools.partial(found, *entry.args, **(entry.kwargs or {}))
-    return found
+    if not (entry.args or entry.kwargs):
+        return found
+    try:
+        bound = restored(
+            entry.arguments(),
+            entry.kinds,
+            fetch=admission.fetch,
+            bind=lambda value: _bind(f"{name}'s argument", _decode(name, value), admission),
+        )
+    except NotAllowed as error:
+        raise NotAllowed(f"recipe entry {name!r}: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"recipe entry {name!r}: {error}") from error.__cause__
+    return functools.partial(found, *bound["args"], **bound["kwargs"])

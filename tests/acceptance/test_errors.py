@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -179,6 +180,21 @@ def test_the_same_name_with_something_else(master: Master) -> None:
         assert part in message
     assert "recipe.loss" not in message and "batch_size" not in message
     assert master.submit(plain(), CONFIG, name="taken").status().version == 0
+
+
+def test_a_run_from_before_arguments_had_kinds(master: Master) -> None:
+    def adam(*betas: Any) -> Recipe:
+        return plain(optimizer=partial(torch.optim.AdamW, betas=betas[0] if betas else (0.8, 0.9)))
+
+    ledger = master.submit(adam(), CONFIG, name="older")._ledger
+    with pytest.raises(ConfigMismatch, match=r"another recipe\.optimizer;"):
+        master.submit(adam([0.8, 0.9]), CONFIG, name="older")
+    spec = ledger.spec()
+    del spec["recipe"]["optimizer"]["kinds"]
+    ledger.client.set(ledger.keys.spec, json.dumps(spec), keepttl=True)
+    assert master.submit(adam(), CONFIG, name="older").status().version == 0
+    with pytest.raises(ConfigMismatch, match=r"another recipe\.optimizer;"):
+        master.submit(adam((0.8, 0.99)), CONFIG, name="older")
 
 
 def test_an_unknown_run(master: Master) -> None:
