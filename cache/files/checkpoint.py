@@ -35,7 +35,7 @@ from torch import Tensor
 from torchord.cache.errors import CheckpointError, ManifestMismatch
 from torchord.cache.files.folder import open_folder
 from torchord.cache.ledger.figures import tagged, untagged
-from torchord.cache.ledger.records import life
+from torchord.cache.ledger.incarnation import life
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import dtype_name, dtype_of
 

@@ -82,7 +82,7 @@ class RunLife(ControlPlane):
 
         Args:
             spec: recipe and config, as `create` takes them.
-            incarnation: from `records.revised`: the same life of the name, another revision.
+            incarnation: from `incarnation.revised`: the same life of the name, another revision.
             skew: "refuse" or "admit" workers of another environment from now on.
 
         Returns:

@@ -15,12 +15,8 @@ from torchord.cache.ledger.answers import (
     Lease,
 )
 from torchord.cache.ledger.control_plane import ControlPlane, pairs
-from torchord.cache.ledger.records import (
-    Head,
-    SlotRecord,
-    VersionRecord,
-    revision,
-)
+from torchord.cache.ledger.incarnation import revision
+from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
 from torchord.cache.ledger.run_life import head_of
 from torchord.cache.servers.fast_client import Command, script_command
 

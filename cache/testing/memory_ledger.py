@@ -31,17 +31,9 @@ from torchord.cache.ledger.answers import (
     SlotVerdict,
 )
 from torchord.cache.ledger.figures import from_text, to_text
+from torchord.cache.ledger.incarnation import revised, revision
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import (
-    GENESIS,
-    Head,
-    Launch,
-    LedgerEntry,
-    SlotRecord,
-    VersionRecord,
-    revised,
-    revision,
-)
+from torchord.cache.ledger.records import GENESIS, Head, Launch, LedgerEntry, SlotRecord, VersionRecord
 from torchord.cache.ledger.slots import (
     BACKUP_ASKED_ALWAYS,
     BACKUP_FACTOR,

@@ -23,8 +23,9 @@ from torchord.cache.errors import (
     WaitTimeout,
 )
 from torchord.cache.ledger.answers import Event
+from torchord.cache.ledger.incarnation import revised, switched
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import Head, LedgerEntry, revised, switched
+from torchord.cache.ledger.records import Head, LedgerEntry
 from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.follower import Follower

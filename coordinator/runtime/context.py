@@ -10,8 +10,9 @@ from typing import Any
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
+from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import VersionRecord, revision
+from torchord.cache.ledger.records import VersionRecord
 from torchord.cache.tensors.codec import Manifest, require_same
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.deltas import forward
