@@ -37,7 +37,8 @@ from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import Manifest, layout, pack, require_same
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 
 KB = 1 << 10

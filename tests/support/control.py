@@ -21,7 +21,7 @@ from torchord.cache.ledger.records import (
     VersionRecord,
 )
 from torchord.cache.ledger.workers import WorkerInfo
-from torchord.cache.testing.memory_ledger import MemoryPlane
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.messages.task_names import QUEUES
 
 SPEC = {"recipe": {"model": {"target": "m:Model"}}, "config": {"epochs": 1, "skew": "refuse"}}

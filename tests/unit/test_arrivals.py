@@ -19,7 +19,8 @@ from torchord.cache.blobs.notice import Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.keys import PARAMETERS_UNDERWAY
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.client import version_download as arrivals
 from torchord.coordinator.client.version_download import VersionDownload
 

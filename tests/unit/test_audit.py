@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.control import SPEC, digest, entry, history, record, slot
 from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, SlotReceipt, VersionRecord
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan

@@ -18,7 +18,8 @@ from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, InvalidInput
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.server.gradient_download import GradientDownload
 
 SIZE = 4

@@ -13,7 +13,8 @@ import torch
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, same
 from torchord.cache.errors import CompilerMissing, Skewed
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.compute import compiling, gradient
 from torchord.coordinator.compute.gradient import open_dataset
 from torchord.coordinator.compute.replica import Replica

@@ -8,7 +8,9 @@ import pytest
 
 from tests.support.control import record, worker
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.cache.testing.memory_registry import MemoryRegistry
 from torchord.coordinator.client.slot_lease import hand_back_node
 
 NODE = "celery@pool"

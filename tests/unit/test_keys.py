@@ -10,7 +10,9 @@ import pytest
 from tests.support.control import SPEC, entry, record, slot, worker
 from torchord.cache import keys
 from torchord.cache.ledger.records import Head
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.cache.testing.memory_registry import MemoryRegistry
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "redis-keys.md").read_text()
 SECONDS = {"s": 1, "minute": 60, "hour": 3600, "day": 86400}

@@ -38,7 +38,9 @@ from torchord.cache.ledger.workers import Registry
 from torchord.cache.scripts import source
 from torchord.cache.servers import fast_client
 from torchord.cache.servers.redis_client import connect
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.cache.testing.memory_registry import MemoryRegistry
 
 CLIENTS = ("w0", "w1", "w2")
 SERVERS = ("s0", "s1")

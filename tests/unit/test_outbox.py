@@ -20,7 +20,8 @@ from torchord.cache.keys import WORK_TTL_SECONDS
 from torchord.cache.stores.gradients import GradientStore, GradientUpload, StoredGradient
 from torchord.cache.tensors.codec import Manifest, layout, pack
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.client.gradient_upload import Outgoing
 from torchord.coordinator.compute.determinism import seed_everything
 from torchord.coordinator.compute.gradient import ShardGradient, compute, open_dataset

@@ -14,7 +14,8 @@ from torchord.cache.errors import CacheUnreachable
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import StateRecord
 from torchord.cache.stores.parameters import ParameterCache
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 
 
 class Chunks:

@@ -12,7 +12,8 @@ from torchord.cache.errors import ChunkMissing, InvalidInput
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.server.step_sum import StepSum

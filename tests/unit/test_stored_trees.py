@@ -14,7 +14,8 @@ from torchord.cache.ledger.records import StateRecord
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.predictions import PredictionStore
 from torchord.cache.testing.memory_chunks import MemoryChunkStore
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 
 TREES: list[Any] = [
     {"a": torch.arange(6.0).reshape(2, 3), "b": [1, (None, torch.tensor(7))], 3: "text"},

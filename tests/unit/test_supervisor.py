@@ -21,7 +21,9 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS
 from torchord.cache.ledger.slots import BACKUP_FACTOR, BACKUP_LOST_SECONDS
 from torchord.cache.ledger.workers import WorkerInfo
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane, MemoryRegistry
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.cache.testing.memory_registry import MemoryRegistry
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.server.supervisor.discards import LOSSES, WINDOW_SECONDS

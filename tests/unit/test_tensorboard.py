@@ -10,7 +10,8 @@ import pytest
 from torchord.cache.errors import CacheUnreachable, RunNotFound
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.records import Head
-from torchord.cache.testing.memory_ledger import MemoryLedger, MemoryPlane
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.master import follower
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.tensorboard import Summaries, copy_all
