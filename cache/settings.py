@@ -66,6 +66,15 @@ class Settings:
     faults: str = ""
 
 
+def located(path: str | os.PathLike[str]) -> str:
+    """Return a path as a shell means it: `~` is somebody's home, and a relative one lies where we are now.
+
+    A URL stays as it is.
+    """
+    text = os.fspath(path)
+    return text if "://" in text else str(Path(os.path.expanduser(text)).absolute())
+
+
 def _words(value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
@@ -161,14 +170,14 @@ def from_environment() -> Settings:
         cache_replicas=_whole("TORCHORD_CACHE_REPLICAS", 0, of=""),
         cache_weights=_numbers("TORCHORD_CACHE_WEIGHTS"),
         cache_connections=_whole("TORCHORD_CACHE_CONNECTIONS", 1, of=""),
-        checkpoint_dir=env.get("TORCHORD_CHECKPOINT_DIR") or str(Path.cwd() / DEFAULT_CHECKPOINT_DIR),
+        checkpoint_dir=located(env.get("TORCHORD_CHECKPOINT_DIR") or DEFAULT_CHECKPOINT_DIR),
         allowed_modules=None if allowed is None else _words(allowed),
         host_cache=_on("TORCHORD_HOST_CACHE"),
         keep_memory=_on("TORCHORD_KEEP_MEMORY"),
         device=env.get("TORCHORD_DEVICE") or "auto",
         server_memory_bytes=_whole("TORCHORD_SERVER_MEMORY_BYTES", 4 << 30),
         dataset_memory_bytes=_whole("TORCHORD_DATASET_MEMORY_BYTES", 256 << 20),
-        dataset_disk=env.get("TORCHORD_DATASET_DISK", ""),
+        dataset_disk=located(disk) if (disk := env.get("TORCHORD_DATASET_DISK")) else "",
         dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),
         task_log=_on("TORCHORD_TASK_LOG"),
         overlap=_overlap("TORCHORD_OVERLAP"),

@@ -17,6 +17,7 @@ from typing import Any
 
 from torchord.cache.errors import CacheUnreachable, RunNotFound, TorchordError
 from torchord.cache.ledger.answers import Event
+from torchord.cache.settings import located
 from torchord.coordinator.master.master import Master
 from torchord.coordinator.master.run import Run
 
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=None, help="Redis URL; default TORCHORD_URL")
     parser.add_argument("--once", action="store_true", help="copy what is there and exit")
     options = parser.parse_args(arguments)
+    options.logdir = Path(located(options.logdir))
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -36,19 +36,20 @@ class FolderPlace:
     """Datasets in a folder.
 
     Args:
-        url: fsspec URL such as "s3://bucket/datasets", or an absolute directory.
+        url: fsspec URL such as "s3://bucket/datasets", or an absolute directory, which may begin with `~`.
 
     Raises:
         InvalidInput: a relative directory, a chain of URLs, or no driver for the protocol.
     """
 
     def __init__(self, url: str) -> None:
-        if "::" in url or ("://" not in url and not os.path.isabs(url)):
+        folder = os.path.expanduser(url)
+        if "::" in url or ("://" not in url and not os.path.isabs(folder)):
             raise InvalidInput(
                 f"datasets cannot be kept at {url!r}: give one URL such as 's3://bucket/datasets', or an "
                 "absolute directory that every worker sees"
             )
-        self.label = url.rstrip("/")
+        self.label = folder.rstrip("/")
         try:
             self._files, self._base = fsspec.core.url_to_fs(self.label)
         except (ImportError, ValueError) as error:

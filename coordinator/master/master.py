@@ -6,12 +6,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torchord.cache import keys
 from torchord.cache.datasets.library import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput
-from torchord.cache.settings import from_environment
+from torchord.cache.settings import from_environment, located
 from torchord.coordinator.master.run import Run, TrainedModel
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
@@ -53,14 +54,14 @@ class Master:
         cache_urls: Sequence[str] | None = None,
         cache_replicas: int | None = None,
         cache_weights: Sequence[float] | None = None,
-        checkpoint_dir: str | None = None,
+        checkpoint_dir: str | Path | None = None,
     ) -> None:
         explicit: dict[str, Any] = {
             "url": url,
             "cache_urls": None if cache_urls is None else tuple(cache_urls),
             "cache_replicas": cache_replicas,
             "cache_weights": None if cache_weights is None else tuple(cache_weights),
-            "checkpoint_dir": None if checkpoint_dir is None else str(checkpoint_dir),
+            "checkpoint_dir": None if checkpoint_dir is None else located(checkpoint_dir),
         }
         given = {name: value for name, value in explicit.items() if value is not None}
         settings = replace(from_environment(), **given)

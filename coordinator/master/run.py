@@ -26,6 +26,7 @@ from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.incarnation import revised, switched
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry
+from torchord.cache.settings import located
 from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.follower import Follower
@@ -170,7 +171,7 @@ class TrainedModel:
         """
         from safetensors.torch import save_file
 
-        target = Path(path)
+        target = Path(located(path))
         tensors = {name: t.detach().clone().contiguous() for name, t in self.module.state_dict().items()}
         try:
             save_file(tensors, target)
