@@ -42,6 +42,13 @@ class Encoder:
     named: Callable[[str, Any], dict[str, Any] | None]
     kinds: list[list[Any]] = field(default_factory=list)
 
+    def argument(self, value: Any, place: Place, shown: str) -> Any:
+        """Return an argument as plain JSON, with all that it holds; as `write`."""
+        try:
+            return self.write(value, place, shown)
+        except RecursionError:
+            raise self._refused(shown, "nested without an end, as something that contains itself") from None
+
     def write(self, value: Any, place: Place, shown: str) -> Any:
         """Return a value as plain JSON and note its kind.
 

@@ -342,10 +342,11 @@ def _encode(name: str, entry: Entry, where: str = "") -> Target:
     encoder = Encoder(name, functools.partial(_callable, name))
     of = f" of {where}" if where else ""
     plain_args = tuple(
-        encoder.write(value, ("args", place), f"argument {place}{of}") for place, value in enumerate(args)
+        encoder.argument(value, ("args", place), f"argument {place}{of}") for place, value in enumerate(args)
     )
     plain_kwargs = {
-        key: encoder.write(value, ("kwargs", key), f"argument {key!r}{of}") for key, value in kwargs.items()
+        key: encoder.argument(value, ("kwargs", key), f"argument {key!r}{of}")
+        for key, value in kwargs.items()
     }
     return Target(target, plain_args, plain_kwargs, tuple(encoder.kinds))
 

@@ -214,6 +214,12 @@ class Name(str):
     pass
 
 
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -229,6 +235,7 @@ class Name(str):
         (lambda: 0, ["argument 'x'", "a lambda", "move it to a module"]),
         (partial(F.relu, inplace=object()), ["argument 'inplace' of argument 'x'", "object"]),
         (Outer().method, ["argument 'x'", "a method of an object"]),
+        (endless(), ["argument 'x'", "contains itself"]),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, list) else None,
 )
