@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torchord.coordinator.local_cluster.cluster import LocalCluster
     from torchord.coordinator.master.audit import Audit
     from torchord.coordinator.master.master import Master
-    from torchord.coordinator.master.run import Run, RunStatus, StepReport, TrainedModel
+    from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel
+    from torchord.coordinator.master.run import Run
     from torchord.coordinator.spec.config import TrainingConfig
     from torchord.coordinator.spec.recipe import Recipe
 
@@ -23,9 +24,9 @@ _HOME = {
     "Master": "torchord.coordinator.master.master",
     "Recipe": "torchord.coordinator.spec.recipe",
     "Run": "torchord.coordinator.master.run",
-    "RunStatus": "torchord.coordinator.master.run",
-    "StepReport": "torchord.coordinator.master.run",
-    "TrainedModel": "torchord.coordinator.master.run",
+    "RunStatus": "torchord.coordinator.master.reports",
+    "StepReport": "torchord.coordinator.master.reports",
+    "TrainedModel": "torchord.coordinator.master.reports",
     "TrainingConfig": "torchord.coordinator.spec.config",
     "stored_dataset": "torchord.coordinator.datasets",
 }

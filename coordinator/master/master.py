@@ -13,7 +13,8 @@ from torchord.cache import keys
 from torchord.cache.datasets.library import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput
 from torchord.cache.settings import from_environment, located
-from torchord.coordinator.master.run import Run, TrainedModel
+from torchord.coordinator.master.reports import TrainedModel
+from torchord.coordinator.master.run import Run
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import TracebackType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchord.cache.errors import (
-    CheckpointError,
     InvalidInput,
-    NoWorker,
-    RunCancelled,
     RunError,
-    RunFailed,
     RunNotFound,
     VersionMissing,
-    WaitTimeout,
 )
 from torchord.cache.ledger.answers import Event
-from torchord.cache.ledger.incarnation import revised, switched
+from torchord.cache.ledger.incarnation import revised
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry
-from torchord.cache.settings import located
-from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.master.audit import Audit, audit
+from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
+from torchord.coordinator.master.progress import Progress
+from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel
+from torchord.coordinator.master.switching import SWITCHABLE, plan_of, switch
+from torchord.coordinator.master.waiting import POLL_SECONDS, RESTING, Waiting, detached
 from torchord.coordinator.messages.sender import Sender
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_command
-from torchord.coordinator.runtime.context import switches_of
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
@@ -43,143 +34,6 @@ if TYPE_CHECKING:
     import torch
 
     from torchord.coordinator.spec.recipe import ResolvedRecipe
-
-log = logging.getLogger(__name__)
-
-_RESTING = ("done", "failed", "cancelled")
-_PACE_SECONDS = 0.05
-_POLL_SECONDS = 0.5
-SWITCHABLE = ("shards", "local_steps", "staleness", "compression")
-_SWITCH_TRIES = 20
-
-
-class Detached(KeyboardInterrupt):
-    """Waiting was interrupted; the run goes on without this process.
-
-    A program that this ends shows no traceback: what there is to say was said before.
-    """
-
-
-def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not isinstance(error, Detached):
-        sys.__excepthook__(kind, error, trace)
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Where a run stands.
-
-    Attributes:
-        name: the run's name.
-        state: pending, running, paused, failed, cancelled or done.
-        version: committed global steps, which is also the version of the parameters.
-        total_steps: global steps of the whole run; None until a training server has seen the data.
-        epoch: the epoch that the next step belongs to, from 0; None likewise.
-        error: why it failed, one sentence; None otherwise.
-        traceback: the last frames of the recipe's code where it raised, "" otherwise.
-        submitted_at: Unix time (s).
-        server: worker id of the training server, "" if none serves it.
-        waiting_for: queues that the run needs and no living worker consumes.
-        refused: living workers that may not work on the run, each with the reason: their torch,
-            hardware or code would give other bits.
-        discarded: queues whose messages somebody throws away who is no torchord worker, each with what to
-            look for; the run goes on, many times slower.
-    """
-
-    name: str
-    state: str
-    version: int
-    total_steps: int | None
-    epoch: int | None
-    error: str | None
-    traceback: str
-    submitted_at: float
-    server: str
-    waiting_for: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-    discarded: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One committed global step.
-
-    Attributes:
-        step: its number, from 0.
-        version: the version it made (`step + 1`).
-        loss: count-weighted mean loss over its shards, at the parameters before the update.
-        examples: examples in the step.
-        seconds: from the previous commit to this one.
-        nbytes: gradient bytes that its shards stored.
-        grad_norm: L2 norm of the averaged gradient, before clipping.
-        lr: learning rate of each parameter group.
-        skipped: the update was left out because of a NaN or Inf.
-        workers: which worker computed each shard, in shard order.
-    """
-
-    step: int
-    version: int
-    loss: float
-    examples: int
-    seconds: float
-    nbytes: int
-    grad_norm: float
-    lr: tuple[float, ...] = ()
-    skipped: bool = False
-    workers: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, entry: LedgerEntry) -> StepReport:
-        """The report of one ledger entry."""
-        return cls(
-            step=entry.version - 1,
-            version=entry.version,
-            loss=entry.loss,
-            examples=entry.examples,
-            seconds=entry.seconds,
-            nbytes=sum(slot.nbytes for slot in entry.slots),
-            grad_norm=entry.grad_norm,
-            lr=entry.lr,
-            skipped=entry.skipped,
-            workers=tuple(slot.worker for slot in entry.slots),
-        )
-
-
-@dataclass
-class TrainedModel:
-    """What `Run.wait` returns.
-
-    Attributes:
-        module: the model in eval mode, on CPU, holding the last version.
-        history: one report a global step.
-        metrics: the last evaluation, {"loss": ..., metric: ...}; empty without an evaluation.
-        evaluations: version -> metrics.
-        version: the version that `module` holds.
-    """
-
-    module: torch.nn.Module
-    history: list[StepReport]
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
-    version: int = 0
-
-    def save(self, path: str | Path) -> Path:
-        """Write the state dict as a safetensors file and return its path.
-
-        Tied tensors are written once each; `torch.nn.Module.load_state_dict` of the file gives the
-        same model.
-        """
-        from safetensors.torch import save_file
-
-        target = Path(located(path))
-        tensors = {name: t.detach().clone().contiguous() for name, t in self.module.state_dict().items()}
-        try:
-            save_file(tensors, target)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {target}: {error}; choose a directory that exists"
-            ) from error
-        return target
 
 
 class Run:
@@ -193,6 +47,7 @@ class Run:
         self._services = services
         self._sender = sender
         self._ledger: Ledger = services.ledger(name)
+        self._fleet = Fleet(services, name)
         self._trusted = trusted
 
     def __repr__(self) -> str:
@@ -222,9 +77,9 @@ class Run:
             traceback=error.get("traceback", ""),
             submitted_at=head.submitted_at,
             server=head.owner,
-            waiting_for=() if head.status in _RESTING else tuple(self.idle_queues()),
-            refused=() if head.status in _RESTING else self._refused(),
-            discarded=() if head.status in _RESTING else self._discarded(),
+            waiting_for=() if head.status in RESTING else tuple(self._fleet.idle_queues()),
+            refused=() if head.status in RESTING else self._fleet.refused(),
+            discarded=() if head.status in RESTING else self._fleet.discarded(),
         )
 
     def history(self) -> list[StepReport]:
@@ -245,9 +100,9 @@ class Run:
         """
         follower = self.follow(after)
         while True:
-            head, found = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
+            head, found = follower.look(block_seconds=POLL_SECONDS, resting=RESTING)
             yield from found
-            if head is not None and not found and head.status in _RESTING:
+            if head is not None and not found and head.status in RESTING:
                 return
 
     def follow(self, after: str = "0-0") -> Follower:
@@ -278,19 +133,11 @@ class Run:
             NoWorker: nobody consumes a queue; the run stays queued.
             WaitTimeout: the run goes on, but `timeout` is over.
         """
-        from torchord.coordinator.master.progress import Progress
-
         try:
             with Progress(self.name, enabled=progress) as bar:
-                self._wait(bar, timeout, worker_timeout)
+                Waiting(self._ledger, self._fleet).until_done(bar, timeout, worker_timeout)
         except KeyboardInterrupt:
-            sys.stderr.write(
-                f"\nDetached. Run {self.name!r} goes on as long as its workers do; come back with\n"
-                f"    Master({self._services.settings.url!r}).run({self.name!r}).wait(progress=True)\n"
-            )
-            if sys.excepthook is sys.__excepthook__:  # nobody else shows this program's errors
-                sys.excepthook = _show_error
-            raise Detached(f"run {self.name!r} goes on") from None
+            raise detached(self.name, self._services.settings.url) from None
         head = self._ledger.head()
         evaluations = self.evaluations()
         return TrainedModel(
@@ -301,80 +148,9 @@ class Run:
             version=head.version,
         )
 
-    def _wait(self, bar: Any, timeout: float | None, worker_timeout: float) -> None:
-        began = workers_seen = time.monotonic()
-        deadline = None if timeout is None else began + timeout
-        follower = self.follow()
-        while True:
-            head, events = follower.look(block_seconds=_POLL_SECONDS, resting=_RESTING)
-            now = time.monotonic()
-            if head is None:
-                if deadline is not None and now > deadline:
-                    raise WaitTimeout(f"run {self.name!r} cannot be asked: Redis is away; call wait() again")
-                workers_seen = now
-                continue
-            bar.head(head)
-            for event in events:
-                bar.event(event)
-                if event.type == "discarded":
-                    log.warning("run %s: %s", self.name, event.data["message"])
-            if head.status == "done" and not events:
-                return
-            if head.status == "failed" and not events:
-                raise RunFailed(_failure(self.name, head))
-            if head.status == "cancelled":
-                raise RunCancelled(f"run {self.name!r} was cancelled at version {head.version}")
-            if deadline is not None and now > deadline:
-                raise WaitTimeout(
-                    f"run {self.name!r} is {head.status} at version {head.version} of {head.total_steps} "
-                    f"after {timeout:g} s; it goes on, call wait() again"
-                )
-            if (
-                events
-                or head.status == "paused"
-                or self._worked_on(
-                    bar, alone=now - workers_seen > worker_timeout, overdue=now - began > worker_timeout
-                )
-            ):
-                workers_seen = now
-            if events and head.status == "running":
-                time.sleep(_PACE_SECONDS)  # steps may take a few milliseconds: don't ask after each
-
-    def _worked_on(self, bar: Any, *, alone: bool, overdue: bool) -> bool:
-        """Whether each queue has a worker, or will get one from a cluster that this program has started.
-
-        Args:
-            bar: shows whom the run waits for.
-            alone: whether it is high time; else only a program's own cluster is looked at.
-            overdue: whether a starting cluster has taken long.
-
-        Raises:
-            NoWorker: it is high time and nobody will come, or a worker of the cluster failed to start.
-        """
-        started = starting(self._services.settings.url)  # before the registry, see there
-        if not started and not alone:
-            return False
-        idle = self.idle_queues()
-        names = coming(started, idle)
-        if names:
-            bar.waiting(names, overdue=overdue)
-        elif idle and alone:
-            raise NoWorker(_no_worker(self.name, idle, self._refused()))
-        return bool(names) or not idle
-
     def idle_queues(self) -> list[str]:
         """The queues, of those that the run needs, that no living worker consumes that may work on it."""
-        alive = self._services.registry.alive().values()
-        willing = [info for info in alive if self.name not in info.refuses]
-        return [queue for queue in (UPDATES, GRADIENTS) if not any(queue in info.queues for info in willing)]
-
-    def _refused(self) -> tuple[str, ...]:
-        alive = self._services.registry.alive().values()
-        return tuple(f"{info.id}: {info.refuses[self.name]}" for info in alive if self.name in info.refuses)
-
-    def _discarded(self) -> tuple[str, ...]:
-        alive = self._services.registry.alive().values()
-        return tuple(sorted({said for info in alive for said in info.discarded.values()}))
+        return self._fleet.idle_queues()
 
     # --- acting --------------------------------------------------------------------------
 
@@ -476,33 +252,7 @@ class Run:
                 f"switch() changes {', '.join(SWITCHABLE)}, not {', '.join(unknown) or 'nothing at all'}; "
                 "submit a new run for another value of anything else"
             )
-        for _ in range(_SWITCH_TRIES):
-            head, spec = self._ledger.head(), self._spec()
-            plan = self._plan(head)
-            started = head.total_steps is not None
-            step = max(head.version, head.reached) + 3 if started else 0
-            if plan is not None and started and step >= plan.total_steps:
-                raise RunError(
-                    f"run {self.name!r} has {plan.total_steps - head.version} steps left, too few to switch"
-                )
-            switches = {int(at): dict(values) for at, values in spec.get("switches", {}).items()}
-            switches[step] = {**switches.get(step, {}), **fields}
-            config = TrainingConfig.from_json(spec["config"])
-            after = Plan(head.dataset_size or 10**12, config, switches)
-            after.config_at(min(step, after.total_steps - 1))  # raises ConfigError for a bad value
-            verdict = self._ledger.switch(
-                {**spec, "switches": {str(at): values for at, values in sorted(switches.items())}},
-                step=step,
-                incarnation=head.incarnation,
-                following=switched(head.incarnation),
-                total_steps=after.total_steps if started else None,
-                data={"step": step, **fields},
-            )
-            if verdict == "ok":
-                return step
-            if verdict not in ("late", "changed"):
-                raise RunError(f"run {self.name!r} is {verdict}; only a live run can be switched")
-        raise RunError(f"run {self.name!r} advances too fast to be switched; pause() it first, then switch")
+        return switch(self._ledger, fields)
 
     # --- using ---------------------------------------------------------------------------
 
@@ -611,10 +361,7 @@ class Run:
         return resolve(self._spec()["recipe"], allowed=allowed)
 
     def _plan(self, head: Head) -> Plan | None:
-        if not head.dataset_size:
-            return None
-        spec = self._spec()
-        return Plan(head.dataset_size, TrainingConfig.from_json(spec["config"]), switches_of(spec))
+        return plan_of(head, self._spec())
 
     def _checkpoints(self, incarnation: str | None) -> Any:
         from torchord.cache.files.checkpoint import CheckpointStore
@@ -653,29 +400,3 @@ class Run:
                     f"{error}; checkpoints hold {store.versions()}. Ask for one of these, or for the newest"
                 ) from error
             replica.load_tensors(store.load(wanted).tensors)
-
-
-def _failure(name: str, head: Head) -> str:
-    error = head.error or {}
-    text = f"run {name!r} stopped at version {head.version}: {error.get('message', 'no reason recorded')}"
-    if error.get("traceback"):
-        text += "\n" + "\n".join("    " + line for line in str(error["traceback"]).splitlines())
-    return (
-        f"{text}\nCorrect the cause, restart the workers if code changed, then "
-        f"Master(...).run({name!r}).resume()."
-    )
-
-
-def _no_worker(name: str, queues: list[str], refused: tuple[str, ...]) -> str:
-    commands = "\n".join(f"    {worker_command(queue)}" for queue in queues)
-    listed = " and ".join(repr(queue) for queue in queues)
-    if refused:
-        reasons = "\n".join(f"    {reason}" for reason in refused)
-        return (
-            f"no worker that may work on run {name!r} is consuming queue {listed}; it stays queued.\n"
-            f"{reasons}"
-        )
-    return (
-        f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n"
-        f"{commands}\n(or `celery -A torchord worker` for everything on one worker), then wait() again"
-    )

@@ -1,0 +1,131 @@
+"""What a person is told of a run: where it stands, what a step did, what it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchord.cache.errors import CheckpointError
+from torchord.cache.ledger.records import LedgerEntry
+from torchord.cache.settings import located
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        name: the run's name.
+        state: pending, running, paused, failed, cancelled or done.
+        version: committed global steps, which is also the version of the parameters.
+        total_steps: global steps of the whole run; None until a training server has seen the data.
+        epoch: the epoch that the next step belongs to, from 0; None likewise.
+        error: why it failed, one sentence; None otherwise.
+        traceback: the last frames of the recipe's code where it raised, "" otherwise.
+        submitted_at: Unix time (s).
+        server: worker id of the training server, "" if none serves it.
+        waiting_for: queues that the run needs and no living worker consumes.
+        refused: living workers that may not work on the run, each with the reason: their torch,
+            hardware or code would give other bits.
+        discarded: queues whose messages somebody throws away who is no torchord worker, each with what to
+            look for; the run goes on, many times slower.
+    """
+
+    name: str
+    state: str
+    version: int
+    total_steps: int | None
+    epoch: int | None
+    error: str | None
+    traceback: str
+    submitted_at: float
+    server: str
+    waiting_for: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    discarded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One committed global step.
+
+    Attributes:
+        step: its number, from 0.
+        version: the version it made (`step + 1`).
+        loss: count-weighted mean loss over its shards, at the parameters before the update.
+        examples: examples in the step.
+        seconds: from the previous commit to this one.
+        nbytes: gradient bytes that its shards stored.
+        grad_norm: L2 norm of the averaged gradient, before clipping.
+        lr: learning rate of each parameter group.
+        skipped: the update was left out because of a NaN or Inf.
+        workers: which worker computed each shard, in shard order.
+    """
+
+    step: int
+    version: int
+    loss: float
+    examples: int
+    seconds: float
+    nbytes: int
+    grad_norm: float
+    lr: tuple[float, ...] = ()
+    skipped: bool = False
+    workers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, entry: LedgerEntry) -> StepReport:
+        """The report of one ledger entry."""
+        return cls(
+            step=entry.version - 1,
+            version=entry.version,
+            loss=entry.loss,
+            examples=entry.examples,
+            seconds=entry.seconds,
+            nbytes=sum(slot.nbytes for slot in entry.slots),
+            grad_norm=entry.grad_norm,
+            lr=entry.lr,
+            skipped=entry.skipped,
+            workers=tuple(slot.worker for slot in entry.slots),
+        )
+
+
+@dataclass
+class TrainedModel:
+    """What `Run.wait` returns.
+
+    Attributes:
+        module: the model in eval mode, on CPU, holding the last version.
+        history: one report a global step.
+        metrics: the last evaluation, {"loss": ..., metric: ...}; empty without an evaluation.
+        evaluations: version -> metrics.
+        version: the version that `module` holds.
+    """
+
+    module: torch.nn.Module
+    history: list[StepReport]
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    version: int = 0
+
+    def save(self, path: str | Path) -> Path:
+        """Write the state dict as a safetensors file and return its path.
+
+        Tied tensors are written once each; `torch.nn.Module.load_state_dict` of the file gives the
+        same model.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(located(path))
+        tensors = {name: t.detach().clone().contiguous() for name, t in self.module.state_dict().items()}
+        try:
+            save_file(tensors, target)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {target}: {error}; choose a directory that exists"
+            ) from error
+        return target
