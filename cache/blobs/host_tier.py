@@ -22,10 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import mmap
 import os
-import stat
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -34,22 +31,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 import xxhash
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.host_files import (
+    closing,
+    in_use,
+    is_ours,
+    lock_shared,
+    locked,
+    map_private,
+    map_shared,
+    quarter,
+    remove_unused,
+    reserve,
+    still_at,
+    usable_directory,
+    write_all,
+)
 from torchord.cache.tensors.codec import as_bytes
 from torchord.cache.tensors.pieces import checksums, split
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover
-    _HAS_FLOCK = False  # Windows: the tier is off
-else:
-    _HAS_FLOCK = True
-
-_SHARED_MEMORY = Path("/dev/shm")
 _PART = ".part"
 _IDENTITY = "identity"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.005
@@ -101,8 +104,8 @@ class HostTier:
         self.counters = HostCounters()
         self._idle_seconds = idle_seconds
         self._wait_seconds = wait_seconds
-        self.directory = _usable_directory(directory)
-        self._spare_nbytes = spare_nbytes if spare_nbytes is not None else _quarter(self.directory)
+        self.directory = usable_directory(directory)
+        self._spare_nbytes = spare_nbytes if spare_nbytes is not None else quarter(self.directory)
         self._drafts = None if self.directory is None else _drafts(self.directory)
         self._swept = 0.0
         self.sweep()
@@ -155,7 +158,7 @@ class HostTier:
         except OSError as error:
             self._warn("fetch", ref, error)
             return None
-        with _closing(part):  # outside of the `try`: an error of `download` is the caller's
+        with closing(part):  # outside of the `try`: an error of `download` is the caller's
             return self._download(ref, part, download)
 
     def has(self, ref: BlobRef) -> bool:
@@ -184,8 +187,8 @@ class HostTier:
             part = self._lock_part(ref)
             if part is None:
                 return self._path(ref).exists()
-            with _closing(part), self._removing_unfinished(ref, part):
-                self._with_room(lambda: _write(part, view))
+            with closing(part), self._removing_unfinished(ref, part):
+                self._with_room(lambda: write_all(part, view))
                 self._complete(ref, part, keep_seconds)
             return True
         except OSError as error:
@@ -264,7 +267,7 @@ class HostTier:
                 if keep_spares and keep_until > now and kept_nbytes <= self._spare_nbytes:
                     kept_nbytes += nbytes
                 else:
-                    _remove_unused(path)
+                    remove_unused(path)
         except OSError as error:
             _log.warning("cannot clean up %s: %s", self.directory, error)
 
@@ -311,9 +314,9 @@ class HostTier:
             if error.errno == errno.ELOOP:  # a symbolic link; the next writer replaces it
                 path.unlink(missing_ok=True)
             raise
-        with _closing(fd):
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            tensor = _map(fd, ref.nbytes) if _is_ours(fd, ref.nbytes) else None
+        with closing(fd):
+            lock_shared(fd)
+            tensor = map_private(fd, ref.nbytes) if is_ours(fd, ref.nbytes) else None
             if tensor is not None and checksums(split(as_bytes(tensor), ref.chunk_nbytes)) == ref.checksums:
                 self._keep(fd, 0.0)
                 self.counters.hits += 1
@@ -328,7 +331,7 @@ class HostTier:
         path = self._part(ref)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            if _locked(fd) and _still_at(fd, path):
+            if locked(fd) and still_at(fd, path):
                 if not self._path(ref).exists():
                     return fd
                 path.unlink()
@@ -342,15 +345,15 @@ class HostTier:
         with self._removing_unfinished(ref, part):
             try:
                 # Memory is reserved, so that a full file system is an error here and not a SIGBUS later.
-                self._with_room(lambda: _reserve(part, ref.nbytes))
-                buffer = memoryview(_map_shared(part, ref.nbytes))
+                self._with_room(lambda: reserve(part, ref.nbytes))
+                buffer = memoryview(map_shared(part, ref.nbytes))
             except OSError as error:
                 self._warn("write", ref, error)
                 return None
             download(buffer[: ref.nbytes])
             try:
                 self._complete(ref, part, 0.0)
-                tensor = _map(part, ref.nbytes)
+                tensor = map_private(part, ref.nbytes)
             except OSError as error:
                 self._warn("write", ref, error)
                 return None
@@ -381,7 +384,7 @@ class HostTier:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if _still_at(part, self._part(ref)):
+                if still_at(part, self._part(ref)):
                     self._part(ref).unlink()
 
     def _complete(self, ref: BlobRef, part: int, keep_seconds: float) -> None:
@@ -389,7 +392,7 @@ class HostTier:
         self._keep(part, keep_seconds)
         os.fchmod(part, 0o400)
         os.rename(self._part(ref), self._path(ref))
-        fcntl.flock(part, fcntl.LOCK_SH)
+        lock_shared(part)
 
     def _keep(self, fd: int, seconds: float, *, anew: bool = False) -> None:
         """Have a file kept for so long, at least as long as a spare, and no shorter than it was to be.
@@ -412,128 +415,17 @@ class HostTier:
                 if path.name.startswith(_IDENTITY):
                     continue
                 if path.suffix == _PART:
-                    _remove_unused(path)
-                elif not _in_use(path):
+                    remove_unused(path)
+                elif not in_use(path):
                     found = path.stat()
                     yield found.st_mtime, found.st_size, path
-
-
-def _usable_directory(wanted: str | os.PathLike[str] | None) -> Path | None:
-    """Create the first directory that can be had, closed to other users; None without any."""
-    if not _HAS_FLOCK:
-        return None
-    name = f"torchord-{os.geteuid()}"
-    candidates = [Path(wanted)] if wanted else [_SHARED_MEMORY / name, Path(tempfile.gettempdir()) / name]
-    for path in candidates:
-        try:
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                raise PermissionError(
-                    errno.EPERM, "it must be a directory of this user, closed to others", str(path)
-                )
-            with tempfile.TemporaryFile(dir=path):
-                return path
-        except OSError as error:
-            _log.warning("processes of this host cannot share fetched tensors in %s: %s", path, error)
-    return None
 
 
 def _drafts(directory: Path) -> Drafts:
     from torchord.cache.blobs.host_buffers import Drafts, tensor_of
 
     def make(fd: int, nbytes: int) -> Tensor:
-        _reserve(fd, nbytes)
-        return tensor_of(memoryview(_map_shared(fd, nbytes)), nbytes)
+        reserve(fd, nbytes)
+        return tensor_of(memoryview(map_shared(fd, nbytes)), nbytes)
 
     return Drafts(directory, make)
-
-
-def _quarter(directory: Path | None) -> int:
-    if directory is None:
-        return 0
-    found = os.statvfs(directory)
-    return found.f_frsize * found.f_blocks // 4
-
-
-@contextmanager
-def _closing(fd: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def _locked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _still_at(fd: int, path: Path) -> bool:
-    """Whether `path` still names the open file (it may have been renamed or removed before the lock)."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _in_use(path: Path) -> bool:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with _closing(fd):
-        return not _locked(fd)
-
-
-def _remove_unused(path: Path) -> None:
-    """Remove a file unless somebody holds a lock on it."""
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with _closing(fd):
-            if _locked(fd) and _still_at(fd, path):
-                path.unlink()
-
-
-def _is_ours(fd: int, nbytes: int) -> bool:
-    found = os.fstat(fd)
-    return (
-        stat.S_ISREG(found.st_mode)
-        and found.st_uid == os.geteuid()
-        and not found.st_mode & 0o077
-        and found.st_size == nbytes
-    )
-
-
-def _map(fd: int, nbytes: int) -> Tensor:
-    """Map privately: reads share the pages, a write copies its page for this process alone.
-
-    The mapping duplicates `fd`, and with it the shared lock, which therefore lives as long as the
-    tensor does.
-    """
-    if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-
-
-def _map_shared(fd: int, nbytes: int) -> mmap.mmap:
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    return mmap.mmap(fd, nbytes, flags=flags) if nbytes else mmap.mmap(-1, 1)
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    os.ftruncate(fd, 0)
-    if not nbytes:
-        return
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, nbytes)
-    else:  # pragma: no cover  # macOS
-        _write(fd, memoryview(bytes(nbytes)))
-
-
-def _write(fd: int, view: memoryview) -> None:
-    os.ftruncate(fd, 0)
-    written = 0
-    while written < len(view):
-        written += os.pwrite(fd, view[written:], written)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import xxhash
 
-from torchord.cache.blobs import host_tier as host
+from torchord.cache.blobs import host_files as host
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.errors import CacheUnreachable, ChunkMissing
