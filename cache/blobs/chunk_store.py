@@ -7,36 +7,29 @@ knows at once when it was given other bytes than the writer wrote.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef as BlobRef
 from torchord.cache.blobs.checksum_thread import Checker
-from torchord.cache.blobs.ring import Ring
-from torchord.cache.errors import CacheError, CacheUnreachable, ChunkCorrupt, ChunkMissing, InvalidInput
+from torchord.cache.blobs.node_rounds import NodeRounds
+from torchord.cache.errors import CacheUnreachable, InvalidInput
 from torchord.cache.servers.cluster import node_of
 from torchord.cache.servers.fork import reset_after_fork
-from torchord.cache.servers.node import Problem
 from torchord.cache.settings import Settings
 from torchord.cache.tensors.codec import as_bytes
-from torchord.cache.tensors.pieces import Cut, Parts, chunk_count, split
+from torchord.cache.tensors.pieces import Cut, split
 
 CHUNK_NBYTES = 1 << 19
 """Half a MiB: still in the processor's cache when it is checked, and few enough keys for 1.6 GB."""
 
-_AVOIDED_SECONDS = 5.0  # how long a node that did not answer is asked last; doubled each time
-_MOST_AVOIDED_SECONDS = 60.0
-_log = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 
@@ -153,16 +146,10 @@ class ChunkStore:
         shares = dict(zip(names, weights or [1.0] * len(names), strict=True))
         self.chunk_nbytes = chunk_nbytes
         self.counters = Counters()
-        self.placement = _in_words(shares, 1 + replicas)
-        self._ring = Ring(shares)
-        self._nodes = {node.label: node for node in nodes}
-        self._only = self._nodes[names[0]] if len(names) == 1 else None
-        self._copies = 1 + replicas
-        self._connections = connections
+        self._rounds = NodeRounds(nodes, shares, copies=1 + replicas, connections=connections)
+        self.placement = self._rounds.placement
         self._patience_seconds = patience_seconds
-        self._avoided: dict[str, tuple[float, float]] = {}  # name -> (until, for how long), seconds
         self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
         self._checker = Checker()
         reset_after_fork(self)
 
@@ -201,7 +188,7 @@ class ChunkStore:
         sums = [""] * len(items)
         if items:
             with self._checker.beside(parts, sums):
-                self._patiently(self._store, items, ttl_seconds, sums)
+                self._patiently(self._rounds.store, items, ttl_seconds, sums)
         with self._lock:
             self.counters.bytes_out += len(view)
             self.counters.seconds_out += time.perf_counter() - started
@@ -228,7 +215,7 @@ class ChunkStore:
         size, prefix = self.chunk_nbytes, key.encode()
         items = [(b"%s:%d" % (prefix, i), view[i * size : (i + 1) * size]) for i in numbers]
         sums = [""] * len(items)
-        self._patiently(self._store, items, ttl_seconds, sums)
+        self._patiently(self._rounds.store, items, ttl_seconds, sums)
         with self._lock:
             self.counters.bytes_out += sum(len(part) for _, part in items)
             self.counters.seconds_out += time.perf_counter() - started
@@ -262,7 +249,7 @@ class ChunkStore:
         started = time.perf_counter()
         if ref.nbytes:
             parts = Cut(partial(as_bytes, buffer), ref.nbytes, ref.chunk_nbytes)
-            self._patiently(self._load_again, _keys(ref), parts, ref.checksums)
+            self._patiently(self._rounds.load, _keys(ref), parts, ref.checksums)
         with self._lock:
             self.counters.bytes_in += ref.nbytes
             self.counters.seconds_in += time.perf_counter() - started
@@ -280,7 +267,7 @@ class ChunkStore:
         numbers = sorted(sums)  # only the last one may be shorter
         parts = [view[i * size : (i + 1) * size] for i in numbers]
         names = [b"%s:%d" % (prefix, i) for i in numbers]
-        self._patiently(self._load_again, names, parts, [sums[i] for i in numbers])
+        self._patiently(self._rounds.load, names, parts, [sums[i] for i in numbers])
         with self._lock:
             self.counters.bytes_in += sum(len(part) for part in parts)
             self.counters.seconds_in += time.perf_counter() - started
@@ -299,7 +286,7 @@ class ChunkStore:
         if not blobs:
             return
         started = time.perf_counter()
-        self._patiently(self._store, [(f"{key}:0".encode(), view) for key, view in blobs], ttl_seconds)
+        self._patiently(self._rounds.store, [(f"{key}:0".encode(), view) for key, view in blobs], ttl_seconds)
         with self._lock:
             self.counters.bytes_out += sum(len(view) for _, view in blobs)
             self.counters.seconds_out += time.perf_counter() - started
@@ -318,7 +305,7 @@ class ChunkStore:
                 parts.append(part)
                 sums.append(checksum)
         for keys, parts, sums in alike.values():
-            self._patiently(self._load_again, keys, parts, sums)
+            self._patiently(self._rounds.load, keys, parts, sums)
         with self._lock:
             self.counters.bytes_in += sum(ref.nbytes for ref in refs)
             self.counters.seconds_in += time.perf_counter() - started
@@ -333,16 +320,7 @@ class ChunkStore:
             CacheUnreachable: the only node does not answer.
             CacheError: a node refused.
         """
-        groups: dict[str, list[bytes]] = {}
-        keys = [key for ref in refs for key in ref.chunk_keys()]
-        for key, order in zip(keys, self._orders(keys), strict=True):
-            for name in order[: self._copies]:
-                groups.setdefault(name, []).append(key.encode())
-        failed = self._each(
-            [(name, partial(self._nodes[name].delete, keys)) for name, keys in groups.items()]
-        )
-        if failed and len(self._nodes) == 1:
-            raise next(iter(failed.values()))
+        self._rounds.delete([key for ref in refs for key in ref.chunk_keys()])
 
     def touch(self, ref: BlobRef, ttl_seconds: int) -> None:
         """Set the remaining lifetime of a blob's chunks.
@@ -352,7 +330,7 @@ class ChunkStore:
             CacheUnreachable: no node answers.
             CacheError: a node refused.
         """
-        self._patiently(self._touch, ref, ttl_seconds)
+        self._patiently(self._rounds.touch, list(ref.chunk_keys()), ttl_seconds)
 
     def extend(self, refs: Sequence[BlobRef], ttl_seconds: int) -> list[bool]:
         """Tell which blobs are stored whole, and let the chunks that there are live at least so long.
@@ -364,208 +342,17 @@ class ChunkStore:
             CacheError: a node refused.
         """
         found: dict[str, bool] = {key: False for ref in refs for key in ref.chunk_keys()}
-        self._patiently(self._extend, found, ttl_seconds)
+        self._patiently(self._rounds.extend, found, ttl_seconds)
         return [all(found[key] for key in ref.chunk_keys()) for ref in refs]
 
     def close(self) -> None:
         """Close connections and threads; the store may be used again."""
-        with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown()
+        self._rounds.close()
         self._checker.close()
-        for node in self._nodes.values():
-            node.close()
 
     def reset(self) -> None:
         """Start afresh in a forked child, which has none of the parent's threads."""
         self._lock = threading.Lock()
-        self._threads = None
-
-    # --- one attempt of each operation: rounds over the nodes, in the order of the ring -------
-
-    def _store(
-        self, items: Sequence[tuple[bytes, memoryview]], ttl_seconds: int, sums: list[str] | None = None
-    ) -> None:
-        """Store items; fill in their checksums, computed while a node works on what was sent."""
-
-        def check(indices: Sequence[int], first: int, stop: int) -> None:
-            if sums is not None:
-                for i in indices[first:stop]:
-                    sums[i] = sums[i] or xxhash.xxh3_64_hexdigest(items[i][1])
-
-        if self._only is not None and self._connections == 1:
-            self._only.store(items, ttl_seconds, partial(check, range(len(items))))
-            return
-        orders = self._orders([key.decode() for key, _ in items])
-        placed = [0] * len(items)
-        failed: dict[str, CacheUnreachable] = {}
-
-        def send(name: str, indices: Sequence[int]) -> None:
-            self._nodes[name].store([items[i] for i in indices], ttl_seconds, partial(check, indices))
-
-        for turn in range(len(self._nodes)):
-            groups: dict[str, list[int]] = {}
-            for i, order in enumerate(orders):
-                if turn < self._copies or placed[i] < self._copies:
-                    groups.setdefault(order[turn], []).append(i)
-            lost = self._each(self._lanes(groups, send))
-            failed |= lost
-            for name, indices in groups.items():
-                for i in indices if name not in lost else ():
-                    placed[i] += 1
-        if not all(placed):
-            raise _nowhere(failed)
-
-    def _load_again(self, keys: Sequence[bytes], parts: Parts, sums: Sequence[str]) -> None:
-        """Load; what arrives with other bytes than were written is asked for once more."""
-        try:
-            self._load(keys, parts, sums)
-        except ChunkCorrupt as error:
-            _log.warning("%s; reading it once more", error)
-            self._load(keys, parts, sums)
-
-    def _load(self, keys: Sequence[bytes], parts: Parts, sums: Sequence[str]) -> None:
-        if self._only is not None and self._connections == 1:
-            problems = self._only.load(keys, parts, sums)
-            if problems:
-                raise self._no_chunk(keys[min(problems)].decode(), problems[min(problems)], {})
-            return
-        orders = self._orders([key.decode() for key in keys])
-        good = [False] * len(keys)
-        problems = {}
-        failed: dict[str, CacheUnreachable] = {}
-        refused: list[CacheError] = []
-
-        def receive(name: str, indices: Sequence[int]) -> None:
-            try:
-                wrong = self._nodes[name].load(
-                    [keys[i] for i in indices], [parts[i] for i in indices], [sums[i] for i in indices]
-                )
-            except CacheUnreachable:
-                raise
-            except CacheError as error:  # another node may have it all the same
-                refused.append(error)
-                return
-            for position, i in enumerate(indices):
-                good[i] = position not in wrong
-                if wrong.get(position) is Problem.CORRUPT:
-                    problems[i] = Problem.CORRUPT
-
-        for turn in range(len(self._nodes)):
-            groups: dict[str, list[int]] = {}
-            for i, order in enumerate(orders):
-                if not good[i]:
-                    groups.setdefault(order[turn], []).append(i)
-            failed |= self._each(self._lanes(groups, receive))
-        if not all(good):
-            bad = good.index(False)
-            if refused and bad not in problems:
-                raise refused[0]
-            raise self._no_chunk(keys[bad].decode(), problems.get(bad), failed)
-
-    def _touch(self, ref: BlobRef, ttl_seconds: int) -> None:
-        keys = list(ref.chunk_keys())
-        found, failed = self._expire(keys, ttl_seconds, extend=False)
-        if not all(found):
-            raise self._no_chunk(keys[found.index(False)], None, failed)
-
-    def _extend(self, found: dict[str, bool], ttl_seconds: int) -> None:
-        hits, failed = self._expire(list(found), ttl_seconds, extend=True)
-        if found and len(failed) == len(self._nodes):
-            raise _nowhere(failed)
-        found.update(zip(found, hits, strict=True))
-
-    def _expire(
-        self, keys: Sequence[str], ttl_seconds: int, *, extend: bool
-    ) -> tuple[list[bool], dict[str, CacheUnreachable]]:
-        """Set lives on all nodes that have a key; returns which keys there are, and silent nodes."""
-        orders = self._orders(keys)
-        found = [False] * len(keys)
-        failed: dict[str, CacheUnreachable] = {}
-
-        def expire(name: str, indices: Sequence[int]) -> None:
-            hits = self._nodes[name].expire([keys[i].encode() for i in indices], ttl_seconds, extend=extend)
-            for i, hit in zip(indices, hits, strict=True):
-                found[i] |= hit
-
-        for turn in range(len(self._nodes)):
-            groups: dict[str, list[int]] = {}
-            for i, order in enumerate(orders):
-                if turn < self._copies or not found[i]:
-                    groups.setdefault(order[turn], []).append(i)
-            failed |= self._each(self._lanes(groups, expire))
-        return found, failed
-
-    # --- nodes and threads -------------------------------------------------------------------
-
-    def _orders(self, keys: Sequence[str]) -> list[list[str]]:
-        """For each key all nodes in the order in which to try them; silent ones last."""
-        if len(self._nodes) == 1:
-            return [list(self._nodes)] * len(keys)
-        orders = [list(self._ring.order(key)) for key in keys]
-        now = time.monotonic()
-        silent = {name for name, (until, _) in list(self._avoided.items()) if until > now}
-        if silent:
-            for order in orders:
-                order.sort(key=silent.__contains__)
-        return orders
-
-    def _lanes(
-        self, groups: Mapping[str, Sequence[int]], work: Callable[[str, Sequence[int]], None]
-    ) -> list[tuple[str, Callable[[], None]]]:
-        """Cut the work of each node into one run of chunks per connection."""
-        lanes: list[tuple[str, Callable[[], None]]] = []
-        for name, indices in groups.items():
-            size = chunk_count(len(indices), self._connections)
-            for first in range(0, len(indices), size):
-                lanes.append((name, partial(work, name, indices[first : first + size])))
-        return lanes
-
-    def _each(self, tasks: Sequence[tuple[str, Callable[[], None]]]) -> dict[str, CacheUnreachable]:
-        """Run tasks side by side, the last one in this thread, and return the nodes that did not answer."""
-        others = [(name, self._pool().submit(task)) for name, task in tasks[:-1]]
-        failed: dict[str, CacheUnreachable] = {}
-        refused: CacheError | None = None
-        outcomes = [(name, other.result) for name, other in others]
-        for name, outcome in [*tasks[-1:], *outcomes]:
-            try:
-                outcome()
-                if name not in failed:
-                    self._avoided.pop(name, None)
-            except CacheUnreachable as error:
-                failed[name] = error
-                self._avoid(name, error)
-            except CacheError as error:
-                refused = error
-        if refused is not None:
-            raise refused
-        return failed
-
-    def _avoid(self, name: str, error: CacheUnreachable) -> None:
-        if len(self._nodes) == 1:
-            return
-        _, seconds = self._avoided.get(name, (0.0, 0.0))
-        seconds = min(max(2 * seconds, _AVOIDED_SECONDS), _MOST_AVOIDED_SECONDS)
-        self._avoided[name] = (time.monotonic() + seconds, seconds)
-        _log.warning("%s; asking the other nodes first for %g s", error, seconds)
-
-    def _no_chunk(
-        self, key: str, problem: Problem | None, failed: Mapping[str, CacheUnreachable]
-    ) -> CacheError:
-        if problem is Problem.CORRUPT:
-            corrupt = ChunkCorrupt(
-                f"chunk {key} on cache node {', '.join(self._nodes)} is not what was written"
-            )
-            corrupt.chunk = _number(key)
-            return corrupt
-        if len(failed) == len(self._nodes):
-            return _nowhere(failed)
-        silent = f"; silent: {', '.join(failed)}" if failed else ""
-        error = ChunkMissing(f"chunk {key} is on none of the cache nodes {', '.join(self._nodes)}{silent}")
-        error.chunk = _number(key)
-        error.__cause__ = next(iter(failed.values()), None)
-        return error
 
     def _patiently(self, attempt: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         try:
@@ -584,37 +371,8 @@ class ChunkStore:
                 if time.monotonic() + pause > deadline:
                     raise
 
-    def _pool(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._threads is None:
-                most = 2 + 2 * len(self._nodes) * self._connections
-                self._threads = ThreadPoolExecutor(most, thread_name_prefix="torchord-cache")
-            return self._threads
-
 
 def _keys(ref: BlobRef) -> list[bytes]:
     """The key of each chunk of a blob, also of one that travels in its reference."""
     prefix = ref.key.encode()
     return [b"%s:%d" % (prefix, i) for i in range(len(ref.checksums))]
-
-
-def _in_words(shares: Mapping[str, float], copies: int) -> str:
-    """What decides where chunks lie; a single node may be known under another address to each process."""
-    if len(shares) == 1:
-        return "all chunks on one node"
-    nodes = ", ".join(f"{name} (weight {shares[name]:g})" for name in sorted(shares))
-    return f"{copies} of each chunk on {nodes}"
-
-
-def _number(key: str) -> int:
-    return int(key.rpartition(":")[2])
-
-
-def _nowhere(failed: Mapping[str, CacheUnreachable]) -> CacheUnreachable:
-    """The error when no node answered: the first node's own words, and how many said the same."""
-    first = next(iter(failed.values()))
-    if len(failed) == 1:
-        return first
-    error = CacheUnreachable(f"none of {len(failed)} cache nodes answers; the first: {first}")
-    error.__cause__ = first
-    return error
