@@ -31,9 +31,10 @@ from torchord.cache.errors import NonFinite
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.gradient import IndexArray, ShardGradient, forward_backward, read_batch
 from torchord.coordinator.compute.loss_scale import LossScale, at_start, exhausted
+from torchord.coordinator.compute.optimizers import Groups, build_optimizer, step_scheduler
 from torchord.coordinator.compute.readback import collect
 from torchord.coordinator.compute.replica import Replica
-from torchord.coordinator.compute.trainer import build_optimizer, restore_optimizer
+from torchord.coordinator.compute.trainer import restore_optimizer
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import ResolvedRecipe
 
@@ -92,7 +93,9 @@ def compute(
             else:
                 replica.restore()
             optimizer, scheduler = build_optimizer(resolved, config, replica)
+            groups = Groups(optimizer, scheduler, replica.parameters)
             if state is not None:
+                groups.arrange(state.get("groups"))
                 restore_optimizer(optimizer, scheduler, state)
             scale = at_start(config) if state is None else _scale_of(state)
             overflows = [False] * len(parts)
@@ -111,12 +114,18 @@ def compute(
                 if not overflows[number]:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            if scheduler is not None:
-                scheduler.step()
             found = collect(replica, _moved(replica), [*losses, *norms])
+            values, sizes = found.figures[: len(parts)], found.figures[len(parts) :] or [0.0] * len(parts)
+            total = 0.0
+            for value, part in zip(values, parts, strict=True):
+                total += value * len(part)
+            if scheduler is not None:
+                step_scheduler(scheduler, total / examples)
+            groups.check(step)
             kept = {
                 "optimizer": optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
+                **({} if (joined := groups.names()) is None else {"groups": joined}),
                 **({} if scale is None else {"loss_scale": scale.tensor()}),
             }
     finally:
@@ -125,10 +134,6 @@ def compute(
             replica.attach(replica.flat)
         else:
             replica.restore()
-    values, sizes = found.figures[: len(parts)], found.figures[len(parts) :] or [0.0] * len(parts)
-    total = 0.0
-    for value, part in zip(values, parts, strict=True):
-        total += value * len(part)
     finite = all(map(math.isfinite, (found.norm, *values))) and all(
         overflow or math.isfinite(size) for overflow, size in zip(overflows, sizes, strict=True)
     )

@@ -7,7 +7,6 @@ gradient give the same next state, bit for bit.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
-from torchord.cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
+from torchord.cache.errors import CheckpointError, ManifestMismatch, NonFinite, RunFailed
 from torchord.cache.tensors.codec import aligned, starts_aligned
 from torchord.coordinator.compute.deltas import Delta, DeltaEncoder
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.loss_scale import exhausted
+from torchord.coordinator.compute.optimizers import Groups, servers_optimizer, step_scheduler
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
@@ -71,6 +71,7 @@ class Trainer:
         self.replica = replica
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self._groups = Groups(optimizer, scheduler, replica.parameters)
         self.config = config
         self.deltas = deltas
         self.delta: Delta | None = None
@@ -86,12 +87,11 @@ class Trainer:
 
         Raises:
             InvalidInput: an entry returned something else than its kind, or an optimizer that
-                cannot work from averaged gradients (LBFGS and others that need a closure,
-                SparseAdam), or one over parameters that are not the model's.
+                cannot work from averaged gradients (see `optimizers.build_optimizer`).
         """
         replica = Replica.build(resolved, config, device)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
-            optimizer, scheduler = _servers_optimizer(resolved, config, replica)
+            optimizer, scheduler = servers_optimizer(resolved, config, replica)
         return cls(replica, optimizer, scheduler, config, _delta_encoder(resolved, config))
 
     def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
@@ -103,7 +103,8 @@ class Trainer:
         self.config = self.replica.config = config
         if changed:
             with pinned(config.threads, config.deterministic, self.replica.device, restore=True):
-                self.optimizer, self.scheduler = _servers_optimizer(resolved, config, self.replica)
+                self.optimizer, self.scheduler = servers_optimizer(resolved, config, self.replica)
+            self._groups = Groups(self.optimizer, self.scheduler, self.replica.parameters)
 
     def apply(
         self,
@@ -133,6 +134,7 @@ class Trainer:
             NonFinite: loss or gradient is not finite and the config says "stop"; nothing changed.
             ManifestMismatch: a name or shape is not the model's.
             RunFailed: optimizer or scheduler raised (chained); the trainer must be loaded anew.
+            InvalidInput: one of them changed the optimizer's groups so that they cannot be restored.
         """
         device = self.replica.device
         with pinned(self.config.threads, self.config.deterministic, device):
@@ -156,6 +158,7 @@ class Trainer:
                 if not skipped:
                     self._update(norm, buffers, step)
                 self._step_scheduler(step, loss, quiet=skipped)
+                self._groups.check(step)
                 self._step_loss_scale(overflow=skipped)
                 self.delta = None if before is None else self._encoded(before)
             finally:
@@ -174,6 +177,8 @@ class Trainer:
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         taken = partial(_on_cpu, copies=copies)
         tree = {"optimizer": taken(self.optimizer.state_dict()), "scheduler": taken(scheduler)}
+        if (groups := self._groups.names()) is not None:
+            tree["groups"] = groups
         return tree if self.deltas is None else {**tree, "deltas": self.deltas.state()}
 
     def load_state(self, tree: Mapping[str, Any]) -> None:
@@ -182,6 +187,7 @@ class Trainer:
         Raises:
             CheckpointError: the state belongs to another optimizer or scheduler.
         """
+        self._groups.arrange(tree.get("groups"))
         restore_optimizer(self.optimizer, self.scheduler, tree)
         if self.deltas is not None:
             self.deltas.load(tree.get("deltas"))
@@ -266,10 +272,7 @@ class Trainer:
             with warnings.catch_warnings():
                 if quiet:  # torch warns of a scheduler that steps before its optimizer ever did
                     warnings.simplefilter("ignore")
-                if isinstance(self.scheduler, ReduceLROnPlateau):
-                    self.scheduler.step(loss)
-                else:
-                    self.scheduler.step()
+                step_scheduler(self.scheduler, loss)
         except Exception as error:
             raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
 
@@ -279,46 +282,6 @@ def _delta_encoder(resolved: ResolvedRecipe, config: TrainingConfig) -> DeltaEnc
     if config.parameter_compression == "none":
         return None
     return DeltaEncoder(config.parameter_compression, resolved.codec(config.parameter_compression))
-
-
-def build_optimizer(
-    resolved: ResolvedRecipe, config: TrainingConfig, replica: Replica
-) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    """Make the recipe's optimizer and scheduler over a replica, as at the start of the run.
-
-    Called with the process pinned.
-
-    Raises:
-        InvalidInput: see `Trainer.build`.
-    """
-    seed_everything(derive_seed(config.seed, "optimizer"))
-    groups = (
-        replica.model.parameters()
-        if resolved.parameter_groups is None
-        else resolved.parameter_groups(replica.model)
-    )
-    optimizer = resolved.optimizer(groups)
-    _require_optimizer(optimizer, replica)
-    scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        raise InvalidInput(
-            f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
-            "from torch.optim.lr_scheduler, or a subclass of LRScheduler."
-        )
-    return optimizer, scheduler
-
-
-def _servers_optimizer(
-    resolved: ResolvedRecipe, config: TrainingConfig, replica: Replica
-) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    """The recipe's optimizer, or with local steps the outer one (without scheduler)."""
-    if config.local_steps == 1:
-        return build_optimizer(resolved, config, replica)
-    seed_everything(derive_seed(config.seed, "optimizer"))
-    outer = resolved.outer_optimizer or partial(torch.optim.SGD, lr=1.0)
-    optimizer = outer(replica.model.parameters())
-    _require_optimizer(optimizer, replica)
-    return optimizer, None
 
 
 def restore_optimizer(
@@ -384,30 +347,6 @@ def _laid_out(value: Any, parameter: Tensor) -> Any:
 
 def _torchs_own(optimizer: torch.optim.Optimizer) -> bool:
     return f"{type(optimizer).__module__}.".startswith("torch.optim.")
-
-
-def _require_optimizer(optimizer: Any, replica: Replica) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidInput(
-            f"the recipe's optimizer entry returned a {type(optimizer).__name__}; it must return a "
-            "torch.optim.Optimizer."
-        )
-    name = type(optimizer).__name__
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise InvalidInput(
-            f"{name} evaluates the loss several times in a step (it needs a closure), which averaged "
-            "gradients cannot serve; use an optimizer whose step() takes no closure."
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam.")
-    own = {id(parameter) for parameter in replica.parameters.values()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(id(parameter) not in own for parameter in held):
-        raise InvalidInput(
-            "the optimizer holds a parameter that is not the model's; parameter_groups must return "
-            "parameters of the model that it is given."
-        )
 
 
 def _on_cpu(tree: Any, *, copies: bool) -> Any:

@@ -81,7 +81,8 @@ def test_only_pictures_are_reordered() -> None:
 
 def test_an_inner_optimizers_state_keeps_its_order_in_memory() -> None:
     """A state that came back from the store is contiguous, a fresh one has the parameter's order."""
-    from torchord.coordinator.compute.trainer import build_optimizer, restore_optimizer
+    from torchord.coordinator.compute.optimizers import build_optimizer
+    from torchord.coordinator.compute.trainer import restore_optimizer
 
     given, how = resolved(models.cnn()), config(memory_format="channels_last")
     replica = Replica.build(given, how, computing=True)

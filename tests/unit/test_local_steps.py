@@ -10,6 +10,8 @@ import torch
 
 from tests.support import models
 from tests.support.inprocess import resolved
+from tests.unit.test_optimize import moving
+from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors import tree
 from torchord.coordinator.compute import inner_steps as local_steps
 from torchord.coordinator.compute.determinism import seed_everything
@@ -138,6 +140,41 @@ def test_the_slots_state_matters_and_its_scheduler_steps_once_a_global_step() ->
         not torch.equal(fresh.gradient.gradients[name], value)
         for name, value in warm.gradient.gradients.items()
     )
+
+
+def test_a_plateau_is_that_of_the_slots_own_loss() -> None:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    recipe = models.mlp(optimizer=SGD, scheduler=partial(plateau, patience=0, threshold=0.5, factor=0.5))
+    bench = Bench(recipe, local_steps=2)
+    by_hand = plateau(SGD([torch.nn.Parameter(torch.ones(1))]), patience=0, threshold=0.5, factor=0.5)
+    kept = None
+    for step in range(3):
+        found = bench.shard(step, 0, kept)
+        kept = tree.unflatten(*tree.flatten(found.state))  # as it travels
+        by_hand.step(found.gradient.loss)
+        assert kept["scheduler"]["best"] == by_hand.best
+        assert kept["optimizer"]["param_groups"][0]["lr"] == by_hand.optimizer.param_groups[0]["lr"]
+    assert by_hand.optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_a_group_that_joins_in_a_slot_goes_on_there() -> None:
+    bench = Bench(moving("join"), local_steps=2, epochs=2)
+    kept, sizes = None, []
+    for step in range(4):
+        found = bench.shard(step, 0, kept)
+        kept = tree.unflatten(*tree.flatten(found.state))  # as it travels
+        sizes.append([len(group["params"]) for group in kept["optimizer"]["param_groups"]])
+        assert ("first.bias" in found.gradient.gradients) == (step > 1)
+    assert sizes == [[2], [2, 2], [2, 2], [2, 2]]
+
+
+def test_groups_that_a_shard_cannot_keep_are_refused() -> None:
+    bench = Bench(moving("leave"), local_steps=2)
+    kept = bench.shard(0, 0).state
+    before = bytes(bench.replica.pack().numpy())
+    with pytest.raises(InvalidInput, match=r"step 1: the parameter groups of SGD changed.*'first.bias' left"):
+        bench.shard(1, 0, kept)
+    assert bytes(bench.replica.pack().numpy()) == before
 
 
 def test_the_default_outer_optimizer_averages_the_shards_weights() -> None:

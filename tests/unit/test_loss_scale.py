@@ -191,7 +191,7 @@ def test_the_slots_scale_is_grad_scalers() -> None:
     data, plan = open_dataset(given, how), Plan(96, how)
     from torchord.coordinator.compute.determinism import pinned
     from torchord.coordinator.compute.gradient import forward_backward, read_batch
-    from torchord.coordinator.compute.trainer import build_optimizer
+    from torchord.coordinator.compute.optimizers import build_optimizer
 
     with pinned(1, True, restore=True):
         optimizer, _ = build_optimizer(given, how, replica)

@@ -17,9 +17,11 @@ from tests.support.inprocess import InProcess, resolved, same
 from torchord.cache.errors import CheckpointError, InvalidInput, ManifestMismatch, NonFinite, RunFailed
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.tensors import tree
+from torchord.coordinator.compute.determinism import seed_everything
+from torchord.coordinator.compute.optimizers import Groups
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.recipe import Recipe
+from torchord.coordinator.spec.recipe import Recipe, Target
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, shards=2, seed=5)
 
@@ -357,6 +359,16 @@ def test_plateau_follows_the_loss() -> None:
         ({"optimizer": "builtins:list"}, "returned a list"),
         ({"scheduler": "builtins:id"}, "returned a int"),
         ({"optimizer": "tests.unit.test_optimize:foreign"}, "not the model's"),
+        ({"optimizer": "tests.unit.test_optimize:Sharp"}, "Sharp evaluates the loss several times.*SAM"),
+        ({"optimizer": "tests.unit.test_optimize:Hungry"}, "Hungry evaluates the loss several times"),
+        (
+            {"optimizer": "tests.unit.test_optimize:Averaging"},
+            r"train\(\) and eval\(\).*use .* with a scheduler",
+        ),
+        (
+            {"scheduler": "tests.unit.test_optimize:Figured"},
+            r"Figured.step\(\) needs figure.*ReduceLROnPlateau",
+        ),
     ],
 )
 def test_what_cannot_optimize_is_refused_at_the_start(changes: dict[str, Any], text: str) -> None:
@@ -366,6 +378,125 @@ def test_what_cannot_optimize_is_refused_at_the_start(changes: dict[str, Any], t
 
 def foreign(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+class Sharp(torch.optim.SGD):
+    """Two passes a step, as implementations of SAM have them."""
+
+    def first_step(self) -> None: ...
+
+    def second_step(self) -> None: ...
+
+
+class Hungry(torch.optim.SGD):
+    """A closure by another name."""
+
+    def step(self, loss_again: Any) -> Any: ...  # type: ignore[override]
+
+
+class Averaging(torch.optim.SGD):
+    """Other weights for evaluation, as schedule-free optimizers have them."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+class Figured(lr_scheduler.LRScheduler):
+    """Steps by a figure, and is no ReduceLROnPlateau."""
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, figure: float) -> None: ...  # type: ignore[override]
+
+    def _initial_step(self) -> None: ...
+
+
+class Moving(lr_scheduler.LRScheduler):
+    """Changes the groups in its second step: the biases join, leave, or a stranger joins."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, how: str) -> None:
+        self.how = how
+        self.later = [optimizer.param_groups.pop()] if how == "join" else []
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] * 0.9 for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "later"}
+
+    def step(self, epoch: int | None = None) -> None:
+        if self.last_epoch == 1 and self.how == "leave":
+            self.optimizer.param_groups.pop()
+        elif self.last_epoch == 1:
+            stranger = {"params": [nn.Parameter(torch.zeros(1))]}
+            self.optimizer.add_param_group({**(self.later or [stranger])[0], "lr": 0.05, "momentum": 0.5})
+            self.base_lrs.append(0.05)
+        super().step()
+
+
+def moving(how: str) -> Recipe:
+    """A recipe with momentum whose scheduler is a `Moving`."""
+    return models.mlp(
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        parameter_groups=models.decay_groups,
+        scheduler=Target("tests.unit.test_optimize:Moving", kwargs={"how": how}),
+    )
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_group_that_joins_during_the_run_survives_a_death(at: int) -> None:
+    """Before it joined, just after, and later; the bits are those of a loop that was never interrupted."""
+
+    def steps(trainer: Trainer, numbers: range) -> Trainer:
+        for step in numbers:
+            seed_everything(step)
+            gradients = {n: torch.randn_like(p) for n, p in trainer.replica.parameters.items()}
+            trainer.apply(gradients, {}, step=step, loss=1.0)
+        return trainer
+
+    calm = steps(Trainer.build(resolved(moving("join")), CONFIG), range(6))
+    assert [len(group["params"]) for group in calm.optimizer.param_groups] == [2, 2]
+    died = steps(Trainer.build(resolved(moving("join")), CONFIG), range(at))
+    state, version = through_json(died.state()), died.replica.pack()
+    assert ("groups" in state) == (at > 1)
+    heir = Trainer.build(resolved(moving("join")), CONFIG)
+    heir.replica.load(version)
+    heir.load_state(state)
+    steps(heir, range(at, 6))
+    assert same(calm.replica.pack(), heir.replica.pack())
+    assert through_json(heir.state()).keys() == through_json(calm.state()).keys()
+    heir.load_state(Trainer.build(resolved(moving("join")), CONFIG).state())  # and back
+    assert [len(group["params"]) for group in heir.optimizer.param_groups] == [2]
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("leave", "'first.bias' left.*lr=0"), ("stranger", "joined that is not the model's")],
+)
+def test_groups_that_cannot_be_restored_are_refused_in_the_step_that_changes_them(
+    how: str, told: str
+) -> None:
+    trainer = Trainer.build(resolved(moving(how)), CONFIG)
+    gradients = {n: torch.ones_like(p) for n, p in trainer.replica.parameters.items()}
+    trainer.apply(gradients, {}, step=0, loss=1.0)
+    with pytest.raises(InvalidInput, match=rf"step 1: the parameter groups of SGD changed.*{told}"):
+        trainer.apply(gradients, {}, step=1, loss=1.0)
+
+
+def test_a_group_that_joins_under_a_function_for_each_group_is_refused() -> None:
+    trainer = Trainer.build(resolved(models.mlp(scheduler="tests.unit.test_optimize:by_function")), CONFIG)
+    joining = trainer.optimizer.param_groups[0]["params"].pop()
+    groups = Groups(trainer.optimizer, trainer.scheduler, trainer.replica.parameters)
+    trainer.optimizer.add_param_group({"params": [joining]})
+    with pytest.raises(InvalidInput, match=r"LambdaLR has a function for each.*lr=0"):
+        groups.check(3)
+
+
+def by_function(optimizer: torch.optim.Optimizer) -> lr_scheduler.LambdaLR:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
 def test_gradients_that_do_not_fit_are_refused() -> None:
