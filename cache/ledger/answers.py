@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torchord.cache.ledger.records import VersionRecord
 
@@ -70,6 +71,22 @@ class Committed:
     launched: bool = field(default=False, compare=False)
     incarnation: str = field(default="", compare=False)
     dropped: tuple[VersionRecord, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def of(cls, reply: Sequence[str]) -> Committed:
+        """Read what scripts/commit.lua answers: a verdict, and after "ok" lists with "|" between them."""
+        if reply[0] != "ok":
+            return cls(cast(CommitVerdict, reply[0]))
+        first = reply.index("|", 3)
+        second = reply.index("|", first + 1)
+        return cls(
+            "ok",
+            tuple(int(v) for v in reply[3:first]),
+            frozenset(int(v) for v in reply[first + 1 : second]),
+            launched=reply[1] == "1",
+            incarnation=reply[2],
+            dropped=tuple(VersionRecord.from_json(text) for text in reply[second + 1 :]),
+        )
 
 
 @dataclass(frozen=True, slots=True)

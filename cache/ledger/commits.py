@@ -10,7 +10,6 @@ from typing import Any, cast
 from torchord.cache import keys
 from torchord.cache.ledger.answers import (
     Committed,
-    CommitVerdict,
 )
 from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.figures import to_text
@@ -150,18 +149,7 @@ class Commits(ControlPlane):
                     *published,
                 ],
             )
-        if reply[0] != "ok":
-            return Committed(cast(CommitVerdict, reply[0]))
-        first = reply.index("|", 3)
-        second = reply.index("|", first + 1)
-        return Committed(
-            "ok",
-            tuple(int(v) for v in reply[3:first]),
-            frozenset(int(v) for v in reply[first + 1 : second]),
-            launched=reply[1] == "1",
-            incarnation=reply[2],
-            dropped=tuple(VersionRecord.from_json(text) for text in reply[second + 1 :]),
-        )
+        return Committed.of(reply)
 
     def mark_launched(self, step: int, *, token: int) -> str:
         """Record that the chord of the present step was published; returns "ok", "fenced" or "stale"."""
