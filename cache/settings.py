@@ -100,7 +100,7 @@ def _whole(name: str, default: int, of: str = " of bytes") -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise InvalidInput(f"{name} must be a whole number{of}, such as {default}, not {text!r}.")
+        raise InvalidInput(f"{name} must be a whole number{of}, such as {default}, not {text!r}")
     return int(text)
 
 
@@ -114,7 +114,7 @@ def _numbers(name: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in _words(text))
     except ValueError:
-        raise InvalidInput(f"{name} must be numbers between commas, such as 1,1,2, not {text!r}.") from None
+        raise InvalidInput(f"{name} must be numbers between commas, such as 1,1,2, not {text!r}") from None
 
 
 def _on(name: str) -> bool:
@@ -128,7 +128,7 @@ def _on(name: str) -> bool:
         return False
     if word in _ON:
         return True
-    raise InvalidInput(f"{name} must be on or off, not {word!r}.")
+    raise InvalidInput(f"{name} must be on or off, not {word!r}")
 
 
 def _overlap(name: str) -> frozenset[str]:
@@ -140,9 +140,7 @@ def _overlap(name: str) -> frozenset[str]:
     words = frozenset(_words(os.environ.get(name, "").lower()))
     if unknown := words - OVERLAPS - _ON - _OFF:
         among = ", ".join(sorted(OVERLAPS))
-        raise InvalidInput(
-            f"{name} must be on, off, or some of {among} between commas, not {min(unknown)!r}."
-        )
+        raise InvalidInput(f"{name} must be on, off, or some of {among} between commas, not {min(unknown)!r}")
     if not words or words & _ON:
         return OVERLAPS
     return words & OVERLAPS

@@ -153,7 +153,7 @@ class CheckpointStore:
             marker["checksum"] = _checksum(marker)
             data = json.dumps(marker, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint's meta is not JSON-able: {error}.") from error
+            raise CheckpointError(f"the checkpoint's meta is not JSON-able: {error}") from error
         self._fault("server.mid_checkpoint")
         self._files.write(_marker_name(version), data)
         return nbytes + len(data)
@@ -298,18 +298,18 @@ class CheckpointStore:
         """Read one file that a marker lists and compare it with its checksum."""
         data = self._files.read(entry["name"])
         if len(data) != entry["nbytes"] or xxhash.xxh3_128_hexdigest(data) != entry["xxh3_128"]:
-            raise CheckpointError(f"{self._files.where(entry['name'])} is damaged: its checksum differs.")
+            raise CheckpointError(f"{self._files.where(entry['name'])} is damaged: its checksum differs")
         return data
 
     def _marker(self, version: int) -> dict[str, Any]:
         name = _marker_name(version)
         marker = _parse(self._files.read(name), self._files.where(name))
         if not isinstance(marker, dict) or marker.pop("checksum", None) != _checksum(marker):
-            raise CheckpointError(f"{self._files.where(name)} is damaged: its checksum differs.")
+            raise CheckpointError(f"{self._files.where(name)} is damaged: its checksum differs")
         if marker["format"] != _FORMAT:
             raise CheckpointError(
                 f"{self._files.where(name)} has format {marker['format']}, this version of torchord reads "
-                f"{_FORMAT}."
+                f"{_FORMAT}"
             )
         return marker
 
@@ -329,7 +329,7 @@ def _integer_in(text: str, key: str, where: str) -> int:
     found = _parse(text, where)
     value = found.get(key) if isinstance(found, dict) else None
     if type(value) is not int:
-        raise CheckpointError(f"{where} is damaged: it has a line without {key}.")
+        raise CheckpointError(f"{where} is damaged: it has a line without {key}")
     return value
 
 
@@ -337,7 +337,7 @@ def _parse(data: bytes | str, where: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise CheckpointError(f"{where} is damaged: {error}.") from error
+        raise CheckpointError(f"{where} is damaged: {error}") from error
 
 
 def _to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
@@ -371,4 +371,4 @@ def _from_safetensors(data: bytes, index: Mapping[str, Any], where: str) -> dict
             found[name] = found[name].view(dtype_of(dtype)).reshape(shape)
         return {name: found[name] for name in index["order"]}
     except (SafetensorError, KeyError, ValueError, RuntimeError, ManifestMismatch) as error:
-        raise CheckpointError(f"{where} is damaged: {error}.") from error
+        raise CheckpointError(f"{where} is damaged: {error}") from error

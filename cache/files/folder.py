@@ -71,14 +71,14 @@ class LocalFiles(Files):
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
+            raise CheckpointError(f"cannot list {self.path}: {error}") from error
 
     def read(self, name: str) -> bytes:
         """Return a file's content."""
         try:
             return (self._directory / name).read_bytes()
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.where(name)}: {error}.") from error
+            raise CheckpointError(f"cannot read {self.where(name)}: {error}") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, replacing one of that name."""
@@ -122,7 +122,7 @@ class RemoteFiles(Files):
         try:
             self._filesystem, self._base = fsspec.core.url_to_fs(self.path)
         except (ImportError, ValueError) as error:
-            raise CheckpointError(f"cannot open {self.path}: {error}.") from error
+            raise CheckpointError(f"cannot open {self.path}: {error}") from error
 
     def names(self) -> list[str]:
         """Return the names of all files; none if the folder does not exist."""
@@ -132,7 +132,7 @@ class RemoteFiles(Files):
         except FileNotFoundError:
             return []
         except Exception as error:  # every driver has exceptions of its own
-            raise CheckpointError(f"cannot list {self.path}: {error}.") from error
+            raise CheckpointError(f"cannot list {self.path}: {error}") from error
         return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
 
     def read(self, name: str) -> bytes:
@@ -141,7 +141,7 @@ class RemoteFiles(Files):
             data: bytes = self._filesystem.cat_file(f"{self._base}/{name}")
             return data
         except Exception as error:
-            raise CheckpointError(f"cannot read {self.where(name)}: {error}.") from error
+            raise CheckpointError(f"cannot read {self.where(name)}: {error}") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, replacing one of that name."""

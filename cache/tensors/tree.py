@@ -78,13 +78,13 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     raise CheckpointError(
         f"cannot save {path or 'the state'!r}: it is a {type(value).__module__}.{type(value).__qualname__}; "
-        "states may hold dicts, lists, tuples, numbers, strings, booleans, None, dtypes and tensors."
+        "states may hold dicts, lists, tuples, numbers, strings, booleans, None, dtypes and tensors"
     )
 
 
 def _pair(key: Any, item: Any, path: str, tensors: dict[str, Tensor]) -> list[Any]:
     if type(key) not in (str, int):
-        raise CheckpointError(f"cannot save {path or 'the state'!r}: its key {key!r} is neither str nor int.")
+        raise CheckpointError(f"cannot save {path or 'the state'!r}: its key {key!r} is neither str nor int")
     return [key, _flatten(item, _below(path, key), tensors)]
 
 

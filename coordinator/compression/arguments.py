@@ -12,7 +12,7 @@ def require_switch(name: str, value: object) -> bool:
         ConfigError: it is neither.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be on or off, not {value!r}.")
+        raise ConfigError(f"{name} must be on or off, not {value!r}")
     return value
 
 
@@ -23,7 +23,7 @@ def require_integer(name: str, value: object, *, minimum: int) -> int:
         ConfigError: it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} must be an integer, at least {minimum}, not {value!r}.")
+        raise ConfigError(f"{name} must be an integer, at least {minimum}, not {value!r}")
     return value
 
 
@@ -34,5 +34,5 @@ def require_fraction(name: str, value: object) -> float:
         ConfigError: it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ConfigError(f"{name} must be a number above 0 and at most 1, not {value!r}.")
+        raise ConfigError(f"{name} must be a number above 0 and at most 1, not {value!r}")
     return float(value)

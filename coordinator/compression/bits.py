@@ -86,7 +86,7 @@ def unpack_places(parts: Mapping[str, Tensor], chosen: int, count: int) -> Tenso
             places |= unpack_bits(parts["low"][plane], chosen).to(torch.int64) << plane
         if bool((torch.diff(places) > 0).all()) and int(places[-1]) < count:
             return places
-    raise ManifestMismatch(f"the positions are not {chosen} ascending ones within {count} elements.")
+    raise ManifestMismatch(f"the positions are not {chosen} ascending ones within {count} elements")
 
 
 def _low_bits(chosen: int, count: int) -> int:

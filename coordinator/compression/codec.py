@@ -323,18 +323,18 @@ class TensorCodec(ABC):
     def _source(self, name: str, gradient: Tensor, memory: Mapping[str, Tensor]) -> Tensor | None:
         """Return gradient + memory as reals, contiguous; None for what travels as it is."""
         if SEPARATOR in name:
-            raise InvalidInput(f"parameter {name!r} has {SEPARATOR!r} in its name, which compression needs.")
+            raise InvalidInput(f"parameter {name!r} has {SEPARATOR!r} in its name, which compression needs")
         shape = tuple(gradient.shape)
         if self._layout(shape, gradient.dtype) is None:
             if memory:
                 raise ManifestMismatch(
-                    f"the slot's memory has an entry for {name!r}, which is not compressed."
+                    f"the slot's memory has an entry for {name!r}, which is not compressed"
                 )
             return None
         wide = _WIDE[gradient.dtype]
         held = self._held(name, memory, shape, wide)
         if held is not None and not self.feedback:
-            raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off.")
+            raise ManifestMismatch(f"the slot's memory has an entry for {name!r}, but feedback is off")
         if not self.feedback:
             return _as_real(aligned(gradient.detach().to(wide)))
         total = torch.empty(shape, dtype=wide, device=gradient.device)
@@ -349,7 +349,7 @@ class TensorCodec(ABC):
     ) -> Tensor | None:
         """Return what was held back of a gradient, in its shape and wide dtype; None at first."""
         if (_HELD if self.memory is None else "") in memory:
-            raise ManifestMismatch(f"the slot's memory of {name!r} is in another number format.")
+            raise ManifestMismatch(f"the slot's memory of {name!r} is in another number format")
         if self.memory is None:
             return None if "" not in memory else expect(name, memory[""], shape, wide)
         if _HELD not in memory:
@@ -435,7 +435,7 @@ def _known(
     known: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: str
 ) -> tuple[tuple[int, ...], torch.dtype]:
     if name not in known:
-        raise ManifestMismatch(f"the payload has a gradient of {name!r}, which the model does not have.")
+        raise ManifestMismatch(f"the payload has a gradient of {name!r}, which the model does not have")
     return known[name]
 
 

@@ -311,7 +311,7 @@ def require_block(block: object) -> int:
     """
     size = require_integer("block", block, minimum=16)
     if size not in {1 << power for power in range(4, 17)}:
-        raise ConfigError(f"block must be a power of two from 16 to 65536, not {block!r}.")
+        raise ConfigError(f"block must be a power of two from 16 to 65536, not {block!r}")
     return size
 
 
@@ -334,7 +334,7 @@ def number_format(name: str) -> NumberFormat:
     for found in FORMATS:
         if found.name == name:
             return found
-    raise ConfigError(f"values must be one of {', '.join(found.name for found in FORMATS)}, not {name!r}.")
+    raise ConfigError(f"values must be one of {', '.join(found.name for found in FORMATS)}, not {name!r}")
 
 
 def memory_format(name: str, *, feedback: bool) -> NumberFormat | None:
@@ -346,7 +346,7 @@ def memory_format(name: str, *, feedback: bool) -> NumberFormat | None:
     if name == "full":
         return None
     if name not in _MEMORIES:
-        raise ConfigError(f"memory must be one of full, {', '.join(_MEMORIES)}, not {name!r}.")
+        raise ConfigError(f"memory must be one of full, {', '.join(_MEMORIES)}, not {name!r}")
     if not feedback:
-        raise ConfigError(f"memory={name} needs feedback=on: without feedback there is no memory.")
+        raise ConfigError(f"memory={name} needs feedback=on: without feedback there is no memory")
     return number_format(name)

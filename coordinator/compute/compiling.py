@@ -56,7 +56,7 @@ def toolchain(device: str) -> str:
         raise CompilerMissing(
             f"the run asks for compile=True, and this worker has no compiler that it can use for {kind} "
             f"({type(error).__name__}: {error}). Install {_NEEDED.get(kind, 'one')} on it, or submit with "
-            "compile=False."
+            "compile=False"
         ) from error
 
 

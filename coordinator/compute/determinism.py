@@ -138,12 +138,12 @@ def require_cublas() -> None:
         raise InvalidInput(
             "CUDA was in use before torchord was imported, so cuBLAS may have chosen workspaces with which "
             f"its results vary; set CUBLAS_WORKSPACE_CONFIG={CUBLAS_WORKSPACE} before the process starts, "
-            "import torchord first, or set deterministic=False."
+            "import torchord first, or set deterministic=False"
         )
     if cublas_workspace() not in _CUBLAS_WORKSPACES:
         raise InvalidInput(
             f"CUBLAS_WORKSPACE_CONFIG is {cublas_workspace()!r}, with which cuBLAS's results vary; leave it "
-            f"unset, set it to {CUBLAS_WORKSPACE}, or set deterministic=False."
+            f"unset, set it to {CUBLAS_WORKSPACE}, or set deterministic=False"
         )
 
 

@@ -98,14 +98,14 @@ def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "
     """
     make = resolved.dataset if kind == "dataset" else resolved.evaluation
     if make is None:
-        raise InvalidInput(f"the recipe has no {kind}.")
+        raise InvalidInput(f"the recipe has no {kind}")
     with pinned(config.threads, config.deterministic, restore=True), _during(f"making the {kind}"):
         seed_everything(derive_seed(config.seed, kind))
         made = make()
     if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
         raise InvalidInput(
             f"the recipe's {kind} entry returned a {type(made).__name__}; it must return a map-style "
-            "dataset, with __len__ and __getitem__."
+            "dataset, with __len__ and __getitem__"
         )
     return made
 
@@ -143,7 +143,7 @@ def compute(
             phase, and for which sample.
     """
     if len(indices) == 0:
-        raise InvalidInput(f"shard {shard} of step {step} has no examples.")
+        raise InvalidInput(f"shard {shard} of step {step} has no examples")
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
         batch = read_batch(resolved, config, dataset, indices, (step, shard))
@@ -384,7 +384,7 @@ def _samples(dataset: Any, indices: list[int]) -> list[Any]:
             samples = list(dataset.__getitems__(indices))
         if len(samples) != len(indices):
             raise InvalidInput(
-                f"the dataset's __getitems__ returned {len(samples)} samples for {len(indices)} indices."
+                f"the dataset's __getitems__ returned {len(samples)} samples for {len(indices)} indices"
             )
         return samples
     samples = []
@@ -404,7 +404,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         shown += f" with keys {', '.join(map(str, batch))}"
     raise InvalidInput(
         f"with loss=, a batch must be a pair (inputs, targets), but the dataset gives a {shown}; use "
-        "step=(model, batch) -> loss in its place, or a collate that makes pairs."
+        "step=(model, batch) -> loss in its place, or a collate that makes pairs"
     )
 
 
@@ -434,22 +434,22 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise InvalidInput(
-            f"{name} returned a {type(value).__name__} {shown}, but must return a number or a scalar tensor."
+            f"{name} returned a {type(value).__name__} {shown}, but must return a number or a scalar tensor"
         ) from None
 
 
 def _require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor):
-        raise InvalidInput(f"the loss is a {type(loss).__name__}, but must be a scalar tensor.")
+        raise InvalidInput(f"the loss is a {type(loss).__name__}, but must be a scalar tensor")
     if loss.numel() != 1:
         raise InvalidInput(
-            f"the loss has shape {tuple(loss.shape)}, but must be a scalar; take its mean over the shard."
+            f"the loss has shape {tuple(loss.shape)}, but must be a scalar; take its mean over the shard"
         )
     if not loss.is_floating_point():
-        raise InvalidInput(f"the loss has dtype {loss.dtype}, but must be a floating-point tensor.")
+        raise InvalidInput(f"the loss has dtype {loss.dtype}, but must be a floating-point tensor")
     if not loss.requires_grad:
         raise InvalidInput(
-            "the loss depends on no trainable parameter (all frozen, detached or converted on the way?)."
+            "the loss depends on no trainable parameter (all frozen, detached or converted on the way?)"
         )
 
 
@@ -462,7 +462,7 @@ def _alone(examples: int) -> Iterator[None]:
         if examples == 1 and "more than 1 value per channel" in str(error):
             raise InvalidInput(
                 "a BatchNorm cannot train on a shard of one example; choose batch_size and shards so that "
-                "each shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)."
+                "each shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)"
             ) from error
         raise
 

@@ -151,7 +151,7 @@ def _check_scale(config: TrainingConfig, scale: LossScale, loss: float, *, overf
     if overflow and math.isfinite(loss) and exhausted(config, scale, loss):
         raise NonFinite(
             f"the gradients of a local step overflow at a loss scale of {scale.scale:g}, which is not the "
-            "scale's doing; lower the learning rate, set clip_norm, or set nonfinite='skip'."
+            "scale's doing; lower the learning rate, set clip_norm, or set nonfinite='skip'"
         )
 
 

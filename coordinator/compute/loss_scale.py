@@ -96,7 +96,7 @@ def unscale(parameters: Iterable[tuple[str, nn.Parameter]], scale: LossScale) ->
         if parameter.dtype is torch.float16:
             raise InvalidInput(
                 f"parameter {name!r} is float16, but precision='fp16' needs float32 ones: autocast makes "
-                "the half-precision copies itself. Leave .half() out of the recipe's model."
+                "the half-precision copies itself. Leave .half() out of the recipe's model"
             )
         parameter.grad.mul_(inverse)
 

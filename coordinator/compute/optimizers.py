@@ -44,7 +44,7 @@ def build_optimizer(
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         raise InvalidInput(
             f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
-            "from torch.optim.lr_scheduler, or a subclass of LRScheduler."
+            "from torch.optim.lr_scheduler, or a subclass of LRScheduler"
         )
     if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
         _require_argumentless(scheduler)
@@ -118,9 +118,7 @@ class Groups:
         try:
             wanted = self._made if names is None else [[self._parameters[n] for n in some] for some in names]
         except KeyError as error:
-            raise CheckpointError(
-                f"the saved state has a parameter {error}, which the model lacks."
-            ) from None
+            raise CheckpointError(f"the saved state has a parameter {error}, which the model lacks") from None
         if _ids(wanted) != _ids(self._now()):
             options = [*self._optimizer.param_groups, *({} for _ in wanted)]
             pairs = zip(options, wanted, strict=False)
@@ -142,16 +140,16 @@ class Groups:
         told = f"step {step}: the parameter groups of {type(self._optimizer).__name__} changed during the run"
         if names:
             raise InvalidInput(
-                f"{told}: {names[0]!r} left, whose state could not be restored; keep it there with lr=0."
+                f"{told}: {names[0]!r} left, whose state could not be restored; keep it there with lr=0"
             )
         if held - {id(parameter) for parameter in self._parameters.values()}:
-            raise InvalidInput(f"{told}: a parameter joined that is not the model's.")
+            raise InvalidInput(f"{told}: a parameter joined that is not the model's")
         for each in (self._scheduler, *getattr(self._scheduler, "_schedulers", ())):
             if isinstance(each, LambdaLR | MultiplicativeLR):
                 raise InvalidInput(
                     f"{told}, and {type(each).__name__} has a function for each, which could not be "
                     "restored; give all groups from the start, by parameter_groups, those that join later "
-                    "with lr=0."
+                    "with lr=0"
                 )
 
     def _now(self) -> list[list[Tensor]]:
@@ -166,28 +164,28 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidInput(
             f"the recipe's optimizer entry returned a {type(optimizer).__name__}; it must return a "
-            "torch.optim.Optimizer."
+            "torch.optim.Optimizer"
         )
     name = type(optimizer).__name__
     if _needed(optimizer.step) or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
         raise InvalidInput(
             f"{name} evaluates the loss several times in a step (it needs a closure, or two passes as SAM "
-            "does), which averaged gradients cannot serve; use an optimizer whose step() takes no closure."
+            "does), which averaged gradients cannot serve; use an optimizer whose step() takes no closure"
         )
     if callable(getattr(optimizer, "train", None)) or callable(getattr(optimizer, "eval", None)):
         raise InvalidInput(
             f"{name} has other weights for evaluation than for training (train() and eval(), as "
             "schedule-free optimizers do); a version has one set, and the wrong one would be evaluated and "
-            "kept; use the optimizer that it is made from, such as AdamW or SGD, with a scheduler."
+            "kept; use the optimizer that it is made from, such as AdamW or SGD, with a scheduler"
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
-        raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam.")
+        raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam")
     own = {id(parameter) for parameter in replica.parameters.values()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if any(id(parameter) not in own for parameter in held):
         raise InvalidInput(
             "the optimizer holds a parameter that is not the model's; parameter_groups must return "
-            "parameters of the model that it is given."
+            "parameters of the model that it is given"
         )
 
 
@@ -197,7 +195,7 @@ def _require_argumentless(scheduler: LRScheduler) -> None:
         raise InvalidInput(
             f"{type(scheduler).__name__}.step() needs {', '.join(needed)}, which it is not given: only "
             "ReduceLROnPlateau and its subclasses are given the loss; make it one, or use a scheduler whose "
-            "step() needs nothing."
+            "step() needs nothing"
         )
 
 

@@ -71,7 +71,7 @@ def take_gradients(replica: Replica) -> dict[str, Tensor]:
         if gradient.layout is not torch.strided:
             raise InvalidInput(
                 f"the gradient of {name!r} is {gradient.layout}; give its layer dense gradients "
-                "(sparse=False)."
+                "(sparse=False)"
             )
         gradients[name] = gradient.detach()
     return gradients

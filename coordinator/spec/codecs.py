@@ -92,17 +92,17 @@ def check(spec: str) -> None:
 def _split(spec: Any) -> tuple[str, str]:
     """Return name and arguments; the name of one of CODECS or an import path."""
     if not isinstance(spec, str):
-        raise ConfigError(f"compression must be a string, not {spec!r}; {_known()}.")
+        raise ConfigError(f"compression must be a string, not {spec!r}; {_known()}")
     name, _, arguments = spec.partition(":")
     if name in CODECS:
         if spec.endswith(":"):
-            raise ConfigError(f"compression={spec!r} ends in a colon; write {name!r}, or arguments after it.")
+            raise ConfigError(f"compression={spec!r} ends in a colon; write {name!r}, or arguments after it")
         return name, arguments
     attribute, _, rest = arguments.partition(":")
     parts = [*name.split("."), *attribute.split(".")]
     if attribute and all(part.isidentifier() for part in parts):
         return f"{name}:{attribute}", rest
-    raise ConfigError(f"compression={spec!r} names no codec; {_known()}.")
+    raise ConfigError(f"compression={spec!r} names no codec; {_known()}")
 
 
 def _known() -> str:
@@ -131,7 +131,7 @@ def _made(spec: str, make: Callable[..., Any], arguments: str) -> Codec:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         accepted = ", ".join(map(str, signature.parameters.values())) or "no arguments"
-        raise ConfigError(f"compression={spec!r}: {error}; it takes {accepted}.") from None
+        raise ConfigError(f"compression={spec!r}: {error}; it takes {accepted}") from None
     try:
         codec = make(*args, **kwargs)
     except ConfigError as error:
@@ -139,7 +139,7 @@ def _made(spec: str, make: Callable[..., Any], arguments: str) -> Codec:
     if not isinstance(codec, Codec):
         raise ConfigError(
             f"compression={spec!r} made a {type(codec).__name__}, but must make a codec, with encode, decode "
-            "and stateful; derive it from torchord.coordinator.compression.TensorCodec."
+            "and stateful; derive it from torchord.coordinator.compression.TensorCodec"
         )
     return codec
 
@@ -152,10 +152,10 @@ def _arguments(spec: str, text: str) -> tuple[list[Any], dict[str, Any]]:
         if not value or (equals and not key.isidentifier()) or (not equals and kwargs):
             raise ConfigError(
                 f"compression={spec!r}: cannot read {argument!r}; arguments are VALUE or KEY=VALUE, "
-                "separated by commas, values first."
+                "separated by commas, values first"
             )
         if key in kwargs:
-            raise ConfigError(f"compression={spec!r}: {key!r} is given twice.")
+            raise ConfigError(f"compression={spec!r}: {key!r} is given twice")
         if equals:
             kwargs[key] = _value(value)
         else:

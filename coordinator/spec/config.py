@@ -123,7 +123,7 @@ class TrainingConfig:
         self._positive("loss_scale")
         for name in ("deterministic", "compile"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._choice("nonfinite", _NONFINITE)
         self._choice("skew", _SKEW)
         self._choice("precision", _PRECISIONS)
@@ -150,9 +150,9 @@ class TrainingConfig:
                 raise TypeError
             number = operator.index(value)
         except TypeError:
-            raise ConfigError(f"{name} must be {accepted}, not {value!r}.") from None
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}") from None
         if number < minimum or (maximum is not None and number > maximum):
-            raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}")
         object.__setattr__(self, name, number)
 
     def _positive(self, name: str, *, optional: bool = False) -> None:
@@ -161,15 +161,15 @@ class TrainingConfig:
             return
         accepted = "a finite number greater than 0" + (", or None" if optional else "")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}")
         if not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+            raise ConfigError(f"{name} must be {accepted}, not {value!r}")
         object.__setattr__(self, name, float(value))
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) or value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
         object.__setattr__(self, name, choices[choices.index(value)])  # a str enumeration's value
 
     def to_json(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class TrainingConfig:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ConfigError(
-                f"unknown TrainingConfig field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+                f"unknown TrainingConfig field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
         return cls(**data)
 

@@ -140,7 +140,7 @@ class Plan:
         self, size: int, config: TrainingConfig, switches: Mapping[int, Mapping[str, Any]] | None = None
     ) -> None:
         if size < 1:
-            raise InvalidInput("the dataset is empty; a run needs at least one example.")
+            raise InvalidInput("the dataset is empty; a run needs at least one example")
         self.size = size
         self.config = config
         self.switches = {step: dict(fields) for step, fields in sorted((switches or {}).items())}
@@ -159,7 +159,7 @@ class Plan:
 
     def _segment(self, step: int) -> _Segment:
         if not 0 <= step < self.total_steps:
-            raise InvalidInput(f"step {step} is outside the run's steps 0 to {self.total_steps - 1}.")
+            raise InvalidInput(f"step {step} is outside the run's steps 0 to {self.total_steps - 1}")
         return self._segments[bisect_right(self._starts, step) - 1]
 
     def config_at(self, step: int) -> TrainingConfig:
@@ -230,7 +230,7 @@ class Plan:
         epoch, first = self.locate(step)
         shards = self.shards_in(step)
         if not 0 <= shard < shards:
-            raise InvalidInput(f"shard {shard} is outside the shards 0 to {shards - 1} of step {step}.")
+            raise InvalidInput(f"shard {shard} is outside the shards 0 to {shards - 1} of step {step}")
         order, found = self._order(epoch), []
         for number, examples in enumerate(self.batch_sizes(step)):
             each, extra = divmod(examples, shards)

@@ -121,15 +121,15 @@ class Recipe:
             given = "neither" if self.loss is None else "both"
             raise RecipeError(
                 "a recipe needs exactly one of loss=(outputs, targets) -> scalar and step=(model, batch) -> "
-                f"scalar; {given} was given."
+                f"scalar; {given} was given"
             )
         if self.metrics and self.step is not None:
             raise RecipeError(
                 "metrics need loss=: a step returns only its loss, so there are no outputs to measure; leave "
-                "metrics out, or give model and loss separately."
+                "metrics out, or give model and loss separately"
             )
         if self.metrics is not None and not isinstance(self.metrics, Mapping):
-            raise RecipeError("metrics must be a dict of name -> callable.")
+            raise RecipeError("metrics must be a dict of name -> callable")
         for name, entry in _entries(self).items():
             _check_kind(name, entry)
 
@@ -167,7 +167,7 @@ class Recipe:
         entries: dict[str, Any] = {}
         for name, value in spec.items():
             if name not in {field.name for field in fields(cls)}:
-                raise RecipeError(f"a recipe has no entry {name!r}.")
+                raise RecipeError(f"a recipe has no entry {name!r}")
             if name == "metrics" and isinstance(value, Mapping):
                 entries[name] = {metric: _decode(f"metrics.{metric}", v) for metric, v in value.items()}
             else:
@@ -290,12 +290,12 @@ def _check_kind(name: str, entry: Any) -> None:
     if not callable(function) or (not isinstance(function, type) and _is_module_object(function)):
         raise RecipeError(
             f"recipe entry {name!r} is an object of class {type(entry).__name__}, but must be a callable "
-            f"that makes or does it: {_advice(name)}."
+            f"that makes or does it: {_advice(name)}"
         )
     if isinstance(function, type) and (name in _FUNCTIONS or name.startswith("metrics.")):
         raise RecipeError(
             f"recipe entry {name!r} is the class {function.__name__}, but must be a function: calling the "
-            f"class would make an object instead of a result: {_advice(name)}."
+            f"class would make an object instead of a result: {_advice(name)}"
         )
 
 
@@ -321,7 +321,7 @@ def _check_syntax(name: str, text: str) -> None:
     if not colon or not all(part.isidentifier() for part in parts):
         raise RecipeError(
             f"recipe entry {name!r} is {text!r}, but a string must read 'package.module:attribute', e.g. "
-            "'my_models.digits:DigitNet'."
+            "'my_models.digits:DigitNet'"
         )
 
 
@@ -382,7 +382,7 @@ def _name_of(name: str, function: Any, where: str = "") -> str:
     which = f"{name!r}: {where}" if where else repr(name)
     raise RecipeError(
         f"recipe entry {which} is {shown}, {_why_unimportable(function, module, path)}, so no worker can "
-        "import it; move it to a module, e.g. my_models.py, and import it from there."
+        "import it; move it to a module, e.g. my_models.py, and import it from there"
     )
 
 
@@ -432,20 +432,20 @@ def _public_torch_name(function: Any) -> str | None:
 
 def _decode(name: str, value: Any) -> Target:
     if not isinstance(value, Mapping) or not isinstance(value.get("target"), str):
-        raise RecipeError(f"recipe entry {name!r} is malformed: {value!r}.")
+        raise RecipeError(f"recipe entry {name!r} is malformed: {value!r}")
     args, kwargs = value.get("args", []), value.get("kwargs", {})
     if not isinstance(args, (list, tuple)) or not isinstance(kwargs, Mapping):
-        raise RecipeError(f"recipe entry {name!r} has malformed arguments: {value!r}.")
+        raise RecipeError(f"recipe entry {name!r} has malformed arguments: {value!r}")
     _check_syntax(name, value["target"])
     kinds = value.get("kinds", [])
     if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, list) for kind in kinds):
-        raise RecipeError(f"recipe entry {name!r} has malformed kinds of arguments: {kinds!r}.")
+        raise RecipeError(f"recipe entry {name!r} has malformed kinds of arguments: {kinds!r}")
     return Target(present_name(value["target"]), tuple(args), dict(kwargs), tuple(kinds))
 
 
 def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
     if not isinstance(entry, Target):  # pragma: no cover - from_spec makes Targets only
-        raise RecipeError(f"recipe entry {name!r} is not a reference.")
+        raise RecipeError(f"recipe entry {name!r} is not a reference")
     try:
         found = admission.fetch(entry.target)
     except NotAllowed as error:
@@ -453,7 +453,7 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
     except RecipeError as error:
         raise RecipeError(f"recipe entry {name!r}: {error}") from error.__cause__
     if inspect.isclass(found) and (name in _FUNCTIONS or name.startswith("metrics.")):
-        raise RecipeError(f"recipe entry {name!r}: {entry.target!r} is a class, but must be a function.")
+        raise RecipeError(f"recipe entry {name!r}: {entry.target!r} is a class, but must be a function")
     if not (entry.args or entry.kwargs):
         return found
     try:

@@ -789,7 +789,7 @@ def test_specs_that_are_not(spec: Any, message: str) -> None:
         with pytest.raises(ConfigError) as caught:
             function(spec)
         assert message in str(caught.value)
-        assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+        assert "\n" not in str(caught.value) and not str(caught.value).endswith(".")
 
 
 def test_the_documented_codec_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
