@@ -1,6 +1,7 @@
 """On a GPU: the bits of a plain loop on it, one wait a shard, page-locked buffers, prefork's devices.
 
-Skipped where there is none. What of it can be checked without is in tests/unit/test_device_memory.py.
+Skipped where there is none. What of it can be checked without is in
+tests/unit/coordinator/compute/test_device_memory.py.
 """
 
 from __future__ import annotations

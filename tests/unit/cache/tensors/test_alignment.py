@@ -25,7 +25,7 @@ from torchord.cache.tensors.codec import aligned, has_layout, layout, pack, view
 from torchord.coordinator.compute.gradient import to_device
 from torchord.coordinator.compute.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 CPU = torch.device("cpu")
 
 # --- the one layout ---------------------------------------------------------------------
@@ -248,7 +248,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from tests.support.layouts import LAYOUTS, digests, fresh
-from tests.unit.test_compression import LAID_OUT, two_steps
+from tests.unit.coordinator.compression.test_compression import LAID_OUT, two_steps
 ways = {"fresh": fresh, **LAYOUTS}
 found = {way: {**digests(change), **{spec: two_steps(spec, change) for spec in LAID_OUT}}
          for way, change in ways.items()}

@@ -14,7 +14,7 @@ from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "redis-keys.md").read_text()
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "redis-keys.md").read_text()
 SECONDS = {"s": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 

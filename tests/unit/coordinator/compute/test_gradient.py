@@ -392,9 +392,9 @@ def test_what_the_users_code_raises_comes_through_with_a_note(
         ({"loss": models.detached_loss}, "no trainable parameter"),
         ({"loss": models.accuracy}, "no trainable parameter"),
         ({"dataset": models.Sentences}, "a dict with keys inputs, labels; use step="),
-        ({"dataset": "tests.unit.test_gradient:triples"}, "list of 3 items"),
-        ({"model": "tests.unit.test_gradient:SparseNet"}, "sparse=False"),
-        ({"model": "tests.unit.test_gradient:Growing"}, "buffer 'seen'"),
+        ({"dataset": "tests.unit.coordinator.compute.test_gradient:triples"}, "list of 3 items"),
+        ({"model": "tests.unit.coordinator.compute.test_gradient:SparseNet"}, "sparse=False"),
+        ({"model": "tests.unit.coordinator.compute.test_gradient:Growing"}, "buffer 'seen'"),
     ],
 )
 def test_what_cannot_be_used_is_explained(changes: dict[str, Any], text: str) -> None:
@@ -437,14 +437,17 @@ def test_after_an_error_the_replica_serves_the_next_shard() -> None:
 
 
 def test_a_buffer_that_changed_its_shape_is_put_back() -> None:
-    bench = Bench(models.mlp(model="tests.unit.test_gradient:Growing"))
+    bench = Bench(models.mlp(model="tests.unit.coordinator.compute.test_gradient:Growing"))
     for _ in range(2):
         with pytest.raises(InvalidInput, match="keep its layout"):
             bench.compute()
 
 
 def test_batchnorm_on_a_single_example_is_explained() -> None:
-    bench = Bench(models.mlp(model="tests.unit.test_gradient:Normed"), TrainingConfig(batch_size=2, shards=2))
+    bench = Bench(
+        models.mlp(model="tests.unit.coordinator.compute.test_gradient:Normed"),
+        TrainingConfig(batch_size=2, shards=2),
+    )
     with pytest.raises(InvalidInput, match="BatchNorm cannot train on a shard of one example"):
         bench.compute()
 

@@ -50,7 +50,7 @@ VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop centered": partial(torch.optim.RMSprop, lr=0.01, momentum=0.9, centered=True),
     "AdamW amsgrad": partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
     "Adam fused": partial(torch.optim.Adam, lr=0.01, fused=True),
-    "Adam tensor lr": "tests.unit.test_optimize:adam_with_tensor_lr",  # type: ignore[dict-item]
+    "Adam tensor lr": "tests.unit.coordinator.compute.test_trainer:adam_with_tensor_lr",  # type: ignore[dict-item]
     "Adam capturable off foreach": partial(torch.optim.Adam, lr=0.01, foreach=True),
 }
 SCHEDULERS: dict[str, Any] = {
@@ -67,7 +67,7 @@ SCHEDULERS: dict[str, Any] = {
     "ReduceLROnPlateau": partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0),
     "LambdaLR": models.lambda_scheduler,
     "SequentialLR": models.warmup_then_cosine,
-    "ChainedScheduler": "tests.unit.test_optimize:chained",
+    "ChainedScheduler": "tests.unit.coordinator.compute.test_trainer:chained",
 }
 
 
@@ -358,15 +358,21 @@ def test_plateau_follows_the_loss() -> None:
         ({"optimizer": torch.optim.SparseAdam}, "use Adam"),
         ({"optimizer": "builtins:list"}, "returned a list"),
         ({"scheduler": "builtins:id"}, "returned a int"),
-        ({"optimizer": "tests.unit.test_optimize:foreign"}, "not the model's"),
-        ({"optimizer": "tests.unit.test_optimize:Sharp"}, "Sharp evaluates the loss several times.*SAM"),
-        ({"optimizer": "tests.unit.test_optimize:Hungry"}, "Hungry evaluates the loss several times"),
+        ({"optimizer": "tests.unit.coordinator.compute.test_trainer:foreign"}, "not the model's"),
         (
-            {"optimizer": "tests.unit.test_optimize:Averaging"},
+            {"optimizer": "tests.unit.coordinator.compute.test_trainer:Sharp"},
+            "Sharp evaluates the loss several times.*SAM",
+        ),
+        (
+            {"optimizer": "tests.unit.coordinator.compute.test_trainer:Hungry"},
+            "Hungry evaluates the loss several times",
+        ),
+        (
+            {"optimizer": "tests.unit.coordinator.compute.test_trainer:Averaging"},
             r"train\(\) and eval\(\).*use .* with a scheduler",
         ),
         (
-            {"scheduler": "tests.unit.test_optimize:Figured"},
+            {"scheduler": "tests.unit.coordinator.compute.test_trainer:Figured"},
             r"Figured.step\(\) needs figure.*ReduceLROnPlateau",
         ),
     ],
@@ -442,7 +448,7 @@ def moving(how: str) -> Recipe:
     return models.mlp(
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         parameter_groups=models.decay_groups,
-        scheduler=Target("tests.unit.test_optimize:Moving", kwargs={"how": how}),
+        scheduler=Target("tests.unit.coordinator.compute.test_trainer:Moving", kwargs={"how": how}),
     )
 
 
@@ -487,7 +493,9 @@ def test_groups_that_cannot_be_restored_are_refused_in_the_step_that_changes_the
 
 
 def test_a_group_that_joins_under_a_function_for_each_group_is_refused() -> None:
-    trainer = Trainer.build(resolved(models.mlp(scheduler="tests.unit.test_optimize:by_function")), CONFIG)
+    trainer = Trainer.build(
+        resolved(models.mlp(scheduler="tests.unit.coordinator.compute.test_trainer:by_function")), CONFIG
+    )
     joining = trainer.optimizer.param_groups[0]["params"].pop()
     groups = Groups(trainer.optimizer, trainer.scheduler, trainer.replica.parameters)
     trainer.optimizer.add_param_group({"params": [joining]})

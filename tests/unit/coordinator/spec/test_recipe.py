@@ -25,7 +25,7 @@ from torchord.cache.errors import NotAllowed, RecipeError
 from torchord.coordinator.spec.admission import START_DIRECTORY, torch_admits
 from torchord.coordinator.spec.recipe import Recipe, Target, fingerprint, modules_of, resolve, skewed
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def entry(target: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from product import modules
 from torchord.coordinator.messages import task_names
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 FOLDERS = (
     "cache",

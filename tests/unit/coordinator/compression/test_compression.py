@@ -38,7 +38,7 @@ from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.spec.admission import Admission
 from torchord.coordinator.spec.codecs import CODECS, check, parse
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 PAGE = ROOT / "docs" / "compression.md"
 LOSSY = (
     "fp16",
@@ -371,7 +371,7 @@ def test_alignment_and_strides_do_not_show(spec: str, change: Change) -> None:
 def test_another_process_gives_the_same_bytes() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from tests.unit.test_compression import LOSSY, two_steps\n"
+        "from tests.unit.coordinator.compression.test_compression import LOSSY, two_steps\n"
         "print('\\n'.join(map(two_steps, LOSSY)))"
     )
     found = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 
 from tests.support import models
 from tests.support.inprocess import resolved
-from tests.unit.test_optimize import moving
+from tests.unit.coordinator.compute.test_trainer import moving
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors import tree
 from torchord.coordinator.compute import inner_steps as local_steps
