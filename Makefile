@@ -29,7 +29,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.digits $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --times $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --times $(ARGS)
 
 # What to run before a commit: no test that starts workers, none that takes more than some seconds.
 check: lint $(VENV)/.installed-dev

@@ -120,8 +120,6 @@ UNSENDABLE: dict[str, tuple[dict[str, Any], str]] = {
         {"model": partial(models.Mlp, hidden=torch.tensor(3))},
         r"'model': argument 'hidden' is of type Tensor, which does not travel as JSON",
     ),
-    "function argument": ({"dataset": partial(models.points, len)}, r"argument 0 is of type builtin"),
-    "NaN argument": ({"model": partial(models.Mlp, dropout=float("nan"))}, r"'dropout' is nan.*finite"),
     "an object": ({"model": models.Mlp()}, r"'model' is an object of class Mlp.*not called"),
     "no name": ({"loss": "cross_entropy"}, r"'loss' is 'cross_entropy'.*package\.module:attribute"),
     "loss and step": ({"step": models.classifier_step}, r"exactly one of loss.*both was given"),

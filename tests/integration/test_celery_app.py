@@ -74,7 +74,7 @@ except InvalidInput as error:
     print(error)
 """
     done = python(code, tmp_path, TORCHORD_TASK_LOG="perhaps")
-    assert done.stdout == "TORCHORD_TASK_LOG must be on or off, not 'perhaps'.\n", done.stderr
+    assert done.stdout == "TORCHORD_TASK_LOG must be on or off, not 'perhaps'\n", done.stderr
 
 
 # --- what the app is ------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_twice_is_once(app: Celery) -> None:
 def test_what_our_tasks_need_is_theirs_alone(app: Celery) -> None:
     """The app's own tasks keep the app's settings, and its result backend."""
 
-    @app.task(name="shop.add")
+    @app.task(name="shop.add", shared=False)
     def add(x: int, y: int) -> int:
         return x + y
 
