@@ -148,5 +148,6 @@ def _no_worker(name: str, queues: list[str], refused: tuple[str, ...]) -> str:
         )
     return (
         f"no worker is consuming queue {listed}, so run {name!r} cannot go on; it stays queued. Start\n"
-        f"{commands}\n(or `celery -A torchord worker` for everything on one worker), then wait() again"
+        f"{commands}\n(or `celery -A torchord worker` for everything on one worker), then wait() again.\n"
+        "A worker of another app, such as `celery -A tasks` beside a tasks.py of your own, is not torchord's"
     )
