@@ -123,14 +123,6 @@ class Lane:
         except (OSError, ServerRefused) as error:
             raise LaneClosed(str(error)) from error
 
-    def script(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script of `torchord.cache.scripts`.
-
-        Raises:
-            LaneClosed: as `call`.
-        """
-        return self.call(script_command(name, keys, args))[0]
-
     def reset(self) -> None:
         """Close the idle connections; in a forked child they are the parent's."""
         idle, self._idle = self._idle, []

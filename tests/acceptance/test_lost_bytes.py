@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import models, reference
-from tests.support.shuffle import Post, Shuffle
+from tests.support.shuffle import EvaluatingPost, Shuffle
 from torchord import Master, Run, TrainingConfig
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkMissing, RunFailed, VersionMissing
@@ -34,17 +34,6 @@ def record_of(run: Run, version: int) -> VersionRecord:
     return record
 
 
-class EvaluatingPost(Post):
-    """Keeps the parts of evaluations, too."""
-
-    def __init__(self) -> None:
-        super().__init__(callbacks=1)
-        self.parts: list[tuple[int, int, int]] = []  # waiting (version, part, parts)
-
-    def evaluation(self, run: str, version: int, parts: Any, of: int) -> None:
-        self.parts += [(version, part, of) for part in parts]
-
-
 class Laboratory(Shuffle):
     """Trains on the first Client and evaluates on the second.
 
@@ -52,14 +41,11 @@ class Laboratory(Shuffle):
         statuses: of each delivery of a part of an evaluation, in order.
     """
 
+    POST = EvaluatingPost
+
     def __init__(self, settings: Settings, run: Run) -> None:
         super().__init__(settings, run, None)
         self.statuses: list[str] = []
-
-    def _parts(self, settings: Settings, node: str) -> tuple[Any, Any, Any]:
-        if not isinstance(self.post, EvaluatingPost):
-            self.post = EvaluatingPost()
-        return super()._parts(settings, node)
 
     def train_to(self, version: int) -> None:
         """Deliver everything but evaluations until a version is committed and its commit's work is done."""

@@ -105,6 +105,16 @@ class Post:
             self.callbacks += not self.chords[chord] and self.joining[chord] <= 0
 
 
+@dataclass
+class EvaluatingPost(Post):
+    """Keeps the parts of evaluations, too: waiting (version, part, parts)."""
+
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def evaluation(self, run: str, version: int, parts: Iterable[int], of: int) -> None:
+        self.parts += [(version, part, of) for part in parts]
+
+
 class Shuffle:
     """Two workers and a training server in this process, which get their messages from `Post`.
 
@@ -119,10 +129,12 @@ class Shuffle:
         verdicts: what became of each delivery of a gradient task.
     """
 
+    POST: type[Post] = Post
+
     def __init__(self, settings: Settings, run: Run, chance: random.Random | None) -> None:
         self.run = run
         self.chance = chance
-        self.post: Any = Post(callbacks=1)  # what submit sent went to a queue that nobody reads
+        self.post: Any = self.POST(callbacks=1)  # what submit sent went to a queue that nobody reads
         self.clients = [
             Client(*self._parts(settings, f"client{i}@here"), fault=partial(self._meanwhile, i))
             for i in range(2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import models
-from tests.support.shuffle import Post, Shuffle
+from tests.support.shuffle import EvaluatingPost, Shuffle
 from torchord import Master, Run, TrainingConfig
 from torchord.cache.settings import Settings
 from torchord.coordinator.client.client import Client
@@ -19,28 +19,14 @@ from torchord.coordinator.client.slot_lease import SlotTask
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, fan_in=2, seed=3)
 
 
-class EvaluatingPost(Post):
-    """Keeps the parts of evaluations, too."""
-
-    def __init__(self) -> None:
-        super().__init__(callbacks=1)
-        self.parts: list[tuple[int, int, int]] = []  # waiting (version, part, parts)
-
-    def evaluation(self, run: str, version: int, parts: Any, of: int) -> None:
-        self.parts += [(version, part, of) for part in parts]
-
-
 class Laboratory(Shuffle):
     """A run whose training server has the submitter's code; what its Clients have is the test's choice."""
+
+    POST = EvaluatingPost
 
     def __init__(self, settings: Settings, run: Run) -> None:
         super().__init__(settings, run, None)
         self.ledger = run._ledger
-
-    def _parts(self, settings: Settings, node: str) -> tuple[Any, Any, Any]:
-        if not isinstance(self.post, EvaluatingPost):
-            self.post = EvaluatingPost()
-        return super()._parts(settings, node)
 
     def submitted(self, change: str = "", **more: Any) -> None:
         """From now on whoever reads the run's spec finds another digest of the recipe's modules in it."""
