@@ -73,7 +73,7 @@ from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.local_cluster.embedded_server import free_port
 from torchord.coordinator.local_steps import averaging, diloco
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import resolve
+from torchord.coordinator.spec.resolving import resolve
 from torchord.tasks.allocator import keep_memory
 
 SHARDS, LOCAL, TARGET = 2, 16, 0.90

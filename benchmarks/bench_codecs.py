@@ -57,14 +57,15 @@ from benchmarks.workloads import cnn_model
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import layout
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.compute.gradient import compute, evaluate
+from torchord.coordinator.compute.gradient import compute
+from torchord.coordinator.compute.inference import evaluate
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import decoded, work
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import ResolvedRecipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 CLAIMED = "powersgd:2,values=int8,least=6000"
 VARIANTS = (

@@ -48,7 +48,7 @@ from torchord.cache import keys
 from torchord.cache.errors import CacheError
 from torchord.coordinator.local_cluster.cluster import WorkerProcess
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
-from torchord.coordinator.spec.recipe import Target
+from torchord.coordinator.spec.targets import Target
 
 BATCH = 48
 EXTRA_STEPS = 30  # for each kill, beside those between two: what is done while one recovers, and in pauses

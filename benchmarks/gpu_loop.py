@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.workloads import BATCH, recipe
 from torchord import TrainingConfig
+from torchord.coordinator.compute.batch import load_batch, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
-from torchord.coordinator.compute.gradient import load_batch, to_device
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.plan import Plan, derive_seed
-from torchord.coordinator.spec.recipe import resolve
+from torchord.coordinator.spec.resolving import resolve
 
 _SAMPLE_MILLISECONDS = 100
 _ANSWER_SECONDS = 600.0

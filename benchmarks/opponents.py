@@ -25,11 +25,11 @@ import torch
 
 from benchmarks.workloads import BATCH, recipe
 from torchord import TrainingConfig
+from torchord.coordinator.compute.batch import load_batch
 from torchord.coordinator.compute.determinism import seed_everything
-from torchord.coordinator.compute.gradient import load_batch
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.plan import Plan, derive_seed
-from torchord.coordinator.spec.recipe import resolve
+from torchord.coordinator.spec.resolving import resolve
 from torchord.tasks.allocator import keep_memory
 
 PEERS = 2

@@ -24,7 +24,7 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import StateRecord
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.coordinator.client.slot_lease import LOSSES, SlotLease
-from torchord.coordinator.compute import gradient
+from torchord.coordinator.compute import inference
 from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
@@ -81,7 +81,7 @@ class InferenceTask:
                 dataset = context.dataset("evaluation")
                 samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
                 replica, _ = context.replica_at(version)
-                examples, metrics = gradient.evaluate(
+                examples, metrics = inference.evaluate(
                     replica, context.recipe, context.config, dataset, samples
                 )
         except ManifestMismatch as error:
@@ -100,7 +100,7 @@ class InferenceTask:
         self.lease.worked()
         self._silent_since.pop((run, version), None)
         if verdict == "complete":
-            _, whole = gradient.combine([(value["examples"], value["metrics"]) for value in values])
+            _, whole = inference.combine([(value["examples"], value["metrics"]) for value in values])
             ledger.record_evaluation(version, whole)
             receipt["evaluation"] = whole
             self._call_if_evaluated(ledger)
@@ -181,7 +181,7 @@ class InferenceTask:
             batch = predictions.get(StateRecord.from_dict(inputs))
             with contained(), context.lock:
                 replica, _ = context.replica_at(version)
-                outputs = gradient.predict(replica, batch)
+                outputs = inference.predict(replica, batch)
             answer = predictions.put_outputs(ledger, request, part, outputs)
         except ChunkCorrupt as error:  # and so it will stay; what is only missing may be stored again
             answer = f"part {part} cannot be computed: {error}"

@@ -28,15 +28,16 @@ from torch.nn.utils import get_total_norm
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 
 from torchord.cache.errors import NonFinite
+from torchord.coordinator.compute.batch import IndexArray, read_batch
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.compute.gradient import IndexArray, ShardGradient, forward_backward, read_batch
+from torchord.coordinator.compute.gradient import ShardGradient, forward_backward
 from torchord.coordinator.compute.loss_scale import LossScale, at_start, exhausted
 from torchord.coordinator.compute.optimizers import Groups, build_optimizer, step_scheduler
 from torchord.coordinator.compute.readback import collect
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import restore_optimizer
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.recipe import ResolvedRecipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 _TELLING = frozenset({SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD})
 """Optimizers that a gradient with a NaN or infinity always takes to parameters with a NaN or infinity."""

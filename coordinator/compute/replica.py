@@ -21,7 +21,7 @@ from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
 from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
-from torchord.coordinator.spec.recipe import ResolvedRecipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torchord.coordinator.compute.optimizers import Groups, servers_optimizer, s
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
-from torchord.coordinator.spec.recipe import ResolvedRecipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, combined_digest
 from torchord.cache.stores.trees import put_tree
 from torchord.cache.tensors.codec import as_bytes, layout, pack
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.compute.gradient import open_dataset
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import ShardWork, decoded, keeps_state, work
 from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.environment import device, environment
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import ResolvedRecipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 log = logging.getLogger(__name__)
 

@@ -28,12 +28,13 @@ from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import fingerprint, resolve, skewed
+from torchord.coordinator.spec.recipe import fingerprint, skewed
+from torchord.coordinator.spec.resolving import resolve
 
 if TYPE_CHECKING:
     import torch
 
-    from torchord.coordinator.spec.recipe import ResolvedRecipe
+    from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 
 class Run:

@@ -14,16 +14,17 @@ from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import VersionRecord
 from torchord.cache.tensors.codec import Manifest, require_same
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.deltas import forward
-from torchord.coordinator.compute.gradient import open_dataset
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import keeps_state
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import ResolvedRecipe, fingerprint, resolve, skewed
+from torchord.coordinator.spec.recipe import fingerprint, skewed
+from torchord.coordinator.spec.resolving import ResolvedRecipe, resolve
 
 _CONTEXTS_KEPT = 4
 

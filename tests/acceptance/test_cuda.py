@@ -25,6 +25,7 @@ from torchord import Recipe, TrainingConfig
 from torchord.cache.tensors.codec import layout, pack
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.device_memory import STAGE_NBYTES, STAGES, CudaCopies, DeviceMemory
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
@@ -168,7 +169,7 @@ def test_a_shard_has_the_same_bits_again_and_hides_no_wait(
 ) -> None:
     config = _config(precision=precision)
     recipe = resolved(make())
-    data, replica = gradient.open_dataset(recipe, config), Replica.build(recipe, config, DEVICE)
+    data, replica = open_dataset(recipe, config), Replica.build(recipe, config, DEVICE)
     replica.attach(replica.pack())
     indices = Plan(len(data), config).indices(0, 1)
     compute = partial(gradient.compute, replica, recipe, config, data, indices)
@@ -185,7 +186,7 @@ def test_a_shard_has_the_same_bits_again_and_hides_no_wait(
 def test_local_steps_have_the_same_bits_in_another_process_copy() -> None:
     config = _config(shards=2, local_steps=4, clip_norm=0.5)
     recipe = resolved(models.mlp())
-    data = gradient.open_dataset(recipe, config)
+    data = open_dataset(recipe, config)
     parts = Plan(len(data), config).parts(0, 1)
     found = []
     for _ in range(2):

@@ -19,7 +19,7 @@ import pytest
 from tests.support.installed import ROOT, Installation, checkout, install
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, Recipe, Run, TrainingConfig
-from torchord.coordinator.spec.recipe import Target
+from torchord.coordinator.spec.targets import Target
 
 pytestmark = pytest.mark.slow
 CONFIG = TrainingConfig(epochs=1, batch_size=16, shards=2)

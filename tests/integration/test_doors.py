@@ -17,7 +17,7 @@ from tests.support import models
 from torchord import LocalCluster, Master, TrainingConfig, stored_dataset
 from torchord.cache.keys import RunKeys
 from torchord.coordinator.local_cluster.import_path import ROOT
-from torchord.coordinator.spec.recipe import Target
+from torchord.coordinator.spec.targets import Target
 
 SAME = """
 import sys

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.batch import open_dataset
+from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import ApplyReport, Trainer
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import Recipe, ResolvedRecipe, resolve
+from torchord.coordinator.spec.recipe import Recipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe, resolve
 
 
 def resolved(recipe: Recipe) -> ResolvedRecipe:

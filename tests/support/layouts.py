@@ -15,12 +15,13 @@ from torch.utils.data import TensorDataset, default_collate
 
 from torchord.cache.tensors.codec import aligned, memory
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.compute.gradient import compute, evaluate, predict
+from torchord.coordinator.compute.gradient import compute
+from torchord.coordinator.compute.inference import evaluate, predict
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.admission import Admission
 from torchord.coordinator.spec.codecs import codecs_within
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.recipe import ResolvedRecipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 Change = Callable[[Tensor], Tensor]
 """The same values, otherwise in memory."""

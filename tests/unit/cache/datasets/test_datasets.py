@@ -42,8 +42,8 @@ from torchord.cache.errors import (
 )
 from torchord.cache.settings import Settings
 from torchord.cache.tensors.codec import has_layout
-from torchord.coordinator.compute.gradient import load_batch
-from torchord.coordinator.spec.recipe import resolve
+from torchord.coordinator.compute.batch import load_batch
+from torchord.coordinator.spec.resolving import resolve
 
 DAY = 24 * 3600
 _bounds = itertools.count(64 << 20)

@@ -22,7 +22,7 @@ from tests.support.inprocess import same
 from tests.support.layouts import LAYOUTS, NETS, OFFSETS, OPERATORS, Change, fresh, off
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import aligned, has_layout, layout, pack, views
-from torchord.coordinator.compute.gradient import to_device
+from torchord.coordinator.compute.batch import to_device
 from torchord.coordinator.compute.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[4]

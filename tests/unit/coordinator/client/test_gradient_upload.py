@@ -23,8 +23,9 @@ from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.client.gradient_upload import Outgoing
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.determinism import seed_everything
-from torchord.coordinator.compute.gradient import ShardGradient, compute, open_dataset
+from torchord.coordinator.compute.gradient import ShardGradient, compute
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan

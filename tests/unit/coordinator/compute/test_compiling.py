@@ -15,8 +15,8 @@ from tests.support.inprocess import InProcess, resolved, same
 from torchord.cache.errors import CompilerMissing, Skewed
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
-from torchord.coordinator.compute import compiling, gradient
-from torchord.coordinator.compute.gradient import open_dataset
+from torchord.coordinator.compute import compiling, gradient, inference
+from torchord.coordinator.compute.batch import formatted, open_dataset
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.environment import environment
@@ -73,10 +73,10 @@ def test_only_pictures_are_reordered() -> None:
     how = config(memory_format="channels_last")
     pictures, counts = torch.rand(2, 3, 4, 4), torch.ones(2, 3, 4, 4, dtype=torch.int64)
     batch = {"x": [pictures, (counts, torch.rand(2, 3))], "y": "text"}
-    found = gradient.formatted(batch, how)
+    found = formatted(batch, how)
     assert found["x"][0].is_contiguous(memory_format=torch.channels_last) and found["y"] == "text"
     assert found["x"][1][0] is counts and torch.equal(found["x"][0], pictures)
-    assert gradient.formatted(batch, config()) is batch
+    assert formatted(batch, config()) is batch
 
 
 def test_an_inner_optimizers_state_keeps_its_order_in_memory() -> None:
@@ -154,7 +154,7 @@ def test_a_server_and_an_evaluation_need_no_compiler(no_compiler: None) -> None:
     assert Trainer.build(given, how).replica.compiled is None
     replica = Replica.build(given, how, computing=True)
     replica.load(replica.pack())
-    examples, found = gradient.evaluate(replica, given, how, open_dataset(given, how), range(4))
+    examples, found = inference.evaluate(replica, given, how, open_dataset(given, how), range(4))
     assert examples == 4 and found["loss"] > 0
 
 

@@ -26,6 +26,7 @@ from torchord.cache.tensors import pinned
 from torchord.cache.tensors.codec import layout, pack, views
 from torchord.coordinator.compute import determinism, device_memory, gradient
 from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.device_memory import DeviceMemory
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
@@ -182,7 +183,7 @@ def test_a_gradient_has_the_same_bits_and_costs_one_wait(name: str, precision: s
     config = TrainingConfig(batch_size=8, shards=4, seed=3, precision=precision)
     recipe, copies = RECIPES[name](), StandIn()
     found = resolved(recipe)
-    data = gradient.open_dataset(found, config)
+    data = open_dataset(found, config)
     plan = Plan(len(data), config)
     there, here = replica_of(recipe, config, copies), replica_of(recipe, config)
     for shard in (2, 0):
@@ -200,7 +201,7 @@ def test_local_steps_have_the_same_bits_and_cost_one_wait(precision: str) -> Non
     )  # fmt: skip
     recipe = models.cnn(optimizer=partial(torch.optim.AdamW, lr=1e-3))
     found, copies = resolved(recipe), StandIn()
-    data = gradient.open_dataset(found, config)
+    data = open_dataset(found, config)
     parts = Plan(len(data), config).parts(0, 1)
     replicas = replica_of(recipe, config, copies), replica_of(recipe, config)
     copies.log.clear()

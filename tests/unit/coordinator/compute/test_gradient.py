@@ -16,16 +16,10 @@ from torch.utils.data import TensorDataset, default_collate
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, run, same
 from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord.coordinator.compute.batch import load_batch, open_dataset
 from torchord.coordinator.compute.determinism import COMPUTE_LOCK, pinned, seed_everything
-from torchord.coordinator.compute.gradient import (
-    ShardGradient,
-    combine,
-    compute,
-    evaluate,
-    load_batch,
-    open_dataset,
-    predict,
-)
+from torchord.coordinator.compute.gradient import ShardGradient, compute
+from torchord.coordinator.compute.inference import combine, evaluate, predict
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed

@@ -14,13 +14,15 @@ from tests.unit.coordinator.compute.test_trainer import moving
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors import tree
 from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.determinism import seed_everything
-from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed
-from torchord.coordinator.spec.recipe import Recipe, ResolvedRecipe
+from torchord.coordinator.spec.recipe import Recipe
+from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

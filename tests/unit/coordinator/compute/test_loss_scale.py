@@ -16,7 +16,8 @@ from tests.support import models, reference
 from tests.support.inprocess import InProcess, resolved
 from torchord.cache.errors import InvalidInput, NonFinite
 from torchord.coordinator.compute import inner_steps as local_steps
-from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.batch import open_dataset
+from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
@@ -189,8 +190,9 @@ def test_the_slots_scale_is_grad_scalers() -> None:
     replica = Replica.build(given, how)
     replica.load(replica.pack())
     data, plan = open_dataset(given, how), Plan(96, how)
+    from torchord.coordinator.compute.batch import read_batch
     from torchord.coordinator.compute.determinism import pinned
-    from torchord.coordinator.compute.gradient import forward_backward, read_batch
+    from torchord.coordinator.compute.gradient import forward_backward
     from torchord.coordinator.compute.optimizers import build_optimizer
 
     with pinned(1, True, restore=True):

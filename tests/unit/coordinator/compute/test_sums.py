@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved, run, same
 from torchord.cache.errors import InvalidInput
+from torchord.coordinator.compute.batch import load_batch, open_dataset
 from torchord.coordinator.compute.determinism import seed_everything
-from torchord.coordinator.compute.gradient import compute, load_batch, open_dataset
+from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.config import TrainingConfig

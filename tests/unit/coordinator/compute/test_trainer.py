@@ -21,7 +21,8 @@ from torchord.coordinator.compute.determinism import seed_everything
 from torchord.coordinator.compute.optimizers import Groups
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.recipe import Recipe, Target
+from torchord.coordinator.spec.recipe import Recipe
+from torchord.coordinator.spec.targets import Target
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, shards=2, seed=5)
 

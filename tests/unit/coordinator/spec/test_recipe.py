@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from tests.support import models
 from torchord.cache.errors import NotAllowed, RecipeError
 from torchord.coordinator.spec.admission import START_DIRECTORY, torch_admits
-from torchord.coordinator.spec.recipe import Recipe, Target, fingerprint, modules_of, resolve, skewed
+from torchord.coordinator.spec.recipe import Recipe, fingerprint, modules_of, skewed
+from torchord.coordinator.spec.resolving import resolve
+from torchord.coordinator.spec.targets import Target
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 
@@ -688,7 +690,7 @@ def test_a_worker_elsewhere_finds_its_own_project(tmp_path: Path) -> None:
     """From another process, started in a directory of its own: what a worker does."""
     shutil.copy(REPOSITORY / "tests/support/attackable.py", tmp_path / "my_models.py")
     script = (
-        "from torchord.coordinator.spec.recipe import resolve\n"
+        "from torchord.coordinator.spec.resolving import resolve\n"
         f"spec = {spec_of(model=entry('my_models:fine'))!r}\n"
         "print(resolve(spec, allowed=None).model())\n"
         f"spec = {spec_of(model=entry('torchord.coordinator.spec.recipe:resolve'))!r}\n"
