@@ -7,29 +7,28 @@ process, and versions are then copied into it in place, so that tied weights sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
-from torchord.cache.tensors.codec import Manifest, layout, pack, row_major, starts_aligned, views
+from torchord.cache.tensors.codec import Manifest, layout, pack, row_major, views
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
 from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
+from torchord.coordinator.compute.model_state import (
+    OnCpu,
+    align,
+    formatted,
+    homes,
+    require_plain,
+    same_bytes,
+)
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
-
-
-@dataclass(frozen=True)
-class _BufferHome:
-    """Where a buffer hangs in the module tree; a forward may put another tensor there."""
-
-    module: nn.Module
-    name: str
 
 
 class Replica:
@@ -55,7 +54,7 @@ class Replica:
 
     def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
         if device.type == "cpu":
-            _align(model)
+            align(model)
         self.model = model
         self.config = config
         self.device = device
@@ -68,7 +67,7 @@ class Replica:
         self.loaded: int | None = None
         self.digest = ""
         self.compiled: nn.Module | None = None
-        self._homes = _homes(model, self.buffers)
+        self._homes = homes(model, self.buffers)
         self._version: dict[str, Tensor] = {}  # on the CPU
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
         self._counters: list[int] = []
@@ -113,8 +112,8 @@ class Replica:
                     f"the recipe's model entry returned a {type(model).__name__}; it must return a "
                     f"torch.nn.Module"
                 )
-            _require_plain(model)
-            made = cls(_formatted(model.to(device), config if computing else None), config, device)
+            require_plain(model)
+            made = cls(formatted(model.to(device), config if computing else None), config, device)
             if computing and config.compile:
                 made.compiled = compiled(made.model)
             return made
@@ -270,7 +269,7 @@ class Replica:
 
     def held(self) -> Mapping[str, Tensor]:
         """Return name -> value on the CPU of what a forward may write: buffers and frozen parameters."""
-        return _OnCpu({**self.buffers, **{name: p.detach() for name, p in self.frozen.items()}})
+        return OnCpu({**self.buffers, **{name: p.detach() for name, p in self.frozen.items()}})
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
@@ -311,7 +310,7 @@ class Replica:
 
     def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some contiguous CPU tensors whose bytes differ from the loaded version's."""
-        return {name: v for name, v in values.items() if not _same_bytes(v, self._version[name])}
+        return {name: v for name, v in values.items() if not same_bytes(v, self._version[name])}
 
     def train(self) -> nn.Module:
         """Switch the model to training mode, drop its gradients and return it, compiled if it is to be."""
@@ -323,66 +322,3 @@ class Replica:
         """Switch the model to evaluation mode and return it."""
         self.model.eval()
         return self.model
-
-
-class _OnCpu(Mapping[str, Tensor]):
-    """The same tensors, copied to the CPU when one is asked for."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].cpu()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _formatted(model: nn.Module, config: TrainingConfig | None) -> nn.Module:
-    """The model with its 4-D parameters in the config's memory format."""
-    if config is not None and config.memory_format == "channels_last":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-@torch.no_grad()
-def _align(model: nn.Module) -> None:
-    """Move parameters and buffers that start elsewhere, such as numpy's, to boundaries of 64 bytes.
-
-    Their order in memory is the recipe's and stays; a tensor that shared memory with them does no more.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not starts_aligned(tensor):
-            tensor.data = tensor.data.clone()
-
-
-def _homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[_BufferHome]]:
-    homes: dict[str, list[_BufferHome]] = {name: [] for name in buffers}
-    names = {id(buffer): name for name, buffer in buffers.items()}
-    for module in model.modules():
-        for local, buffer in module._buffers.items():
-            if buffer is not None:
-                homes[names[id(buffer)]].append(_BufferHome(module, local))
-    return homes
-
-
-def _require_plain(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-            raise InvalidInput(
-                f"{name!r} is not materialized yet (a lazy module); run one dummy batch through the model in "
-                "the recipe's model function"
-            )
-        if tensor.device.type == "meta":
-            raise InvalidInput(
-                f"{name!r} is on the meta device and has no values; build the model on the CPU"
-            )
-        if tensor.layout is not torch.strided:
-            raise InvalidInput(f"{name!r} is {tensor.layout}; a run's state must be dense")
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
