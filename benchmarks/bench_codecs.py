@@ -241,7 +241,7 @@ def train(variant: str, seed: int, epochs: int, data: TensorDataset, test: Tenso
         run.step()
     encode, decode = run.codec_milliseconds()
     run.replica.load(run.trainer.replica.pack())
-    _, scores = evaluate(run.replica, recipe, config, test, range(len(test)))
+    scores = evaluate(run.replica, recipe, config, test, range(len(test))).means
     return Outcome(
         variant=variant,
         seed=seed,

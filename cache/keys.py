@@ -30,7 +30,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:dataset:NAME | hash: digest, JSON of Record | put_dataset.lua | DATASET_TTL or the put's, renewed on use |
 | torchord:dataset:NAME:renewed | string, worker's mark | readers | at most RENEWAL_SECONDS |
 | torchord:chunk:ADDRESS:0 | string, raw bytes of a dataset chunk | content store | as its dataset; GRACE_TTL once let go |
-| torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL, WORK_TTL (gradients) or PREDICT_TTL; deleted by retention |
+| torchord:blob:RUN:KIND:...:CHUNK | string, raw bytes | chunk store | BLOB_TTL, WORK_TTL (gradients, metrics) or PREDICT_TTL; deleted by retention |
 
 Celery's own keys (queues, `unacked`, `celery-task-meta-*`, `celery-taskset-meta-*`) are not
 listed: Celery gives them their life (`result_expires`).
@@ -186,6 +186,10 @@ class RunKeys:
     def slot_state_blob(self, step: int, shard: int, nonce: str) -> str:
         """Chunk prefix of what one slot keeps after a step."""
         return f"{PREFIX}:blob:{self.run}:slot:{step}:{shard}:{nonce}"
+
+    def evaluation_blob(self, version: int, part: int) -> str:
+        """Chunk prefix of what one part of an evaluation keeps of its metrics."""
+        return f"{PREFIX}:blob:{self.run}:evaluation:{version}:{part}"
 
     def predict_blob(self, request: str, part: int, side: str) -> str:
         """Chunk prefix of the inputs or outputs of one part of a prediction."""

@@ -9,11 +9,13 @@ from torchord.tasks.registry import task
 
 
 @task(PREDICT)
-def predict(*, run: str, version: int, request: str, part: int, inputs: dict[str, Any]) -> dict[str, Any]:
+def predict(
+    *, run: str, version: int, request: str, part: int, inputs: dict[str, Any], samples: bool = False
+) -> dict[str, Any]:
     """Compute the outputs of one part of a prediction.
 
     Safe to run twice: the outputs are a function of (run, version, inputs), written once.
     """
     from torchord.tasks.worker import process
 
-    return process().client.inference.predict(run, version, request, part, inputs)
+    return process().client.inference.predict(run, version, request, part, inputs, samples=samples)

@@ -26,6 +26,11 @@ class Evaluations(ControlPlane):
             )
         return reply[0], [from_text(text) for text in reply[1:]]
 
+    def drop_part(self, version: int, part: int) -> None:
+        """Forget one part of an evaluation, because what it kept is lost: it is computed again."""
+        with self._during(f"drop part {part} of the evaluation of version {version}"):
+            self.client.hdel(self.keys.parts(version), str(part))
+
     def parts_present(self, version: int) -> set[int]:
         """Which parts of an evaluation are written."""
         with self._during(f"count the parts of the evaluation of version {version}"):

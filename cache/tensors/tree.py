@@ -29,7 +29,7 @@ def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     Args:
         tree: dicts (also OrderedDict and Counter) with str or int keys, lists, tuples, None,
             bool, int, float (inf and NaN included), str, torch dtypes, numpy scalars (which
-            become Python's) and tensors, nested to any depth.
+            become Python's), numpy arrays and tensors, nested to any depth.
 
     Returns:
         (skeleton, tensors): a JSON-able value, and name -> tensor (the same objects) with the
@@ -62,6 +62,8 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": _store(value, path, tensors)}
+    if isinstance(value, np.ndarray):
+        return {"array": _store(_tensor(value, path), path, tensors)}
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or type(value) in (bool, int, str):
@@ -80,6 +82,13 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         f"cannot save {path or 'the state'!r}: it is a {type(value).__module__}.{type(value).__qualname__}; "
         "states may hold dicts, lists, tuples, numbers, strings, booleans, None, dtypes and tensors"
     )
+
+
+def _tensor(array: np.ndarray[Any, Any], path: str) -> Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except TypeError as error:
+        raise CheckpointError(f"cannot save {path or 'the state'!r}: {error}") from error
 
 
 def _pair(key: Any, item: Any, path: str, tensors: dict[str, Tensor]) -> list[Any]:
@@ -109,6 +118,8 @@ def _unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((tag, body),) = node.items()
     if tag == "tensor":
         return tensors[body]
+    if tag == "array":
+        return tensors[body].numpy()
     if tag == "float":
         return _NONFINITE[body]
     if tag == "tuple":

@@ -27,6 +27,10 @@ class MemoryEvaluations(MemoryControlPlane):
                 return "written", []
             return "complete", [from_text(fields[str(index)]) for index in range(parts)]
 
+    def drop_part(self, version: int, part: int) -> None:
+        """See `Ledger.drop_part`."""
+        self.plane.hdel(self.keys.parts(version), str(part))
+
     def parts_present(self, version: int) -> set[int]:
         """See `Ledger.parts_present`."""
         return {int(part) for part in self.plane.hash(self.keys.parts(version))}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
     ChunkCorrupt,
+    ChunkMissing,
     ManifestMismatch,
     RunNotFound,
     ShardFailed,
@@ -25,10 +27,11 @@ from torchord.cache.ledger.records import StateRecord
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.coordinator.client.slot_lease import LOSSES, SlotLease
 from torchord.coordinator.compute import inference
+from torchord.coordinator.compute.inference import Measured
 from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
-from torchord.coordinator.runtime.failures import Failure, contained
+from torchord.coordinator.runtime.failures import Failure, contained, noted
 from torchord.coordinator.runtime.faults import Hook
 
 log = logging.getLogger(__name__)
@@ -81,9 +84,8 @@ class InferenceTask:
                 dataset = context.dataset("evaluation")
                 samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
                 replica, _ = context.replica_at(version)
-                examples, metrics = inference.evaluate(
-                    replica, context.recipe, context.config, dataset, samples
-                )
+                measured = inference.evaluate(replica, context.recipe, context.config, dataset, samples)
+            states = self._stored(ledger, version, part, measured)
         except ManifestMismatch as error:
             return self.lease.refuse({**receipt, "parts": parts}, str(error))
         except CacheError as error:
@@ -93,18 +95,51 @@ class InferenceTask:
         finally:
             self.heartbeat.doing("")
         self.fault("client.before_part")
-        verdict, values = ledger.write_part(
-            version, part, {"examples": examples, "metrics": metrics}, parts=parts
-        )
+        written = {"examples": measured.examples, "metrics": measured.means}
+        verdict, values = ledger.write_part(version, part, {**written, **states}, parts=parts)
         self.fault("client.after_part")
         self.lease.worked()
         self._silent_since.pop((run, version), None)
         if verdict == "complete":
-            _, whole = inference.combine([(value["examples"], value["metrics"]) for value in values])
+            whole = self._whole(context, version, values)
+            if whole is None:
+                return {**receipt, "status": "a part is lost"}
             ledger.record_evaluation(version, whole)
             receipt["evaluation"] = whole
             self._call_if_evaluated(ledger)
-        return {**receipt, "status": verdict, "examples": examples, **metrics}
+        if verdict in ("complete", "done"):
+            self.services.evaluations.delete(map(_record_of, [*values, states]))
+        return {**receipt, "status": verdict, "examples": measured.examples, **measured.means}
+
+    def _stored(self, ledger: Ledger, version: int, part: int, measured: Measured) -> dict[str, Any]:
+        """Store what the part keeps for figures that no mean gives; returns what its record says of it."""
+        if not measured.states:
+            return {}
+        return {"states": self.services.evaluations.put(ledger, version, part, measured.states).as_dict()}
+
+    def _whole(
+        self, context: RunContext, version: int, values: Sequence[dict[str, Any]]
+    ) -> dict[str, float] | None:
+        """The figures of all parts; None if what a part kept is lost, which is then computed again.
+
+        Raises:
+            ShardFailed: the recipe's code raised; the run has failed with its message.
+        """
+        found = []
+        for part, value in enumerate(values):
+            try:
+                states = self.services.evaluations.get(_record_of(value)) if "states" in value else {}
+            except (ChunkMissing, ChunkCorrupt) as error:
+                log.warning("part %d of the evaluation of run %s goes back: %s", part, context.run, error)
+                context.ledger.drop_part(version, part)
+                self.sender.evaluation(context.run, version, [part], len(values))
+                return None
+            found.append(Measured(value["examples"], value["metrics"], states))
+        try:
+            with contained(), context.lock:
+                return inference.combine(found, context.recipe, context.config)
+        except Exception as error:
+            raise self._evaluation_failed(context, error, version=version, part=None) from error
 
     def _evaluation_back(self, receipt: dict[str, Any], error: CacheError) -> dict[str, Any]:
         """Give a part of an evaluation back that the store does not let this worker compute.
@@ -148,9 +183,10 @@ class InferenceTask:
             self.sender.advance(ledger.run, queue=head.queue or UPDATES)
 
     def _evaluation_failed(
-        self, context: RunContext, error: Exception, *, version: int, part: int
+        self, context: RunContext, error: Exception, *, version: int, part: int | None
     ) -> ShardFailed:
-        what = f"part {part} of the evaluation of version {version}"
+        what = "the end" if part is None else f"part {part}"
+        what += f" of the evaluation of version {version}"
         failure = Failure.of(error, what, worker=self.heartbeat.info.id, version=version)
         failure.stop(context.ledger, incarnation=context.incarnation)
         self.contexts.forget(context.run)
@@ -159,12 +195,20 @@ class InferenceTask:
     # --- prediction ---------------------------------------------------------------------
 
     def predict(
-        self, run: str, version: int, request: str, part: int, inputs: dict[str, Any]
+        self,
+        run: str,
+        version: int,
+        request: str,
+        part: int,
+        inputs: dict[str, Any],
+        *,
+        samples: bool = False,
     ) -> dict[str, Any]:
         """Compute the outputs of one part of a prediction and write them once.
 
         Args:
             inputs: record of the part's inputs, as JSON has it (`StateRecord.as_dict`).
+            samples: whether they are samples for the recipe's collate.
         """
         ledger = self.services.ledger(run)
         receipt: dict[str, Any] = {
@@ -181,7 +225,7 @@ class InferenceTask:
             batch = predictions.get(StateRecord.from_dict(inputs))
             with contained(), context.lock:
                 replica, _ = context.replica_at(version)
-                outputs = inference.predict(replica, batch)
+                outputs = inference.predict(replica, context.recipe, batch, samples=samples)
             answer = predictions.put_outputs(ledger, request, part, outputs)
         except ChunkCorrupt as error:  # and so it will stay; what is only missing may be stored again
             answer = f"part {part} cannot be computed: {error}"
@@ -189,8 +233,14 @@ class InferenceTask:
             raise
         except Exception as error:  # noqa: BLE001  the recipe's own code; it goes to whoever asked
             kind = type(error).__name__
-            answer = f"part {part} failed on worker {receipt['worker']}: {kind}: {error}"
+            answer = f"part {part} failed on worker {receipt['worker']}: {kind}: {error}{noted(error)}"
         finally:
             self.heartbeat.doing("")
         predictions.answer(ledger, request, part, answer)
         return {**receipt, "status": "failed" if isinstance(answer, str) else "written"}
+
+
+def _record_of(value: Mapping[str, Any]) -> StateRecord:
+    """Where a part of an evaluation keeps its states; an empty record for one that keeps none."""
+    found = value.get("states")
+    return StateRecord({}, {}, None) if found is None else StateRecord.from_dict(found)

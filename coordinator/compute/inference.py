@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from torchord.cache.errors import InvalidInput
+from torchord.coordinator.compute import metrics
 from torchord.coordinator.compute.batch import IndexArray, during, load_batch, pair, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
-from torchord.coordinator.compute.gradient import autocast
+from torchord.coordinator.compute.gradient import autocast, loss_of
+from torchord.coordinator.compute.metrics import Sample, Tally
+from torchord.coordinator.compute.outputs import collated, plain
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
+
+_TRIED_EXAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one part of an evaluation.
+
+    Attributes:
+        examples: in the part.
+        means: "loss" and name of each metric that is a function -> mean over the examples.
+        states: name of each other metric -> what its figure is worked out from, a tree.
+    """
+
+    examples: int
+    means: dict[str, float]
+    states: dict[str, Any]
 
 
 def evaluate(
@@ -24,7 +45,7 @@ def evaluate(
     config: TrainingConfig,
     dataset: Any,
     indices: IndexArray,
-) -> tuple[int, dict[str, float]]:
+) -> Measured:
     """Measure loss and metrics on some examples, in evaluation mode, without gradients.
 
     The examples go through the model in micro-batches of ceil(batch_size / shards), the size
@@ -38,86 +59,155 @@ def evaluate(
         indices: which examples, in order.
 
     Returns:
-        (examples, {"loss": mean loss, metric name: mean}); the means weigh each micro-batch by
-        its examples and are summed in order in float64.
+        The part's figures; the means weigh each micro-batch by its examples and are summed in order in
+        float64.
 
     Raises:
-        ShardFailed: the recipe's code raised, or returned what cannot be used.
+        InvalidInput: the recipe's code returned what cannot be used.
+        Exception: what it raises, with a note.
     """
     size = -(-config.batch_size // config.shards)
-    parts: list[tuple[int, dict[str, float]]] = []
+    means: list[tuple[int, dict[str, float]]] = []
+    tally = Tally(resolved.metrics, replica.device)
     for start in range(0, len(indices), size):
         some = indices[start : start + size]
-        first = int(some[0])
-        with pinned(config.threads, config.deterministic, replica.device):
-            seed_everything(derive_seed(config.seed, "evaluation data", first))
-            batch = load_batch(dataset, some, resolved.collate)
-            replica.reset_buffers()
-            model = replica.eval()
-            seed_everything(derive_seed(config.seed, "evaluation", first))
-            with during("evaluating"), torch.no_grad(), autocast(config, replica.device):
-                parts.append((len(some), _measure(resolved, model, to_device(batch, replica.device))))
-            replica.reset_buffers()
-    return combine(parts)
+        with _evaluating(replica, resolved, config, dataset, some) as (model, batch):
+            values = {"loss": metrics.number(_loss_name(resolved), loss_of(resolved, model, batch))}
+            if resolved.metrics:
+                values |= tally.take(*_measurable(resolved, model, batch))
+            means.append((len(some), values))
+    examples, averaged = _mean(means)
+    return Measured(examples, averaged, tally.states())
 
 
-def combine(parts: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, dict[str, float]]:
-    """Merge results of `evaluate` over disjoint examples, in the order given.
+def combine(parts: Sequence[Measured], resolved: ResolvedRecipe, config: TrainingConfig) -> dict[str, float]:
+    """Merge what `evaluate` measured of disjoint examples, in the order given.
 
     Returns:
-        (examples together, name -> mean weighted by examples, in float64); (0, {}) for none.
+        name -> figure: means weighted by examples, in float64, and what the other metrics come to; {} for
+        no parts.
     """
+    _, found = _mean([(part.examples, part.means) for part in parts])
+    if resolved.metrics and parts:
+        with pinned(config.threads, config.deterministic), during("finishing the metrics"), torch.no_grad():
+            seed_everything(derive_seed(config.seed, "evaluation", "finish"))
+            found |= metrics.finished(resolved.metrics, [part.states for part in parts])
+    return found
+
+
+def try_metrics(like: Replica, resolved: ResolvedRecipe, config: TrainingConfig, dataset: Any) -> None:
+    """Try the recipe's metrics on the first examples of its evaluation; see `metrics.tried`.
+
+    Args:
+        like: holds the version to try them at; a copy of it computes.
+        resolved: the run's recipe.
+        config: the run's config.
+        dataset: the evaluation dataset, not empty.
+
+    Raises:
+        InvalidInput: a metric returns no number, or is not what it is taken for.
+        Exception: whatever the recipe's code raises, with a note.
+    """
+    replica = Replica.build(resolved, config, like.device)
+    replica.load(like.pack())
+    size = min(len(dataset), _TRIED_EXAMPLES)
+    cuts = [0, max(1, size // 3), size] if size > 1 else []
+
+    def sample(first: int, last: int) -> Sample:
+        with _evaluating(replica, resolved, config, dataset, range(first, last)) as (model, batch):
+            return Sample(*_measurable(resolved, model, batch), last - first)
+
+    whole = sample(0, size)
+    parts = [sample(first, last) for first, last in pairwise(cuts)]
+    with pinned(config.threads, config.deterministic, replica.device), torch.no_grad():
+        seed_everything(derive_seed(config.seed, "evaluation", "trial"))
+        with during("trying the metrics"):
+            metrics.tried(resolved.metrics, whole, parts)
+
+
+def predict(
+    replica: Replica,
+    resolved: ResolvedRecipe,
+    batch: Any,
+    config: TrainingConfig | None = None,
+    *,
+    samples: bool = False,
+) -> Any:
+    """Return the outputs for a batch in evaluation mode, without gradients.
+
+    The recipe's `predict` computes them; without one the model does, called as the recipe's `loss` has it,
+    or beside a `step` with the keys of a mapping as its arguments.
+
+    Args:
+        replica: the model, loaded with the version to use.
+        resolved: the run's recipe.
+        batch: what goes in: a tensor, or dicts, lists and tuples of tensors, an example a row.
+        config: the run's config; None: the replica's.
+        samples: whether `batch` is a list of samples of the dataset, for the recipe's collate.
+
+    Returns:
+        The outputs with their tensors on the CPU, as `torchord.coordinator.compute.outputs.plain` has them.
+
+    Raises:
+        InvalidInput: the outputs cannot travel.
+        Exception: what the recipe's code raises, with a note.
+    """
+    config = replica.config if config is None else config
+    with pinned(config.threads, config.deterministic, replica.device):
+        replica.reset_buffers()
+        seed_everything(derive_seed(config.seed, "predict"))
+        if samples:
+            batch = collated(resolved, batch)
+        model = replica.eval()
+        with during("predicting"), torch.no_grad(), autocast(config, replica.device):
+            outputs = _outputs(resolved, model, to_device(batch, replica.device))
+        replica.reset_buffers()
+        return to_device(plain(outputs), torch.device("cpu"))
+
+
+def _outputs(resolved: ResolvedRecipe, model: Any, batch: Any) -> Any:
+    if resolved.predict is not None:
+        return resolved.predict(model, batch)
+    if resolved.step is not None and isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch)
+
+
+def _measurable(resolved: ResolvedRecipe, model: Any, batch: Any) -> tuple[Any, Any]:
+    """What metrics get: the outputs for a batch, and its targets."""
+    if resolved.predict is None:
+        inputs, targets = pair(batch)
+        return model(inputs), targets
+    outputs = resolved.predict(model, batch)
+    return outputs, batch[1] if type(batch) in (list, tuple) and len(batch) == 2 else batch
+
+
+@contextmanager
+def _evaluating(
+    replica: Replica, resolved: ResolvedRecipe, config: TrainingConfig, dataset: Any, some: IndexArray
+) -> Iterator[tuple[Any, Any]]:
+    """The model in evaluation mode and a micro-batch on its device, seeded by the first index."""
+    first = int(some[0])
+    with pinned(config.threads, config.deterministic, replica.device):
+        seed_everything(derive_seed(config.seed, "evaluation data", first))
+        batch = load_batch(dataset, some, resolved.collate)
+        replica.reset_buffers()
+        model = replica.eval()
+        seed_everything(derive_seed(config.seed, "evaluation", first))
+        with during("evaluating"), torch.no_grad(), autocast(config, replica.device):
+            yield model, to_device(batch, replica.device)
+        replica.reset_buffers()
+
+
+def _loss_name(resolved: ResolvedRecipe) -> str:
+    return "loss" if resolved.step is None else "step"
+
+
+def _mean(parts: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, dict[str, float]]:
+    """(examples together, name -> mean weighted by examples, in float64); (0, {}) for no parts."""
     total = sum(examples for examples, _ in parts)
     sums: dict[str, float] = {}
     for examples, values in parts:
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * examples
     return total, {name: value / total for name, value in sums.items()}
-
-
-def predict(replica: Replica, inputs: Any, config: TrainingConfig | None = None) -> Any:
-    """Return model(inputs) in evaluation mode, without gradients.
-
-    Args:
-        replica: the model, loaded with the version to use.
-        inputs: what the model takes as its one argument: a tensor, or dicts, lists and tuples
-            of tensors, with the batch dimension first.
-        config: the run's config; None: the replica's.
-
-    Returns:
-        The model's outputs with their tensors on the CPU.
-
-    Raises:
-        Exception: what the model raises, with a note.
-    """
-    config = replica.config if config is None else config
-    with pinned(config.threads, config.deterministic, replica.device):
-        replica.reset_buffers()
-        model = replica.eval()
-        seed_everything(derive_seed(config.seed, "predict"))
-        with during("predicting"), torch.no_grad(), autocast(config, replica.device):
-            outputs = model(to_device(inputs, replica.device))
-        replica.reset_buffers()
-        return to_device(outputs, torch.device("cpu"))
-
-
-def _measure(resolved: ResolvedRecipe, model: Any, batch: Any) -> dict[str, float]:
-    if resolved.step is not None:
-        return {"loss": _number("step", resolved.step(model, batch))}
-    assert resolved.loss is not None
-    inputs, targets = pair(batch)
-    outputs = model(inputs)
-    values = {"loss": _number("loss", resolved.loss(outputs, targets))}
-    for name, metric in resolved.metrics.items():
-        values[name] = _number(f"metric {name!r}", metric(outputs, targets))
-    return values
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise InvalidInput(
-            f"{name} returned a {type(value).__name__} {shown}, but must return a number or a scalar tensor"
-        ) from None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch.utils.data import DataLoader, default_collate
 
 from torchord.cache import keys
 from torchord.cache.errors import (
@@ -17,11 +18,14 @@ from torchord.cache.errors import (
     InvalidInput,
     NoWorker,
     RunFailed,
+    TorchordError,
     VersionMissing,
     WaitTimeout,
 )
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import StateRecord
+from torchord.cache.tensors import tree
+from torchord.coordinator.compute.outputs import joined, restored, rows
 from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, PREDICT, UPDATES, worker_command
@@ -43,8 +47,13 @@ def predict(
     batch_size: int,
     version: int,
     timeout_seconds: float | None,
+    recipe: Mapping[str, Any],
 ) -> Any:
-    """See `Run.predict`."""
+    """See `Run.predict`.
+
+    Args:
+        recipe: the run's, as its spec has it.
+    """
     if type(batch_size) is not int or batch_size < 1:
         raise InvalidInput(f"batch_size must be a whole number of examples, at least 1, got {batch_size!r}")
     if ledger.version(version) is None:
@@ -52,14 +61,15 @@ def predict(
             f"version {version} of run {ledger.run!r} is not in the cache; stored: "
             f"{sorted(ledger.versions())}. Predict from one of these, or from the newest (version=None)"
         )
-    prediction = Prediction(services, sender, ledger, version, _batches(inputs, batch_size))
+    batches = _batches(inputs, batch_size, recipe)
+    prediction = Prediction(services, sender, ledger, version, batches)
     try:
         done = prediction.outputs(timeout_seconds)
     finally:
         prediction.clean_up()
     if not done:
         raise InvalidInput("predict() was given no examples")
-    return _joined(done)
+    return joined([restored(part) for part in done])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +95,16 @@ class Prediction:
         sender: sends the parts to the workers.
         ledger: of the run.
         version: to predict from; it is pinned until the outputs are there.
-        batches: the inputs of each part, in order.
+        batches: the inputs of each part, in order, and whether they are samples that are to be collated.
     """
 
     def __init__(
-        self, services: Services, sender: Sender, ledger: Ledger, version: int, batches: Iterator[Any]
+        self,
+        services: Services,
+        sender: Sender,
+        ledger: Ledger,
+        version: int,
+        batches: Iterator[tuple[Any, bool]],
     ) -> None:
         self._services = services
         self._store = services.predictions
@@ -146,13 +161,15 @@ class Prediction:
     def _send_more(self) -> None:
         """Store and send parts until the window is full."""
         while not self._exhausted and len(self._sent) < _WINDOW:
-            batch = next(self._batches, None)
-            if batch is None:
+            following = next(self._batches, None)
+            if following is None:
                 self._exhausted = True
                 return
+            batch, samples = following
             record = self._store.put_inputs(self._ledger, self._request, self._number, batch)
             kwargs = {"run": self._ledger.run, "version": self._version, "request": self._request}
             kwargs |= {"part": self._number, "inputs": record.as_dict()}
+            kwargs |= {"samples": True} if samples else {}
             self._sent[self._number] = _Part(batch, record, kwargs)
             self._send(kwargs)
             self._number += 1
@@ -209,34 +226,56 @@ class Prediction:
             self._sender.advance(ledger.run, queue=head.queue or UPDATES)
 
 
-def _batches(inputs: Any, batch_size: int) -> Iterator[Any]:
-    """Inputs cut into batches, in order."""
-    from torch.utils.data import default_collate
-
-    if isinstance(inputs, torch.Tensor):
-        if inputs.ndim == 0:
-            raise InvalidInput(
-                "predict() takes a tensor whose first dimension counts examples, got a 0-d tensor"
-            )
-        for batch in torch.split(inputs.detach().cpu(), batch_size):
-            if len(batch):
-                yield batch
+def _batches(inputs: Any, batch_size: int, recipe: Mapping[str, Any]) -> Iterator[tuple[Any, bool]]:
+    """Inputs cut into batches, in order, each with whether it is samples for the recipe's collate."""
+    cut = rows(inputs, batch_size)
+    if cut is not None:
+        for batch in cut:
+            yield batch, False
         return
-    if not hasattr(inputs, "__getitem__") or not hasattr(inputs, "__len__"):
-        raise InvalidInput(f"predict() takes a tensor or a map-style Dataset, got {type(inputs).__name__}")
-    for first in range(0, len(inputs), batch_size):
-        samples = [inputs[i] for i in range(first, min(first + batch_size, len(inputs)))]
-        inner = [s[0] if isinstance(s, (tuple, list)) else s for s in samples]
-        yield default_collate(inner)
+    count = 0
+    found = _samples(inputs)
+    while samples := list(itertools.islice(found, batch_size)):
+        if "collate" in recipe:
+            yield [_carried(sample, count + place) for place, sample in enumerate(samples)], True
+        else:
+            yield _collated(samples, whole="predict" in recipe), False
+        count += len(samples)
 
 
-def _joined(parts: list[Any]) -> Any:
-    """Outputs of all parts as one value of the same form."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(parts) if first.ndim else torch.stack(parts)
-    if isinstance(first, dict):
-        return {name: _joined([part[name] for part in parts]) for name in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(_joined([part[i] for part in parts]) for i in range(len(first)))
-    return parts
+def _samples(inputs: Any) -> Iterator[Any]:
+    if isinstance(inputs, DataLoader):
+        raise InvalidInput("predict() takes samples, and a DataLoader gives batches; give its dataset")
+    if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not isinstance(inputs, str | bytes):
+        return (inputs[place] for place in range(len(inputs)))
+    if isinstance(inputs, Iterable) and not isinstance(inputs, str | bytes):
+        return iter(inputs)
+    raise InvalidInput(
+        "predict() takes a tensor, a mapping of tensors, a Dataset or a list of samples, got "
+        f"{type(inputs).__name__}"
+    )
+
+
+def _collated(samples: Sequence[Any], *, whole: bool) -> Any:
+    """Samples as torch's default collate has them, as a `whole` or of pairs the inputs alone."""
+    inner = samples if whole else [s[0] if isinstance(s, (tuple, list)) else s for s in samples]
+    try:
+        return default_collate(list(inner))
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise InvalidInput(
+            f"these samples make no batch ({error}); where they differ in form, give the recipe a "
+            "collate=(list of samples) -> batch"
+        ) from error
+
+
+def _carried(sample: Any, place: int) -> Any:
+    """A sample as it travels: mappings as dicts."""
+    found = {key: sample[key] for key in sample} if isinstance(sample, Mapping) else sample
+    try:
+        tree.flatten(found)
+    except TorchordError as error:
+        raise InvalidInput(
+            f"sample {place} cannot travel to the workers: {error}; have the dataset return tensors, arrays, "
+            "numbers, strings, and dicts, lists and tuples of them"
+        ) from error
+    return found

@@ -320,14 +320,19 @@ class Run:
         """Outputs for `inputs`, in their order, computed by the workers.
 
         Args:
-            inputs: a tensor (first dimension: examples) or a map-style Dataset; of a dataset's
-                (input, target) pairs the input is taken.
+            inputs: a tensor, or a mapping with tensors such as a tokenizer's, an example a row; or samples: a
+                Dataset, a list or any iterable of them. Samples go through the recipe's collate, if it has
+                one, on the workers; of (input, target) pairs the model gets the input.
             batch_size: examples a task.
             version: pinned for the whole call; None for the newest.
             timeout: seconds; None waits as long as workers are alive.
 
         Returns:
-            What the model returns, its tensors joined along the first dimension.
+            What the recipe's `predict` returns, or the model, its tensors joined along the first dimension
+            (a list with one for each example, where they differ in another); an object with fields arrives
+            as `torchord.coordinator.compute.outputs.Outputs`. The last bits of a row may depend on
+            `batch_size` and on its place in the batch, as matrix products do; for the same inputs and
+            `batch_size` they are the same on any fleet.
 
         Raises:
             InvalidInput: the inputs are of another kind, or empty; or the workers store chunks elsewhere.
@@ -346,6 +351,7 @@ class Run:
             batch_size=batch_size,
             version=self._wanted(self._ledger.head(), version),
             timeout_seconds=timeout,
+            recipe=self._spec()["recipe"],
         )
 
     # --- parts ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torchord.cache.ledger.workers import Registry
 from torchord.cache.servers.fast_client import Lane
 from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients, ping
 from torchord.cache.settings import Settings
+from torchord.cache.stores.evaluations import EvaluationStore
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.stores.predictions import PredictionStore
@@ -40,6 +41,7 @@ class Services:
         self.parameters = ParameterCache(self.chunks)
         self.gradients = GradientStore(self.chunks)
         self.predictions = PredictionStore(self.chunks)
+        self.evaluations = EvaluationStore(self.chunks)
         self._ledgers: dict[str, Ledger] = {}
 
     @property

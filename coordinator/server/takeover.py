@@ -12,6 +12,7 @@ from torchord.cache.errors import CacheError, CheckpointError, Fenced, ManifestM
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
+from torchord.coordinator.compute.inference import try_metrics
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext, switches_of
 from torchord.coordinator.runtime.environment import device
@@ -86,6 +87,9 @@ class TakeOver:
             trainer, record = self._from_checkpoint(head.version)
         else:
             trainer = self._built(plan.config_at(0))
+            if evaluation_size and context.recipe.metrics:
+                like = trainer.replica
+                try_metrics(like, context.recipe, context.config, context.dataset("evaluation"))
             record = self._published(trainer, 0, GENESIS)
         self.fault("server.before_initialise")
         verdict = ledger.initialise(

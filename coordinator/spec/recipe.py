@@ -20,6 +20,7 @@ from torchord.coordinator.spec.admission import (
 from torchord.coordinator.spec.targets import Entry, Target, check_kind, decode, encode
 
 _REQUIRED = ("model", "dataset", "optimizer")
+_HALVES = ("state", "finish")  # of a metric that is a pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,12 @@ class Recipe:
             of `loss` and `step`.
         scheduler: (optimizer) -> torch learning-rate scheduler, stepped once a global step.
         evaluation: () -> map-style dataset for evaluations.
-        metrics: name -> (outputs, targets) -> mean over the shard, a number or scalar tensor;
-            only with `loss`, since `step` hands out no outputs.
+        metrics: name -> what is measured in evaluations. A function (outputs, targets) -> mean over the
+            examples, a number or scalar tensor; a pair (state, finish), of state(outputs, targets) for each
+            micro-batch and finish(list of all states, in order) -> number, for what is no mean; or a class,
+            or a `partial` of one, whose objects have update(outputs, targets), compute() and merge_state(),
+            such as those of torchmetrics. With `step`, it takes `predict`. See
+            `torchord.coordinator.compute.metrics`.
         collate: (list of samples) -> batch; None: torch's default collate.
         parameter_groups: (model) -> parameter groups for the optimizer; None:
             model.parameters().
@@ -46,6 +51,9 @@ class Recipe:
             averaged pseudo-gradients when the config asks for local steps; `optimizer` and
             `scheduler` are then the shards' own. None: the mean of the shards' weights (Local SGD);
             `torchord.coordinator.local_steps:diloco` is DiLoCo's.
+        predict: (model, batch) -> outputs, in evaluation mode: what metrics measure in place of
+            model(inputs), and what `Run.predict` returns. The targets of a batch that is a pair are its
+            second; of any other, metrics get the batch itself.
 
     Arguments arrive at the workers as what they are (numbers of Python and numpy, NaN included, strings,
     bytes, lists, tuples, dicts, paths, dtypes, devices, members of enumerations, importable callables
@@ -67,10 +75,11 @@ class Recipe:
     step: Entry | None = None
     scheduler: Entry | None = None
     evaluation: Entry | None = None
-    metrics: Mapping[str, Entry] | None = None
+    metrics: Mapping[str, Entry | tuple[Entry, Entry]] | None = None
     collate: Entry | None = None
     parameter_groups: Entry | None = None
     outer_optimizer: Entry | None = None
+    predict: Entry | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):
@@ -79,13 +88,19 @@ class Recipe:
                 "a recipe needs exactly one of loss=(outputs, targets) -> scalar and step=(model, batch) -> "
                 f"scalar; {given} was given"
             )
-        if self.metrics and self.step is not None:
+        if self.metrics and self.step is not None and self.predict is None:
             raise RecipeError(
-                "metrics need loss=: a step returns only its loss, so there are no outputs to measure; leave "
-                "metrics out, or give model and loss separately"
+                "metrics need outputs to measure, and a step returns only its loss; give "
+                "predict=(model, batch) -> outputs beside it, or model and loss separately"
             )
         if self.metrics is not None and not isinstance(self.metrics, Mapping):
             raise RecipeError("metrics must be a dict of name -> callable")
+        for name, entry in (self.metrics or {}).items():
+            if isinstance(entry, (tuple, list)) and len(entry) != 2:
+                raise RecipeError(
+                    f"metric {name!r} has {len(entry)} parts; a pair is (state, finish): "
+                    "state(outputs, targets) of each batch, and finish([all states]) -> number"
+                )
         for name, entry in entries_of(self).items():
             check_kind(name, entry)
 
@@ -95,23 +110,22 @@ class Recipe:
         Returns:
             entry name -> {"target": "package.module:attribute", "args": [...], "kwargs": {...}}, with
             "kinds" where arguments are more than JSON; entries that were not given are left out, and
-            "metrics" maps names to such entries.
+            "metrics" maps names to such entries, or to the two of a pair.
 
         Raises:
             RecipeError: a worker could not import a callable (a lambda, a local function or
                 class, something of the script that is being run, a method of an object), or an
                 argument cannot arrive as what it is.
         """
-        spec: dict[str, Any] = {}
+        encoded: dict[str, Any] = {}
         for name, entry in entries_of(self).items():
             target = encode(name, entry)
-            encoded = replace(target, target=present_name(target.target)).to_json()
-            group, _, metric = name.partition(".")
-            if metric:
-                spec.setdefault(group, {})[metric] = encoded
-            else:
-                spec[name] = encoded
-        return spec
+            encoded[name] = replace(target, target=present_name(target.target)).to_json()
+        metrics = {}
+        for name, metric in (self.metrics or {}).items():
+            halves = [encoded.pop(half) for half in metric_entries(name, metric)]
+            metrics[name] = halves if len(halves) > 1 else halves[0]
+        return {**encoded, **({"metrics": metrics} if metrics else {})}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Recipe:
@@ -125,7 +139,7 @@ class Recipe:
             if name not in {field.name for field in fields(cls)}:
                 raise RecipeError(f"a recipe has no entry {name!r}")
             if name == "metrics" and isinstance(value, Mapping):
-                entries[name] = {metric: decode(f"metrics.{metric}", v) for metric, v in value.items()}
+                entries[name] = {metric: _decoded(f"metrics.{metric}", v) for metric, v in value.items()}
             else:
                 entries[name] = decode(name, value)
         return cls(**entries)
@@ -168,10 +182,26 @@ def entries_of(recipe: Recipe) -> dict[str, Entry]:
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         if field.name == "metrics":
-            found.update({f"metrics.{name}": entry for name, entry in (value or {}).items()})
+            for name, entry in (value or {}).items():
+                found |= metric_entries(name, entry)
         elif value is not None or field.name in _REQUIRED:
             found[field.name] = value
     return found
+
+
+def metric_entries(name: str, entry: Any) -> dict[str, Entry]:
+    """Return what a metric is made of by name: the function or class, or the two of a pair."""
+    if isinstance(entry, (tuple, list)):
+        return {f"metrics.{name} ({half})": each for half, each in zip(_HALVES, entry, strict=True)}
+    return {f"metrics.{name}": entry}
+
+
+def _decoded(name: str, value: Any) -> Entry | tuple[Entry, Entry]:
+    if isinstance(value, list):
+        if len(value) != 2:
+            raise RecipeError(f"recipe entry {name!r} is malformed: {value!r}")
+        return decode(name, value[0]), decode(name, value[1])
+    return decode(name, value)
 
 
 def targets_of(recipe: Recipe) -> set[str]:

@@ -13,8 +13,16 @@ from torchord.cache.errors import NotAllowed, RecipeError
 from torchord.coordinator.spec.admission import OWN_TARGETS, START_DIRECTORY, Admission
 from torchord.coordinator.spec.arguments import restored
 from torchord.coordinator.spec.codecs import CodecOf, codecs_within
-from torchord.coordinator.spec.recipe import Recipe, entries_of, targets_of
+from torchord.coordinator.spec.recipe import Recipe, entries_of, metric_entries, targets_of
 from torchord.coordinator.spec.targets import FUNCTIONS, Entry, Target, decode
+
+
+@dataclass(frozen=True)
+class MetricPair:
+    """A metric in two halves: `state` of each micro-batch, and `finish` of the list of all states."""
+
+    state: Callable[..., Any]
+    finish: Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +41,11 @@ class ResolvedRecipe:
     step: Callable[..., Any] | None
     scheduler: Callable[..., Any] | None
     evaluation: Callable[..., Any] | None
-    metrics: Mapping[str, Callable[..., Any]]
+    metrics: Mapping[str, Callable[..., Any] | MetricPair]
     collate: Callable[..., Any] | None
     parameter_groups: Callable[..., Any] | None
     outer_optimizer: Callable[..., Any] | None = None
+    predict: Callable[..., Any] | None = None
     codec: CodecOf
 
 
@@ -63,7 +72,10 @@ def resolve(
     targets = targets_of(recipe)
     admission = Admission(allowed, directory or START_DIRECTORY, tuple(sorted(targets - OWN_TARGETS)))
     found = {name: _bind(name, entry, admission) for name, entry in entries.items()}
-    metrics = {name.partition(".")[2]: call for name, call in found.items() if name.startswith("metrics.")}
+    metrics: dict[str, Any] = {}
+    for name, entry in (recipe.metrics or {}).items():
+        halves = [found[half] for half in metric_entries(name, entry)]
+        metrics[name] = MetricPair(*halves) if isinstance(entry, tuple) else halves[0]
     plain = {field.name: found.get(field.name) for field in fields(ResolvedRecipe)}
     return ResolvedRecipe(**{**plain, "metrics": metrics, "codec": codecs_within(admission)})  # type: ignore[arg-type]
 
@@ -77,7 +89,7 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
         raise NotAllowed(f"recipe entry {name!r}: {error}") from None
     except RecipeError as error:
         raise RecipeError(f"recipe entry {name!r}: {error}") from error.__cause__
-    if inspect.isclass(found) and (name in FUNCTIONS or name.startswith("metrics.")):
+    if inspect.isclass(found) and name in FUNCTIONS:
         raise RecipeError(f"recipe entry {name!r}: {entry.target!r} is a class, but must be a function")
     if not (entry.args or entry.kwargs):
         return found

@@ -47,7 +47,7 @@ class Target:
 Entry: TypeAlias = Callable[..., Any] | str | Target
 
 
-FUNCTIONS = ("loss", "step", "collate")
+FUNCTIONS = ("loss", "step", "collate", "predict")
 
 
 _TORCH_PUBLIC = ("torch.nn.functional", "torch", "torch.special", "torch.linalg", "torch.fft")
@@ -67,7 +67,14 @@ def check_kind(name: str, entry: Any) -> None:
             f"recipe entry {name!r} is an object of class {type(entry).__name__}, but must be a callable "
             f"that makes or does it: {_advice(name)}"
         )
-    if isinstance(function, type) and (name in FUNCTIONS or name.startswith("metrics.")):
+    if isinstance(function, type) and name.startswith("metrics."):
+        lacking = [verb for verb in ("update", "compute", "merge_state") if not hasattr(function, verb)]
+        if lacking:
+            raise RecipeError(
+                f"recipe entry {name!r} is the class {function.__name__}, which has no "
+                f"{' and no '.join(lacking)}: {_advice(name)}"
+            )
+    elif isinstance(function, type) and name in FUNCTIONS:
         raise RecipeError(
             f"recipe entry {name!r} is the class {function.__name__}, but must be a function: calling the "
             f"class would make an object instead of a result: {_advice(name)}"
@@ -85,7 +92,12 @@ def _is_module_object(value: Any) -> bool:
 
 
 def _advice(name: str) -> str:
-    if name in FUNCTIONS or name.startswith("metrics."):
+    if name.startswith("metrics."):
+        return (
+            "give a function (outputs, targets) -> number in a module, a pair of functions (state, finish), "
+            "or a class such as torchmetrics' itself, not called, e.g. functools.partial(BinaryAUROC, ...)"
+        )
+    if name in FUNCTIONS:
         return "write a function in a module, or use one such as torch.nn.functional.cross_entropy"
     return f"give the class or function itself, not called, e.g. {name}=functools.partial(Thing, size=3)"
 

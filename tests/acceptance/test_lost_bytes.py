@@ -380,6 +380,7 @@ def predicted(lab: Laboratory, sender: Any, version: int) -> torch.Tensor:
         batch_size=2,
         version=version,
         timeout_seconds=20,
+        recipe=lab.run._spec()["recipe"],
     )
     assert isinstance(found, torch.Tensor)
     return found

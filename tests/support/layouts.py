@@ -202,9 +202,9 @@ def parameters(name: str, change: Change, *, attach: bool) -> str:
 
 def _all_of(replica: Replica, found: ResolvedRecipe, inputs: Tensor) -> str:
     done = compute(replica, found, CONFIG, dataset(), range(13), 0, 0)
-    _, measured = evaluate(replica, found, CONFIG, dataset(), range(13))
+    measured = evaluate(replica, found, CONFIG, dataset(), range(13)).means
     with pinned(1, True, restore=True):
-        outputs = predict(replica, inputs)
+        outputs = predict(replica, found, inputs)
     return digest(
         *done.gradients.values(), *done.buffers.values(), done.loss, done.grad_norm, measured["loss"], outputs
     )

@@ -1324,6 +1324,14 @@ def test_an_evaluation_is_given_up(plane: Plane, running: Ledger) -> None:
     assert commit(running, 1, running.head().token).pinned == {1}, "it is not kept for its evaluation"
 
 
+def test_a_part_that_is_dropped_is_written_again(running: Ledger) -> None:
+    running.write_part(0, 0, {"loss": 1.0}, parts=2)
+    running.write_part(0, 1, {"loss": 2.0}, parts=2)
+    running.drop_part(0, 0)
+    assert running.parts_present(0) == {1}
+    assert running.write_part(0, 0, {"loss": 3.0}, parts=2) == ("complete", [{"loss": 3.0}, {"loss": 2.0}])
+
+
 def test_what_is_recorded_is_not_given_up(plane: Plane, running: Ledger) -> None:
     running.launch_evaluation(0, 1, pin_seconds=60)
     running.record_evaluation(0, {"loss": 1.0})
@@ -1423,6 +1431,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "ledger_size": lambda ledger, token: ledger.ledger_size(),
     "trim_entries": lambda ledger, token: ledger.trim_entries([1]),
     "write_part": lambda ledger, token: ledger.write_part(1, 0, {"loss": 1.0}, parts=2),
+    "drop_part": lambda ledger, token: ledger.drop_part(1, 0),
     "parts_present": lambda ledger, token: ledger.parts_present(1),
     "record_evaluation": lambda ledger, token: ledger.record_evaluation(1, {"loss": 1.0}),
     "launch_evaluation": lambda ledger, token: ledger.launch_evaluation(1, 2, pin_seconds=60),

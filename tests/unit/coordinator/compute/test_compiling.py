@@ -154,8 +154,8 @@ def test_a_server_and_an_evaluation_need_no_compiler(no_compiler: None) -> None:
     assert Trainer.build(given, how).replica.compiled is None
     replica = Replica.build(given, how, computing=True)
     replica.load(replica.pack())
-    examples, found = inference.evaluate(replica, given, how, open_dataset(given, how), range(4))
-    assert examples == 4 and found["loss"] > 0
+    found = inference.evaluate(replica, given, how, open_dataset(given, how), range(4))
+    assert found.examples == 4 and found.means["loss"] > 0
 
 
 def test_a_missing_compiler_is_one_clear_error(no_compiler: None) -> None:

@@ -19,7 +19,7 @@ from torchord.cache.errors import InvalidInput, ManifestMismatch
 from torchord.coordinator.compute.batch import load_batch, open_dataset
 from torchord.coordinator.compute.determinism import COMPUTE_LOCK, pinned, seed_everything
 from torchord.coordinator.compute.gradient import ShardGradient, compute
-from torchord.coordinator.compute.inference import combine, evaluate, predict
+from torchord.coordinator.compute.inference import evaluate
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed
@@ -506,77 +506,6 @@ def test_datasets_are_made_alike_in_every_process() -> None:
     torch.manual_seed(2), np.random.seed(2)
     other = open_dataset(recipe, CONFIG)
     assert all(same(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
-
-
-# --- evaluation and prediction ----------------------------------------------------------
-
-
-def test_evaluation_is_the_mean_over_examples() -> None:
-    bench = Bench(models.mlp())
-    data = open_dataset(bench.recipe, CONFIG, "evaluation")
-    indices = [*range(0, len(data), 2), 1]  # 11 examples in micro-batches of 2
-    examples, values = evaluate(bench.replica, bench.recipe, CONFIG, data, indices)
-    inputs, targets = data[indices]
-    with torch.no_grad():
-        outputs = bench.replica.eval()(inputs)
-    assert examples == 11
-    assert values["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-6)
-    assert values["accuracy"] == pytest.approx((outputs.argmax(1) == targets).double().mean().item())
-
-
-def test_evaluation_parts_merge_by_examples() -> None:
-    assert combine([(3, {"loss": 1.0}), (1, {"loss": 5.0})]) == (4, {"loss": 2.0})
-    assert combine([]) == (0, {})
-
-
-def test_evaluation_in_parts_at_micro_batch_borders_has_the_same_bits() -> None:
-    bench = Bench(models.mlp())
-    data = bench.dataset
-    whole = evaluate(bench.replica, bench.recipe, CONFIG, data, range(10))
-    parts = [evaluate(bench.replica, bench.recipe, CONFIG, data, range(k, k + 2)) for k in range(0, 10, 2)]
-    assert combine(parts) == whole
-
-
-def test_evaluation_by_step_has_a_loss_only() -> None:
-    bench = Bench(models.gpt())
-    data = open_dataset(bench.recipe, CONFIG, "evaluation")
-    examples, values = evaluate(bench.replica, bench.recipe, CONFIG, data, range(len(data)))
-    assert examples == 12 and list(values) == ["loss"]
-
-
-def test_evaluation_and_prediction_leave_no_trace() -> None:
-    bench = Bench(models.cnn())
-    before = bench.replica.pack()
-    evaluate(bench.replica, bench.recipe, CONFIG, bench.dataset, range(4))
-    predict(bench.replica, torch.zeros(2, 1, 8, 8))
-    assert same(before, bench.replica.pack())
-
-
-def test_metrics_must_be_numbers() -> None:
-    bench = Bench(models.mlp(metrics={"bad": models.vector_loss}))
-    with pytest.raises(InvalidInput, match="metric 'bad'"):
-        evaluate(bench.replica, bench.recipe, CONFIG, bench.dataset, range(4))
-
-
-def test_prediction_is_the_models_output() -> None:
-    bench = Bench(models.mlp())
-    inputs = bench.dataset.tensors[0][:5]
-    found = predict(bench.replica, inputs)
-    assert not found.requires_grad
-    with torch.no_grad():
-        assert torch.equal(found, bench.replica.eval()(inputs))
-
-
-def test_prediction_keeps_the_form_of_nested_outputs() -> None:
-    class Nested(nn.Module):
-        def forward(self, inputs: dict[str, Tensor]) -> Any:
-            return {"a": inputs["x"] + 1, "b": (inputs["x"], [inputs["x"]]), "n": 3}
-
-    recipe = resolved(models.mlp())
-    object.__setattr__(recipe, "model", Nested)
-    replica = Replica.build(recipe, CONFIG)
-    found = predict(replica, {"x": torch.zeros(2)})
-    assert found["a"].tolist() == [1.0, 1.0] and isinstance(found["b"], tuple) and found["n"] == 3
 
 
 # --- the run as a whole -----------------------------------------------------------------
