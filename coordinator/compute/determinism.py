@@ -28,6 +28,10 @@ _cuda: Any = torch.cuda  # partly untyped
 _matmul: Any = torch.backends.cuda.matmul
 _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
+# Deterministic algorithms by torch's debug mode: `use_deterministic_algorithms` does the same, and imports
+# torch's compiler for it, which takes a process that compiles nothing a second.
+_MAY_VARY, _MUST = 0, 2
+
 COMPUTE_LOCK = threading.RLock()
 """Guards the process-wide state that `pinned` sets; re-entrant."""
 
@@ -107,11 +111,9 @@ def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) 
         torch.set_num_threads(threads)
     if torch.get_default_dtype() is not torch.float32:
         torch.set_default_dtype(torch.float32)
-    if (
-        torch.are_deterministic_algorithms_enabled() != deterministic
-        or torch.is_deterministic_algorithms_warn_only_enabled()
-    ):
-        torch.use_deterministic_algorithms(deterministic)
+    mode = _MUST if deterministic else _MAY_VARY
+    if torch.get_deterministic_debug_mode() != mode:
+        torch.set_deterministic_debug_mode(mode)
     _memory.fill_uninitialized_memory = fill
     torch.set_flush_denormal(False)
     if torch.get_float32_matmul_precision() != "highest":
@@ -157,8 +159,7 @@ def _snapshot(*, cuda: bool) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "deterministic": torch.get_deterministic_debug_mode(),
         "fill": _memory.fill_uninitialized_memory,
         "matmul": torch.get_float32_matmul_precision(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
@@ -174,7 +175,7 @@ def _snapshot(*, cuda: bool) -> dict[str, Any]:
 def _put_back(before: dict[str, Any]) -> None:
     torch.set_num_threads(before["threads"])
     torch.set_default_dtype(before["dtype"])
-    torch.use_deterministic_algorithms(before["deterministic"], warn_only=before["warn_only"])
+    torch.set_deterministic_debug_mode(before["deterministic"])
     _memory.fill_uninitialized_memory = before["fill"]
     torch.set_float32_matmul_precision(before["matmul"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]

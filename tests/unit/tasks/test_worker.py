@@ -1,8 +1,12 @@
-"""When a worker hands back what it is at: at its end, and not when it only connects anew."""
+"""What a worker imports before it begins, and when it hands back what it is at: at its end, and not when it
+only connects anew.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,3 +90,37 @@ def test_a_worker_ends_though_redis_is_away(
     monkeypatch.setattr("torchord.coordinator.client.slot_lease.hand_back_node", away)
     stop(bootsteps.CLOSE)
     assert [record.message for record in caplog.records] == ["what the pool is at was not handed back: away"]
+
+
+PRELOADING = """
+import gc, sys
+from types import SimpleNamespace
+
+from tests.support import models
+from tests.support.inprocess import resolved
+from torchord import TrainingConfig
+from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.replica import Replica
+from torchord.tasks import worker
+
+app = SimpleNamespace(amqp=SimpleNamespace(queues=SimpleNamespace(consume_from=sys.argv[1:])))
+worker.app = app
+worker._preload(SimpleNamespace(app=app))
+assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
+recipe, config = resolved(models.mlp()), TrainingConfig(batch_size=8)
+replica = Replica.build(recipe, config)
+compute(replica, recipe, config, open_dataset(recipe, config), [0, 1, 2], 0, 0)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("queues", "compiler"),
+    [(["torchord.gradients"], False), (["torchord.gradients", "torchord.updates"], True)],
+    ids=["a Client", "a training server"],
+)
+def test_torchs_compiler_is_imported_by_who_has_an_optimizer(queues: list[str], compiler: bool) -> None:
+    """It takes half of a process's start, and a Client needs it neither to begin nor to compute a shard."""
+    program = [sys.executable, "-c", PRELOADING, *queues]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=90)
+    assert done.stdout == f"{compiler}\n", done.stderr

@@ -330,6 +330,7 @@ def test_the_parent_of_a_pool_does_not_ask_for_devices(monkeypatch: pytest.Monke
     for name in ("is_available", "device_count", "init", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, touched)
     monkeypatch.setattr(environments, "_device", None)
+    monkeypatch.setattr("gc.freeze", lambda: None)  # this process has garbage of its own
     worker._preload(SimpleNamespace(app=worker.app))
 
 
