@@ -755,6 +755,14 @@ def queued(plane: Plane) -> Iterator[Queued]:
         ledger.client.delete("gradients")
 
 
+def size_of_chord(ledger: Ledger) -> Any:
+    """What Celery reads as the size of the chord of `launch`, with the seconds that it lives."""
+    key = launch().size_key
+    if isinstance(ledger, MemoryLedger):
+        return ledger.plane.get(key), ledger.plane.ttl(key)
+    return ledger.client.get(key), ledger.client.ttl(key)
+
+
 def committing(ledger: Ledger, step: int, token: int) -> dict[str, Any]:
     made = entry(step + 1, [slot(step, 0), slot(step, 1)], ledger.head().chain, token=token)
     fields = {"entry": made, "record": record(step + 1, made.chain), "event": {}}
@@ -772,6 +780,15 @@ class TestLaunchWithCommit:
         head = running.head()
         assert (head.version, head.launched, head.reached) == (1, 1, 1)
         assert queued() == ["m1", "m0"]
+        size, seconds = size_of_chord(running)
+        assert size == "2" and 0 < seconds <= 60
+
+    def test_its_chord_has_not_called_back(self, queued: Queued, running: Ledger) -> None:
+        token = acquire(running)
+        running.mark_called(1, token=token)
+        fill(running, 0)
+        commit(running, 0, token, launch=launch())
+        assert not running.called(1)
 
     def test_sent_twice_it_is_published_once(self, queued: Queued, running: Ledger) -> None:
         token = acquire(running)
@@ -861,6 +878,7 @@ def test_commit_says_which_versions_are_stored_and_pinned(plane: Plane, running:
     fill(running, 1)
     committed = commit(running, 1, token)
     assert (sorted(committed.stored), committed.pinned) == ([0, 1, 2], {0})
+    assert set(plane.state()[running.keys.pins]) == {"0"}, "pins that are over are deleted"
 
 
 # --- rollback -------------------------------------------------------------------------------------
@@ -891,6 +909,19 @@ def test_a_rollback_over_entries_that_are_on_disk_only(running: Ledger) -> None:
     assert running.rollback(token=token, version=0, chain=GENESIS)[0]
     advance(running, token, 3)
     assert [e.chain for e in running.entries()] == chains
+
+
+def test_what_a_replay_has_met_it_need_not_meet_again(running: Ledger) -> None:
+    """Its entry says so from then on; where that lies on disk only, nothing does."""
+    token = running.head().token
+    advance(running, token, 1)
+    running.rollback(token=token, version=0, chain=GENESIS)
+    advance(running, token, 1)
+    running.trim_entries([1])
+    running.rollback(token=token, version=0, chain=GENESIS)
+    fill(running, 0)
+    other = entry(1, [slot(0, 0), slot(0, 1, digest=digest("other"))])
+    assert commit(running, 0, token, entry=other, record=record(1, other.chain)).verdict == "ok"
 
 
 def test_a_replay_that_gives_other_bytes_is_told(plane: Plane, running: Ledger) -> None:
@@ -1057,6 +1088,7 @@ def test_transition_from_an_allowed_state(plane: Plane, running: Ledger) -> None
     assert running.transition("running", allowed=("failed",), event="resumed", error=None) == (True, "failed")
     head = running.head()
     assert (head.status, head.error, head.launched) == ("running", None, None)
+    assert "error" not in plane.state()[running.keys.head]
     assert plane.registry.active_runs() == ["run-1"]
 
 
