@@ -21,7 +21,7 @@ from torchord.cache.errors import CheckpointError, InvalidInput, ShardFailed, To
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, combined_digest
 from torchord.cache.stores.trees import put_tree
-from torchord.cache.tensors.codec import as_bytes, layout, pack
+from torchord.cache.tensors.codec import aligned, as_bytes, layout, pack
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
@@ -126,7 +126,7 @@ class Replay:
         self._flats.clear()
         self._slots.clear()
         for earlier, kept in found.state.get("window", {}).items():
-            self._flats[int(earlier)] = kept["flat"].contiguous()
+            self._flats[int(earlier)] = aligned(kept["flat"])  # where a file's bytes lie is up to its reader
             self._slots[int(earlier)] = dict(kept["slots"])
         self._hold(version, dict(found.state.get("slots", {})))
 
