@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -101,6 +102,38 @@ def alone(fleet: LocalCluster) -> dict[str, bytes]:
     return found
 
 
+@dataclass(frozen=True)
+class Ring:
+    """Two Clients whose tensors all pass through three cache nodes, without replicas.
+
+    Attributes:
+        cluster: its workers share no memory.
+        nodes: one of which a test may kill; the next test finds it again, empty.
+        master: stores what it submits on the nodes, too.
+    """
+
+    cluster: LocalCluster
+    nodes: list[EmbeddedServer]
+    master: Master
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
+    folder = tmp_path_factory.mktemp("ring")
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(EmbeddedServer()) for _ in range(3)]
+        urls = [node.url for node in nodes]
+        made = LocalCluster(
+            2,
+            wait_ready=True,
+            env={"TORCHORD_CACHE_URLS": ",".join(urls), "TORCHORD_HOST_CACHE": "off"},
+            checkpoint_dir=folder / "checkpoints",
+            log_dir=folder / "logs",
+        )
+        stack.enter_context(made)
+        yield Ring(made, nodes, Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=urls))
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_a_mode_has_the_same_bits_with_one_client_and_with_two(
     fleet: LocalCluster, alone: dict[str, bytes], name: str
@@ -168,18 +201,15 @@ def test_a_client_that_dies_takes_no_residual_with_it(
     assert run.verify(reexecute=[run.status().version - 1]).ok
 
 
-def test_deltas_serve_whoever_holds_the_version_before(
-    cluster: Callable[..., LocalCluster], alone: dict[str, bytes]
-) -> None:
+def test_deltas_serve_whoever_holds_the_version_before(fleet: LocalCluster, alone: dict[str, bytes]) -> None:
     """A third Client comes late, one is killed and one restarted: each starts from a whole version."""
-    made = cluster(2, wait_ready=True)
-    master = master_of(made)
-    run = master.submit(recipe(), config(**MODES["deltas"]), name="deltas-3")
-    wait_until(lambda: run.status().version >= 3, 30, "the third step")
-    made.add_worker()
-    made.processes["client1"].kill()
-    made.restart("client1")
-    run.wait(timeout=90)
+    run = master_of(fleet).submit(recipe(), config(**MODES["deltas"]), name="deltas-3")
+    wait_until(lambda: run.status().version >= 3, message="the third step")
+    late = fleet.add_worker()
+    fleet.processes["client1"].kill()
+    fleet.restart("client1")
+    run.wait(timeout=PATIENCE_SECONDS)
+    late.kill()
     assert bits(run) == alone["deltas"]
     read = sources(run)
     assert read["delta"] > read["store"] + read["host"], read
@@ -245,15 +275,22 @@ def wide() -> Recipe:
     return models.mlp(size=64, model=partial(models.Mlp, hidden=20_000))
 
 
+LOSING: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "local-steps": {"local_steps": 2},
+    "compressed": {"compression": "topk:0.1"},
+    "stale-compressed": {"staleness": 1, "compression": "topk:0.1"},
+}
+
+
 def sources(run: Run) -> Counter[str]:
     return Counter(slot.fetched for entry in run._ledger.entries() for slot in entry.slots)
 
 
-def test_the_hosts_tier_changes_no_bit_and_saves_reads(cluster: Callable[..., LocalCluster]) -> None:
+def test_the_hosts_tier_changes_no_bit_and_saves_reads(fleet: LocalCluster, ring: Ring) -> None:
     found = {}
-    for switch in ("on", "off"):
-        made = cluster(2, env={"TORCHORD_HOST_CACHE": switch})
-        run = trained(master_of(made), "wide", wide(), config(epochs=1))
+    for switch, master in (("on", master_of(fleet)), ("off", ring.master)):
+        run = trained(master, "wide", wide(), config(epochs=1))
         found[switch] = bits(run)
         read = sources(run)
         assert read["store"] == 0 if switch == "on" else read["host"] == 0, read
@@ -262,40 +299,26 @@ def test_the_hosts_tier_changes_no_bit_and_saves_reads(cluster: Callable[..., Lo
         tier, count = ("host", "hits") if switch == "on" else ("store", "reads")
         assert all(tiers[tier][count] >= 3 and tiers[tier]["nbytes"] > 0 for tiers in server), server
         assert all(tiers[tier]["seconds"] > 0 for tiers in server)
-        made.stop()
     assert found["on"] == found["off"]
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [{}, {"local_steps": 2}, {"compression": "topk:0.1"}, {"staleness": 1, "compression": "topk:0.1"}],
-    ids=["exact", "local-steps", "compressed", "stale-compressed"],
-)
-def test_a_cache_node_that_dies_changes_no_bit(
-    cluster: Callable[..., LocalCluster], mode: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("mode", LOSING)
+def test_a_cache_node_that_dies_changes_no_bit(ring: Ring, mode: str) -> None:
     """Without replicas: what the node had is stored again, or the run goes back and replays."""
-    nodes = [EmbeddedServer() for _ in range(3)]
-    try:
-        for node in nodes:
-            node.start()
-        urls = [node.url for node in nodes]
-        found = []
-        for kill in (False, True):
-            made = cluster(2, env={"TORCHORD_CACHE_URLS": ",".join(urls), "TORCHORD_HOST_CACHE": "off"})
-            master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=urls)
-            run = master.submit(wide(), config(epochs=3, checkpoint_every=50, **mode), name=f"ring-{kill}")
-            if kill:
-                wait_until(lambda run=run: run.status().version >= 8, message="the eighth step")
-                nodes[1].kill()
-            run.wait(timeout=PATIENCE_SECONDS)
-            assert run.verify().ok
-            found.append(bits(run))
-            made.stop()
-        assert found[0] == found[1]
-    finally:
-        for node in nodes:
-            node.stop()
+    how = config(epochs=3, checkpoint_every=50, **LOSING[mode])
+    found = []
+    for kill in (False, True):
+        run = ring.master.submit(wide(), how, name=f"{mode}-{kill}")
+        if kill:
+            wait_until(lambda run=run: run.status().version >= 8, message="the eighth step")
+            with connect(ring.nodes[1].url) as client:
+                assert client.dbsize() > 0
+            ring.nodes[1].kill()
+        run.wait(timeout=PATIENCE_SECONDS)
+        assert run.verify().ok
+        found.append(bits(run))
+    assert found[0] == found[1]
+    ring.nodes[1].restart()
 
 
 def test_with_a_replica_a_cache_node_that_dies_takes_nothing_with_it(
@@ -366,19 +389,24 @@ def test_a_process_that_was_told_other_cache_nodes_is_refused_while_workers_run(
 
 
 @pytest.mark.parametrize("mode", ["topk", "stale-powersgd", "local-topk", "all"])
-def test_bytes_vanish_all_the_time(cluster: Callable[..., LocalCluster], mode: str) -> None:
+def test_bytes_vanish_all_the_time(ring: Ring, mode: str) -> None:
     """After each commit that is seen, one chunk of anything is gone: the same bits, and a clean audit."""
     chance = random.Random(mode)
-    with EmbeddedServer() as tensors:
-        made = cluster(2, env={"TORCHORD_CACHE_URLS": tensors.url, "TORCHORD_HOST_CACHE": "off"})
-        master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=[tensors.url])
-        found, lost = [], []
+    found, lost = [], []
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(node.url)) for node in ring.nodes]
         for loses in (False, True):
-            run = master.submit(recipe(), config(**{"epochs": 3, **MODES[mode]}), name=f"vanishing-{loses}")
+            name = f"vanishing-{mode}-{loses}"
+            run = ring.master.submit(recipe(), config(**{"epochs": 3, **MODES[mode]}), name=name)
             while loses and run.status().state in ("pending", "running"):
-                with connect(tensors.url) as client:
-                    stored = sorted(client.scan_iter(f"torchord:blob:{run.name}:*"))
-                    if stored and client.delete(gone := chance.choice(stored)):
+                stored = sorted(
+                    (key, i)
+                    for i, client in enumerate(clients)
+                    for key in client.scan_iter(f"torchord:blob:{name}:*")
+                )
+                if stored:
+                    gone, node = chance.choice(stored)
+                    if clients[node].delete(gone):
                         lost.append(gone)
                 seen = run.status().version
                 wait_until(
@@ -389,5 +417,5 @@ def test_bytes_vanish_all_the_time(cluster: Callable[..., LocalCluster], mode: s
             audit = run.verify()
             assert audit.ok, audit
             found.append(bits(run))
-        assert found[0] == found[1]
-        assert len(lost) >= 3, lost
+    assert found[0] == found[1]
+    assert len(lost) >= 3, lost

@@ -377,35 +377,34 @@ def test_a_full_control_plane_is_said_and_can_still_be_read() -> None:
 
 @pytest.mark.parametrize("plane", ["data", "control"])
 def test_a_run_outlives_a_full_server_with_the_same_bits(
-    cluster: Callable[..., LocalCluster], plane: str, tmp_path: Path
+    cluster: Callable[..., LocalCluster], plane: str
 ) -> None:
     recipe = models.mlp(size=64, model=partial(models.Mlp, hidden=2_000))
     config = TrainingConfig(epochs=4, batch_size=8, shards=2, checkpoint_every=50)
     found = []
     with EmbeddedServer() as tensors:
+        made = cluster(2, env={"TORCHORD_CACHE_URLS": tensors.url, "TORCHORD_HOST_CACHE": "off"})
+        master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=[tensors.url])
         for full in (False, True):
-            env = {"TORCHORD_CACHE_URLS": tensors.url, "TORCHORD_HOST_CACHE": "off"}
-            made = cluster(2, env=env)
-            master = Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=[tensors.url])
             run = master.submit(recipe, config, name=f"full-{full}")
             if full:
+                assert not said(made, "maxmemory")
                 wait_until(lambda run=run: run.status().version >= 4, 30, "the fourth step")
                 port = tensors.port if plane == "data" else made.broker.port
                 with redis.Redis(port=port) as client:
                     fill(client)
-                    wait_until(lambda: said(tmp_path, "maxmemory"), 30, "the workers to say so")
+                    wait_until(lambda: said(made, "maxmemory"), 30, "the workers to say so")
                     assert run.status().state == "running"
                     client.config_set("maxmemory", 0)
             run.wait(timeout=120)
             assert run.verify().ok
             found.append(b"".join(t.numpy().tobytes() for t in run.state_dict().values()))
-            made.stop()
     assert found[0] == found[1]
 
 
-def said(folder: Path, word: str) -> bool:
-    """Whether a worker of the second cluster has logged a word."""
-    return any(word in log.read_text(errors="replace") for log in folder.glob("cluster1/logs/*.log"))
+def said(made: LocalCluster, word: str) -> bool:
+    """Whether a worker has logged a word."""
+    return any(word in worker.log.read_text(errors="replace") for worker in made.processes.values())
 
 
 # --- a worker whose model is another ----------------------------------------------------------
