@@ -345,7 +345,7 @@ def test_a_read_is_served_by_another_node_whatever_one_answers(kind: str, redis_
     whole = ChunkStore([redis_url])
     ref = whole.put("t:elsewhere", memoryview(b"good"), ttl_seconds=60)
     with scripted(*[REFUSALS[kind][0]] * 4) as url:
-        store = ChunkStore([f"{url}#a", redis_url], timeout_seconds=0.3, weights=[1e4, 1e-3])
+        store = ChunkStore([f"{url}#a", redis_url], timeout_seconds=0.3, weights=[100, 0.001])
         assert bytes(store.get(ref).tolist()) == b"good"
         store.close()
     whole.close()
