@@ -99,7 +99,8 @@ from types import SimpleNamespace
 from tests.support import models
 from tests.support.inprocess import resolved
 from torchord import TrainingConfig
-from torchord.coordinator.compute.gradient import compute, open_dataset
+from torchord.coordinator.compute.batch import open_dataset
+from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.replica import Replica
 from torchord.tasks import worker
 
