@@ -30,6 +30,7 @@ from torchord.coordinator.compute.batch import (
 )
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.loss_scale import LossScale, unscale
+from torchord.coordinator.compute.optimizers import require_same_trained
 from torchord.coordinator.compute.readback import collect, take_gradients
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
@@ -107,6 +108,7 @@ def compute(
         batch = read_batch(resolved, config, dataset, indices, (step, shard))
         loss = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale, watched)
         gradients = take_gradients(replica)
+        require_same_trained(replica, f"step {step}, shard {shard}")
         with during("collecting buffers"):
             found = collect(replica, gradients, [loss])
     value, tensors = found.figures[0], found.tensors

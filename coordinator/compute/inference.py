@@ -52,7 +52,7 @@ def evaluate(
     of a training shard, each seeded by its first index.
 
     Args:
-        replica: the model, loaded with the version to measure.
+        replica: the model, loaded with the version to measure; where the recipe has an average, that is.
         resolved: the run's recipe.
         config: the run's config.
         dataset: the evaluation dataset.
@@ -69,13 +69,14 @@ def evaluate(
     size = -(-config.batch_size // config.shards)
     means: list[tuple[int, dict[str, float]]] = []
     tally = Tally(resolved.metrics, replica.device)
-    for start in range(0, len(indices), size):
-        some = indices[start : start + size]
-        with _evaluating(replica, resolved, config, dataset, some) as (model, batch):
-            values = {"loss": metrics.number(_loss_name(resolved), loss_of(resolved, model, batch))}
-            if resolved.metrics:
-                values |= tally.take(*_measurable(resolved, model, batch))
-            means.append((len(some), values))
+    with replica.averaged():
+        for start in range(0, len(indices), size):
+            some = indices[start : start + size]
+            with _evaluating(replica, resolved, config, dataset, some) as (model, batch):
+                values = {"loss": metrics.number(_loss_name(resolved), loss_of(resolved, model, batch))}
+                if resolved.metrics:
+                    values |= tally.take(*_measurable(resolved, model, batch))
+                means.append((len(some), values))
     examples, averaged = _mean(means)
     return Measured(examples, averaged, tally.states())
 
@@ -153,7 +154,7 @@ def predict(
         Exception: what the recipe's code raises, with a note.
     """
     config = replica.config if config is None else config
-    with pinned(config.threads, config.deterministic, replica.device):
+    with pinned(config.threads, config.deterministic, replica.device), replica.averaged():
         replica.reset_buffers()
         seed_everything(derive_seed(config.seed, "predict"))
         if samples:

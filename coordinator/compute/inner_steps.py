@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,8 +31,14 @@ from torchord.cache.errors import NonFinite
 from torchord.coordinator.compute.batch import IndexArray, read_batch
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.gradient import ShardGradient, forward_backward
+from torchord.coordinator.compute.gradient_rule import change
 from torchord.coordinator.compute.loss_scale import LossScale, at_start, exhausted
-from torchord.coordinator.compute.optimizers import Groups, build_optimizer, step_scheduler
+from torchord.coordinator.compute.optimizers import (
+    Groups,
+    build_optimizer,
+    require_same_trained,
+    step_scheduler,
+)
 from torchord.coordinator.compute.readback import collect
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import restore_optimizer
@@ -71,7 +77,7 @@ def compute(
     Args:
         replica: the model, loaded with the step's version; it is put back to it afterwards.
         resolved: the run's recipe; its optimizer and scheduler are the inner ones.
-        config: the run's config; `clip_norm` clips each inner gradient.
+        config: the run's config; `clip_norm` clips each inner gradient, after the recipe's `gradients`.
         dataset: the training dataset.
         parts: dataset indices of each local step, from `Plan.parts`.
         step: the global step.
@@ -100,14 +106,14 @@ def compute(
                 restore_optimizer(optimizer, scheduler, state)
             scale = at_start(config) if state is None else _scale_of(state)
             overflows = [False] * len(parts)
-            measured = config.clip_norm is not None or scale is not None or not _tells(optimizer, replica)
+            measured = _is_measured(config, resolved, optimizer, replica)
             for number, part in enumerate(parts):
                 place = (step, shard, number)
                 batch = read_batch(resolved, config, dataset, part, place)
                 loss = forward_backward(replica, resolved, config, batch, place, scale)
                 losses.append(loss)
                 if measured:
-                    norms.append(_clip(replica, config.clip_norm))
+                    norms.append(_clip(replica, resolved, config.clip_norm, place))
                 if scale is not None:  # the one case in which a local step waits for a device
                     overflow = overflows[number] = not math.isfinite(float(norms[-1]))
                     _check_scale(config, scale, float(loss), overflow=overflow)
@@ -123,6 +129,7 @@ def compute(
             if scheduler is not None:
                 step_scheduler(scheduler, total / examples)
             groups.check(step)
+            require_same_trained(replica, f"step {step}, shard {shard}")
             kept = {
                 "optimizer": optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -156,6 +163,14 @@ def _check_scale(config: TrainingConfig, scale: LossScale, loss: float, *, overf
         )
 
 
+def _is_measured(
+    config: TrainingConfig, resolved: ResolvedRecipe, optimizer: torch.optim.Optimizer, replica: Replica
+) -> bool:
+    """Whether the norm of each gradient is wanted."""
+    asked = config.clip_norm is not None or config.precision == "fp16" or resolved.gradients is not None
+    return asked or not _tells(optimizer, replica)
+
+
 def _tells(optimizer: torch.optim.Optimizer, replica: Replica) -> bool:
     """Whether the pseudo-gradient shows that a gradient was not finite, so that none has to be looked at."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -163,8 +178,17 @@ def _tells(optimizer: torch.optim.Optimizer, replica: Replica) -> bool:
     return type(optimizer) in _TELLING and all(id(parameter) in held for parameter in trained)
 
 
-def _clip(replica: Replica, clip_norm: float | None) -> Tensor:
-    """Clip the gradients in the parameters, if they are to be clipped; returns their norm before."""
+def _clip(
+    replica: Replica, resolved: ResolvedRecipe, clip_norm: float | None, place: tuple[int, int, int]
+) -> Tensor:
+    """Change and clip the gradients in the parameters as the run asks; returns their norm before clipping.
+
+    It is not finite either if they were not before the recipe changed them.
+    """
+    if resolved.gradients is not None:
+        before = get_total_norm(p.grad for p in replica.parameters.values() if p.grad is not None)
+        change(resolved.gradients, replica, "step {}, shard {}, local step {}".format(*place))
+        return torch.maximum(before, _clip(replica, replace(resolved, gradients=None), clip_norm, place))
     parameters = [p for p in replica.parameters.values() if p.grad is not None]
     if clip_norm is None:
         return get_total_norm(p.grad for p in parameters if p.grad is not None)

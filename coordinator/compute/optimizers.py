@@ -78,6 +78,30 @@ def step_scheduler(scheduler: LRScheduler, loss: float) -> None:
         scheduler.step()
 
 
+def require_same_trained(replica: Replica, where: str) -> None:
+    """Refuse that code of the recipe froze or unfroze a parameter for good.
+
+    A version says nothing about `requires_grad`: in another process, or after a restart, the parameter
+    would be as it was built.
+
+    Args:
+        replica: the model after the code has run.
+        where: the step, and the shard if it is one's.
+
+    Raises:
+        InvalidInput: names the first such parameter.
+    """
+    for name, parameter in replica.parameters.items():
+        if parameter.requires_grad == (name in replica.frozen):
+            done = "unfrozen" if parameter.requires_grad else "frozen"
+            raise InvalidInput(
+                f"{where}: parameter {name!r} was {done} (requires_grad) in mid-run, which other processes "
+                "do not see; leave requires_grad as the model entry sets it, True for what is to train at "
+                "some time, and let its group join the optimizer later (add_param_group), or give it lr=0 "
+                "until then"
+            )
+
+
 class Groups:
     """Which parameters an optimizer's groups hold: what of them its state dict does not say.
 
@@ -161,6 +185,13 @@ def _ids(groups: Sequence[Sequence[Tensor]]) -> list[list[int]]:
 
 
 def _require_optimizer(optimizer: Any, replica: Replica) -> None:
+    if _are_optimizers(optimizer):
+        raise InvalidInput(
+            f"the recipe's optimizer entry returned several optimizers (a {type(optimizer).__name__}), but a "
+            "step has one loss, one gradient for each parameter and one optimizer; give one with a group for "
+            "each network (parameter_groups), or an Optimizer of yours that steps them all, and for a GAN "
+            "one loss whose parts reach only their own network"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidInput(
             f"the recipe's optimizer entry returned a {type(optimizer).__name__}; it must return a "
@@ -178,6 +209,11 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
             "schedule-free optimizers do); a version has one set, and the wrong one would be evaluated and "
             "kept; use the optimizer that it is made from, such as AdamW or SGD, with a scheduler"
         )
+    if held_by(optimizer) and not _keeps_others(type(optimizer)):
+        raise InvalidInput(
+            f"{name} holds other optimizers, whose state its own does not have, so that it would be lost "
+            "when the run is restored; give it a state_dict and a load_state_dict that have theirs in them"
+        )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam")
     own = {id(parameter) for parameter in replica.parameters.values()}
@@ -187,6 +223,33 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
             "the optimizer holds a parameter that is not the model's; parameter_groups must return "
             "parameters of the model that it is given"
         )
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that an optimizer keeps in its attributes, each once: those that it steps itself."""
+    found: dict[int, torch.optim.Optimizer] = {}
+    for value in vars(optimizer).values():
+        several = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else (value,)
+        )
+        found.update((id(each), each) for each in several if isinstance(each, torch.optim.Optimizer))
+    return [each for each in found.values() if each is not optimizer]
+
+
+def _are_optimizers(made: Any) -> bool:
+    """Whether an entry returned several optimizers, in a list, tuple or dict."""
+    several = [*made.values()] if isinstance(made, dict) else made if isinstance(made, (list, tuple)) else []
+    return bool(several) and all(isinstance(each, torch.optim.Optimizer) for each in several)
+
+
+def _keeps_others(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether an optimizer has a state dict of its own making."""
+    plain = torch.optim.Optimizer
+    return kind.state_dict is not plain.state_dict and kind.load_state_dict is not plain.load_state_dict
 
 
 def _require_argumentless(scheduler: LRScheduler) -> None:

@@ -7,13 +7,15 @@ process, and versions are then copied into it in place, so that tied weights sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
 from torchord.cache.tensors.codec import Manifest, layout, pack, row_major, views
+from torchord.coordinator.compute.averaging import Average, AveragedWeights, average_of
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
@@ -43,7 +45,8 @@ class Replica:
         frozen: name -> parameter that is not trained. What a forward writes there is handled like a
             buffer (Keras keeps the moving mean of a BatchNorm in one).
         loss_scale: the version's loss scale; None where the precision needs none.
-        manifest: layout of a version: parameters, then buffers, then the loss scale.
+        average: the version's averaged weights; None where the recipe asks for no average.
+        manifest: layout of a version: parameters, then buffers, then the loss scale and the average.
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
         memory: flat buffers on the device, and what brings bytes there and back; None on the CPU.
@@ -52,7 +55,9 @@ class Replica:
         digest: of the bytes in `flat`, kept likewise; "" if unknown.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, device: torch.device, average: Average | None = None
+    ) -> None:
         if device.type == "cpu":
             align(model)
         self.model = model
@@ -62,6 +67,7 @@ class Replica:
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self.frozen = {name: p for name, p in self.parameters.items() if not p.requires_grad}
         self.loss_scale: LossScale | None = at_start(config)
+        self.average = None if average is None else AveragedWeights(average, self._averageable)
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
         self.loaded: int | None = None
@@ -113,7 +119,8 @@ class Replica:
                     f"torch.nn.Module"
                 )
             require_plain(model)
-            made = cls(formatted(model.to(device), config if computing else None), config, device)
+            laid_out = formatted(model.to(device), config if computing else None)
+            made = cls(laid_out, config, device, average_of(resolved.average))
             if computing and config.compile:
                 made.compiled = compiled(made.model)
             return made
@@ -124,7 +131,18 @@ class Replica:
         state.update(self.buffers)
         if self.loss_scale is not None:
             state[ENTRY] = self.loss_scale.tensor()
+        if self.average is not None:
+            state.update(self.average.state_tensors())
         return state
+
+    def _averageable(self) -> dict[str, Tensor]:
+        """Name -> live tensor of what the average is of."""
+        assert self.average is not None
+        found = {name: p.detach() for name, p in self.parameters.items() if name not in self.frozen}
+        if self.average.rule.buffers:
+            real = {n: b for n, b in self.buffers.items() if b.is_floating_point() or b.is_complex()}
+            found.update(real)
+        return found
 
     def nbytes(self) -> int:
         """Return the bytes of one version of this model."""
@@ -251,6 +269,8 @@ class Replica:
         self.reset_buffers()
         if self.loss_scale is not None:
             self.loss_scale = LossScale.of(self._version[ENTRY])
+        if self.average is not None:
+            self.average.take(self._here)
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
@@ -266,6 +286,36 @@ class Replica:
             for home in self._homes[name]:
                 home.module._buffers[home.name] = buffer
             buffer.copy_(self._here[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the model has its averaged weights, if the recipe asks for an average.
+
+        The loaded version is not written to: the tensors have other memory within the block.
+        """
+        if self.average is None:
+            yield
+            return
+        version, values = self._here, self.average.tensors()
+        trained = {name: self.parameters[name] for name in values if name in self.parameters}
+        before = {name: parameter.data for name, parameter in trained.items()}
+        for name, parameter in trained.items():
+            parameter.data = torch.empty_like(parameter).copy_(values[name])
+        self._here = {**version, **values}  # which buffers are put back to
+        try:
+            yield
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = before[name]
+            self._here = version
+            self.reset_buffers()
+
+    @torch.no_grad()
+    def put_average(self) -> None:
+        """Let the model have its averaged weights, if there are any, until the next `load`."""
+        if self.average is not None:
+            self.own()
+            self.write(self.average.tensors())
 
     def held(self) -> Mapping[str, Tensor]:
         """Return name -> value on the CPU of what a forward may write: buffers and frozen parameters."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchord.cache.errors import CheckpointError, ManifestMismatch, NonFinite, RunFailed
 from torchord.cache.tensors.codec import aligned, starts_aligned
+from torchord.coordinator.compute.averaging import is_average
 from torchord.coordinator.compute.deltas import Delta, DeltaEncoder
 from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.gradient_rule import GradientRule, change
 from torchord.coordinator.compute.loss_scale import exhausted
-from torchord.coordinator.compute.optimizers import Groups, servers_optimizer, step_scheduler
+from torchord.coordinator.compute.optimizers import (
+    Groups,
+    held_by,
+    require_same_trained,
+    servers_optimizer,
+    step_scheduler,
+)
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
@@ -36,7 +44,7 @@ class ApplyReport:
     """What one update did.
 
     Attributes:
-        grad_norm: global L2 norm of the averaged gradient before clipping.
+        grad_norm: global L2 norm of the averaged gradient, after the recipe's `gradients`, before clipping.
         clipped: whether it was above `clip_norm` and scaled down.
         skipped: whether the update was left out because something was not finite.
         lr: learning rate of each parameter group in this step.
@@ -57,6 +65,7 @@ class Trainer:
         scheduler: made by the recipe, or None.
         config: the run's config.
         deltas: compresses the steps' differences; None without `parameter_compression`.
+        rule: the recipe's `gradients`, None if it has none.
         delta: what leads from the version before to the present one, if it was compressed.
     """
 
@@ -67,6 +76,7 @@ class Trainer:
         scheduler: LRScheduler | None,
         config: TrainingConfig,
         deltas: DeltaEncoder | None = None,
+        rule: GradientRule | None = None,
     ) -> None:
         self.replica = replica
         self.optimizer = optimizer
@@ -74,6 +84,7 @@ class Trainer:
         self._groups = Groups(optimizer, scheduler, replica.parameters)
         self.config = config
         self.deltas = deltas
+        self.rule = rule
         self.delta: Delta | None = None
 
     @classmethod
@@ -92,7 +103,9 @@ class Trainer:
         replica = Replica.build(resolved, config, device)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
             optimizer, scheduler = servers_optimizer(resolved, config, replica)
-        return cls(replica, optimizer, scheduler, config, _delta_encoder(resolved, config))
+        return cls(
+            replica, optimizer, scheduler, config, _delta_encoder(resolved, config), resolved.gradients
+        )
 
     def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
         """Go on under another config, after a switch.
@@ -133,8 +146,10 @@ class Trainer:
         Raises:
             NonFinite: loss or gradient is not finite and the config says "stop"; nothing changed.
             ManifestMismatch: a name or shape is not the model's.
-            RunFailed: optimizer or scheduler raised (chained); the trainer must be loaded anew.
-            InvalidInput: one of them changed the optimizer's groups so that they cannot be restored.
+            RunFailed: optimizer, scheduler or average raised (chained); the trainer must be loaded anew.
+            Exception: what the recipe's `gradients` raises, with a note; likewise.
+            InvalidInput: one of them changed the optimizer's groups so that they cannot be restored, or which
+                parameters are trained, or returned what are not the model's gradients.
         """
         device = self.replica.device
         with pinned(self.config.threads, self.config.deterministic, device):
@@ -145,6 +160,9 @@ class Trainer:
             self._set_gradients(gradients)
             try:
                 norm = self._total_norm()
+                if self.rule is not None and self.config.local_steps == 1 and math.isfinite(float(norm)):
+                    change(self.rule, self.replica, f"step {step}")
+                    norm = self._total_norm()
                 size = float(norm)
                 clip = self._clip_norm
                 skipped = not (finite and math.isfinite(loss) and math.isfinite(size))
@@ -159,8 +177,11 @@ class Trainer:
                     self._update(norm, buffers, step)
                 self._step_scheduler(step, loss, quiet=skipped)
                 self._groups.check(step)
+                require_same_trained(self.replica, f"step {step}")
                 self._step_loss_scale(overflow=skipped)
                 self.delta = None if before is None else self._encoded(before)
+                if not skipped and self.replica.average is not None:
+                    self._average(step + 1)
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
         return ApplyReport(size, clipped, skipped, lr)
@@ -197,7 +218,8 @@ class Trainer:
         held = 0 if self.deltas is None else self.deltas.nbytes()
         return held + sum(
             value.numel() * value.element_size()
-            for values in self.optimizer.state.values()
+            for each in (self.optimizer, *held_by(self.optimizer))
+            for values in each.state.values()
             for value in values.values()
             if isinstance(value, Tensor)
         )
@@ -210,9 +232,20 @@ class Trainer:
         """Compress what the step did to the state tensors, and take it back to what that stands for."""
         assert self.deltas is not None
         state = _copied(self.replica.state_tensors())
-        others = {name: value for name, value in state.items() if name not in self.replica.parameters}
+        others = {
+            name: value
+            for name, value in state.items()
+            if name not in self.replica.parameters and not is_average(name)
+        }
         changed = {name: value for name, value in others.items() if not torch.equal(value, before[name])}
         return self.deltas.encode(before, self.replica.parameters, changed)
+
+    def _average(self, version: int) -> None:
+        """Average the weights that everybody else has, those that a delta stands for."""
+        assert self.replica.average is not None
+        moved = self.replica.average.step(version)
+        if self.delta is not None:
+            self.delta = replace(self.delta, buffers={**self.delta.buffers, **_copied(moved)})
 
     @staticmethod
     def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
@@ -295,7 +328,8 @@ def restore_optimizer(
     saved = _copied(tree["optimizer"])
     try:
         optimizer.load_state_dict(saved)
-        _undo_casts(optimizer, saved)
+        if "param_groups" in saved:  # an optimizer that steps others has a form of its own
+            _undo_casts(optimizer, saved)
         _lay_out(optimizer)
         if (scheduler is None) != (tree["scheduler"] is None):
             raise ValueError("one has a scheduler, the other has none")
@@ -326,9 +360,10 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
     What has a parameter's shape gets its order in memory, like a fresh one; all else is row-major, while
     an optimizer may have left it otherwise (the factors of a matrix come column by column).
     """
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            state[key] = _laid_out(value, parameter)
+    for each in (optimizer, *held_by(optimizer)):
+        for parameter, state in each.state.items():
+            for key, value in state.items():
+                state[key] = _laid_out(value, parameter)
 
 
 def _laid_out(value: Any, parameter: Tensor) -> Any:

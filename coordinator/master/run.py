@@ -293,11 +293,13 @@ class Run:
             reexecuted=tuple(computed),
         )
 
-    def model(self, version: int | None = None) -> torch.nn.Module:
+    def model(self, version: int | None = None, *, averaged: bool = True) -> torch.nn.Module:
         """The model in eval mode, on CPU.
 
         Args:
             version: a stored version; None for the newest.
+            averaged: with the averaged weights, where the recipe has an `average`; False: with those that
+                are trained.
 
         Raises:
             VersionMissing: if that version is neither in the cache nor among the checkpoints.
@@ -308,11 +310,14 @@ class Run:
         wanted = self._wanted(head, version)
         replica = Replica.build(self._recipe(), self._config(), "cpu")
         self._load(replica, head, wanted)
+        if averaged:
+            replica.put_average()
         return replica.model.eval()
 
-    def state_dict(self, version: int | None = None) -> dict[str, torch.Tensor]:
+    def state_dict(self, version: int | None = None, *, averaged: bool = True) -> dict[str, torch.Tensor]:
         """The model's state dict, tensors on CPU; arguments and errors as `model`."""
-        return {name: tensor.detach().clone() for name, tensor in self.model(version).state_dict().items()}
+        state = self.model(version, averaged=averaged).state_dict()
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def predict(
         self, inputs: Any, batch_size: int = 256, *, version: int | None = None, timeout: float | None = None

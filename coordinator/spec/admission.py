@@ -58,6 +58,8 @@ OWN_TARGETS = frozenset(
         "torchord:stored_dataset",
         "torchord.coordinator:stored_dataset",
         "torchord.coordinator.datasets:stored_dataset",
+        "torchord.coordinator.averages:ema",
+        "torchord.coordinator.averages:swa",
         "torchord.coordinator.local_steps:averaging",
         "torchord.coordinator.local_steps:diloco",
     }

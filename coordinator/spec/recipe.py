@@ -54,6 +54,12 @@ class Recipe:
         predict: (model, batch) -> outputs, in evaluation mode: what metrics measure in place of
             model(inputs), and what `Run.predict` returns. The targets of a batch that is a pair are its
             second; of any other, metrics get the batch itself.
+        gradients: (name -> gradient, name -> parameter) -> None or a dict of gradients: changes a step's
+            gradient, in place or by returning another, before `clip_norm` and the optimizer. In a plain
+            step that is the averaged gradient; with local steps each shard's, in each of its steps.
+        average: () -> what averages the weights: `torchord.coordinator.averages.ema` and `swa`, or what
+            `torch.optim.swa_utils.get_ema_multi_avg_fn(decay)` returns. Evaluations, predictions and the
+            run's model then use the averaged weights.
 
     Arguments arrive at the workers as what they are (numbers of Python and numpy, NaN included, strings,
     bytes, lists, tuples, dicts, paths, dtypes, devices, members of enumerations, importable callables
@@ -80,6 +86,8 @@ class Recipe:
     parameter_groups: Entry | None = None
     outer_optimizer: Entry | None = None
     predict: Entry | None = None
+    gradients: Entry | None = None
+    average: Entry | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):

@@ -46,6 +46,8 @@ class ResolvedRecipe:
     parameter_groups: Callable[..., Any] | None
     outer_optimizer: Callable[..., Any] | None = None
     predict: Callable[..., Any] | None = None
+    gradients: Callable[..., Any] | None = None
+    average: Callable[..., Any] | None = None
     codec: CodecOf
 
 

@@ -47,7 +47,7 @@ class Target:
 Entry: TypeAlias = Callable[..., Any] | str | Target
 
 
-FUNCTIONS = ("loss", "step", "collate", "predict")
+FUNCTIONS = ("loss", "step", "collate", "predict", "gradients")
 
 
 _TORCH_PUBLIC = ("torch.nn.functional", "torch", "torch.special", "torch.linalg", "torch.fft")
