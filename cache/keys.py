@@ -179,6 +179,10 @@ class RunKeys:
         """Chunk prefix of the optimizer state of one version."""
         return f"{PREFIX}:blob:{self.run}:state:{version}:{nonce}"
 
+    def start_blob(self, nonce: str) -> str:
+        """Chunk prefix of the weights that the run starts from."""
+        return f"{PREFIX}:blob:{self.run}:start:{nonce}"
+
     def gradient_blob(self, step: int, shard: int, nonce: str) -> str:
         """Chunk prefix of one attempt at one gradient slot."""
         return f"{PREFIX}:blob:{self.run}:gradient:{step}:{shard}:{nonce}"

@@ -216,20 +216,22 @@ class CheckpointStore:
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest checkpoints, and leavings of interrupted saves before them.
 
+        A checkpoint of version 0 stays: the run started from weights that no recipe makes again.
+
         Args:
             keep: how many to keep, at least 1.
 
         Returns:
             The versions that were deleted.
         """
-        versions = self.versions()
+        versions = [version for version in self.versions() if version > 0]
         kept = versions[-max(keep, 1) :]
         gone = versions[: len(versions) - len(kept)]
         for version in gone:  # the marker first, so that it never stands for files that are gone
             self._files.remove(_marker_name(version))
         for name in self._files.names():
             match = _FILE.fullmatch(name)
-            if match and kept and int(match[1]) < kept[0]:
+            if match and kept and 0 < int(match[1]) < kept[0]:
                 self._files.remove(name)
         return gone
 

@@ -158,6 +158,17 @@ class ParameterCache:
         """The tree of a published state; errors as for `get_tree`."""
         return get_tree("optimizer state", state, self.chunks.get)
 
+    def publish_start(self, ledger: Ledger, weights: Mapping[str, torch.Tensor]) -> StateRecord:
+        """Store the weights that a run is to start from, until it ends."""
+        key = ledger.keys.start_blob(uuid.uuid4().hex[:12])
+        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, shown=False)
+        return put_tree(dict(weights), put)
+
+    def fetch_start(self, start: StateRecord) -> dict[str, torch.Tensor]:
+        """The weights of `publish_start`; errors as for `get_tree`."""
+        found: dict[str, torch.Tensor] = get_tree("weights to start from", start, self.chunks.get)
+        return found
+
     def record(self, ledger: Ledger, version: int) -> VersionRecord:
         """Where a version is, and what its slots kept.
 

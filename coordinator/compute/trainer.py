@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -56,6 +56,13 @@ class ApplyReport:
     lr: tuple[float, ...]
 
 
+Prepare = Callable[[nn.Module], None]
+
+
+def nothing_to_prepare(model: nn.Module) -> None:
+    """Leave a new model as the recipe made it."""
+
+
 class Trainer:
     """Model, optimizer and scheduler of one run. Make one with `build`.
 
@@ -93,14 +100,23 @@ class Trainer:
         resolved: ResolvedRecipe,
         config: TrainingConfig,
         device: torch.device | str = "cpu",
+        *,
+        prepare: Prepare = nothing_to_prepare,
     ) -> Trainer:
         """Make model, optimizer and scheduler as at the start of the run (version 0).
+
+        Args:
+            resolved: the run's recipe.
+            config: the run's config.
+            device: where the model is to live.
+            prepare: what is done to the new model before the optimizer is made over it.
 
         Raises:
             InvalidInput: an entry returned something else than its kind, or an optimizer that
                 cannot work from averaged gradients (see `optimizers.build_optimizer`).
         """
         replica = Replica.build(resolved, config, device)
+        prepare(replica.model)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
             optimizer, scheduler = servers_optimizer(resolved, config, replica)
         return cls(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torchord.cache import keys
 from torchord.cache.datasets.library import Datasets
-from torchord.cache.errors import ConfigMismatch, InvalidInput
+from torchord.cache.errors import ConfigMismatch, InvalidInput, RunNotFound
 from torchord.cache.settings import from_environment, located
 from torchord.coordinator.master.reports import TrainedModel
 from torchord.coordinator.master.run import Run
+from torchord.coordinator.master.starting_point import StartFrom, StartingPoint, read_start
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
@@ -73,7 +75,14 @@ class Master:
         self._sender = Sender(publisher(broker, transport_options(settings.url)))
         self._submitted: set[str] = set()  # runs whose recipe this process itself gave
 
-    def submit(self, recipe: Recipe, config: TrainingConfig | None = None, *, name: str | None = None) -> Run:
+    def submit(
+        self,
+        recipe: Recipe,
+        config: TrainingConfig | None = None,
+        *,
+        name: str | None = None,
+        start_from: StartFrom | None = None,
+    ) -> Run:
         """Queue a run and return at once; it goes on without this process.
 
         The same name with the same recipe and config returns the run that is there, and continues
@@ -83,12 +92,18 @@ class Master:
             recipe: what to train.
             config: how; default `TrainingConfig()`.
             name: 1 to 100 letters, digits, '.', '_' or '-'; default a name made from the time.
+            start_from: the weights of version 0, in place of those that the recipe's model has when it is
+                made: a run or its name (its newest version, as `run.model()` gives it), (run or name,
+                version), or the path of a safetensors file on this machine, a `Path` or a string with a
+                slash or the ending ".safetensors". Names, shapes and dtypes must be the model's.
 
         Raises:
-            ConfigMismatch: the name is taken by a run with another recipe or config; the message
+            ConfigMismatch: the name is taken by a run with another recipe, config or start; the message
                 names the fields.
             RecipeError: an entry cannot travel to the workers.
-            InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere.
+            InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere;
+                or `start_from` is a file that cannot be read.
+            RunNotFound, VersionMissing: `start_from` names a run or version that is not there.
         """
         if not isinstance(recipe, Recipe):
             raise InvalidInput(f"submit() takes a Recipe first, got {type(recipe).__name__}")
@@ -101,7 +116,8 @@ class Master:
         )
         described = recipe.to_spec()
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
-        there = self._services.ledger(name).create(spec, incarnation=uuid.uuid4().hex[:12])
+        start = None if start_from is None else read_start(start_from, self.run)
+        there = self._create(name, spec, start)
         if there is None:
             self._submitted.add(name)
             self._sender.advance(name)
@@ -109,10 +125,12 @@ class Master:
         differing = _differences(described, Recipe.from_spec(there["recipe"]).to_spec()) + config.differences(
             TrainingConfig.from_json(there["config"])
         )
+        if there.get("start_from", {}).get("digest") != (None if start is None else start.digest):
+            differing = [*differing, "start_from"]
         if differing:
             raise ConfigMismatch(
                 f"run {name!r} exists with another {', '.join(differing)}; choose another name, or submit it "
-                "with the recipe and config that it has"
+                "with what it has"
             )
         self._submitted.add(name)
         run = self.run(name)
@@ -123,17 +141,37 @@ class Master:
             self._sender.advance(name)
         return run
 
+    def _create(self, name: str, spec: dict[str, Any], start: StartingPoint | None) -> dict[str, Any] | None:
+        """Create the run unless it is there; the spec of the one that is.
+
+        The weights that it starts from are stored first, so that whoever finds the run finds them.
+        """
+        ledger = self._services.ledger(name)
+        if start is not None:
+            with suppress(RunNotFound):
+                ledger.head()
+                return ledger.spec()
+            stored = self._services.parameters.publish_start(ledger, start.weights)
+            origin = {"source": start.source, "digest": start.digest, "weights": stored.as_dict()}
+            spec = {**spec, "start_from": origin}
+        there = ledger.create(spec, incarnation=uuid.uuid4().hex[:12])
+        if start is not None and there is not None:  # created by another process meanwhile
+            self._services.chunks.delete(stored.blobs())
+        return there
+
     def fit(
         self,
         recipe: Recipe,
         config: TrainingConfig | None = None,
         *,
         name: str | None = None,
+        start_from: StartFrom | None = None,
         progress: bool = True,
         timeout: float | None = None,
     ) -> TrainedModel:
         """`submit`, then `Run.wait`; arguments and errors as there."""
-        return self.submit(recipe, config, name=name).wait(progress=progress, timeout=timeout)
+        run = self.submit(recipe, config, name=name, start_from=start_from)
+        return run.wait(progress=progress, timeout=timeout)
 
     def run(self, name: str) -> Run:
         """A handle on the run of that name, whether or not it exists yet."""

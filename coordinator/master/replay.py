@@ -44,6 +44,7 @@ class Replay:
         plan: the run's plan, with its switches.
         checkpoints: where the run's checkpoints are; without any, everything is computed from the start.
         entries: the run's ledger by version.
+        started_elsewhere: whether the run began with other weights than the recipe's own (`start_from`).
         progress: called with each step before it is computed.
     """
 
@@ -54,8 +55,10 @@ class Replay:
         checkpoints: CheckpointStore,
         entries: Mapping[int, LedgerEntry],
         *,
+        started_elsewhere: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
+        self.started_elsewhere = started_elsewhere
         self.recipe = recipe
         self.plan = plan
         self.checkpoints = checkpoints
@@ -79,7 +82,8 @@ class Replay:
             later steps are left out, since nothing after it could agree.
 
         Raises:
-            InvalidInput: a step is not committed, or its ledger entry is missing.
+            InvalidInput: a step is not committed, or its ledger entry is missing; or nothing is there to
+                begin from.
             ShardFailed: the recipe's code raised here.
             RecipeError: the recipe cannot be imported here.
         """
@@ -114,6 +118,11 @@ class Replay:
             except CheckpointError as error:
                 log.warning("replay: checkpoint %d passed over: %s", version, error)
         if not 0 <= self._version <= step:
+            if self.started_elsewhere:
+                raise InvalidInput(
+                    f"step {step} cannot be computed again: the run began with start_from, and its "
+                    f"checkpoint 0 is not in {self.checkpoints.path()}"
+                )
             self._trainer = self._built(0)
             self._hold(0, {})
 

@@ -21,6 +21,7 @@ from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel
+from torchord.coordinator.master.stored_version import checkpointed_tensors, stored_tensors
 from torchord.coordinator.master.switching import SWITCHABLE, plan_of, switch
 from torchord.coordinator.master.waiting import POLL_SECONDS, RESTING, Waiting, detached
 from torchord.coordinator.messages.sender import Sender
@@ -283,6 +284,7 @@ class Run:
             plan,
             self._checkpoints(head.incarnation),
             {entry.version: entry for entry in entries},
+            started_elsewhere="start_from" in self._spec(),
             progress=progress,
         )
         computed, problems = replay.compare(steps)
@@ -318,6 +320,21 @@ class Run:
         """The model's state dict, tensors on CPU; arguments and errors as `model`."""
         state = self.model(version, averaged=averaged).state_dict()
         return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def tensors(self, version: int | None = None) -> tuple[int, dict[str, torch.Tensor]]:
+        """A version's number, and its tensors on CPU as they are stored; nothing of the recipe is imported.
+
+        Beside parameters and buffers these are an average's (`torchord/average/NAME`) and a loss scale.
+
+        Args:
+            version: a stored version; None for the newest.
+
+        Raises:
+            VersionMissing: as `model`.
+        """
+        head = self._ledger.head()
+        wanted = self._wanted(head, version)
+        return wanted, stored_tensors(self._services, self._ledger, head, wanted)
 
     def predict(
         self, inputs: Any, batch_size: int = 256, *, version: int | None = None, timeout: float | None = None
@@ -406,9 +423,5 @@ class Run:
             _, flat, _ = self._services.parameters.fetch(self._ledger, wanted)
             replica.load(flat)
         except VersionMissing as error:
-            store = self._checkpoints(head.incarnation)
-            if wanted not in store.versions():
-                raise VersionMissing(
-                    f"{error}; checkpoints hold {store.versions()}. Ask for one of these, or for the newest"
-                ) from error
-            replica.load_tensors(store.load(wanted).tensors)
+            found = checkpointed_tensors(self._services, head, wanted, error, self.name)
+            replica.load_tensors(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,6 +169,7 @@ class StepCommit:
             lr=tuple(report.lr),
             previous=warm.chain,
             notes={
+                **(_origin(warm.context.spec) if step == 0 else {}),
                 **({"switch": plan.switches[step]} if step in plan.switches else {}),
                 **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
             },
@@ -324,6 +325,12 @@ def _refusal(warm: WarmRun, verdict: str) -> RunError | Fenced:
         f"run {warm.run!r}: commit of version {warm.version + 1} was {verdict}; another server or a person "
         "acted"
     )
+
+
+def _origin(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the weights of version 0 came from, if they are not the recipe's own."""
+    start = spec.get("start_from")
+    return {} if start is None else {"start_from": {"source": start["source"], "digest": start["digest"]}}
 
 
 def _step_event(entry: LedgerEntry) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torchord.cache.errors import Fenced
+from torchord.cache.ledger.records import StateRecord
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
@@ -75,6 +76,8 @@ class Finish:
             self.services.parameters.drop(ledger, stored, token=warm.token)
             ledger.retire()
             self.services.parameters.keep(warm.record)
+            if (start := warm.context.spec.get("start_from")) is not None:
+                self.services.chunks.delete(StateRecord.from_dict(start["weights"]).blobs())
         self.fault("server.after_finish")
         return {**receipt, "status": "done", "version": version}
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torchord.cache.errors import CacheError, CheckpointError, Fenced, ManifestMismatch, Skewed
+from torchord.cache.errors import (
+    CacheError,
+    CheckpointError,
+    ChunkCorrupt,
+    ChunkMissing,
+    Fenced,
+    ManifestMismatch,
+    RunError,
+    Skewed,
+)
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
 from torchord.coordinator.compute.inference import try_metrics
-from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.compute.starting_weights import put_weights
+from torchord.coordinator.compute.trainer import Prepare, Trainer, nothing_to_prepare
 from torchord.coordinator.runtime.context import RunContext, switches_of
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
@@ -58,14 +69,14 @@ class TakeOver:
         self.restores = True
         return self._restore(head)
 
-    def _trainer(self, version: int) -> Trainer:
+    def _trainer(self, version: int, prepare: Prepare = nothing_to_prepare) -> Trainer:
         """A trainer with the optimizer that is in force at a version."""
         context = self.context
         config = context.config
         if context.switches:
             plan = context.plan()
             config = plan.config_at(min(version, plan.total_steps - 1))
-        trainer = self._built(config)
+        trainer = self._built(config, prepare)
         if self.restores:
             try:
                 context.require_same_model(trainer.replica)
@@ -73,8 +84,17 @@ class TakeOver:
                 raise Skewed(str(error)) from error
         return trainer
 
-    def _built(self, config: TrainingConfig) -> Trainer:
-        return Trainer.build(self.context.recipe, config, device())
+    def _built(self, config: TrainingConfig, prepare: Prepare = nothing_to_prepare) -> Trainer:
+        return Trainer.build(self.context.recipe, config, device(), prepare=prepare)
+
+    def _tried(
+        self, config: TrainingConfig, evaluation_size: int, prepare: Prepare = nothing_to_prepare
+    ) -> Trainer:
+        """A trainer at version 0 whose evaluations will do."""
+        trainer, context = self._built(config, prepare), self.context
+        if evaluation_size and context.recipe.metrics:
+            try_metrics(trainer.replica, context.recipe, context.config, context.dataset("evaluation"))
+        return trainer
 
     def _initialise(self, head: Head) -> WarmRun:
         """Make the first version: the recipe's own initial weights, or a checkpoint's."""
@@ -86,11 +106,8 @@ class TakeOver:
         if head.version:
             trainer, record = self._from_checkpoint(head.version)
         else:
-            trainer = self._built(plan.config_at(0))
-            if evaluation_size and context.recipe.metrics:
-                like = trainer.replica
-                try_metrics(like, context.recipe, context.config, context.dataset("evaluation"))
-            record = self._published(trainer, 0, GENESIS)
+            make = partial(self._tried, plan.config_at(0), evaluation_size)
+            trainer, record = self._first(make, size)
         self.fault("server.before_initialise")
         verdict = ledger.initialise(
             token=self.token,
@@ -188,8 +205,40 @@ class TakeOver:
                 return self._from_checkpoint(candidate)
             except CheckpointError as error:
                 log.warning("run %s: checkpoint %d passed over: %s", self.context.run, candidate, error)
-        trainer = self._trainer(0)
-        return trainer, self._published(trainer, 0, GENESIS)
+        return self._first(partial(self._trainer, 0), self.context.plan().size)
+
+    def _first(self, make: Callable[..., Trainer], size: int) -> tuple[Trainer, VersionRecord]:
+        """Make and publish version 0: with the recipe's own weights, or with those that the run starts from.
+
+        These are kept as a checkpoint, since nothing else makes them again.
+        """
+        if (start := self.context.spec.get("start_from")) is None:
+            trainer = make()
+            return trainer, self._published(trainer, 0, GENESIS)
+        if 0 in self.checkpoints.versions():
+            try:
+                return self._from_checkpoint(0)
+            except CheckpointError as error:
+                log.warning("run %s: checkpoint 0 passed over: %s", self.context.run, error)
+        try:
+            weights = self.services.parameters.fetch_start(StateRecord.from_dict(start["weights"]))
+        except (ChunkMissing, ChunkCorrupt) as error:
+            raise RunError(
+                f"run {self.context.run!r}: the weights that it starts from ({start['source']}) are gone "
+                f"from the cache, and {self.checkpoints.path()} has no checkpoint 0: {error}; submit it anew"
+            ) from error
+        trainer = make(prepare=lambda model: put_weights(model, weights, start["source"]))
+        record = self._published(trainer, 0, GENESIS)
+        meta = {
+            "run": self.context.run,
+            "incarnation": self.context.incarnation,
+            "chain": GENESIS,
+            "parameters": record.digest,
+            "dataset_size": size,
+            "evaluations": {},
+        }
+        self.checkpoints.save(0, trainer.replica.state_tensors(), trainer.state(), meta)
+        return trainer, record
 
     def _from_checkpoint(self, version: int) -> tuple[Trainer, VersionRecord]:
         """Load a checkpoint and publish it, with what the steps under way need beside it.

@@ -55,7 +55,8 @@ class TrainingConfig:
         threads: intra-op threads of torch while a shard is computed, at least 1. Another count
             gives other bits, hence it belongs to the run and not to the machine.
         checkpoint_every: global steps between two checkpoints, at least 1.
-        keep_checkpoints: newest checkpoints that are kept, at least 1.
+        keep_checkpoints: newest checkpoints that are kept, at least 1; beside the one of version 0 that a
+            run with `start_from` has.
         evaluate_every: global steps between two evaluations, at least 1; None: one evaluation,
             of the last version (which is evaluated in any case).
         deterministic: whether torch may use deterministic algorithms only. Without it, runs on

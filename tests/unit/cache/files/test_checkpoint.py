@@ -251,6 +251,13 @@ def test_pruning_sweeps_leavings_of_interrupted_saves_before_the_oldest_kept(loc
     assert {p.name[:17] for p in Path(local.path()).iterdir()} == {"version-000000009"}
 
 
+def test_pruning_leaves_a_version_0_alone_which_is_what_a_run_started_from(local: CheckpointStore) -> None:
+    for version in (0, 3, 6, 9):
+        local.save(version, TENSORS, STATE)
+    assert local.prune(1) == [3, 6] and local.versions() == [0, 9]
+    assert local.load(0).version == 0 and local.prune(1) == []
+
+
 def test_pruning_leaves_a_save_under_way_alone(local: CheckpointStore) -> None:
     local.save(1, TENSORS, STATE)
     local.save(5, TENSORS, STATE)

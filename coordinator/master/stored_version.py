@@ -1,0 +1,46 @@
+"""A run's version as it is stored: in the cache, or among the checkpoints where the cache has it no more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torchord.cache.errors import VersionMissing
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import Head
+from torchord.coordinator.runtime.services import Services
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def stored_tensors(services: Services, ledger: Ledger, head: Head, version: int) -> dict[str, Tensor]:
+    """A version's tensors by name, on the CPU.
+
+    Raises:
+        VersionMissing: it is neither in the cache nor among the checkpoints.
+    """
+    from torchord.cache.tensors.codec import Manifest, views
+
+    try:
+        _, flat, _ = services.parameters.fetch(ledger, version)
+        return views(flat, Manifest.from_json(ledger.manifest()))
+    except VersionMissing as error:
+        return checkpointed_tensors(services, head, version, error, ledger.run)
+
+
+def checkpointed_tensors(
+    services: Services, head: Head, version: int, missing: VersionMissing, run: str
+) -> dict[str, Tensor]:
+    """The tensors of a version that the cache has no more.
+
+    Raises:
+        VersionMissing: no checkpoint has it either.
+    """
+    from torchord.cache.files.checkpoint import CheckpointStore
+
+    store = CheckpointStore(services.settings.checkpoint_dir, run, head.incarnation)
+    if version not in store.versions():
+        raise VersionMissing(
+            f"{missing}; checkpoints hold {store.versions()}. Ask for one of these, or for the newest"
+        ) from missing
+    return store.load(version).tensors
