@@ -22,6 +22,7 @@ from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import aligned
 from torchord.cache.tensors.pinned import pinned_copy
 from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.kernels import worded
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -213,9 +214,15 @@ def pair(batch: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def during(what: str) -> Iterator[None]:
-    """Let what the recipe's code raises pass as it is, with a note that says where it happened."""
+    """Let what the recipe's code raises pass, with a note that says where it happened.
+
+    It passes as it is, but for torch's alert of an operator that is not deterministic (see `worded`).
+    """
     try:
         yield
     except BaseException as error:  # sys.exit() included
-        error.add_note(f"torchord: raised while {what}")
-        raise
+        told = worded(error)
+        told.add_note(f"torchord: raised while {what}")
+        if told is error:
+            raise
+        raise told from error

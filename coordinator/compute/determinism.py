@@ -22,6 +22,12 @@ import torch.utils.deterministic
 
 from torchord.cache.errors import InvalidInput
 from torchord.cache.settings import cublas_workspace
+from torchord.coordinator.compute.switches import (
+    own_thread,
+    put_back_switches,
+    read_switches,
+    set_switches,
+)
 
 _memory: Any = torch.utils.deterministic  # its one switch is a property that stubs do not know
 _cuda: Any = torch.cuda  # partly untyped
@@ -54,10 +60,12 @@ def pinned(
     """Hold the compute lock with every global switch of torch in its place.
 
     Set are: intra-op threads (of the calling thread, which is how OpenMP counts), deterministic
-    algorithms, cuDNN's algorithm search, TF32, the float32 matmul precision (float32 means
+    algorithms, cuDNN's algorithm search, TF32 and every precision of float32 (float32 means
     float32), how half-precision products are summed (torch's default), flushing of denormals, the
-    default dtype (float32) and the filling of fresh memory. Random generators are not touched: see
-    `seed_everything`.
+    default dtype (float32) and the filling of fresh memory. What else a process or thread may have left
+    otherwise is as torch has it from the start (`switches`): gradients on, no inference mode, autocast,
+    anomaly mode or default device, no mode on torch's stacks, all kernels of oneDNN and attention
+    allowed. Random generators are not touched: see `seed_everything`.
 
     Args:
         threads: intra-op threads of torch.
@@ -78,12 +86,14 @@ def pinned(
     with COMPUTE_LOCK:
         cuda = torch.device(device).type == "cuda"
         before = _snapshot(cuda=cuda) if restore else None
-        _set_switches(threads, deterministic, fill=fill, cuda=cuda)
+        leave = own_thread()
         try:
+            _set_switches(threads, deterministic, fill=fill, cuda=cuda)
             yield
         finally:
             if before is not None:
                 _put_back(before)
+            leave()
 
 
 def seed_everything(seed: int) -> None:
@@ -116,8 +126,7 @@ def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) 
         torch.set_deterministic_debug_mode(mode)
     _memory.fill_uninitialized_memory = fill
     torch.set_flush_denormal(False)
-    if torch.get_float32_matmul_precision() != "highest":
-        torch.set_float32_matmul_precision("highest")
+    set_switches()
     if cuda:
         if deterministic:
             require_cublas()
@@ -161,7 +170,7 @@ def _snapshot(*, cuda: bool) -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "deterministic": torch.get_deterministic_debug_mode(),
         "fill": _memory.fill_uninitialized_memory,
-        "matmul": torch.get_float32_matmul_precision(),
+        "switches": read_switches(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "tf32": torch.backends.cudnn.allow_tf32 if cuda else None,
         "reductions": [getattr(_matmul, name) for name in _REDUCTIONS] if cuda else [],
@@ -177,7 +186,7 @@ def _put_back(before: dict[str, Any]) -> None:
     torch.set_default_dtype(before["dtype"])
     torch.set_deterministic_debug_mode(before["deterministic"])
     _memory.fill_uninitialized_memory = before["fill"]
-    torch.set_float32_matmul_precision(before["matmul"])
+    put_back_switches(before["switches"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]
     if before["tf32"] is not None:
         _allow_tf32(before["tf32"])

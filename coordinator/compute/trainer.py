@@ -25,6 +25,7 @@ from torchord.coordinator.compute.averaging import is_average
 from torchord.coordinator.compute.deltas import Delta, DeltaEncoder
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.gradient_rule import GradientRule, change
+from torchord.coordinator.compute.kernels import worded
 from torchord.coordinator.compute.loss_scale import exhausted
 from torchord.coordinator.compute.optimizers import (
     Groups,
@@ -295,7 +296,8 @@ class Trainer:
         try:
             self.optimizer.step()
         except Exception as error:
-            raise RunFailed(f"step {step}: the optimizer raised {type(error).__name__}: {error}") from error
+            told = worded(error)
+            raise RunFailed(f"step {step}: the optimizer raised {type(told).__name__}: {told}") from error
         if not _torchs_own(self.optimizer):  # whose state is laid out like the parameters
             _lay_out(self.optimizer)
         self.replica.write(buffers)

@@ -19,6 +19,7 @@ from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.deltas import forward
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import keeps_state
+from torchord.coordinator.compute.switches import own_thread
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
@@ -191,7 +192,13 @@ class RunContext:
         with self.lock:
             if self._resolved is None:
                 self.skewed()  # before the import: the sources as they are imported
-                self._resolved = resolve(self.spec["recipe"], allowed=self.services.settings.allowed_modules)
+                leave = own_thread()
+                try:
+                    self._resolved = resolve(
+                        self.spec["recipe"], allowed=self.services.settings.allowed_modules
+                    )
+                finally:
+                    leave()  # a module may have turned gradients off, or chosen a default device
             return self._resolved
 
     def dataset(self, kind: str = "dataset") -> Any:
