@@ -134,10 +134,10 @@ def _primary(url: str, tries: int) -> redis.Redis:
         found = Address.parse(url)
     except InvalidInput as error:
         raise CacheUnreachable(str(error)) from error
+    asking = {"socket_timeout": CONNECT_TIMEOUT_SECONDS, "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS}
+    # Each is asked once: the command that needs a primary tries again, as long as its patience lasts.
     sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
-        list(found.sentinels),
-        socket_timeout=CONNECT_TIMEOUT_SECONDS,
-        socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        list(found.sentinels), sentinel_kwargs={**asking, "retry": Retry(NoBackoff(), 0)}, **asking
     )
     return cast(
         redis.Redis,
