@@ -84,6 +84,17 @@ def test_other_apps_of_the_process_are_left_alone() -> None:
         assert ours.as_uri().startswith(("redis://", "unix://"))
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_discovering_the_tasks_of_all_packages_neither_installs_nor_disturbs(installed: bool) -> None:
+    """Celery imports `torchord.tasks` then, and does not say for which app."""
+    app = made()
+    app.autodiscover_tasks(["torchord"])
+    if installed:
+        torchord.install(app)
+    app.loader.import_default_modules()
+    assert bool(set(ROUTES) & set(app.tasks)) is (TorchordStep in app.steps["consumer"]) is installed
+
+
 def test_queues_of_the_same_name_stay_theirs() -> None:
     app = torchord.install(made(task_queues=[Queue("gradients"), Queue("celery")]))
     queues = app.amqp.queues
