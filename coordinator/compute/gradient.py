@@ -29,6 +29,7 @@ from torchord.coordinator.compute.batch import (
     to_device,
 )
 from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.forward_watch import due
 from torchord.coordinator.compute.loss_scale import LossScale, unscale
 from torchord.coordinator.compute.optimizers import require_same_trained
 from torchord.coordinator.compute.readback import collect, take_gradients
@@ -134,12 +135,14 @@ def forward_backward(
     and the gradients are divided by it; `watched` is the backward's context.
     """
     model = replica.train()
+    replica.watch.begin(whole=due(place))
     seed_everything(derive_seed(config.seed, "model", *place))
     with during("computing forward and loss"), _alone(batch.examples), autocast(config, replica.device):
         loss = loss_of(resolved, model, formatted(to_device(batch.value, replica.device), config))
     _require_loss(loss)
     with during("computing the backward"), watched(scale):
         (loss if scale is None else loss.float() * scale.scale).backward()
+    replica.watch.end()
     if scale is not None:
         unscale(replica.parameters.items(), scale)
     detached: Tensor = loss.detach()

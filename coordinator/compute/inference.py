@@ -159,8 +159,12 @@ def predict(
         seed_everything(derive_seed(config.seed, "predict"))
         if samples:
             batch = collated(resolved, batch)
-        model = replica.eval()
-        with during("predicting"), torch.no_grad(), autocast(config, replica.device):
+        with (
+            replica.evaluating() as model,
+            during("predicting"),
+            torch.no_grad(),
+            autocast(config, replica.device),
+        ):
             outputs = _outputs(resolved, model, to_device(batch, replica.device))
         replica.reset_buffers()
         return to_device(plain(outputs), torch.device("cpu"))
@@ -193,9 +197,13 @@ def _evaluating(
         seed_everything(derive_seed(config.seed, "evaluation data", first))
         batch = load_batch(dataset, some, resolved.collate)
         replica.reset_buffers()
-        model = replica.eval()
         seed_everything(derive_seed(config.seed, "evaluation", first))
-        with during("evaluating"), torch.no_grad(), autocast(config, replica.device):
+        with (
+            replica.evaluating() as model,
+            during("evaluating"),
+            torch.no_grad(),
+            autocast(config, replica.device),
+        ):
             yield model, to_device(batch, replica.device)
         replica.reset_buffers()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,10 @@ class BufferHome:
 
     module: nn.Module
     name: str
+
+
+Mark = tuple[int, int]
+"""torch's count of writes to a tensor, and where its memory begins: neither sees `.data` written in place."""
 
 
 class OnCpu(Mapping[str, Tensor]):
@@ -64,6 +68,32 @@ def homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[Buf
             if buffer is not None:
                 found[names[id(buffer)]].append(BufferHome(module, local))
     return found
+
+
+def marks(tensors: Iterable[Tensor]) -> list[Mark]:
+    """The mark of each tensor; another one later means that it was written to, or put elsewhere."""
+    return [(tensor._version, address(tensor)) for tensor in tensors]
+
+
+@torch.no_grad()
+def put(tensor: Tensor, value: Tensor, began: int, stride: tuple[int, ...]) -> None:
+    """Copy a value into a tensor; where somebody gave that another memory or shape, into memory of its own.
+
+    Args:
+        began: its address.
+        stride: its order in memory, in elements.
+    """
+    if address(tensor) != began or tensor.shape != value.shape or tensor.dtype != value.dtype:
+        tensor.data = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
+    tensor.copy_(value)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for a subclass that wraps others and has none of its own."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def require_plain(model: nn.Module) -> None:

@@ -7,24 +7,30 @@ process, and versions are then copied into it in place, so that tied weights sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
-from torchord.cache.tensors.codec import Manifest, layout, pack, row_major, views
+from torchord.cache.tensors.codec import Manifest, dtype_name, layout, pack, row_major, views
 from torchord.coordinator.compute.averaging import Average, AveragedWeights, average_of
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
+from torchord.coordinator.compute.forward_watch import ForwardWatch
 from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
 from torchord.coordinator.compute.model_state import (
+    BufferHome,
+    Mark,
     OnCpu,
+    address,
     align,
     formatted,
     homes,
+    marks,
+    put,
     require_plain,
     same_bytes,
 )
@@ -50,6 +56,7 @@ class Replica:
         flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
             first `load`.
         memory: flat buffers on the device, and what brings bytes there and back; None on the CPU.
+        watch: finds out what a forward changes that no version holds.
         compiled: what computes shards in the model's place; None for the model itself.
         loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
         digest: of the bytes in `flat`, kept likewise; "" if unknown.
@@ -73,10 +80,14 @@ class Replica:
         self.loaded: int | None = None
         self.digest = ""
         self.compiled: nn.Module | None = None
+        self.watch = ForwardWatch(model, self.parameters, self.frozen)
         self._homes = homes(model, self.buffers)
+        self._specs = {spec.name: (spec.shape, spec.dtype) for spec in self.manifest.tensors}
+        self._strides = {name: tensor.stride() for name, tensor in self.state_tensors().items()}
+        self._marks: list[Mark] = marks(self.parameters.values())
+        self._began = {name: address(buffer) for name, buffer in self.buffers.items()}
         self._version: dict[str, Tensor] = {}  # on the CPU
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
-        self._counters: list[int] = []
         self._attached = False
         self._copies = False
         self.memory: DeviceMemory | None = None
@@ -217,10 +228,9 @@ class Replica:
             return
         self._take(buffer)
         for name, parameter in self.parameters.items():
-            if name in self.frozen:
-                parameter.copy_(self._version[name])
-            else:
+            if name not in self.frozen:
                 parameter.data = self._version[name]
+        self._put(self.frozen)
         self._attached = True
         self._settle()
 
@@ -239,14 +249,20 @@ class Replica:
             return False
         for parameter in self.parameters.values():
             parameter.data = parameter.data.clone()
-        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self._marks = marks(self.parameters.values())
         self._attached = False
         return True
 
     def _written(self) -> list[str]:
-        """Names of the parameters that something wrote to since they held the version."""
-        counted = zip(self.parameters.items(), self._counters, strict=False)
-        return [name for (name, parameter), counter in counted if parameter._version != counter]
+        """Names of the parameters that something wrote to since they held the version, or moved."""
+        now = zip(self.parameters, self._marks, marks(self.parameters.values()), strict=True)
+        return [name for name, before, after in now if before != after]
+
+    def _put(self, names: Iterable[str]) -> None:
+        """Copy the loaded version into some of the parameters."""
+        began = dict(zip(self.parameters, self._marks, strict=True))
+        for name in names:
+            put(self.parameters[name], self._here[name], began[name][1], self._strides[name])
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a version given by name; see `load`.
@@ -259,13 +275,12 @@ class Replica:
     @torch.no_grad()
     def restore(self) -> None:
         """Copy the loaded version into parameters and buffers once more."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._here[name])
+        self._put(self.parameters)
         self._settle()
 
     def _settle(self) -> None:
         """What follows once the parameters hold a version."""
-        self._counters = [parameter._version for parameter in self.parameters.values()]
+        self._marks = marks(self.parameters.values())
         self.reset_buffers()
         if self.loss_scale is not None:
             self.loss_scale = LossScale.of(self._version[ENTRY])
@@ -279,13 +294,34 @@ class Replica:
         Parameters are put back too if something wrote to them since; torch counts writes.
         """
         if written := self._written():
-            for name in written:
-                self.parameters[name].copy_(self._here[name])
-            self._counters = [parameter._version for parameter in self.parameters.values()]
+            self._put(written)
+            self._marks = marks(self.parameters.values())
         for name, buffer in self.buffers.items():
+            if name in self.watch.caches:
+                continue
             for home in self._homes[name]:
                 home.module._buffers[home.name] = buffer
-            buffer.copy_(self._here[name])
+            put(buffer, self._here[name], self._began[name], self._strides[name])
+            self._began[name] = address(buffer)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode; afterwards it is in training mode, and nothing of it stays.
+
+        Models that fold trained weights into a frozen one for evaluation take them out again when they are
+        to train, and either goes past torch's count of writes.
+
+        Raises:
+            InvalidInput: the evaluation changed what no version holds, or a buffer's layout.
+        """
+        self.watch.begin(whole=self.watch.seldom())
+        try:
+            yield self.eval()
+            self.written_tensors()
+        finally:
+            self.train()
+            self._put(self.frozen)
+        self.watch.end(again=False)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -302,12 +338,13 @@ class Replica:
         for name, parameter in trained.items():
             parameter.data = torch.empty_like(parameter).copy_(values[name])
         self._here = {**version, **values}  # which buffers are put back to
+        self._marks = marks(self.parameters.values())
         try:
             yield
         finally:
             for name, parameter in trained.items():
                 parameter.data = before[name]
-            self._here = version
+            self._here, self._marks = version, marks(self.parameters.values())
             self.reset_buffers()
 
     @torch.no_grad()
@@ -346,17 +383,27 @@ class Replica:
             InvalidInput: a forward replaced a buffer by one of another shape or dtype.
         """
         found: dict[str, Tensor] = {}
-        for name, buffer in self.buffers.items():
-            home = self._homes[name][0]
-            current = home.module._buffers[home.name]
-            if current is None or current.shape != buffer.shape or current.dtype != buffer.dtype:
-                now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
-                raise InvalidInput(
-                    f"the forward turned buffer {name!r} from {buffer.dtype} of shape {tuple(buffer.shape)} "
-                    f"into {now}; a run's state must keep its layout"
-                )
-            found[name] = current.detach()
+        for name in self.buffers:
+            if (current := self._kept(name, self._homes[name][0])) is not None:
+                found[name] = current.detach().resolve_conj().resolve_neg()
         return found | {name: self.frozen[name].detach() for name in self._written() if name in self.frozen}
+
+    def _kept(self, name: str, home: BufferHome) -> Tensor | None:
+        """The tensor that is at a buffer's place now; None for a cache, which no version holds."""
+        current, spec = home.module._buffers.get(home.name), self._specs[name]
+        if name in self.watch.caches:
+            return None
+        if current is not None and (tuple(current.shape), dtype_name(current.dtype)) == spec:
+            return current
+        if home.name in home.module._non_persistent_buffers_set:
+            self.watch.tolerate(name)
+            return None
+        now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
+        raise InvalidInput(
+            f"the forward turned buffer {name!r} from torch.{spec[1]} of shape {spec[0]} into {now}; a run's "
+            "state must keep its layout: register it as it will be, or run a batch through the model in the "
+            "recipe's model function"
+        )
 
     def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some contiguous CPU tensors whose bytes differ from the loaded version's."""

@@ -234,6 +234,7 @@ class Replay:
         if self._replica is None:
             config = self.plan.config_at(step)
             self._replica = Replica.build(self.recipe, config, device(), computing=True)
+            self._replica.watch.whole = True
             self._dataset = open_dataset(self.recipe, self.plan.config)
         self._replica.load(self._flats[version])
         state = self._slots[version].get(shard)

@@ -269,9 +269,13 @@ def test_buffers_start_from_the_version_each_time() -> None:
     assert bench.replica.model.calls is bench.replica.buffers["calls"]
 
 
-def test_a_model_that_writes_to_its_weights_is_put_back() -> None:
+def test_a_model_that_writes_to_its_weights_is_refused_and_put_back() -> None:
     bench = Bench(models.mlp(model=models.Writing))
-    assert_equal(bench.compute(), bench.compute())
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match=r"wrote to the trained parameter 'layer\.weight'"):
+            bench.compute()
+    bench.replica.reset_buffers()
+    assert all(same(p, bench.replica.version_here()[name]) for name, p in bench.replica.parameters.items())
 
 
 def test_the_results_belong_to_the_caller() -> None:

@@ -1,0 +1,72 @@
+"""What is looked at around a forward, and when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchord.cache.errors import CacheError, InvalidInput
+from torchord.coordinator.compute.forward_watch import ForwardWatch, due
+
+
+def test_bytes_are_compared_densely_at_first_then_seldom_and_never_no_more() -> None:
+    looked = [[due((step, shard)) for shard in range(4)] for step in range(4096)]
+    assert all(all(shards) for shards in looked[:5]) and all(looked[1024]) and all(looked[2048])
+    late = [shard for shards in looked[1025:2048] for shard in shards]
+    assert 0 < sum(late) / len(late) < 1 / 32
+    assert looked == [[due((step, shard)) for shard in range(4)] for step in range(4096)]
+    local = [due((0, 0, number)) for number in range(1000)]
+    assert all(local[:5]) and sum(local) < 50
+
+
+def watch() -> tuple[nn.Linear, ForwardWatch]:
+    layer = nn.Linear(2, 2)
+    return layer, ForwardWatch(layer, dict(layer.named_parameters()), {})
+
+
+def test_a_counted_write_of_unknown_bytes_is_tried_again_and_then_looked_at_whole() -> None:
+    layer, looking = watch()
+    looking.begin(whole=False)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.clone())
+    with pytest.raises(CacheError, match="'weight'"):
+        looking.end()
+    looking.begin(whole=False)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.clone())
+    looking.end()
+    looking.begin(whole=False)
+    layer.weight.data.mul_(2.0)
+    with pytest.raises(InvalidInput, match="trained parameter 'weight' of the model"):
+        looking.end()
+
+
+def test_a_write_past_the_count_is_found_where_bytes_are_compared_and_a_move_each_time() -> None:
+    layer, looking = watch()
+    looking.begin(whole=False)
+    layer.weight.data.mul_(2.0)
+    looking.end()
+    looking.begin(whole=True)
+    layer.weight.data.mul_(2.0)
+    with pytest.raises(InvalidInput, match="trained parameter 'weight'"):
+        looking.end()
+    looking.begin(whole=False)
+    layer.bias.data = layer.bias.data + 1
+    with pytest.raises(CacheError, match="'bias'"):
+        looking.end()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float64, torch.complex64, torch.complex128, torch.int8]
+)
+def test_one_element_of_any_dtype_is_seen(dtype: torch.dtype) -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(3, 5, dtype=dtype).t(), requires_grad=False)
+    looking = ForwardWatch(layer, {"weight": layer.weight}, {})
+    looking.begin(whole=True)
+    looking.end()
+    looking.begin(whole=True)
+    layer.weight.data[4, 2] = 1
+    with pytest.raises(InvalidInput, match="'weight'"):
+        looking.end()
