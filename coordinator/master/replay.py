@@ -140,7 +140,7 @@ class Replay:
         self._hold(version, dict(found.state.get("slots", {})))
 
     def _built(self, version: int) -> Trainer:
-        config = self.plan.config_at(min(version, self.plan.total_steps - 1))
+        config = self.plan.config_at(max(0, version - 1))  # of the step that left the version's state
         return Trainer.build(self.recipe, config, device())
 
     def _hold(self, version: int, slots: dict[int, Any]) -> str:

@@ -70,12 +70,11 @@ class TakeOver:
         return self._restore(head)
 
     def _trainer(self, version: int, prepare: Prepare = nothing_to_prepare) -> Trainer:
-        """A trainer with the optimizer that is in force at a version."""
+        """A trainer with the optimizer that a version's state is of: that of the step that made it."""
         context = self.context
         config = context.config
         if context.switches:
-            plan = context.plan()
-            config = plan.config_at(min(version, plan.total_steps - 1))
+            config = context.plan().config_at(max(0, version - 1))  # a switch follows when it is applied
         trainer = self._built(config, prepare)
         if self.restores:
             try:

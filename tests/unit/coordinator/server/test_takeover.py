@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.support import models
 from tests.support.control import entry, slot, worker, write
 from tests.support.inprocess import same
+from tests.support.shuffle import Shuffle
 from torchord import Master, Run, TrainingConfig
 from torchord.cache.errors import Fenced, Skewed
 from torchord.cache.ledger.ledger import Ledger
@@ -283,3 +284,26 @@ def test_who_was_overtaken_stores_no_version_from_the_disk(site: Site) -> None:
     with pytest.raises(Fenced, match="overtaken while restoring"):
         site.take_over(old)
     assert site.ledger.head().version == 1
+
+
+def test_a_server_that_takes_over_at_the_step_of_a_switch_has_the_same_bits(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a version is that of the optimizer that made it; the next one starts afresh after it."""
+    monkeypatch.setattr(Upkeep, "state_due", lambda upkeep, warm: True)
+    config = TrainingConfig(epochs=2, batch_size=8, shards=2, local_steps=2, seed=3)
+    found = []
+    for name in ("undisturbed", "taken-over"):
+        run = Master(redis_url, checkpoint_dir=tmp_path).submit(
+            models.mlp(evaluation=None), config, name=name
+        )
+        lab = Shuffle(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
+        lab._in_order()
+        at = run.switch(local_steps=1)
+        while run.status().version < at:
+            lab._in_order()
+        if name == "taken-over":
+            lab.server._warm.clear()
+            lab.post.callbacks += 1
+        found.append(lab.train())
+    assert found[0] == found[1]
