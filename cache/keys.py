@@ -13,7 +13,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
 | torchord:{RUN}:head | hash, see cache/scripts | scripts only | RUN_TTL, renewed at commit |
-| torchord:{RUN}:manifest | string, JSON of the parameter layout | server | RUN_TTL, renewed at commit |
+| torchord:{RUN}:manifest | string, JSON of the parameter layout, sizes of given batches | server | RUN_TTL, renewed at commit |
 | torchord:{RUN}:versions | hash version -> JSON of VersionRecord | server | RUN_TTL; fields leave with retention |
 | torchord:{RUN}:pins | hash version -> expiry (ms) | readers of old versions | RUN_TTL; fields expire |
 | torchord:{RUN}:ledger | hash version -> JSON of the step's entry | commit.lua | RUN_TTL; old fields spill to disk |

@@ -26,6 +26,7 @@ from torchord.coordinator.compute.kernels import worded
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
+from torchord.coordinator.spec.targets import STREAMED, map_style, stream
 
 IndexArray = Sequence[int] | npt.NDArray[np.int64]
 
@@ -43,13 +44,16 @@ class Batch:
     examples: int
 
 
-def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "dataset") -> Any:
+def open_dataset(
+    resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "dataset", *, seeded: str | None = None
+) -> Any:
     """Call the recipe's dataset entry, seeded by the run, so that every process makes the same one.
 
     Args:
         resolved: the run's recipe.
         config: the run's config.
         kind: "dataset" for training, or "evaluation".
+        seeded: the kind by whose seed it is made; None: its own.
 
     Returns:
         A map-style dataset. The process's switches and generators are put back.
@@ -61,12 +65,19 @@ def open_dataset(resolved: ResolvedRecipe, config: TrainingConfig, kind: str = "
     if make is None:
         raise InvalidInput(f"the recipe has no {kind}")
     with pinned(config.threads, config.deterministic, restore=True), during(f"making the {kind}"):
-        seed_everything(derive_seed(config.seed, kind))
+        seed_everything(derive_seed(config.seed, seeded or kind))
         made = make()
-    if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
+    if not map_style(type(made)):
+        found = stream(type(made))
+        why = (
+            f", {found}, whose examples have no places by which workers could share them: " if found else "; "
+        )
+        raise InvalidInput(f"the recipe's {kind} entry returned a {type(made).__name__}{why}{STREAMED}")
+    if isinstance(made, Mapping) and not all(index in made for index in range(len(made))):
         raise InvalidInput(
-            f"the recipe's {kind} entry returned a {type(made).__name__}; it must return a map-style "
-            "dataset, with __len__ and __getitem__"
+            f"the recipe's {kind} entry returned a {type(made).__name__} with the keys "
+            f"{', '.join(map(repr, list(made)[:4]))}; it must return one dataset, whose examples have the "
+            "places 0, 1, 2, ..."
         )
     return made
 

@@ -116,6 +116,25 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+def generators() -> dict[str, Any]:
+    """Return where the generators of `seed_everything` are, for `set_generators`."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": _cuda.get_rng_state_all() if _cuda.is_initialized() else [],
+        "numpy": np.random.get_state(),
+        "random": random.getstate(),
+    }
+
+
+def set_generators(before: dict[str, Any]) -> None:
+    """Put the generators back to where they were."""
+    torch.set_rng_state(before["torch"])
+    if before["cuda"]:
+        _cuda.set_rng_state_all(before["cuda"])
+    np.random.set_state(before["numpy"])
+    random.setstate(before["random"])
+
+
 def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) -> None:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -174,10 +193,7 @@ def _snapshot(*, cuda: bool) -> dict[str, Any]:
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "tf32": torch.backends.cudnn.allow_tf32 if cuda else None,
         "reductions": [getattr(_matmul, name) for name in _REDUCTIONS] if cuda else [],
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": _cuda.get_rng_state_all() if _cuda.is_initialized() else [],
-        "numpy_rng": np.random.get_state(),
-        "random_rng": random.getstate(),
+        "generators": generators(),
     }
 
 
@@ -192,8 +208,4 @@ def _put_back(before: dict[str, Any]) -> None:
         _allow_tf32(before["tf32"])
     for name, value in zip(_REDUCTIONS, before["reductions"], strict=False):
         setattr(_matmul, name, value)
-    torch.set_rng_state(before["torch_rng"])
-    if before["cuda_rng"]:
-        _cuda.set_rng_state_all(before["cuda_rng"])
-    np.random.set_state(before["numpy_rng"])
-    random.setstate(before["random_rng"])
+    set_generators(before["generators"])

@@ -40,6 +40,11 @@ from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+ALONE = (
+    "a BatchNorm cannot train on a shard of one example; set drop_last=True, or choose batch_size and "
+    "shards so that each shard of the epoch's last, smaller batch has at least two"
+)
+
 Watch = Callable[[LossScale | None], AbstractContextManager[None]]
 
 
@@ -183,10 +188,7 @@ def _alone(examples: int) -> Iterator[None]:
         yield
     except ValueError as error:
         if examples == 1 and "more than 1 value per channel" in str(error):
-            raise InvalidInput(
-                "a BatchNorm cannot train on a shard of one example; choose batch_size and shards so that "
-                "each shard of the epoch's last, smaller step has at least two (see Plan.shard_sizes)"
-            ) from error
+            raise InvalidInput(ALONE) from error
         raise
 
 

@@ -100,7 +100,7 @@ class Master:
         Raises:
             ConfigMismatch: the name is taken by a run with another recipe, config or start; the message
                 names the fields.
-            RecipeError: an entry cannot travel to the workers.
+            RecipeError: an entry cannot travel to the workers, or the config contradicts it.
             InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere;
                 or `start_from` is a file that cannot be read.
             RunNotFound, VersionMissing: `start_from` names a run or version that is not there.
@@ -110,12 +110,14 @@ class Master:
         config = TrainingConfig() if config is None else config
         if not isinstance(config, TrainingConfig):
             raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
+        recipe.require_order_of(config)
         self._services.require_same_placement()
         name = keys.check_name(
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
         described = recipe.to_spec()
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
+        spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations
         start = None if start_from is None else read_start(start_from, self.run)
         there = self._create(name, spec, start)
         if there is None:

@@ -29,6 +29,7 @@ from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import ShardWork, decoded, keeps_state, work
 from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.compute.visiting import visiting_of
 from torchord.coordinator.runtime.environment import device, environment
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -236,6 +237,8 @@ class Replay:
             self._replica = Replica.build(self.recipe, config, device(), computing=True)
             self._replica.watch.whole = True
             self._dataset = open_dataset(self.recipe, self.plan.config)
+            visited = visiting_of(self.recipe, self.plan.config, self._dataset, self.plan.visits)
+            self.plan = self.plan.with_samples(visited)
         self._replica.load(self._flats[version])
         state = self._slots[version].get(shard)
         return work(self._replica, self.recipe, self.plan, self._dataset, step, shard, state)

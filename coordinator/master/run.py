@@ -390,7 +390,7 @@ class Run:
         return resolve(self._spec()["recipe"], allowed=allowed)
 
     def _plan(self, head: Head) -> Plan | None:
-        return plan_of(head, self._spec())
+        return plan_of(self._ledger, head, self._spec())
 
     def _checkpoints(self, incarnation: str | None) -> Any:
         from torchord.cache.files.checkpoint import CheckpointStore

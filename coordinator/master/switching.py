@@ -9,7 +9,7 @@ from torchord.cache.errors import RunError
 from torchord.cache.ledger.incarnation import switched
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
-from torchord.coordinator.runtime.context import switches_of
+from torchord.coordinator.runtime.context import recorded_visits, switches_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 
@@ -17,18 +17,19 @@ SWITCHABLE = ("shards", "local_steps", "staleness", "compression")
 _TRIES = 20
 
 
-def plan_of(head: Head, spec: Mapping[str, Any]) -> Plan | None:
+def plan_of(ledger: Ledger, head: Head, spec: Mapping[str, Any]) -> Plan | None:
     """The plan of a run with the switches that its spec has; None before a server has seen the data."""
     if not head.dataset_size:
         return None
-    return Plan(head.dataset_size, TrainingConfig.from_json(spec["config"]), switches_of(spec))
+    config = TrainingConfig.from_json(spec["config"])
+    return Plan(head.dataset_size, config, switches_of(spec), visits=recorded_visits(ledger, spec))
 
 
 def switch(ledger: Ledger, fields: Mapping[str, Any]) -> int:
     """See `Run.switch`; fields that cannot be switched were refused."""
     for _ in range(_TRIES):
         head, spec = ledger.head(), ledger.spec()
-        plan = plan_of(head, spec)
+        plan = plan_of(ledger, head, spec)
         started = head.total_steps is not None
         step = max(head.version, head.reached) + 3 if started else 0
         if plan is not None and started and step >= plan.total_steps:
@@ -38,7 +39,8 @@ def switch(ledger: Ledger, fields: Mapping[str, Any]) -> int:
         switches = {int(at): dict(values) for at, values in spec.get("switches", {}).items()}
         switches[step] = {**switches.get(step, {}), **fields}
         config = TrainingConfig.from_json(spec["config"])
-        after = Plan(head.dataset_size or 10**12, config, switches)
+        visits = None if plan is None else plan.visits
+        after = Plan(head.dataset_size or 10**12, config, switches, visits=visits)
         after.config_at(min(step, after.total_steps - 1))  # raises ConfigError for a bad value
         verdict = ledger.switch(
             {**spec, "switches": {str(at): values for at, values in sorted(switches.items())}},

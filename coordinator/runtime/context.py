@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torchord.cache.blobs.blob import BlobRef
@@ -19,11 +20,14 @@ from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.deltas import forward
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import keeps_state
+from torchord.coordinator.compute.splitting import open_evaluation
 from torchord.coordinator.compute.switches import own_thread
+from torchord.coordinator.compute.visiting import Visiting, visiting_of
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.plan import Plan
+from torchord.coordinator.spec.epochs import Visits
+from torchord.coordinator.spec.plan import Indices, Plan
 from torchord.coordinator.spec.recipe import fingerprint, skewed
 from torchord.coordinator.spec.resolving import ResolvedRecipe, resolve
 
@@ -98,6 +102,7 @@ class RunContext:
         self._toolchain: str | None = None
         self._datasets: dict[str, Any] = {}
         self._plan: Plan | None = None
+        self._visiting: Visiting | None = None  # what the recipe's order or batches gives
         self._digest = ""  # of the dataset's content, where it has one
         self._replica: Replica | None = None
 
@@ -109,6 +114,7 @@ class RunContext:
         """
         self.lock, self._resolved, self._skewed = other.lock, other._resolved, other._skewed
         self._datasets, self._replica = other._datasets, other._replica
+        self._visiting = other._visiting
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -210,11 +216,28 @@ class RunContext:
         """
         with self.lock:
             if kind not in self._datasets:
-                made = open_dataset(self.recipe, self.config, kind)
+                seeded = self._evaluation_seed() if kind == "evaluation" else None
+                made = open_dataset(self.recipe, self.config, kind, seeded=seeded)
                 if kind == "dataset" and self._plan is not None:
                     self._require_same_data(made, self._plan)
                 self._datasets[kind] = made
             return self._datasets[kind]
+
+    def _evaluation_seed(self) -> str:
+        """By which entry's seed the evaluation dataset is made, as the training server recorded it."""
+        ours = str(self.spec.get("evaluation_seed", "evaluation"))
+        return ours if ours == "evaluation" else str(self.ledger.manifest().get("evaluation_seed", ours))
+
+    def first_evaluation(self) -> tuple[int, str]:
+        """Make the evaluation dataset of a run that begins; its examples, and by which entry's seed."""
+        if self.recipe.evaluation is None:
+            return 0, ""
+        if "evaluation_seed" not in self.spec:
+            return len(self.dataset("evaluation")), "evaluation"
+        with self.lock:
+            made, seeded = open_evaluation(self.recipe, self.config, self.dataset())
+            self._datasets["evaluation"] = made
+            return len(made), seeded
 
     def plan(self) -> Plan:
         """Which samples belong to which shard, for the dataset size that the run recorded.
@@ -228,11 +251,34 @@ class RunContext:
             if self._plan is None:
                 head = self.ledger.head()
                 size, self._digest = head.dataset_size, head.dataset_digest
-                plan = Plan(len(self.dataset()) if size is None else size, self.config, self.switches)
+                plan = self.first_plan() if size is None else self._recorded_plan(size)
                 if "dataset" in self._datasets:
                     self._require_same_data(self._datasets["dataset"], plan)
                 self._plan = plan
             return self._plan
+
+    def first_plan(self) -> Plan:
+        """The plan of a run that has none yet, for the training server to record.
+
+        Raises:
+            RecipeError: the recipe's order or batches cannot be used.
+        """
+        dataset = self.dataset()
+        visiting = visiting_of(self.recipe, self.config, dataset)
+        visits = None if visiting is None else visiting.survey()
+        return Plan(len(dataset), self.config, self.switches, visits=visits, visited=visiting)
+
+    def _recorded_plan(self, size: int) -> Plan:
+        visits = recorded_visits(self.ledger, self.spec)
+        visited = None if visits is None else partial(self._visited, visits)
+        return Plan(size, self.config, self.switches, visits=visits, visited=visited)
+
+    def _visited(self, visits: Visits, epoch: int) -> Indices:
+        with self.lock:
+            if self._visiting is None:
+                self._visiting = visiting_of(self.recipe, self.config, self.dataset(), visits)
+            assert self._visiting is not None
+            return self._visiting(epoch)
 
     def _require_same_data(self, loaded: Any, plan: Plan) -> None:
         """Refuse training data that is not what the run was planned for; asked once a process."""
@@ -319,6 +365,13 @@ class RunContext:
 def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The live switches of a run: step -> config fields that change from it on."""
     return {int(step): dict(fields) for step, fields in spec.get("switches", {}).items()}
+
+
+def recorded_visits(ledger: Ledger, spec: Mapping[str, Any]) -> Visits | None:
+    """What a run's training server recorded of its recipe's order or batches; None if it has neither."""
+    if not {"order", "batches"} & spec["recipe"].keys():
+        return None
+    return Visits.from_json(ledger.manifest().get("visits"))
 
 
 _sources: dict[str, str] = {}

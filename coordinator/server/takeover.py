@@ -22,10 +22,11 @@ from torchord.cache.errors import (
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
+from torchord.coordinator.compute.alone import require_company
 from torchord.coordinator.compute.inference import try_metrics
 from torchord.coordinator.compute.starting_weights import put_weights
 from torchord.coordinator.compute.trainer import Prepare, Trainer, nothing_to_prepare
-from torchord.coordinator.runtime.context import RunContext, switches_of
+from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
@@ -86,11 +87,10 @@ class TakeOver:
     def _built(self, config: TrainingConfig, prepare: Prepare = nothing_to_prepare) -> Trainer:
         return Trainer.build(self.context.recipe, config, device(), prepare=prepare)
 
-    def _tried(
-        self, config: TrainingConfig, evaluation_size: int, prepare: Prepare = nothing_to_prepare
-    ) -> Trainer:
-        """A trainer at version 0 whose evaluations will do."""
-        trainer, context = self._built(config, prepare), self.context
+    def _tried(self, plan: Plan, evaluation_size: int, prepare: Prepare = nothing_to_prepare) -> Trainer:
+        """A trainer at version 0 whose shards can be computed, and whose evaluations will do."""
+        trainer, context = self._built(plan.config_at(0), prepare), self.context
+        require_company(trainer.replica, context.recipe, context.dataset(), plan)
         if evaluation_size and context.recipe.metrics:
             try_metrics(trainer.replica, context.recipe, context.config, context.dataset("evaluation"))
         return trainer
@@ -98,21 +98,20 @@ class TakeOver:
     def _initialise(self, head: Head) -> WarmRun:
         """Make the first version: the recipe's own initial weights, or a checkpoint's."""
         context, ledger = self.context, self.ledger
-        size = len(context.dataset())
-        evaluation_size = 0 if context.recipe.evaluation is None else len(context.dataset("evaluation"))
-        plan = Plan(size, context.config, switches_of(context.spec))
+        plan = context.first_plan()
+        evaluation_size, evaluation_seed = context.first_evaluation()
         self.checkpoints.save_spec({**context.spec, "incarnation": context.incarnation})
         if head.version:
             trainer, record = self._from_checkpoint(head.version)
         else:
-            make = partial(self._tried, plan.config_at(0), evaluation_size)
-            trainer, record = self._first(make, size)
+            make = partial(self._tried, plan, evaluation_size)
+            trainer, record = self._first(make, plan.size)
         self.fault("server.before_initialise")
         verdict = ledger.initialise(
             token=self.token,
-            manifest=trainer.replica.manifest.to_json(),
+            manifest={**trainer.replica.manifest.to_json(), **_beside(plan, evaluation_seed)},
             record=record,
-            dataset_size=size,
+            dataset_size=plan.size,
             evaluation_size=evaluation_size,
             total_steps=plan.total_steps,
             dataset_digest=getattr(context.dataset(), "digest", ""),
@@ -280,3 +279,9 @@ class TakeOver:
         """Store slot states that a checkpoint holds."""
         put = self.services.gradients.put_state
         return {shard: put(self.ledger, version, shard, kept) for shard, kept in trees.items()}
+
+
+def _beside(plan: Plan, evaluation_seed: str) -> dict[str, Any]:
+    """What the run's manifest says beside the layout of its model."""
+    visits = {} if plan.visits is None else {"visits": plan.visits.to_json()}
+    return visits | ({"evaluation_seed": evaluation_seed} if evaluation_seed else {})

@@ -62,6 +62,11 @@ OWN_TARGETS = frozenset(
         "torchord.coordinator.averages:swa",
         "torchord.coordinator.local_steps:averaging",
         "torchord.coordinator.local_steps:diloco",
+        "torchord.coordinator.orders:balanced",
+        "torchord.coordinator.orders:bucketed",
+        "torchord.coordinator.orders:by_parts",
+        "torchord.coordinator.orders:weighted",
+        "torchord.coordinator.streaming:Streamed",
     }
 )
 """What torchord itself offers to recipes: admitted by its full name on every worker, wherever

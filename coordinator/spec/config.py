@@ -74,6 +74,9 @@ class TrainingConfig:
             doubled, at least 1.
         memory_format: "contiguous", or "channels_last" for convolutions' weights and 4-D inputs
             in that order while shards are computed; what is stored keeps its layout.
+        shuffle: whether each epoch visits the dataset in another order; False: always from the first
+            example to the last. A recipe with an `order` or `batches` says it itself.
+        drop_last: whether the last batch of an epoch is left out where it is smaller than batch_size.
         compile: whether shards are computed by torch.compile's kernels. Every worker that computes
             needs the same compiler; see docs/precision.md.
 
@@ -109,6 +112,8 @@ class TrainingConfig:
     loss_scale_interval: int = 2000
     memory_format: str = "contiguous"
     compile: bool = False
+    shuffle: bool = True
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "shards", "local_steps", "threads"):
@@ -122,7 +127,7 @@ class TrainingConfig:
         self._positive("clip_norm", optional=True)
         self._positive("shard_timeout_seconds", optional=True)
         self._positive("loss_scale")
-        for name in ("deterministic", "compile"):
+        for name in ("deterministic", "compile", "shuffle", "drop_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._choice("nonfinite", _NONFINITE)

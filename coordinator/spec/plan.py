@@ -1,7 +1,8 @@
 """Which examples belong to which shard of which step: pure arithmetic on seeds.
 
 A `Plan` answers for any (step, shard) without state: everything follows from the dataset's
-size and the config, so any process can work out any shard at any time.
+size and the config (and from the recipe's own `order` or `batches`, where it has one), so any
+process can work out any shard at any time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import operator
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import numpy.typing as npt
 
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.epochs import Epochs, Visits, epochs_of
 from torchord.coordinator.spec.sum_tree import FanIn, fan_in
 
 Indices = npt.NDArray[np.int64]
@@ -55,13 +58,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> Indices:
-    """Return the order in which an epoch visits the dataset.
-
-    The permutation sorts one 64-bit random key per example (equal keys: lower index first).
-    The keys are the raw stream of the Philox counter generator, which is fixed by its paper
-    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and whose stream
-    numpy promises to keep; sorting has one right answer. Library permutations
-    (`torch.randperm`, `numpy.random.Generator.permutation`) promise neither across versions.
+    """Return the order in which an epoch visits the dataset, unless config or recipe say otherwise.
 
     Args:
         seed: the run's seed.
@@ -69,9 +66,28 @@ def epoch_order(seed: int, epoch: int, size: int) -> Indices:
         size: examples in the dataset.
 
     Returns:
+        int64 array of shape (size,), the `permutation` of the seed and the epoch.
+    """
+    return permutation(derive_seed(seed, "order", epoch), size)
+
+
+def permutation(seed: int, size: int) -> Indices:
+    """Return a permutation that is the same on every platform and in every version of every library.
+
+    It sorts one 64-bit random key per example (equal keys: lower index first).
+    The keys are the raw stream of the Philox counter generator, which is fixed by its paper
+    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and whose stream
+    numpy promises to keep; sorting has one right answer. Library permutations
+    (`torch.randperm`, `numpy.random.Generator.permutation`) promise neither across versions.
+
+    Args:
+        seed: from 0, say of `derive_seed`.
+        size: how many numbers.
+
+    Returns:
         int64 array of shape (size,), a permutation of range(size).
     """
-    generator = np.random.Philox(key=derive_seed(seed, "order", epoch))
+    generator = np.random.Philox(key=seed)
     keys = np.asarray(generator.random_raw(size), dtype=np.uint64)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
@@ -84,22 +100,24 @@ class _Segment:
     config: TrainingConfig
     epoch: int
     batch: int
-    batches: int  # in an epoch
+    epochs: Epochs
+
+    def _first(self) -> int:
+        """The steps in its first epoch."""
+        return -(-(self.epochs.batches(self.epoch) - self.batch) // self.config.local_steps)
 
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, first batch) of a step of this segment."""
         past, stride = step - self.start, self.config.local_steps
-        first = -(-(self.batches - self.batch) // stride)
+        first = self._first()
         if past < first:
             return self.epoch, self.batch + past * stride
-        epochs, rest = divmod(past - first, -(-self.batches // stride))
-        return self.epoch + 1 + epochs, rest * stride
+        epoch, rest = self.epochs.passed(self.epoch + 1, past - first, stride)
+        return epoch, rest * stride
 
     def end(self, epochs: int) -> int:
         """The step after the last one, if no other segment follows."""
-        stride = self.config.local_steps
-        first = -(-(self.batches - self.batch) // stride)
-        return self.start + first + (epochs - 1 - self.epoch) * -(-self.batches // stride)
+        return self.start + self._first() + self.epochs.steps(self.epoch + 1, epochs, self.config.local_steps)
 
 
 def shown(samples: Sequence[int] | Indices) -> str:
@@ -117,18 +135,22 @@ class Plan:
     """The whole run's partition of examples into steps and shards.
 
     Steps count from 0 over all epochs; step s leads from version s to version s + 1. Each
-    epoch is a permutation of the dataset, cut into batches (the last may be smaller), each
-    cut into contiguous shards whose sizes differ by at most one, the larger first. A step
+    epoch is a permutation of the dataset, cut into batches (the last may be smaller, or left out
+    by `drop_last`), or what the recipe's `order` or `batches` gives; each batch is cut into
+    contiguous shards whose sizes differ by at most one, the larger first. A step
     takes one batch, or with local steps the next `local_steps` batches of the epoch (fewer at
     its end); a shard then has its part of each of them.
 
     Args:
         size: examples in the dataset, at least 1.
-        config: gives epochs, batch_size, shards, local_steps, staleness and seed.
+        config: gives epochs, batch_size, shards, local_steps, staleness, seed, shuffle and drop_last.
         switches: step -> config fields that change from that step on (see `Run.switch`).
+        visits: what the recipe's `order` or `batches` gives; None: it has neither.
+        visited: epoch -> the indices that it visits, in order, with `visits`; None: this process cannot
+            say which samples a shard has, but still how many.
 
     Raises:
-        InvalidInput: the dataset is empty.
+        InvalidInput: the dataset is empty, or too small for `drop_last`.
 
     Example:
         >>> plan = Plan(10, TrainingConfig(batch_size=4, shards=3))
@@ -137,25 +159,45 @@ class Plan:
     """
 
     def __init__(
-        self, size: int, config: TrainingConfig, switches: Mapping[int, Mapping[str, Any]] | None = None
+        self,
+        size: int,
+        config: TrainingConfig,
+        switches: Mapping[int, Mapping[str, Any]] | None = None,
+        *,
+        visits: Visits | None = None,
+        visited: Callable[[int], Indices] | None = None,
     ) -> None:
         if size < 1:
             raise InvalidInput("the dataset is empty; a run needs at least one example")
         self.size = size
         self.config = config
         self.switches = {step: dict(fields) for step, fields in sorted((switches or {}).items())}
-        batches = -(-size // config.batch_size)
-        self._segments = [_Segment(0, config, 0, 0, batches)]
+        self.visits = visits
+        self._visited = visited
+        self._epochs = epochs_of(size, config, visits)
+        self._segments = [_Segment(0, config, 0, 0, self._epochs)]
         for step, fields in self.switches.items():
             last = self._segments[-1]
             if step >= last.end(config.epochs):
                 break
-            self._segments.append(_Segment(step, replace(last.config, **fields), *last.place(step), batches))
-        self.steps_per_epoch = -(-batches // config.local_steps)
+            here = replace(last.config, **fields)
+            self._segments.append(_Segment(step, here, *last.place(step), self._epochs))
+        self.steps_per_epoch = self._epochs.steps(0, 1, config.local_steps)
         self._starts = [segment.start for segment in self._segments]
         self.total_steps = self._segments[-1].end(config.epochs)
         self._orders: OrderedDict[int, Indices] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def knows_samples(self) -> bool:
+        """Whether this process can say which samples a shard has."""
+        return self.visits is None or self._visited is not None
+
+    def with_samples(self, visited: Callable[[int], Indices] | None) -> Plan:
+        """Return the same plan where the recipe's order or batches are at hand; itself if it has neither."""
+        if self.visits is None:
+            return self
+        return Plan(self.size, self.config, self.switches, visits=self.visits, visited=visited)
 
     def _segment(self, step: int) -> _Segment:
         if not 0 <= step < self.total_steps:
@@ -192,10 +234,12 @@ class Plan:
 
     def batch_sizes(self, step: int) -> list[int]:
         """Return the example count of each batch of the step (one, without local steps)."""
-        _, first = self.locate(step)
-        batch_size, stride = self.config.batch_size, self._segment(step).config.local_steps
-        starts = range(first * batch_size, min(self.size, (first + stride) * batch_size), batch_size)
-        return [min(batch_size, self.size - start) for start in starts]
+        return [end - start for start, end in pairwise(self._bounds(step))]
+
+    def _bounds(self, step: int) -> list[int]:
+        """Where the step's batches begin in the order of its epoch, and where the last one ends."""
+        segment = self._segment(step)
+        return self._epochs.bounds(*segment.place(step), segment.config.local_steps)
 
     def examples(self, step: int) -> int:
         """Return how many examples the step has over all its shards."""
@@ -227,14 +271,13 @@ class Plan:
         Raises:
             InvalidInput: the run has no such step, or the step no such shard.
         """
-        epoch, first = self.locate(step)
-        shards = self.shards_in(step)
+        epoch, shards = self.locate(step)[0], self.shards_in(step)
         if not 0 <= shard < shards:
             raise InvalidInput(f"shard {shard} is outside the shards 0 to {shards - 1} of step {step}")
         order, found = self._order(epoch), []
-        for number, examples in enumerate(self.batch_sizes(step)):
-            each, extra = divmod(examples, shards)
-            start = (first + number) * self.config.batch_size + shard * each + min(shard, extra)
+        for begin, end in pairwise(self._bounds(step)):
+            each, extra = divmod(end - begin, shards)
+            start = begin + shard * each + min(shard, extra)
             part = order[start : start + each + (shard < extra)]
             if len(part):
                 found.append(part)
@@ -256,14 +299,41 @@ class Plan:
         joined.setflags(write=False)
         return joined
 
+    def alone(self) -> tuple[int, int] | None:
+        """Return the first (step, shard) that computes on one example, itself or in one local step, if any.
+
+        Every epoch being cut alike unless the recipe gives the batches, its ends tell of all others.
+        """
+        uneven = self.visits is not None and self.visits.sizes is not None
+        last = self._epochs.steps(0, 1, self.config_at(0).local_steps) - 1
+        for step in range(self.total_steps) if uneven else sorted({0, min(last, self.total_steps - 1)}):
+            shards = self.shards_in(step)
+            for examples in self.batch_sizes(step):
+                if examples < 2 * shards:
+                    return step, min(examples, shards) - 1
+        return None
+
     def _order(self, epoch: int) -> Indices:
         with self._lock:
             order = self._orders.get(epoch)
-            if order is None:
-                order = epoch_order(self.config.seed, epoch, self.size)
-                order.setflags(write=False)
-                self._orders[epoch] = order
+        if order is None:
+            order = self._made(epoch)  # outside the lock: the recipe's code may be in it
+            order.setflags(write=False)
+        with self._lock:
+            order = self._orders.setdefault(epoch, order)
             self._orders.move_to_end(epoch)
             while len(self._orders) > _KEPT_EPOCHS:
                 self._orders.popitem(last=False)
             return order
+
+    def _made(self, epoch: int) -> Indices:
+        if self.visits is None:
+            if self.config.shuffle:
+                return epoch_order(self.config.seed, epoch, self.size)
+            return np.arange(self.size, dtype=np.int64)
+        if self._visited is None:
+            raise InvalidInput(
+                "which samples a shard has is said by the recipe's order or batches, which this process has "
+                "not loaded"
+            )
+        return self._visited(epoch)

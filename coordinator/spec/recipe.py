@@ -17,6 +17,8 @@ from torchord.coordinator.spec.admission import (
     present_name,
     source_file,
 )
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.offered import OFFERED, offered
 from torchord.coordinator.spec.targets import Entry, Target, check_kind, decode, encode
 
 _REQUIRED = ("model", "dataset", "optimizer")
@@ -37,7 +39,8 @@ class Recipe:
         step: (model, batch) -> mean loss over the shard, for any other model; give exactly one
             of `loss` and `step`.
         scheduler: (optimizer) -> torch learning-rate scheduler, stepped once a global step.
-        evaluation: () -> map-style dataset for evaluations.
+        evaluation: () -> map-style dataset for evaluations, made by the same seed as `dataset`, so that a
+            random split in both is one split.
         metrics: name -> what is measured in evaluations. A function (outputs, targets) -> mean over the
             examples, a number or scalar tensor; a pair (state, finish), of state(outputs, targets) for each
             micro-batch and finish(list of all states, in order) -> number, for what is no mean; or a class,
@@ -45,6 +48,11 @@ class Recipe:
             such as those of torchmetrics. With `step`, it takes `predict`. See
             `torchord.coordinator.compute.metrics`.
         collate: (list of samples) -> batch; None: torch's default collate.
+        order: given what it names of size, epoch, seed and dataset -> the indices that an epoch visits, in
+            order, or a torch Sampler that gives them. They may repeat and leave out; each epoch has as many.
+            None: what `TrainingConfig.shuffle` says. See `torchord.coordinator.orders`.
+        batches: the same, with batch_size besides -> the lists of indices that an epoch's global batches
+            are, or a torch BatchSampler; at most one of `order` and `batches`.
         parameter_groups: (model) -> parameter groups for the optimizer; None:
             model.parameters().
         outer_optimizer: (parameters) -> torch.optim.Optimizer that the training server applies to the
@@ -88,6 +96,8 @@ class Recipe:
     predict: Entry | None = None
     gradients: Entry | None = None
     average: Entry | None = None
+    order: Entry | None = None
+    batches: Entry | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):
@@ -109,8 +119,24 @@ class Recipe:
                     f"metric {name!r} has {len(entry)} parts; a pair is (state, finish): "
                     "state(outputs, targets) of each batch, and finish([all states]) -> number"
                 )
+        if self.order is not None and self.batches is not None:
+            raise RecipeError("a recipe has at most one of order and batches: batches has the order in it")
         for name, entry in entries_of(self).items():
             check_kind(name, entry)
+            if name in OFFERED and callable(entry):
+                offered(name, entry)
+
+    def require_order_of(self, config: TrainingConfig) -> None:
+        """Refuse a config that says another order than `order` or `batches`.
+
+        Raises:
+            RecipeError: the message names entry and field.
+        """
+        for name, field in (("order", "shuffle"), ("batches", "shuffle"), ("batches", "drop_last")):
+            if getattr(self, name) is not None and getattr(config, field) != getattr(TrainingConfig(), field):
+                raise RecipeError(
+                    f"recipe entry {name!r} says itself what an epoch visits; leave {field} out of the config"
+                )
 
     def to_spec(self) -> dict[str, Any]:
         """Return the recipe as plain JSON, after checking that each entry can be imported by name.

@@ -48,6 +48,8 @@ class ResolvedRecipe:
     predict: Callable[..., Any] | None = None
     gradients: Callable[..., Any] | None = None
     average: Callable[..., Any] | None = None
+    order: Callable[..., Any] | None = None
+    batches: Callable[..., Any] | None = None
     codec: CodecOf
 
 

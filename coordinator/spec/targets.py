@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ def check_kind(name: str, entry: Any) -> None:
             f"recipe entry {name!r} is an object of class {type(entry).__name__}, but must be a callable "
             f"that makes or does it: {_advice(name)}"
         )
+    if name in ("dataset", "evaluation") and (kind := _kind_of_stream(function)):
+        raise RecipeError(
+            f"recipe entry {name!r} is {function.__name__}, {kind}, whose examples have no places by which "
+            f"workers could share them: {STREAMED}"
+        )
     if isinstance(function, type) and name.startswith("metrics."):
         lacking = [verb for verb in ("update", "compute", "merge_state") if not hasattr(function, verb)]
         if lacking:
@@ -79,6 +85,38 @@ def check_kind(name: str, entry: Any) -> None:
             f"recipe entry {name!r} is the class {function.__name__}, but must be a function: calling the "
             f"class would make an object instead of a result: {_advice(name)}"
         )
+
+
+STREAMED = (
+    "give a map-style dataset, with __len__ and __getitem__, or list its parts and their sizes: "
+    "dataset=partial(Streamed, open=one_part, parts=[...], sizes=[...]) of torchord.coordinator.streaming"
+)
+"""The way out for data that can only be read one after the other."""
+
+
+def _kind_of_stream(function: Any) -> str:
+    """What gives a dataset entry no places, "" if nothing that can be seen before it is called."""
+    if inspect.isgeneratorfunction(function):
+        return "a generator function"
+    return "" if not isinstance(function, type) or map_style(function) else stream(function)
+
+
+def map_style(kind: type) -> bool:
+    """Whether a class has lengths and places; torch's `Dataset` has a `__getitem__` that only refuses."""
+    torch = sys.modules.get("torch")
+    getter = getattr(kind, "__getitem__", None)
+    refusing = torch is not None and getter is torch.utils.data.Dataset.__getitem__
+    return getter is not None and not refusing and hasattr(kind, "__len__")
+
+
+def stream(kind: type) -> str:
+    """What a class without places is, in words, "" if it cannot be iterated over either."""
+    torch = sys.modules.get("torch")
+    if torch is not None and issubclass(kind, torch.utils.data.DataLoader):
+        return "a DataLoader"
+    if torch is not None and issubclass(kind, torch.utils.data.IterableDataset):
+        return "an IterableDataset"
+    return "an iterable" if hasattr(kind, "__iter__") else ""
 
 
 def _unwrapped(entry: Any) -> Any:

@@ -12,6 +12,7 @@ from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import ApplyReport, Trainer
+from torchord.coordinator.compute.visiting import visiting_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import Recipe
@@ -35,7 +36,9 @@ class InProcess:
 
     def __post_init__(self) -> None:
         self.dataset = open_dataset(self.recipe, self.config)
-        self.plan = Plan(len(self.dataset), self.config)
+        visiting = visiting_of(self.recipe, self.config, self.dataset)
+        visits = None if visiting is None else visiting.survey()
+        self.plan = Plan(len(self.dataset), self.config, visits=visits, visited=visiting)
         self.trainer = Trainer.build(self.recipe, self.config)
         self.replicas = [Replica.build(self.recipe, self.config) for _ in range(self.clients)]
 

@@ -245,7 +245,7 @@ class ShardWatch:
     def _give_up(self, lease: Lease, what: str, advice: str) -> None:
         """Stop the run: this shard fails wherever it is tried. The step's other slots are kept."""
         samples, of = [], ""
-        if lease.shard < self.tree.shards:
+        if lease.shard < self.tree.shards and self.plan.knows_samples:
             samples = [int(i) for i in self.plan.indices(self.step, lease.shard)]
             of = f" (samples {shown(samples)})"
         message = f"{self._named(lease.shard)} of step {self.step}{of} {what}; {advice}"

@@ -21,7 +21,7 @@ from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime import activity
-from torchord.coordinator.runtime.context import switches_of
+from torchord.coordinator.runtime.context import recorded_visits, switches_of
 from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.recreate import recreate
@@ -297,7 +297,8 @@ class Supervisor:
         if key not in self._plans:
             spec = ledger.spec()
             config = TrainingConfig.from_json(spec["config"])
-            self._plans[key] = Plan(head.dataset_size or 0, config, switches_of(spec))
+            visits = recorded_visits(ledger, spec)
+            self._plans[key] = Plan(head.dataset_size or 0, config, switches_of(spec), visits=visits)
         return self._plans[key]
 
 

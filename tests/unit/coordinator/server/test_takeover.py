@@ -254,7 +254,9 @@ def test_a_process_whose_code_builds_another_model_is_refused(
 ) -> None:
     site.step(site.take_over(), state=True)
     build, other = Trainer.build, partial(models.Mlp, hidden=9)
-    monkeypatch.setattr(Trainer, "build", lambda recipe, *rest: build(replace(recipe, model=other), *rest))
+    monkeypatch.setattr(
+        Trainer, "build", lambda recipe, *rest, **named: build(replace(recipe, model=other), *rest, **named)
+    )
     with pytest.raises(Skewed, match="run 'taken': tensor"):
         site.take_over()
     assert site.ledger.head().version == 1, "nothing was taken back for it"

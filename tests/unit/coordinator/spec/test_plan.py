@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.epochs import Visits
 from torchord.coordinator.spec.plan import Plan, derive_seed, epoch_order, shown
 
 plans = st.builds(
@@ -236,3 +239,135 @@ def test_the_indices_of_a_shard_cannot_be_written_to_however_many_parts_it_has()
 )
 def test_a_message_shows_the_first_samples_and_says_how_many_there_are(size: int, text: str) -> None:
     assert shown(range(size)) == text
+
+
+# --- an order or batches of the recipe's own ------------------------------------------------
+
+
+def test_without_shuffle_each_epoch_goes_from_the_first_to_the_last() -> None:
+    plan = Plan(10, TrainingConfig(batch_size=4, shards=2, epochs=2, shuffle=False))
+    assert [plan.indices(step, 1).tolist() for step in range(6)] == [[2, 3], [6, 7], [9]] * 2
+
+
+@given(plans, st.integers(1, 3))
+def test_drop_last_leaves_the_smaller_batch_out(plan: Plan, stride: int) -> None:
+    config = replace(plan.config, drop_last=True, local_steps=stride)
+    if plan.size < config.batch_size:
+        with pytest.raises(InvalidInput, match="drop_last leaves nothing"):
+            Plan(plan.size, config)
+        return
+    cut = Plan(plan.size, config)
+    kept = plan.size // config.batch_size
+    assert cut.total_steps == config.epochs * -(-kept // stride)
+    assert {n for step in range(cut.total_steps) for n in cut.batch_sizes(step)} == {config.batch_size}
+    whole = [i for step in range(cut.total_steps) for i in visited_in(cut, step)]
+    order = [epoch_order(5, epoch, plan.size)[: kept * config.batch_size] for epoch in range(config.epochs)]
+    assert whole == np.concatenate(order).tolist()
+
+
+def visited_in(plan: Plan, step: int) -> list[int]:
+    """The indices of a step, batch after batch."""
+    parts = [plan.parts(step, shard) for shard in range(plan.shards_in(step))]
+    found: list[int] = []
+    for number in range(len(parts[0])):
+        found += [int(i) for shard in parts if number < len(shard) for i in shard[number]]
+    return found
+
+
+batches = st.lists(
+    st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=9), min_size=1, max_size=6),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batches,
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.dictionaries(
+        st.integers(1, 12),
+        st.fixed_dictionaries({"local_steps": st.integers(1, 3), "shards": st.integers(1, 4)}),
+    ),
+)
+def test_given_batches_are_visited_as_they_are_given(
+    epochs: list[list[list[int]]], shards: int, stride: int, switches: dict[int, dict[str, int]]
+) -> None:
+    """Whatever their sizes and numbers; who has no dataset knows all but which samples they are."""
+    config = TrainingConfig(epochs=len(epochs), batch_size=4, shards=shards, local_steps=stride)
+    visits = Visits(sizes=tuple(tuple(map(len, epoch)) for epoch in epochs))
+    visits = Visits.from_json(json.loads(json.dumps(visits.to_json()))) or visits
+    flat = [np.array([i for batch in epoch for i in batch], dtype=np.int64) for epoch in epochs]
+    plan = Plan(31, config, switches, visits=visits, visited=flat.__getitem__)
+    blind = Plan(31, config, switches, visits=visits)
+    whole = np.concatenate(flat).tolist()
+    done, sizes = 0, []
+    for step in range(plan.total_steps):
+        here = [int(i) for shard in range(plan.shards_in(step)) for i in plan.indices(step, shard)]
+        assert sorted(here) == sorted(whole[done : done + len(here)])
+        done += len(here)
+        sizes += plan.batch_sizes(step)
+        parts = [plan.parts(step, shard) for shard in range(plan.shards_in(step))]
+        assert [sum(map(len, part)) for part in parts] == plan.shard_sizes(step) == blind.shard_sizes(step)
+        assert all(len(part) for shard in parts for part in shard) and all(parts)
+        assert plan.locate(step) == blind.locate(step)
+    assert done == len(whole)
+    assert sizes == [len(batch) for epoch in epochs for batch in epoch]
+    assert not blind.knows_samples and blind.total_steps == plan.total_steps
+    with pytest.raises(InvalidInput, match="has not loaded"):
+        blind.indices(0, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, st.integers(1, 5), st.integers(1, 3))
+def test_a_plan_finds_the_first_shard_with_one_example(
+    epochs: list[list[list[int]]], shards: int, stride: int
+) -> None:
+    config = TrainingConfig(epochs=len(epochs), shards=shards, local_steps=stride)
+    visits = Visits(sizes=tuple(tuple(map(len, epoch)) for epoch in epochs))
+    flat = [np.array([i for batch in epoch for i in batch], dtype=np.int64) for epoch in epochs]
+    plan = Plan(31, config, visits=visits, visited=flat.__getitem__)
+    lonely = [
+        step
+        for step in range(plan.total_steps)
+        if any(len(part) == 1 for shard in range(plan.shards_in(step)) for part in plan.parts(step, shard))
+    ]
+    found = plan.alone()
+    assert (found and found[0]) == (lonely[0] if lonely else None)
+    assert found is None or any(len(part) == 1 for part in plan.parts(*found))
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans, st.integers(1, 3))
+def test_equal_epochs_show_it_at_their_ends(plan: Plan, stride: int) -> None:
+    local = Plan(plan.size, replace(plan.config, local_steps=stride))
+    anywhere = any(
+        len(part) == 1
+        for step in range(local.total_steps)
+        for shard in range(local.shards_in(step))
+        for part in local.parts(step, shard)
+    )
+    assert (local.alone() is not None) == anywhere
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"length": None, "sizes": None, "digests": []},
+        {"length": 0, "sizes": None, "digests": []},
+        {"length": None, "sizes": [[3], []], "digests": []},
+        {"length": None, "sizes": [[3, 0]], "digests": []},
+        {"length": "many", "sizes": None, "digests": []},
+        {"length": None, "sizes": 3, "digests": []},
+    ],
+)
+def test_a_malformed_record_of_batches_is_refused(record: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="malformed"):
+        Visits.from_json(record)
+
+
+def test_a_record_of_other_epochs_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="batches of 1 epochs, not 2"):
+        Plan(9, TrainingConfig(epochs=2), visits=Visits(sizes=((3, 3),)))
