@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torchord.cache.servers.address import masked
 
 if TYPE_CHECKING:
     from torchord.coordinator.master.master import Master
-from torchord.coordinator.messages.task_names import worker_command
+    from torchord.coordinator.master.reports import RunStatus
 
 OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _COMPLETION_SECONDS = 1.0
@@ -152,7 +153,7 @@ def _list(master: Master, options: Options) -> int:
     rows = []
     for name in master.runs():
         try:
-            rows.append(asdict(master.run(name).status()))
+            rows.append(_fields(master.run(name).status()))
         except RunNotFound:  # it expired meanwhile
             continue
     if options.json:
@@ -162,12 +163,15 @@ def _list(master: Master, options: Options) -> int:
         print(f"No runs at {masked(master.url)}.")
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['state']:<9}  {_progress(row)}{_first_line(row['error'])}")
+        waits = f", waits for {row['waits'][0]['kind']}" if row["waits"] and row["state"] != "paused" else ""
+        told = _first_line(row["error"]) or waits
+        print(f"{row['name']:<{width}}  {row['state']:<9}  {_progress(row)}{told}")
     return OK
 
 
 def _status(master: Master, options: Options) -> int:
-    status = asdict(master.run(options.name).status())
+    found = master.run(options.name).status()
+    status = _fields(found)
     if options.json:
         print(for_others(status))
         return OK
@@ -179,30 +183,49 @@ def _status(master: Master, options: Options) -> int:
         print(f"  error        {status['error']}")
         for line in status["traceback"].splitlines():
             print(f"               {line}")
-    for queue in status["waiting_for"]:
-        print(f"  waiting for  a worker on queue {queue!r}: {worker_command(queue)}")
+    for wait in found.waits:
+        print(f"  {wait.said(time.time())}")
     for refusal in status["refused"]:
         print(f"  refused      {refusal}")
-    for said in status["discarded"]:
-        print(f"  lost         {said}")
     return OK
 
 
 def _watch(master: Master, options: Options) -> int:
     run = master.run(options.name)
     run.status()  # raises if there is no such run
-    for event in run.events():
-        if options.json:
-            line = for_others({"id": event.id, "type": event.type, **event.data})
-        else:
-            line = _worded(event.type, event.data)
-        print(line, flush=True)
+    from torchord.coordinator.master.waiting import POLL_SECONDS, RESTING
+
+    follower, quiet = run.follow(), run.quiet(_Lines(options))
+    while True:
+        head, events = follower.look(block_seconds=POLL_SECONDS, resting=RESTING)
+        for event in events:
+            if options.json:
+                print(for_others({"id": event.id, "type": event.type, **event.data}), flush=True)
+            else:
+                print(_worded(event.type, event.data), flush=True)
+        if head is not None and not events and head.status in RESTING:
+            break
+        quiet.look(head, moved=bool(events))
     status = run.status()
     if status.state == "done":
         return OK
     if not options.json:
         print(f"{status.name} is {status.state}{_first_line(status.error)}", file=sys.stderr)
     return BAD
+
+
+class _Lines:
+    """Says on lines of their own what a run waits for."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    def quiet(self, said: str) -> None:
+        """What was said stays there to read."""
+
+    def say(self, said: str) -> None:
+        """See `torchord.coordinator.master.waiting.Shown`."""
+        print(for_others({"type": "waiting", "message": said}) if self._options.json else said, flush=True)
 
 
 def _pause(master: Master, options: Options) -> int:
@@ -242,9 +265,15 @@ def _verify(master: Master, options: Options) -> int:
 
 
 def _told(master: Master, options: Options) -> int:
-    status = asdict(master.run(options.name).status())
+    status = _fields(master.run(options.name).status())
     print(for_others(status) if options.json else f"{status['name']}: {status['state']}, {_progress(status)}")
     return OK
+
+
+def _fields(status: RunStatus) -> dict[str, Any]:
+    """A status as JSON has it."""
+    waits = [{**asdict(wait), "kind": wait.kind.name.lower()} for wait in status.waits]
+    return {**asdict(status), "waits": waits}
 
 
 def _progress(status: dict[str, Any]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import kombu
 from kombu.transport import redis, virtual
 
 from torchord.coordinator.messages.task_names import is_ours
+
+log = logging.getLogger(__name__)
 
 
 class QoS(redis.QoS):
@@ -56,6 +59,20 @@ class QoS(redis.QoS):
         """Look for what dead workers held; see kombu. A worker that serves our queues alone need not."""
         if not all(map(is_ours, self.channel.active_queues)):
             super().restore_visible(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Give back what this process holds, when it ends or loses its connection; see kombu.
+
+        Where the broker is away, that is one line in the log: ours are sent again by the supervisor, others'
+        are still in Redis, in the record of what is taken. Kombu's base class would write all messages as a
+        pickle into the temporary directory if it heard of them here.
+        """
+        held = len(self._delivered)
+        try:
+            super().restore_unacked(client=client)  # type: ignore[no-untyped-call]
+        except self.channel.connection_errors as error:
+            log.warning("%d messages could not be given back to the broker: %s", held, error)
+            self._delivered.clear()
 
     def _holds(self, delivery_tag: str) -> bool:
         message = self._delivered.get(delivery_tag)

@@ -95,6 +95,7 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...]) -> Heartb
 
 
 _QUEUES_SETTING = "torchord_queues"
+_TURN_SECONDS = 1.0
 _node = gethostname()
 _queues: tuple[str, ...] = ()
 _process: Process | None = None
@@ -160,8 +161,15 @@ class TorchordStep(bootsteps.StartStopStep):
         except InvalidInput as error:
             log.critical("this worker cannot start: %s", error)
             raise SystemExit(1) from None
+        self._tick(parent, parts.heartbeat)
         if UPDATES in consumed and parts.supervisor is None:
             parts.supervise()
+
+    def _tick(self, parent: Any, heartbeat: Heartbeat) -> None:
+        """Have the event loop that takes messages tell the heartbeat that it turns."""
+        if parent.hub is not None:
+            heartbeat.turned()
+            parent.hub.call_repeatedly(_TURN_SECONDS, heartbeat.turned)
 
     def stop(self, parent: Any) -> None:
         """Called before each reconnection, and at the end: then what is at work goes to others at once."""

@@ -54,6 +54,7 @@ class WorkerInfo:
         started: since when it has that pid, so that a process beside it sees at once when it has ended
             (see `torchord.cache.ledger.process`); "" and 0 if unknown.
         placement: where it stores chunks (see `ChunkStore.placement`); "" if it stores none.
+        silent: seconds since the event loop that takes its messages last turned; 0.0 if that is not known.
     """
 
     id: str
@@ -70,6 +71,7 @@ class WorkerInfo:
     place: str = ""
     started: int = 0
     placement: str = ""
+    silent: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -278,6 +280,7 @@ class Heartbeat:
         self._doing: dict[int, str] = {}
         self._since = 0.0
         self._worked: dict[str, tuple[float, ...]] = {}
+        self._turned: float | None = None  # monotonic clock
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchord-heartbeat", daemon=True)
@@ -292,7 +295,8 @@ class Heartbeat:
         with self._lock:
             pace = {name: min(seconds) for name, seconds in self._worked.items() if seconds}
             doing = "; ".join(self._doing.values())
-            return replace(self._info, task=doing, since=self._since, pace=pace)
+            silent = 0.0 if self._turned is None else time.monotonic() - self._turned
+            return replace(self._info, task=doing, since=self._since, pace=pace, silent=silent)
 
     def start(self) -> None:
         """Beat once, now, then from the thread."""
@@ -312,6 +316,10 @@ class Heartbeat:
             self._since = time.time()
             if environment:
                 self._info = replace(self._info, environment=environment)
+
+    def turned(self) -> None:
+        """The event loop that takes this process's messages turns: called by it, once in a while."""
+        self._turned = time.monotonic()
 
     def worked(self, run: str, seconds: float) -> None:
         """Say what a shard of a run took here: who is idle can then tell how long this process will need.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from torchord.cache.ledger.workers import WorkerInfo
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime.services import Services
 
@@ -23,18 +26,23 @@ class Fleet:
         """Redis URL of broker and control plane."""
         return self._services.settings.url
 
-    def idle_queues(self) -> list[str]:
+    def alive(self) -> dict[str, WorkerInfo]:
+        """The living workers, by id; the questions below take them, so that several are one look."""
+        return self._services.registry.alive()
+
+    def idle_queues(self, alive: Mapping[str, WorkerInfo] | None = None) -> list[str]:
         """The queues, of those that the run needs, that no living worker consumes that may work on it."""
-        alive = self._services.registry.alive().values()
-        willing = [info for info in alive if self._run not in info.refuses]
+        willing = [info for info in self._here(alive) if self._run not in info.refuses]
         return [queue for queue in (UPDATES, GRADIENTS) if not any(queue in info.queues for info in willing)]
 
-    def refused(self) -> tuple[str, ...]:
+    def refused(self, alive: Mapping[str, WorkerInfo] | None = None) -> tuple[str, ...]:
         """The living workers that may not work on the run, each with the reason."""
-        alive = self._services.registry.alive().values()
-        return tuple(f"{info.id}: {info.refuses[self._run]}" for info in alive if self._run in info.refuses)
+        found = self._here(alive)
+        return tuple(f"{info.id}: {info.refuses[self._run]}" for info in found if self._run in info.refuses)
 
-    def discarded(self) -> tuple[str, ...]:
+    def discarded(self, alive: Mapping[str, WorkerInfo] | None = None) -> tuple[str, ...]:
         """What is said of those who throw torchord's messages away."""
-        alive = self._services.registry.alive().values()
-        return tuple(sorted({said for info in alive for said in info.discarded.values()}))
+        return tuple(sorted({said for info in self._here(alive) for said in info.discarded.values()}))
+
+    def _here(self, alive: Mapping[str, WorkerInfo] | None) -> Iterable[WorkerInfo]:
+        return (self.alive() if alive is None else alive).values()

@@ -28,7 +28,8 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._rate = 0.0
-        self._waited = False
+        self._waited = self._quiet = False
+        self._loss = self._metric = ""
 
     def __enter__(self) -> Progress:
         if self.enabled:
@@ -60,7 +61,6 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=None, note="waiting for a training server")
-            self._loss = self._metric = ""
         return self
 
     def __exit__(
@@ -86,6 +86,19 @@ class Progress:
         else:
             log.warning("run %r: %s", self.name, waiting_line(names))
 
+    def quiet(self, said: str) -> None:
+        """Show beside the bar what the run waits for; "" once it goes on."""
+        if self._bar is not None and (said or self._quiet):
+            self._bar.update(self._task, note=said or self._note())
+        self._quiet = bool(said)
+
+    def say(self, said: str) -> None:
+        """Say something of the run once: above the bar, else in the log."""
+        if self._bar is not None:
+            self._bar.console.print(f"run {self.name!r} {said}", markup=False, highlight=False)
+        else:
+            log.warning("run %r %s", self.name, said)
+
     def event(self, event: Event) -> None:
         """Show one event."""
         if self._bar is None:
@@ -103,7 +116,8 @@ class Progress:
             )
         elif event.type in ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarded"):
             self._bar.console.print(f"{event.type}: {data}")
+        self._bar.update(self._task, note=self._note())
+
+    def _note(self) -> str:
         speed = f"{self._rate:,.0f}/s" if self._rate else ""
-        self._bar.update(
-            self._task, note="  ".join(part for part in (self._loss, self._metric, speed) if part)
-        )
+        return "  ".join(part for part in (self._loss, self._metric, speed) if part)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torchord.cache.errors import CheckpointError
 from torchord.cache.ledger.records import LedgerEntry
 from torchord.cache.settings import located
+from torchord.coordinator.messages.waits import Wait
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ class RunStatus:
             hardware or code would give other bits.
         discarded: queues whose messages somebody throws away who is no torchord worker, each with what to
             look for; the run goes on, many times slower.
+        waits: what the run waits for now, since when and who can end it; () at rest.
     """
 
     name: str
@@ -47,6 +49,7 @@ class RunStatus:
     waiting_for: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     discarded: tuple[str, ...] = ()
+    waits: tuple[Wait, ...] = ()
 
 
 @dataclass(frozen=True)

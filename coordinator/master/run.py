@@ -23,8 +23,16 @@ from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel
 from torchord.coordinator.master.stored_version import checkpointed_tensors, stored_tensors
 from torchord.coordinator.master.switching import SWITCHABLE, plan_of, switch
-from torchord.coordinator.master.waiting import POLL_SECONDS, RESTING, Waiting, detached
+from torchord.coordinator.master.waiting import (
+    POLL_SECONDS,
+    RESTING,
+    Quiet,
+    Shown,
+    Waiting,
+    detached,
+)
 from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.messages.waits import Waits
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
@@ -50,6 +58,7 @@ class Run:
         self._sender = sender
         self._ledger: Ledger = services.ledger(name)
         self._fleet = Fleet(services, name)
+        self._waits = Waits(self._ledger, self._plan)
         self._trusted = trusted
 
     def __repr__(self) -> str:
@@ -69,6 +78,7 @@ class Run:
             plan = self._plan(head)
             epoch = plan.locate(min(head.version, head.total_steps - 1))[0] if plan else None
         error = head.error or {}
+        alive = {} if head.status in RESTING else self._fleet.alive()
         return RunStatus(
             name=self.name,
             state=head.status,
@@ -79,9 +89,10 @@ class Run:
             traceback=error.get("traceback", ""),
             submitted_at=head.submitted_at,
             server=head.owner,
-            waiting_for=() if head.status in RESTING else tuple(self._fleet.idle_queues()),
-            refused=() if head.status in RESTING else self._fleet.refused(),
-            discarded=() if head.status in RESTING else self._fleet.discarded(),
+            waiting_for=() if head.status in RESTING else tuple(self._fleet.idle_queues(alive)),
+            refused=self._fleet.refused(alive),
+            discarded=self._fleet.discarded(alive),
+            waits=self._waits.look(head, alive),
         )
 
     def history(self) -> list[StepReport]:
@@ -115,29 +126,37 @@ class Run:
         """
         return Follower(self._ledger, after)
 
+    def quiet(self, shown: Shown) -> Quiet:
+        """What says on `shown` what the run waits for, whenever nothing has happened in it for a while."""
+        return Quiet(self._waits, self._fleet, shown)
+
     def wait(
-        self, *, timeout: float | None = None, progress: bool = False, worker_timeout: float = 15.0
+        self, *, timeout: float | None = None, progress: bool = False, worker_timeout: float | None = None
     ) -> TrainedModel:
         """Wait until the run is done.
 
-        Ctrl-C detaches: the run goes on, and the message says how to come back to it. A Redis that is
-        away is waited for, like the workers do.
+        Ctrl-C detaches: the run goes on, and the message says how to come back to it. Whatever the run
+        waits for is waited for, a worker or a Redis that is away included; after 15 s without a step it is
+        said what that is: in the bar, else as a warning of the logger `torchord`.
 
         Args:
             timeout: seconds; None waits as long as it takes.
             progress: show a progress bar (step, loss, metric, samples/s, time left).
-            worker_timeout: seconds without any worker on a queue before giving up waiting; workers of a
-                `LocalCluster` of this program that are starting are waited for as long as they take.
+            worker_timeout: seconds without any worker on a queue after which to give up waiting; workers of
+                a `LocalCluster` of this program that are starting are waited for as long as they take. None:
+                workers are waited for, too.
 
         Raises:
             RunFailed: with the message of what failed.
             RunCancelled: the run was cancelled.
-            NoWorker: nobody consumes a queue; the run stays queued.
+            NoWorker: nobody consumes a queue for `worker_timeout`, and the run stays queued; or a worker of a
+                `LocalCluster` of this program ended before it was ready.
             WaitTimeout: the run goes on, but `timeout` is over.
         """
         try:
             with Progress(self.name, enabled=progress) as bar:
-                Waiting(self._ledger, self._fleet).until_done(bar, timeout, worker_timeout)
+                waiting = Waiting(self._ledger, self._fleet, self.quiet(bar))
+                waiting.until_done(bar, timeout, worker_timeout)
         except KeyboardInterrupt:
             raise detached(self.name, self._services.settings.url) from None
         head = self._ledger.head()

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from types import TracebackType
+from typing import Protocol
 
-from torchord.cache.errors import NoWorker, RunCancelled, RunFailed, WaitTimeout
+from torchord.cache.errors import (
+    CacheUnreachable,
+    NoWorker,
+    RunCancelled,
+    RunFailed,
+    RunNotFound,
+    WaitTimeout,
+)
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 from torchord.coordinator.local_cluster.starting import coming, starting
@@ -15,11 +24,15 @@ from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.messages.task_names import worker_command
+from torchord.coordinator.messages.waits import Wait, WaitKind, Waits
 
 log = logging.getLogger(__name__)
 
 RESTING = ("done", "failed", "cancelled")
 POLL_SECONDS = 0.5
+SHOWN_SECONDS = 5.0  # without a step, before the bar says what is waited for
+QUIET_SECONDS = 15.0  # ... and the log
+_LOOK_SECONDS = 2.0
 _PACE_SECONDS = 0.05
 
 
@@ -46,19 +59,89 @@ def detached(run: str, url: str) -> Detached:
     return Detached(f"run {run!r} goes on")
 
 
+class Shown(Protocol):
+    """Where a person reads what a run waits for."""
+
+    def quiet(self, said: str) -> None:
+        """Show in a few words what it waits for; "" once it goes on."""
+
+    def say(self, said: str) -> None:
+        """Say once what it waits for, since when and who can end it: "waits for ..."."""
+
+
+class Quiet:
+    """Says what a run waits for once nothing has happened in it for a while.
+
+    Args:
+        waits: of the run.
+        fleet: its workers.
+        shown: where it is said.
+    """
+
+    def __init__(self, waits: Waits, fleet: Fleet, shown: Shown) -> None:
+        self._waits = waits
+        self._fleet = fleet
+        self._shown = shown
+        self._since = self._looked = time.monotonic()
+        self._began = time.time()
+        self._logged: list[WaitKind] = []
+
+    def look(self, head: Head | None, *, moved: bool) -> None:
+        """Called again and again.
+
+        Args:
+            head: None while Redis is away.
+            moved: whether something has happened in the run.
+        """
+        now = time.monotonic()
+        if moved:
+            self._since, self._began, self._logged = now, time.time(), []
+            self._shown.quiet("")
+            return
+        if now - self._since < SHOWN_SECONDS or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        waits = self._found(head)
+        if not waits:
+            return
+        self._shown.quiet(f"waits for {waits[0].kind.value}")
+        kinds = [wait.kind for wait in waits]
+        if now - self._since >= QUIET_SECONDS and kinds != self._logged:
+            self._logged = kinds
+            for wait in waits:
+                self._shown.say(wait.said(time.time()))
+
+    def reason(self, head: Head) -> str:
+        """What the run waits for, for the end of a sentence; "" while it moves."""
+        if time.monotonic() - self._since < SHOWN_SECONDS:
+            return ""
+        return "".join(f"; it {wait.said(time.time())}" for wait in self._found(head)[:1])
+
+    def _found(self, head: Head | None) -> tuple[Wait, ...]:
+        try:
+            if head is not None:
+                return self._waits.look(head, self._fleet.alive())
+        except (CacheUnreachable, RunNotFound):
+            pass  # away again, since the head was read
+        what, ends = "Redis, which does not answer or has forgotten the run", "it is asked again and again"
+        return (Wait(WaitKind.REDIS, what, ends, self._began),)
+
+
 class Waiting:
     """Waits for one run.
 
     Args:
         ledger: of the run.
         fleet: its workers.
+        quiet: says what it waits for.
     """
 
-    def __init__(self, ledger: Ledger, fleet: Fleet) -> None:
+    def __init__(self, ledger: Ledger, fleet: Fleet, quiet: Quiet) -> None:
         self._ledger = ledger
         self._fleet = fleet
+        self._quiet = quiet
 
-    def until_done(self, bar: Progress, timeout: float | None, worker_timeout: float) -> None:
+    def until_done(self, bar: Progress, timeout: float | None, worker_timeout: float | None) -> None:
         """Wait until the run is done; arguments and errors as for `Run.wait`.
 
         Args:
@@ -67,10 +150,12 @@ class Waiting:
         name = self._ledger.run
         began = workers_seen = time.monotonic()
         deadline = None if timeout is None else began + timeout
+        patience = math.inf if worker_timeout is None else worker_timeout
         follower = Follower(self._ledger)
         while True:
             head, events = follower.look(block_seconds=POLL_SECONDS, resting=RESTING)
             now = time.monotonic()
+            self._quiet.look(head, moved=bool(events))
             if head is None:
                 if deadline is not None and now > deadline:
                     raise WaitTimeout(f"run {name!r} cannot be asked: Redis is away; call wait() again")
@@ -90,13 +175,15 @@ class Waiting:
             if deadline is not None and now > deadline:
                 raise WaitTimeout(
                     f"run {name!r} is {head.status} at version {head.version} of {head.total_steps} "
-                    f"after {timeout:g} s; it goes on, call wait() again"
+                    f"after {timeout:g} s{self._quiet.reason(head)}; it goes on, call wait() again"
                 )
             if (
                 events
                 or head.status == "paused"
                 or self._worked_on(
-                    bar, alone=now - workers_seen > worker_timeout, overdue=now - began > worker_timeout
+                    bar,
+                    alone=now - workers_seen > patience,
+                    overdue=now - began > min(patience, QUIET_SECONDS),
                 )
             ):
                 workers_seen = now

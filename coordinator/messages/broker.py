@@ -91,7 +91,12 @@ def publisher(url: str, options: dict[str, object]) -> Celery:
         accept_content=["json"],
         task_ignore_result=True,
         broker_connection_timeout=2,
-        broker_transport_options={"socket_connect_timeout": 2, "max_retries": 3, **options},
+        broker_transport_options={
+            "socket_connect_timeout": 2,
+            "socket_timeout": 10,
+            "max_retries": 3,
+            **options,
+        },
         task_queues=[declared(name) for name in QUEUES],
         task_default_queue=UPDATES,
         task_default_exchange="",  # else the nameless ones above take the name of the default queue

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from torchord.cache.errors import CacheError, RunNotFound, TorchordError
 from torchord.cache.ledger.ledger import Ledger
@@ -20,6 +21,7 @@ from torchord.cache.ledger.records import Head
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.messages.waits import Waits
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import recorded_visits, switches_of
 from torchord.coordinator.runtime.failures import Failure
@@ -38,6 +40,8 @@ POLL_SECONDS = 0.25
 OUTAGE_SECONDS = 1.5  # a round that took longer waited for Redis, or the process was stopped
 SETTLE_SECONDS = 1.5  # after an outage, living workers need up to this long to say so
 EVALUATION_TRIES = 3
+QUIET_SECONDS = 15.0  # without a commit, before the log says what the run waits for
+QUIET_AGAIN_SECONDS = 60.0
 
 
 class Supervisor:
@@ -199,6 +203,7 @@ class Supervisor:
         if head.status not in ("pending", "running"):
             registry.forget_run(run)
             return
+        self._say_if_quiet(ledger, head, alive)
         owner = alive.get(head.owner)
         if owner is None:
             # Nobody serves the run: at the first look after a death, else when a message was lost.
@@ -221,6 +226,15 @@ class Supervisor:
                         registry, self.sender, self.discards
                     )
         self._check_evaluations(ledger, head, alive, registry)
+
+    def _say_if_quiet(self, ledger: Ledger, head: Head, alive: dict[str, WorkerInfo]) -> None:
+        """Log what a run waits for that has not moved for a while, and again once a minute."""
+        key = (ledger.run, "quiet", head.status, head.version)
+        if not self.memory.lasting(key, QUIET_SECONDS) or not self.memory.due(key, QUIET_AGAIN_SECONDS):
+            return
+        plan = partial(self._plan, ledger)
+        for wait in Waits(ledger, plan).look(head, alive):
+            log.warning("run %s %s", ledger.run, wait.said(time.time()))
 
     def _waits_for_owner(self, ledger: Ledger, head: Head) -> bool:
         """Whether the next move is the training server's."""

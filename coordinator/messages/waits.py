@@ -1,0 +1,217 @@
+"""What a run waits for: one list of all that it can be, and where a run stands on it now.
+
+Whoever watches a run (`Run.status`, `Run.wait`, the command line, the supervisor's log) asks here, so that
+all of them say the same. docs/errors.md has the list as a table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import Head
+from torchord.cache.ledger.workers import WorkerInfo
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_command
+from torchord.coordinator.runtime import activity
+from torchord.coordinator.spec.plan import Plan
+
+DEAF_SECONDS = 15.0  # of an idle worker whose consumer's loop has not turned
+_SHOWN = 3
+
+
+class WaitKind(Enum):
+    """Everything that a run can wait for, and who can end it."""
+
+    PERSON = "a person: it is paused"
+    REDIS = "Redis, which does not answer"
+    SERVER = "a worker on the queue of updates"
+    CLIENT = "a worker on the queue of gradients"
+    REFUSED = "a worker that may work on it: those that there are refuse"
+    DEAF = "a worker that is alive and takes no messages"
+    DISCARDED = "messages that somebody throws away"
+    CALL = "a training server that takes it up"
+    START = "its training server, which makes or restores it"
+    UPDATE = "its training server, which is at an update"
+    QUEUE = "Clients that take its shards out of the queue"
+    SHARDS = "Clients that compute its shards"
+    EVALUATION = "Clients that evaluate"
+
+
+@dataclass(frozen=True)
+class Wait:
+    """One thing that a run waits for.
+
+    Attributes:
+        kind: which one it is.
+        what: it is, in words: who is at what.
+        ends: who can end it, and how.
+        since: Unix time (s) from which on it is so, as far as that is known: else that of the last commit.
+    """
+
+    kind: WaitKind
+    what: str
+    ends: str
+    since: float
+
+    def said(self, now: float) -> str:
+        """One sentence for people, at Unix time `now` (s)."""
+        return f"waits for {self.what}, since {duration(max(0.0, now - self.since))}; {self.ends}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    Example:
+        >>> duration(47.2), duration(190), duration(7300)
+        ('47 s', '3 min', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Waits:
+    """Finds what one run waits for.
+
+    Args:
+        ledger: of the run.
+        plan: of the run at a head, None where it is not known yet.
+        clock: Unix time (s), replaced in tests.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        plan: Callable[[Head], Plan | None],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._ledger = ledger
+        self._plan = plan
+        self._clock = clock
+
+    def look(self, head: Head, alive: Mapping[str, WorkerInfo]) -> tuple[Wait, ...]:
+        """What the run waits for now, the most telling first; () if it is at rest.
+
+        Args:
+            head: of the run.
+            alive: the living workers, by id.
+        """
+        since = max(head.committed_at, head.submitted_at)
+        if head.status == "paused":
+            return (Wait(WaitKind.PERSON, "a person: it is paused", "run.resume() goes on", since),)
+        if head.status not in ("pending", "running"):
+            return ()
+        lacking = [found for queue in (UPDATES, GRADIENTS) if (found := self._lacking(queue, alive, since))]
+        wrong = [*lacking, *self._odd(alive, since)]
+        return tuple(wrong) if lacking else (*wrong, *self._at_work(head, alive, since))
+
+    def _lacking(self, queue: str, alive: Mapping[str, WorkerInfo], since: float) -> Wait | None:
+        """Nobody, or nobody who may, consumes a queue."""
+        run, command = self._ledger.run, worker_command(queue)
+        serving = [info for info in alive.values() if queue in info.queues]
+        if not serving:
+            kind = WaitKind.SERVER if queue == UPDATES else WaitKind.CLIENT
+            return Wait(kind, f"a worker on queue {queue!r}: none lives", f"start one: {command}", since)
+        reasons = [f"{info.id}: {info.refuses[run]}" for info in serving if run in info.refuses]
+        if len(reasons) < len(serving):
+            return None
+        return Wait(
+            WaitKind.REFUSED,
+            f"a worker on queue {queue!r} that may work on it; all refuse ({_some(reasons)})",
+            "give them what the run was submitted with and restart them, or run.resume(admit_skew=True)",
+            since,
+        )
+
+    def _odd(self, alive: Mapping[str, WorkerInfo], since: float) -> list[Wait]:
+        """Workers that are there and of no use."""
+        deaf = [info for info in alive.values() if not info.task and info.silent > DEAF_SECONDS]
+        found = [
+            Wait(
+                WaitKind.DEAF,
+                f"worker {info.id}, which is alive and takes no messages",
+                f"restart it (process {info.pid} on {info.host})",
+                self._clock() - info.silent,
+            )
+            for info in deaf
+        ]
+        thrown = sorted({said for info in alive.values() for said in info.discarded.values()})
+        ends = "stop whoever takes them"
+        return [*found, *(Wait(WaitKind.DISCARDED, f"what is lost: {said}", ends, since) for said in thrown)]
+
+    def _at_work(self, head: Head, alive: Mapping[str, WorkerInfo], since: float) -> list[Wait]:
+        """Who is at what."""
+        run, ledger = self._ledger.run, self._ledger
+        owner = alive.get(head.owner)
+        busy = next((info for info in alive.values() if _does(info, activity.updates(run))), None)
+        if busy is not None:
+            made = head.total_steps is None
+            what = "which makes its first version" if made else f"which is at {busy.task}"
+            kind = WaitKind.START if made else WaitKind.UPDATE
+            ends = f"it ends by itself; else look at the log of {busy.node}"
+            return [Wait(kind, f"its training server {busy.id}, {what}", ends, busy.since)]
+        if owner is None or head.total_steps is None:
+            serving = [info for info in alive.values() if UPDATES in info.queues]
+            others = [f"{info.id}: {info.task}" for info in serving if info.task]
+            what = "a training server that takes it up"
+            what += f"; those that there are do something else ({_some(others)})" if others else ""
+            return [Wait(WaitKind.CALL, what, "one takes it up within seconds of being idle", since)]
+        if head.version >= head.total_steps:
+            return self._evaluations(alive, since)
+        plan = self._plan(head)
+        if plan is None:
+            return []
+        slots = plan.fan_in(head.version)
+        missing = sorted(set(range(slots.total)) - ledger.slots_present(head.version))
+        if not missing:
+            what = f"its training server {owner.id}, which is called"
+            return [Wait(WaitKind.CALL, what, "it comes within seconds", since)]
+        return self._shards(head, alive, missing, since)
+
+    def _shards(
+        self, head: Head, alive: Mapping[str, WorkerInfo], missing: list[int], since: float
+    ) -> list[Wait]:
+        leases = self._ledger.leases(head.version)
+        held = {
+            slot: leases[slot]
+            for slot in missing
+            if slot in leases and leases[slot].open and leases[slot].worker in alive
+        }
+        found = []
+        if held:
+            who = [f"slot {slot} at {lease.worker}, try {lease.attempt}" for slot, lease in held.items()]
+            what = f"{len(held)} of the {len(missing)} missing slots of step {head.version} ({_some(who)})"
+            ends = "they end by themselves, or with shard_timeout_seconds"
+            found.append(Wait(WaitKind.SHARDS, what, ends, min(lease.since for lease in held.values())))
+        if len(held) < len(missing):
+            clients = [info for info in alive.values() if GRADIENTS in info.queues]
+            others = [f"{info.id}: {info.task}" for info in clients if info.task]
+            what = f"{len(missing) - len(held)} slots of step {head.version} that nobody has begun"
+            what += f"; the Clients are at {_some(others)}" if others else ""
+            ends = f"a Client takes them, or start more: {worker_command(GRADIENTS)}"
+            found.append(Wait(WaitKind.QUEUE, what, ends, since))
+        return found
+
+    def _evaluations(self, alive: Mapping[str, WorkerInfo], since: float) -> list[Wait]:
+        run, found = self._ledger.run, []
+        for version, parts in self._ledger.pending_evaluations().items():
+            at_it = [info.id for info in alive.values() if _does(info, activity.evaluations(run, version))]
+            there = len(self._ledger.parts_present(version))
+            what = f"the evaluation of version {version}, of which {there} of {parts} parts are there"
+            what += f" ({_some(at_it)})" if at_it else ""
+            ends = f"the Clients end it, or start more: {worker_command(GRADIENTS)}"
+            found.append(Wait(WaitKind.EVALUATION, what, ends, since))
+        return found
+
+
+def _does(info: WorkerInfo, prefix: str) -> bool:
+    return any(task.startswith(prefix) for task in info.tasks)
+
+
+def _some(items: list[str]) -> str:
+    shown = "; ".join(items[:_SHOWN])
+    return shown if len(items) <= _SHOWN else f"{shown}; and {len(items) - _SHOWN} more"

@@ -1,0 +1,273 @@
+"""Each entry of the list of waits, reached as a run reaches it, on the in-memory control plane."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.control import SPEC, begin, record, slot, worker, write
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.workers import Heartbeat, WorkerInfo
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.cache.testing.memory_registry import MemoryRegistry
+from torchord.coordinator.master.fleet import Fleet
+from torchord.coordinator.master.waiting import QUIET_SECONDS, SHOWN_SECONDS, Quiet
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.messages.waits import DEAF_SECONDS, Wait, WaitKind, Waits, duration
+from torchord.coordinator.runtime import activity
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[4]
+RUN = "run-1"
+PLAN = Plan(24, TrainingConfig(batch_size=8, shards=4))  # 3 steps of 4 shards
+
+
+class Laboratory:
+    """A run with a training server and two Clients."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.plane = MemoryPlane(clock=lambda: self.now)
+        self.registry = MemoryRegistry(self.plane)
+        self.ledger: Ledger = MemoryLedger(self.plane, RUN)
+        self.living: dict[str, WorkerInfo] = {
+            "s0": worker("s0", queues=(UPDATES,)),
+            "w0": worker("w0", queues=(GRADIENTS,)),
+            "w1": worker("w1", queues=(GRADIENTS,)),
+        }
+        for info in self.living.values():
+            self.registry.beat(info)
+        self.ledger.create(SPEC, incarnation="life")
+
+    def begun(self) -> Laboratory:
+        """Its first version is made, and its first step is under way."""
+        _, token = self.ledger.acquire(worker="s0", node="celery@s0", queue="own")
+        assert isinstance(token, int)
+        self.ledger.initialise(
+            token=token, manifest={}, record=record(0), dataset_size=24, evaluation_size=8, total_steps=3
+        )
+        self.ledger.mark_launched(0, token=token)
+        return self
+
+    def say(self, id: str, **changes: Any) -> None:
+        self.living[id] = replace(self.living[id], **changes)
+
+    @property
+    def waits(self) -> Waits:
+        return Waits(self.ledger, lambda head: PLAN, clock=lambda: self.now)
+
+    def look(self) -> dict[WaitKind, Wait]:
+        return {wait.kind: wait for wait in self.waits.look(self.ledger.head(), self.living)}
+
+    def the(self, kind: WaitKind) -> Wait:
+        found = self.look()
+        assert list(found) == [kind]
+        return found[kind]
+
+
+@pytest.fixture
+def lab() -> Laboratory:
+    return Laboratory()
+
+
+def test_nobody_serves_a_queue(lab: Laboratory) -> None:
+    del lab.living["s0"]
+    found = lab.the(WaitKind.SERVER)
+    assert "none lives" in found.what and "celery -A torchord worker -Q updates -c 1" in found.ends
+    del lab.living["w0"], lab.living["w1"]
+    assert set(lab.look()) == {WaitKind.SERVER, WaitKind.CLIENT}
+
+
+def test_all_that_serve_a_queue_refuse(lab: Laboratory) -> None:
+    for id in ("w0", "w1"):
+        lab.say(id, refuses={RUN: f"{id} has another torch"})
+    found = lab.the(WaitKind.REFUSED)
+    assert "w0 has another torch" in found.what and "admit_skew=True" in found.ends
+    lab.say("w1", refuses={"another": "run"})
+    assert WaitKind.REFUSED not in lab.look()
+
+
+def test_a_worker_is_deaf(lab: Laboratory) -> None:
+    lab.begun().say("w0", silent=DEAF_SECONDS + 5)
+    found = lab.look()[WaitKind.DEAF]
+    assert "w0" in found.what and found.since == lab.now - DEAF_SECONDS - 5 and "restart" in found.ends
+    lab.say("w0", task="busy for so long", silent=DEAF_SECONDS + 5)  # a solo pool's loop rests meanwhile
+    assert WaitKind.DEAF not in lab.look()
+
+
+def test_messages_are_thrown_away(lab: Laboratory) -> None:
+    lab.begun().say("s0", discarded={GRADIENTS: "somebody takes them"})
+    assert "somebody takes them" in lab.look()[WaitKind.DISCARDED].what
+
+
+def test_a_person_has_paused_it(lab: Laboratory) -> None:
+    lab.begun().ledger.transition("paused", allowed=("running",), event="paused")
+    assert "resume()" in lab.the(WaitKind.PERSON).ends
+
+
+def test_nobody_has_taken_it_up(lab: Laboratory) -> None:
+    assert "takes it up" in lab.the(WaitKind.CALL).what
+    lab.say("s0", task=activity.update("another", 7))
+    assert "do something else (s0: another: update of step 7)" in lab.the(WaitKind.CALL).what
+
+
+def test_its_server_makes_the_first_version_or_updates(lab: Laboratory) -> None:
+    lab.say("s0", task=activity.update(RUN, 0), since=990.0)
+    found = lab.the(WaitKind.START)
+    assert "s0" in found.what and found.since == 990.0
+    lab.begun()
+    assert "update of step 0" in lab.the(WaitKind.UPDATE).what
+
+
+def test_shards_wait_in_the_queue_or_are_computed(lab: Laboratory) -> None:
+    lab.begun().say("w0", task=activity.gradient("another", 3, 1))
+    found = lab.the(WaitKind.QUEUE)
+    assert "4 slots of step 0 that nobody has begun; the Clients are at w0: another" in found.what
+    lab.now += 30
+    begin(lab.ledger, 0, 1, worker="w1", delivery="d1")
+    write(lab.ledger, 0, slot(0, 0))
+    shards = lab.look()[WaitKind.SHARDS]
+    assert "1 of the 3 missing slots of step 0 (slot 1 at w1, try 1)" in shards.what
+    assert shards.since == pytest.approx(1030.0)
+    assert "2 slots of step 0 that nobody has begun" in lab.look()[WaitKind.QUEUE].what
+
+
+def test_a_shard_of_a_dead_worker_is_not_computed(lab: Laboratory) -> None:
+    lab.begun()
+    begin(lab.ledger, 0, 1, worker="w1", delivery="d1")
+    del lab.living["w1"]
+    assert "4 slots" in lab.the(WaitKind.QUEUE).what
+
+
+def test_all_slots_are_there_and_nobody_has_added_them(lab: Laboratory) -> None:
+    lab.begun()
+    for shard in range(4):
+        write(lab.ledger, 0, slot(0, shard))
+    assert "s0, which is called" in lab.the(WaitKind.CALL).what
+
+
+def test_evaluations_are_computed(lab: Laboratory) -> None:
+    lab.begun()
+    lab.ledger.launch_evaluation(0, 2, pin_seconds=60)
+    lab.ledger.write_part(0, 1, {"examples": 1}, parts=2)
+    lab.say("w1", task=activity.evaluation(RUN, 0, 0))
+    head = replace(lab.ledger.head(), version=3)
+    (found,) = lab.waits.look(head, lab.living)
+    assert found.kind is WaitKind.EVALUATION
+    assert "version 0, of which 1 of 2 parts are there (w1)" in found.what
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
+def test_a_run_at_rest_waits_for_nothing(lab: Laboratory, state: str) -> None:
+    head = replace(lab.begun().ledger.head(), status=state)
+    assert lab.waits.look(head, {}) == ()
+
+
+def test_what_people_read() -> None:
+    wait = Wait(WaitKind.CLIENT, "a worker", "start one", since=100.0)
+    assert wait.said(190.0) == "waits for a worker, since 1 min; start one"
+    assert wait.said(50.0).startswith("waits for a worker, since 0 s"), "clocks may differ"
+    assert [duration(s) for s in (0.4, 59.4, 61, 7300)] == ["0 s", "59 s", "1 min", "2 h 1 min"]
+
+
+def test_every_entry_is_in_the_table_for_people() -> None:
+    table = (ROOT / "docs" / "errors.md").read_text()
+    for kind in WaitKind:
+        assert f"| {kind.value} |" in table, kind
+
+
+# --- said once nothing happens -------------------------------------------------------------
+
+
+class Shown:
+    """Keeps what is shown."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.lines: list[str] = []
+
+    def quiet(self, said: str) -> None:
+        self.notes.append(said)
+
+    def say(self, said: str) -> None:
+        self.lines.append(said)
+
+
+class Watched:
+    """A `Quiet` of the laboratory's run, with a clock that the test turns."""
+
+    def __init__(self, lab: Laboratory, patch: pytest.MonkeyPatch) -> None:
+        self.lab, self.shown, self.passed = lab, Shown(), 0.0
+        patch.setattr("torchord.coordinator.master.waiting.time.monotonic", lambda: self.passed)
+        fleet = Fleet(self, RUN)  # type: ignore[arg-type]
+        self.quiet = Quiet(lab.waits, fleet, self.shown)
+
+    @property
+    def registry(self) -> Any:
+        return self
+
+    def alive(self) -> dict[str, WorkerInfo]:
+        return self.lab.living
+
+    def look(self, seconds: float, *, moved: bool = False, away: bool = False) -> None:
+        self.passed += seconds
+        self.quiet.look(None if away else self.lab.ledger.head(), moved=moved)
+
+
+@pytest.fixture
+def watched(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    del lab.living["w0"], lab.living["w1"]
+    return Watched(lab, monkeypatch)
+
+
+def test_nothing_is_said_while_steps_come(watched: Watched) -> None:
+    for _ in range(60):
+        watched.look(1, moved=True)
+    assert not any(watched.shown.notes) and watched.shown.lines == []
+
+
+def test_a_short_note_comes_first_and_the_sentence_once(watched: Watched) -> None:
+    watched.look(SHOWN_SECONDS - 1)
+    assert watched.shown.notes == []
+    watched.look(2)
+    assert watched.shown.notes == ["waits for a worker on the queue of gradients"]
+    assert watched.shown.lines == []
+    for _ in range(10):
+        watched.look(QUIET_SECONDS / 2)
+    assert len(watched.shown.lines) == 1 and "start one: celery" in watched.shown.lines[0]
+    watched.look(1, moved=True)
+    assert watched.shown.notes[-1] == ""
+
+
+def test_another_reason_is_said_as_well(watched: Watched) -> None:
+    watched.look(QUIET_SECONDS)
+    del watched.lab.living["s0"]
+    watched.look(QUIET_SECONDS)
+    assert len(watched.shown.lines) == 3  # then both queues
+
+
+def test_a_redis_that_is_away_is_said(watched: Watched) -> None:
+    watched.look(QUIET_SECONDS, away=True)
+    assert watched.shown.lines[0].startswith("waits for Redis, which does not answer")
+
+
+# --- the loop that takes messages ------------------------------------------------------------
+
+
+def test_a_heartbeat_says_since_when_the_loop_has_not_turned(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [50.0]
+    monkeypatch.setattr("torchord.cache.ledger.workers.time.monotonic", lambda: now[0])
+    heartbeat = Heartbeat(lab.registry, lab.living["w0"])
+    assert heartbeat._said().silent == 0.0, "nothing is known of it"
+    heartbeat.turned()
+    now[0] += 7.0
+    assert heartbeat._said().silent == 7.0
+    heartbeat.turned()
+    assert heartbeat._said().silent == 0.0
