@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, Protocol
 
@@ -33,26 +32,16 @@ CHUNK_NBYTES = 1 << 19
 P = ParamSpec("P")
 
 
-@dataclass(slots=True)
-class Counters:
-    """What went through one store: bytes and wall seconds, each way."""
-
-    bytes_in: int = 0
-    bytes_out: int = 0
-    seconds_in: float = 0.0
-    seconds_out: float = 0.0
-
-
 class Chunks(Protocol):
     """What callers need of a chunk store; `ChunkStore` and `MemoryChunkStore` have it.
 
     Attributes:
         chunk_nbytes: length of each chunk, in bytes.
-        counters: what went through the store.
+        written_seconds: wall seconds that writing took so far, by all threads.
     """
 
     chunk_nbytes: int
-    counters: Counters
+    written_seconds: float
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
         """Store a buffer."""
@@ -111,6 +100,7 @@ class ChunkStore:
     Attributes:
         placement: which chunk lies where, in words: two processes that say the same find each other's
             chunks at the first node that they ask, and keep as many copies.
+        written_seconds: wall seconds that writing took so far, by all threads.
 
     Raises:
         InvalidInput: no URL, an unusable one, the same node twice, or a value out of range.
@@ -145,7 +135,7 @@ class ChunkStore:
             raise InvalidInput(f"{len(weights)} weights for {len(names)} cache nodes: give one for each")
         shares = dict(zip(names, weights or [1.0] * len(names), strict=True))
         self.chunk_nbytes = chunk_nbytes
-        self.counters = Counters()
+        self.written_seconds = 0.0
         self._rounds = NodeRounds(nodes, shares, copies=1 + replicas, connections=connections)
         self.placement = self._rounds.placement
         self._patience_seconds = patience_seconds
@@ -190,8 +180,7 @@ class ChunkStore:
             with self._checker.beside(parts, sums):
                 self._patiently(self._rounds.store, items, ttl_seconds, sums)
         with self._lock:
-            self.counters.bytes_out += len(view)
-            self.counters.seconds_out += time.perf_counter() - started
+            self.written_seconds += time.perf_counter() - started
         return BlobRef(key, len(view), self.chunk_nbytes, tuple(sums))
 
     def put_parts(self, key: str, view: memoryview, numbers: Sequence[int], *, ttl_seconds: int) -> list[str]:
@@ -217,8 +206,7 @@ class ChunkStore:
         sums = [""] * len(items)
         self._patiently(self._rounds.store, items, ttl_seconds, sums)
         with self._lock:
-            self.counters.bytes_out += sum(len(part) for _, part in items)
-            self.counters.seconds_out += time.perf_counter() - started
+            self.written_seconds += time.perf_counter() - started
         return sums
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
@@ -246,13 +234,9 @@ class ChunkStore:
     def read_into(self, ref: BlobRef, buffer: Tensor | memoryview) -> None:
         """As `get`, into any memory of `ref.nbytes` bytes: of a contiguous CPU tensor, or writable."""
         ref.require_length(buffer)
-        started = time.perf_counter()
         if ref.nbytes:
             parts = Cut(partial(as_bytes, buffer), ref.nbytes, ref.chunk_nbytes)
             self._patiently(self._rounds.load, _keys(ref), parts, ref.checksums)
-        with self._lock:
-            self.counters.bytes_in += ref.nbytes
-            self.counters.seconds_in += time.perf_counter() - started
 
     def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
         """Fetch some chunks of a blob into its memory and verify them; errors as for `get`.
@@ -262,15 +246,11 @@ class ChunkStore:
             view: memory of the whole blob; of it, these chunks' are written to.
             sums: number of each wanted chunk -> its xxh3_64; at least one.
         """
-        started = time.perf_counter()
         size, prefix = self.chunk_nbytes, key.encode()
         numbers = sorted(sums)  # only the last one may be shorter
         parts = [view[i * size : (i + 1) * size] for i in numbers]
         names = [b"%s:%d" % (prefix, i) for i in numbers]
         self._patiently(self._rounds.load, names, parts, [sums[i] for i in numbers])
-        with self._lock:
-            self.counters.bytes_in += sum(len(part) for part in parts)
-            self.counters.seconds_in += time.perf_counter() - started
 
     def put_many(self, blobs: Sequence[tuple[str, memoryview]], *, ttl_seconds: int) -> None:
         """Store many small blobs together; each becomes one chunk, whatever `chunk_nbytes` is.
@@ -288,12 +268,10 @@ class ChunkStore:
         started = time.perf_counter()
         self._patiently(self._rounds.store, [(f"{key}:0".encode(), view) for key, view in blobs], ttl_seconds)
         with self._lock:
-            self.counters.bytes_out += sum(len(view) for _, view in blobs)
-            self.counters.seconds_out += time.perf_counter() - started
+            self.written_seconds += time.perf_counter() - started
 
     def get_many(self, refs: Sequence[BlobRef]) -> list[Tensor]:
         """Fetch many small blobs together; as `get` for each, but not a round trip for each."""
-        started = time.perf_counter()
         outs = [torch.empty(ref.nbytes, dtype=torch.uint8) for ref in refs]
         alike: dict[int, tuple[list[bytes], list[memoryview], list[str]]] = {}
         for ref, out in zip(refs, outs, strict=True):
@@ -306,9 +284,6 @@ class ChunkStore:
                 sums.append(checksum)
         for keys, parts, sums in alike.values():
             self._patiently(self._rounds.load, keys, parts, sums)
-        with self._lock:
-            self.counters.bytes_in += sum(ref.nbytes for ref in refs)
-            self.counters.seconds_in += time.perf_counter() - started
         return outs
 
     def delete(self, refs: Iterable[BlobRef]) -> None:

@@ -85,7 +85,7 @@ class TieredStore:
     @property
     def written_seconds(self) -> float:
         """Wall seconds that writing to the chunk store took, by all threads."""
-        return self.chunks.counters.seconds_out
+        return self.chunks.written_seconds
 
     @cached_property
     def memory_id(self) -> str:

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, Counters
+from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing
 from torchord.cache.tensors.codec import as_bytes
 
@@ -20,7 +20,7 @@ class MemoryChunkStore:
 
     def __init__(self, *, chunk_nbytes: int = CHUNK_NBYTES) -> None:
         self.chunk_nbytes = chunk_nbytes
-        self.counters = Counters()
+        self.written_seconds = 0.0
         self.chunks: dict[str, tuple[bytes, float]] = {}
 
     def put(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
@@ -29,7 +29,6 @@ class MemoryChunkStore:
         parts = [bytes(view[s : s + self.chunk_nbytes]) for s in range(0, len(view), self.chunk_nbytes)]
         for i, part in enumerate(parts):
             self.chunks[f"{key}:{i}"] = (part, time.monotonic() + ttl_seconds)
-        self.counters.bytes_out += len(view)
         return BlobRef(key, len(view), self.chunk_nbytes, tuple(map(xxhash.xxh3_64_hexdigest, parts)))
 
     def put_parts(self, key: str, view: memoryview, numbers: Sequence[int], *, ttl_seconds: int) -> list[str]:
@@ -38,7 +37,6 @@ class MemoryChunkStore:
         for i in numbers:
             part = bytes(view[i * self.chunk_nbytes : (i + 1) * self.chunk_nbytes])
             self.chunks[f"{key}:{i}"] = (part, time.monotonic() + ttl_seconds)
-            self.counters.bytes_out += len(part)
             sums.append(xxhash.xxh3_64_hexdigest(part))
         return sums
 
@@ -80,7 +78,6 @@ class MemoryChunkStore:
             if xxhash.xxh3_64_hexdigest(part) != checksum:
                 raise ChunkCorrupt(f"chunk {key}:{i} in memory is not what was written")
             view[i * chunk_nbytes : i * chunk_nbytes + len(part)] = part
-            self.counters.bytes_in += len(part)
 
     def _require(self, key: str) -> None:
         if key not in self.chunks or self.chunks[key][1] < time.monotonic():

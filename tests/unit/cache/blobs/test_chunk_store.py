@@ -151,11 +151,6 @@ def test_other_bytes_than_written_are_noticed(store):
     assert torch.equal(store.get(store.put("t:next", blob(99), ttl_seconds=60)), blob(99))
 
 
-def test_counters_add_up(store):
-    store.get(store.put("t:count", blob(100_000), ttl_seconds=60))
-    assert store.counters.bytes_out == store.counters.bytes_in == 100_000
-
-
 def test_every_chunk_has_a_ttl_and_touch_sets_it(node, url):
     store = ChunkStore([url], chunk_nbytes=64 * KB)
     ref = store.put("t:ttl", blob(200_000), ttl_seconds=60)
@@ -460,7 +455,9 @@ def test_what_is_no_redis_is_noticed():
         ChunkStore([url]).put("t:http", blob(10), ttl_seconds=60)
 
 
-def test_a_full_server_stops_the_transfer_and_keeps_the_connection(tmp_path):
+def test_a_full_server_stops_the_transfer_and_keeps_the_connection(tmp_path, monkeypatch):
+    # What is sent ahead of the answers grows with the time that the connection took.
+    monkeypatch.setattr("torchord.cache.servers.connection._MOST_WINDOW_NBYTES", 2 << 20)
     with running(tmp_path, "--maxmemory", "40mb", "--maxmemory-policy", "noeviction") as node:
         store = ChunkStore([url_of(node)])
         with pytest.raises(CacheError, match="it is full"):
