@@ -53,7 +53,7 @@ def open_folder(root: str, folder: str) -> Files:
 def _cannot_write(where: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"cannot write {where}: {error}. Give a checkpoint_dir that the training server can write to, or set "
-        "TORCHORD_CHECKPOINT_DIR there."
+        "TORCHORD_CHECKPOINT_DIR there"
     )
 
 

@@ -131,7 +131,7 @@ class Encoder:
         raise self._refused(shown, _instead(value))
 
     def _refused(self, shown: str, why: str) -> RecipeError:
-        return RecipeError(f"recipe entry {self.entry!r}: {shown} is {why}.")
+        return RecipeError(f"recipe entry {self.entry!r}: {shown} is {why}")
 
 
 def _instead(value: Any) -> str:
