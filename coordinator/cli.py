@@ -38,6 +38,7 @@ class Options:
         checkpoint_dir: where the checkpoints are; None: the environment's.
         json: whether results are printed as JSON.
         admit_skew: `resume --admit-skew`.
+        admit_code: `resume --admit-code`.
         replay: steps of `verify --replay`.
     """
 
@@ -46,6 +47,7 @@ class Options:
     checkpoint_dir: str | None = None
     json: bool = False
     admit_skew: bool = False
+    admit_code: bool = False
     replay: tuple[int, ...] = ()
 
 
@@ -101,6 +103,11 @@ _ADMIT_SKEW = click.Option(
     ["--admit-skew"],
     is_flag=True,
     help="Let workers with another torch, hardware or code take part; the bits are then theirs.",
+)
+_ADMIT_CODE = click.Option(
+    ["--admit-code"],
+    is_flag=True,
+    help="Take the recipe's sources as they are here for the run's from now on; the run records it.",
 )
 _REPLAY = click.Option(
     ["--replay"],
@@ -234,7 +241,7 @@ def _pause(master: Master, options: Options) -> int:
 
 
 def _resume(master: Master, options: Options) -> int:
-    master.run(options.name).resume(admit_skew=options.admit_skew)
+    master.run(options.name).resume(admit_skew=options.admit_skew, admit_code=options.admit_code)
     return _told(master, options)
 
 
@@ -311,6 +318,12 @@ _command("list", _list, "All runs, oldest first.")
 _command("status", _status, "Where a run stands.")
 _command("watch", _watch, "Follow a run's events until it rests.")
 _command("pause", _pause, "Stop within the step; what is done is kept.")
-_command("resume", _resume, "Continue after a pause, a failure, or the loss of Redis.", _ADMIT_SKEW)
+_command(
+    "resume",
+    _resume,
+    "Continue after a pause, a failure, or the loss of Redis.",
+    _ADMIT_SKEW,
+    _ADMIT_CODE,
+)
 _command("cancel", _cancel, "End a run for good.")
 _command("verify", _verify, "Audit a run's ledger.", _REPLAY)

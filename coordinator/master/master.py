@@ -21,7 +21,8 @@ from torchord.coordinator.messages.broker import celery_url, publisher, transpor
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.recipe import Recipe, fingerprint
+from torchord.coordinator.spec.fingerprints import fingerprint
+from torchord.coordinator.spec.recipe import Recipe
 
 
 class Master:

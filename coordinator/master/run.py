@@ -36,8 +36,8 @@ from torchord.coordinator.messages.waits import Waits
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.fingerprints import digests_of, fingerprint, skewed
 from torchord.coordinator.spec.plan import Plan
-from torchord.coordinator.spec.recipe import fingerprint, skewed
 from torchord.coordinator.spec.resolving import resolve
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Run:
             raise RunError(f"run {self.name!r} is {before}; there is nothing to cancel")
         self._ledger.retire()
 
-    def resume(self, *, admit_skew: bool = False) -> None:
+    def resume(self, *, admit_skew: bool = False, admit_code: bool = False) -> None:
         """Continue after a pause, a failure, or the loss of Redis (from the last checkpoint).
 
         Finished shards of the interrupted step are kept. After a failure, the recipe's sources as this
@@ -210,6 +210,9 @@ class Run:
         Args:
             admit_skew: let workers take part whose torch, hardware or code differs from the run's;
                 its bits are then theirs. A running run is paused for a moment for that.
+            admit_code: the recipe's sources as this process sees them are the run's from now on, as they are
+                after a failure: for an upgrade whose bits do not differ, or shall differ. The run's spec and
+                the event `code admitted` say from which version on.
 
         Raises:
             RunError: if the run is done or cancelled.
@@ -221,9 +224,9 @@ class Run:
             recreate(self._services, self.name)
             self._sender.advance(self.name)
             return
-        if admit_skew and head.status in ("pending", "running"):
+        if (admit_skew or admit_code) and head.status in ("pending", "running"):
             self.pause()
-        self._respecify(head, admit_skew=admit_skew)
+        self._respecify(head, admit_skew=admit_skew, admit_code=admit_code)
         status = "pending" if head.total_steps is None else "running"
         done, before = self._ledger.transition(
             status, allowed=("paused", "failed"), event="resumed", error=None
@@ -232,17 +235,21 @@ class Run:
             raise RunError(f"run {self.name!r} is {before}; submit it under a new name to train again")
         self._sender.advance(self.name)
 
-    def _respecify(self, head: Head, *, admit_skew: bool) -> None:
+    def _respecify(self, head: Head, *, admit_skew: bool, admit_code: bool) -> None:
         """Record corrected sources, or that skew is admitted, while the run stands still."""
         spec = self._spec()
         before = str(spec.get("fingerprint", ""))
-        here = fingerprint(spec["recipe"])
-        corrected = head.status == "failed" and bool(skewed(before, here))
+        here = fingerprint(spec["recipe"], like=before)
+        changed = skewed(before, here)
+        corrected = bool(changed) and (admit_code or head.status == "failed")
         if not corrected and not admit_skew:
             return
         if corrected:
-            digests = dict(item.split("=", 1) for item in f"{before},{here}".split(",") if item)
+            digests = {**digests_of(before), **digests_of(here)}
             spec["fingerprint"] = ",".join(f"{name}={digest}" for name, digest in sorted(digests.items()))
+            admitted = {"version": head.version, "modules": changed}
+            spec["admitted"] = [*spec.get("admitted", []), {**admitted, "fingerprint": spec["fingerprint"]}]
+            self._ledger.emit("code admitted", admitted)
         if admit_skew:
             spec["skew"] = "admit"
         skew = spec.get("skew", spec["config"].get("skew", "refuse"))

@@ -27,8 +27,8 @@ from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.epochs import Visits
+from torchord.coordinator.spec.fingerprints import fingerprint, skewed, source_of
 from torchord.coordinator.spec.plan import Indices, Plan
-from torchord.coordinator.spec.recipe import fingerprint, skewed
 from torchord.coordinator.spec.resolving import ResolvedRecipe, resolve
 
 _CONTEXTS_KEPT = 4
@@ -145,8 +145,8 @@ class RunContext:
         """
         with self.lock:
             if self._skewed is None:
-                here = _first_met(fingerprint(self.spec["recipe"]))
-                self._skewed = skewed(str(self.spec.get("fingerprint", "")), here)
+                theirs = str(self.spec.get("fingerprint", ""))
+                self._skewed = skewed(theirs, fingerprint(self.spec["recipe"], like=theirs, read=_first_met))
             return self._skewed
 
     def require_same_code(self) -> None:
@@ -159,7 +159,8 @@ class RunContext:
         if modules and self.spec.get("skew", self.config.skew) == "refuse":
             raise Skewed(
                 f"run {self.run!r} was submitted with another version of {', '.join(modules)} than this "
-                "worker has loaded; give it the same files and restart it, or run.resume(admit_skew=True)"
+                "worker has loaded; give it the same files and restart it, run.resume(admit_code=True) where "
+                "the new code is right, or run.resume(admit_skew=True)"
             )
 
     def require_same_toolchain(self) -> str:
@@ -374,13 +375,11 @@ def recorded_visits(ledger: Ledger, spec: Mapping[str, Any]) -> Visits | None:
     return Visits.from_json(ledger.manifest().get("visits"))
 
 
-_sources: dict[str, str] = {}
+_sources: dict[str, bytes] = {}
 
 
-def _first_met(found: str) -> str:
-    """A fingerprint with each module's digest as it was when this process first met the module."""
-    met = []
-    for item in filter(None, found.split(",")):
-        module, _, digest = item.partition("=")
-        met.append(f"{module}={_sources.setdefault(module, digest)}")
-    return ",".join(met)
+def _first_met(module: str) -> bytes | None:
+    """A module's source as it was when this process first met the module; None if it is not here."""
+    if module not in _sources and (found := source_of(module)) is not None:
+        _sources[module] = found
+    return _sources.get(module)

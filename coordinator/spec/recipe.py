@@ -7,7 +7,6 @@ resolves a spec only within its allow-list (`torchord.coordinator.spec.admission
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 from torchord.cache.errors import RecipeError
 from torchord.coordinator.spec.admission import (
     present_name,
-    source_file,
 )
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.offered import OFFERED, offered
@@ -182,32 +180,6 @@ class Recipe:
 def modules_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the modules that a spec names, sorted, each once."""
     return tuple(sorted({target.partition(":")[0] for target in targets_of(Recipe.from_spec(spec))}))
-
-
-def fingerprint(spec: Mapping[str, Any]) -> str:
-    """Return digests of the user's own source files that a spec names.
-
-    Covered are the modules that contain the named callables, where they are Python files
-    outside installed packages, the standard library and torch; modules that those import are
-    not. A module that cannot be found here is left out.
-
-    Returns:
-        "module=digest" (BLAKE2b of the file's bytes, 16 hex digits), comma-separated and
-        sorted by module; equal sources give equal strings. Compare with `skewed`.
-    """
-    digests = []
-    for module in modules_of(spec):
-        file = source_file(module)
-        if file is not None:
-            digests.append(f"{module}={hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()}")
-    return ",".join(digests)
-
-
-def skewed(ours: str, theirs: str) -> list[str]:
-    """Return the modules whose sources differ between two fingerprints, among those in both."""
-    mine = dict(item.split("=", 1) for item in ours.split(",") if item)
-    other = dict(item.split("=", 1) for item in theirs.split(",") if item)
-    return sorted(module for module in mine.keys() & other.keys() if mine[module] != other[module])
 
 
 def entries_of(recipe: Recipe) -> dict[str, Entry]:

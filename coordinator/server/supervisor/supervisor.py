@@ -21,7 +21,7 @@ from torchord.cache.ledger.records import Head
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
-from torchord.coordinator.messages.waits import Waits
+from torchord.coordinator.messages.waits import WaitKind, Waits
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import recorded_visits, switches_of
 from torchord.coordinator.runtime.failures import Failure
@@ -41,7 +41,7 @@ OUTAGE_SECONDS = 1.5  # a round that took longer waited for Redis, or the proces
 SETTLE_SECONDS = 1.5  # after an outage, living workers need up to this long to say so
 EVALUATION_TRIES = 3
 QUIET_SECONDS = 15.0  # without a commit, before the log says what the run waits for
-QUIET_AGAIN_SECONDS = 60.0
+QUIET_AGAIN_SECONDS = 45.0
 
 
 class Supervisor:
@@ -228,13 +228,27 @@ class Supervisor:
         self._check_evaluations(ledger, head, alive, registry)
 
     def _say_if_quiet(self, ledger: Ledger, head: Head, alive: dict[str, WorkerInfo]) -> None:
-        """Log what a run waits for that has not moved for a while, and again once a minute."""
+        """Log what a run waits for that has not moved for a while, and again.
+
+        It is paused if everybody refuses it still: that only a person can end.
+        """
         key = (ledger.run, "quiet", head.status, head.version)
         if not self.memory.lasting(key, QUIET_SECONDS) or not self.memory.due(key, QUIET_AGAIN_SECONDS):
             return
-        plan = partial(self._plan, ledger)
-        for wait in Waits(ledger, plan).look(head, alive):
+        waits = Waits(ledger, partial(self._plan, ledger)).look(head, alive)
+        for wait in waits:
             log.warning("run %s %s", ledger.run, wait.said(time.time()))
+        refused = [wait for wait in waits if wait.kind is WaitKind.REFUSED]
+        if refused and self.memory.count(key) > 1:
+            message = f"run {ledger.run!r} was paused, since it {refused[0].said(time.time())}"
+            ledger.transition(
+                "paused",
+                allowed=("pending", "running"),
+                event="paused",
+                data={"message": message},
+                error={"kind": "Refused", "message": message},
+                incarnation=head.incarnation,
+            )
 
     def _waits_for_owner(self, ledger: Ledger, head: Head) -> bool:
         """Whether the next move is the training server's."""

@@ -119,3 +119,25 @@ def test_a_training_server_with_other_code_does_not_take_the_run(pending: Labora
     assert (head.status, head.owner, head.token) == ("pending", "", 0)
     assert pending.post.gradients == []
     assert pending.refused() == [pending.server.heartbeat.info.id]
+
+
+def test_new_code_is_admitted_by_a_person(lab: Laboratory) -> None:
+    """An upgrade: nobody has the code that the run was submitted with any more."""
+    odd, _ = lab.clients
+    before = lab.ledger.spec()["fingerprint"]
+    lab.submitted("0")
+    assert lab.compute(odd, 0)["status"] == "refused"
+    lab.run.resume(admit_code=True)
+    spec = lab.ledger.spec()
+    assert spec["fingerprint"] == before and spec.get("skew") is None
+    (admitted,) = spec["admitted"]
+    assert admitted == {"version": 0, "modules": ["tests.support.models"], "fingerprint": before}
+    (event,) = [event.data for event in lab.ledger.read_events() if event.type == "code admitted"]
+    assert event == {"version": 0, "modules": ["tests.support.models"]}
+    assert lab.compute(odd, 0)["status"] == "written"
+
+
+def test_code_that_does_the_same_needs_nobodys_consent(lab: Laboratory) -> None:
+    lab.run.pause()
+    lab.run.resume(admit_code=True)
+    assert "admitted" not in lab.ledger.spec()

@@ -29,7 +29,13 @@ from torchord.coordinator.runtime import activity
 from torchord.coordinator.server.supervisor.discards import LOSSES, WINDOW_SECONDS
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, UNSEEN_SECONDS
 from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS
-from torchord.coordinator.server.supervisor.supervisor import POLL_SECONDS, SETTLE_SECONDS, Supervisor
+from torchord.coordinator.server.supervisor.supervisor import (
+    POLL_SECONDS,
+    QUIET_AGAIN_SECONDS,
+    QUIET_SECONDS,
+    SETTLE_SECONDS,
+    Supervisor,
+)
 from torchord.coordinator.spec.config import TrainingConfig
 
 RUN = "run-1"
@@ -812,3 +818,37 @@ def test_calls_of_a_training_server_that_are_thrown_away_are_reported(lab: Labor
         lab.rounds(REPEAT_SECONDS + POLL_SECONDS)
         lab.consume(UPDATES)
     assert UPDATES in discarded(lab)
+
+
+# --- runs that stand still -----------------------------------------------------------------------
+
+
+def refusing(lab: Laboratory, *ids: str) -> None:
+    for id in ids:
+        lab.living[id] = replace(lab.living[id], refuses={RUN: f"{id} has other code"})
+
+
+def test_the_log_says_what_a_run_waits_for(lab: Laboratory, caplog: pytest.LogCaptureFixture) -> None:
+    lab.begin(0, "w0")
+    lab.queued()
+    lab.rounds(QUIET_SECONDS - 6)
+    assert "waits for" not in caplog.text
+    lab.rounds(6)
+    said = [record.getMessage() for record in caplog.records if "waits for" in record.getMessage()]
+    assert len(said) == 2 and "slot 0 at w0" in said[0] and "3 slots of step 0 that nobody" in said[1]
+    lab.rounds(QUIET_SECONDS)
+    assert len([r for r in caplog.records if "waits for" in r.getMessage()]) == 2, "not in every round"
+
+
+def test_a_run_that_everybody_refuses_is_paused_with_the_reasons(lab: Laboratory) -> None:
+    lab.queued()
+    refusing(lab, "w0", "w1")
+    lab.rounds(QUIET_SECONDS + QUIET_AGAIN_SECONDS + 5)
+    assert lab.run.head().status == "running", "w2 does not"
+    refusing(lab, "w2")
+    lab.rounds(QUIET_AGAIN_SECONDS - 5)
+    assert lab.run.head().status == "running", "they may be about to be replaced"
+    lab.rounds(QUIET_AGAIN_SECONDS + 10)
+    head = lab.run.head()
+    assert head.status == "paused" and head.error is not None
+    assert "w0 has other code" in head.error["message"] and "admit_skew" in head.error["message"]

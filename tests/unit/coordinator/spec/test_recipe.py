@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tests.support import models
 from torchord.cache.errors import NotAllowed, RecipeError
 from torchord.coordinator.spec.admission import START_DIRECTORY, torch_admits
-from torchord.coordinator.spec.recipe import Recipe, fingerprint, modules_of, skewed
+from torchord.coordinator.spec.recipe import Recipe, modules_of
 from torchord.coordinator.spec.resolving import resolve
 from torchord.coordinator.spec.targets import Target
 
@@ -654,24 +654,6 @@ def test_missing_modules_and_attributes_are_named(project: Path) -> None:
 def test_malformed_specs_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         resolve(spec_of(**changes), allowed=None)
-
-
-# --- fingerprints -----------------------------------------------------------------------
-
-
-def test_fingerprints_cover_the_users_own_modules(project: Path) -> None:
-    write(project / "mine.py", "def f(): return 1\n")
-    spec = spec_of(model=entry("mine:f"), dataset=entry("json:loads"), evaluation=entry("absent_module:f"))
-    first = fingerprint(spec)
-    assert [part.partition("=")[0] for part in first.split(",")] == ["mine"]
-    assert fingerprint(spec) == first and "mine" not in sys.modules
-    write(project / "mine.py", "def f(): return 2\n")
-    assert skewed(first, fingerprint(spec)) == ["mine"]
-    assert skewed(first, first) == [] and skewed(first, "") == []
-
-
-def test_a_recipe_of_torch_alone_has_no_fingerprint() -> None:
-    assert fingerprint(spec_of()) == ""
 
 
 def test_modules_of_a_spec() -> None:
