@@ -13,9 +13,9 @@ from torchord.cache.errors import (
     VersionMissing,
 )
 from torchord.cache.ledger.answers import Event
-from torchord.cache.ledger.incarnation import revised
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry
+from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
@@ -36,7 +36,6 @@ from torchord.coordinator.messages.waits import Waits
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.fingerprints import digests_of, fingerprint, skewed
 from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.resolving import resolve
 
@@ -226,7 +225,7 @@ class Run:
             return
         if (admit_skew or admit_code) and head.status in ("pending", "running"):
             self.pause()
-        self._respecify(head, admit_skew=admit_skew, admit_code=admit_code)
+        respecify(self._ledger, head, admit_skew=admit_skew, admit_code=admit_code)
         status = "pending" if head.total_steps is None else "running"
         done, before = self._ledger.transition(
             status, allowed=("paused", "failed"), event="resumed", error=None
@@ -234,26 +233,6 @@ class Run:
         if not done and before not in ("running", "pending"):
             raise RunError(f"run {self.name!r} is {before}; submit it under a new name to train again")
         self._sender.advance(self.name)
-
-    def _respecify(self, head: Head, *, admit_skew: bool, admit_code: bool) -> None:
-        """Record corrected sources, or that skew is admitted, while the run stands still."""
-        spec = self._spec()
-        before = str(spec.get("fingerprint", ""))
-        here = fingerprint(spec["recipe"], like=before)
-        changed = skewed(before, here)
-        corrected = bool(changed) and (admit_code or head.status == "failed")
-        if not corrected and not admit_skew:
-            return
-        if corrected:
-            digests = {**digests_of(before), **digests_of(here)}
-            spec["fingerprint"] = ",".join(f"{name}={digest}" for name, digest in sorted(digests.items()))
-            admitted = {"version": head.version, "modules": changed}
-            spec["admitted"] = [*spec.get("admitted", []), {**admitted, "fingerprint": spec["fingerprint"]}]
-            self._ledger.emit("code admitted", admitted)
-        if admit_skew:
-            spec["skew"] = "admit"
-        skew = spec.get("skew", spec["config"].get("skew", "refuse"))
-        self._ledger.respec(spec, incarnation=revised(head.incarnation), skew=skew)
 
     def switch(self, **fields: Any) -> int:
         """Change the config of a live run from a step boundary on; the history records it.
