@@ -185,6 +185,7 @@ class Plan:
         self.steps_per_epoch = self._epochs.steps(0, 1, config.local_steps)
         self._starts = [segment.start for segment in self._segments]
         self.total_steps = self._segments[-1].end(config.epochs)
+        self._asked: tuple[int | None, list[int]] = (None, [])
         self._orders: OrderedDict[int, Indices] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -238,8 +239,12 @@ class Plan:
 
     def _bounds(self, step: int) -> list[int]:
         """Where the step's batches begin in the order of its epoch, and where the last one ends."""
-        segment = self._segment(step)
-        return self._epochs.bounds(*segment.place(step), segment.config.local_steps)
+        last, bounds = self._asked  # most questions in a row are about one step
+        if last != step:
+            segment = self._segment(step)
+            bounds = self._epochs.bounds(*segment.place(step), segment.config.local_steps)
+            self._asked = step, bounds
+        return bounds
 
     def examples(self, step: int) -> int:
         """Return how many examples the step has over all its shards."""
