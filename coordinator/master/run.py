@@ -59,6 +59,7 @@ class Run:
         self._fleet = Fleet(services, name)
         self._waits = Waits(self._ledger, self._plan)
         self._trusted = trusted
+        self._planned: tuple[str, Plan] | None = None  # of which incarnation
 
     def __repr__(self) -> str:
         return f"<Run {self.name!r}>"
@@ -395,7 +396,11 @@ class Run:
         return resolve(self._spec()["recipe"], allowed=allowed)
 
     def _plan(self, head: Head) -> Plan | None:
-        return plan_of(self._ledger, head, self._spec())
+        if self._planned is not None and self._planned[0] == head.incarnation:
+            return self._planned[1]
+        plan = plan_of(self._ledger, head, self._spec())
+        self._planned = None if plan is None else (head.incarnation, plan)
+        return plan
 
     def _checkpoints(self, incarnation: str | None) -> Any:
         from torchord.cache.files.checkpoint import CheckpointStore
