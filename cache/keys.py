@@ -171,6 +171,10 @@ class RunKeys:
         """Chunk prefix of the parameters of one version."""
         return f"{PREFIX}:blob:{self.run}:parameters:{version}:{nonce}"
 
+    def rest_blob(self, digest: str) -> str:
+        """Chunk prefix of what rests from version to version, by its content."""
+        return f"{PREFIX}:blob:{self.run}:rest:{digest}"
+
     def delta_blob(self, version: int, nonce: str) -> str:
         """Chunk prefix of how one version follows from the one before."""
         return f"{PREFIX}:blob:{self.run}:delta:{version}:{nonce}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.ledger.figures import from_text, to_text
+from torchord.cache.ledger.rest_record import RestRecord
 
 GENESIS = "0" * 32
 
@@ -222,12 +223,13 @@ class VersionRecord:
 
     Attributes:
         version: its number.
-        digest: of the parameters' bytes.
-        blob: where they are.
+        digest: of the parameters' bytes, in one buffer.
+        blob: where they are; of a version with a `rest`, what moves.
         chain: ledger chain of the version.
         state: optimizer state, if it was published.
         slots: shard -> slot state after the step that made this version.
         delta: how it follows from the version before, if parameters are compressed.
+        rest: what it shares with other versions; None where `blob` is the whole.
     """
 
     version: int
@@ -237,15 +239,21 @@ class VersionRecord:
     state: StateRecord | None = None
     slots: dict[int, StateRecord] = field(default_factory=dict)
     delta: DeltaRecord | None = None
+    rest: RestRecord | None = None
 
     def own_blobs(self) -> list[BlobRef]:
-        """The bytes of the parameters themselves: whole, and as a delta."""
+        """The bytes of the parameters that no other version has: as a version, and as a delta."""
         return [self.blob] if self.delta is None else [self.blob, self.delta.blob]
 
+    def shared_blobs(self) -> list[BlobRef]:
+        """The bytes of the parameters that other versions have, too."""
+        return [] if self.rest is None else [self.rest.blob]
+
     def blobs(self) -> list[BlobRef]:
-        """All bytes that the record points to; slot states may be other versions' too."""
+        """All bytes that the record points to; what rests and slot states may be other versions' too."""
         states = [*([] if self.state is None else [self.state]), *self.slots.values()]
-        return [*self.own_blobs(), *(blob for state in states for blob in state.blobs())]
+        of_states = [blob for state in states for blob in state.blobs()]
+        return [*self.own_blobs(), *self.shared_blobs(), *of_states]
 
     def to_json(self) -> str:
         """Text for the versions hash."""
@@ -258,6 +266,7 @@ class VersionRecord:
                 "state": None if self.state is None else self.state.as_dict(),
                 "slots": {str(shard): state.as_dict() for shard, state in self.slots.items()},
                 **({} if self.delta is None else {"delta": self.delta.as_dict()}),
+                **({} if self.rest is None else {"rest": self.rest.as_dict()}),
             },
             separators=(",", ":"),
         )
@@ -275,6 +284,7 @@ class VersionRecord:
             state=None if state is None else StateRecord.from_dict(state),
             slots={int(shard): StateRecord.from_dict(value) for shard, value in fields["slots"].items()},
             delta=DeltaRecord.from_dict(fields["delta"]) if "delta" in fields else None,
+            rest=RestRecord.from_dict(fields["rest"]) if "rest" in fields else None,
         )
 
 

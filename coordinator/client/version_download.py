@@ -57,7 +57,9 @@ class VersionDownload:
         if not self._on or held is None or context.config.parameter_compression != "none":
             return
         replica = context.replica()
-        nbytes = replica.nbytes()
+        if replica.flat is None:
+            return
+        nbytes = replica.flat.numel()  # of the next version, too, unless what rests changes
         if nbytes < LEAST_CHUNKS * self._chunks.chunk_nbytes:
             return
         if self._chunks.tiered(nbytes):

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import CacheError, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import Manifest, as_bytes, pack, views
-from torchord.cache.tensors.pieces import checksums, split
+from torchord.cache.tensors.halves import VersionBytes
 from torchord.coordinator.compression.codec import Codec
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
@@ -132,12 +133,13 @@ def forward(
     Returns:
         Whether the replica holds the version now; if not, it has to be downloaded.
     """
-    flat, config = replica.flat, replica.config
+    config, flat = replica.config, replica.flat
     assert flat is not None
     try:
         chain = parameters.deltas(ledger, version, base=replica.digest)
         if chain is None:
             return False
+        flat = VersionBytes(flat, replica.rest).flat()
         for record in chain:
             assert record.delta is not None
             delta = Delta(record.delta.compression, *parameters.fetch_delta(record.delta))
@@ -147,16 +149,21 @@ def forward(
         log.warning("version %d of run %s is downloaded whole: %s", version, ledger.run, error)
         return False
     if chain:
-        blob = chain[-1].blob
-        if checksums(split(as_bytes(flat), blob.chunk_nbytes)) != blob.checksums:
+        last = chain[-1]
+        shown = last.blob if last.rest is None else last.rest.blob
+        if BlobRef.of("", as_bytes(flat), shown.chunk_nbytes).digest != last.digest:
             log.warning(
                 "version %d of run %s is downloaded whole: this machine decodes its delta to other bytes",
                 version,
                 ledger.run,
             )
             return False
-        replica.attach(flat)
-        replica.digest = chain[-1].digest
+        rest = replica.rest
+        if rest is not None and last.rest is not None and rest.is_of(shown.digest, last.rest.tensors):
+            replica.attach(rest.halves.parted(flat), rest)
+        else:
+            replica.attach(flat)
+        replica.digest = last.digest
     return True
 
 

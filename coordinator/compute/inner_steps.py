@@ -139,7 +139,7 @@ def compute(
     finally:
         replica.model.zero_grad(set_to_none=True)
         if attached and replica.flat is not None:
-            replica.attach(replica.flat)
+            replica.attach(replica.flat, replica.rest)
         else:
             replica.restore()
     finite = all(map(math.isfinite, (found.norm, *values))) and all(

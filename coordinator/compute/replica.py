@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
 from torchord.cache.tensors.codec import Manifest, dtype_name, layout, pack, row_major, views
+from torchord.cache.tensors.halves import Rest
 from torchord.coordinator.compute.averaging import Average, AveragedWeights, average_of
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
@@ -53,8 +54,9 @@ class Replica:
         loss_scale: the version's loss scale; None where the precision needs none.
         average: the version's averaged weights; None where the recipe asks for no average.
         manifest: layout of a version: parameters, then buffers, then the loss scale and the average.
-        flat: 1-D uint8 CPU tensor, the version that the model was loaded with; None before the
-            first `load`.
+        flat: 1-D uint8 CPU tensor, the version that the model was loaded with, or what moves of it; None
+            before the first `load`.
+        rest: what the version has beside `flat`; None where that is the whole.
         memory: flat buffers on the device, and what brings bytes there and back; None on the CPU.
         watch: finds out what a forward changes that no version holds.
         compiled: what computes shards in the model's place; None for the model itself.
@@ -77,6 +79,7 @@ class Replica:
         self.average = None if average is None else AveragedWeights(average, self._averageable)
         self.manifest: Manifest = layout(self.state_tensors())
         self.flat: Tensor | None = None
+        self.rest: Rest | None = None
         self.loaded: int | None = None
         self.digest = ""
         self.compiled: nn.Module | None = None
@@ -88,6 +91,7 @@ class Replica:
         self._began = {name: address(buffer) for name, buffer in self.buffers.items()}
         self._version: dict[str, Tensor] = {}  # on the CPU
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
+        self._rest_here: dict[str, Tensor] = {}  # of these, what rests
         self._attached = False
         self._copies = False
         self.memory: DeviceMemory | None = None
@@ -167,12 +171,18 @@ class Replica:
         """
         self.memory, self._copies = memory, True
 
-    def landing(self) -> Tensor | None:
-        """Memory that the next version may be received in; None where there is none yet.
+    def landing(self, nbytes: int) -> Tensor | None:
+        """Memory of a length that the next version may be received in; None where there is none yet.
 
         It may be what `flat` is: then the version that is loaded is gone.
         """
-        return self.flat if self.memory is None else self.memory.landing(self.manifest.nbytes, self.flat)
+        if self.memory is not None:
+            return self.memory.landing(nbytes, self.flat)
+        return self.flat if self.flat is not None and self.flat.numel() == nbytes else None
+
+    def may_rest(self) -> set[str]:
+        """Names of the tensors that no step is expected to change: frozen parameters and buffers."""
+        return {*self.frozen, *self.buffers}
 
     def version_here(self) -> Mapping[str, Tensor]:
         """Return name -> tensor of the loaded version, on the replica's device; not to be written to."""
@@ -185,33 +195,39 @@ class Replica:
             return flat if out is None else out.copy_(flat)
         return pack(self.state_tensors(), self.manifest, out)
 
-    def load(self, buffer: Tensor) -> None:
+    def load(self, buffer: Tensor, rest: Rest | None = None) -> None:
         """Take over a version.
 
         Args:
-            buffer: 1-D uint8 CPU tensor laid out by `manifest`. It is kept, not copied, and must
-                not change until the next `load`.
+            buffer: 1-D uint8 CPU tensor laid out by `manifest`; beside a `rest`, what moves. It is kept, not
+                copied, and must not change until the next `load`.
+            rest: what the version has beside `buffer`, likewise.
 
         Raises:
             ManifestMismatch: the buffer has another size than this model's versions.
         """
         self.own()
-        self._take(buffer)
+        self._take(buffer, rest)
         self.restore()
 
-    def _take(self, buffer: Tensor) -> None:
-        if buffer.numel() != self.manifest.nbytes:
+    def _take(self, buffer: Tensor, rest: Rest | None) -> None:
+        manifest = self.manifest if rest is None else rest.halves.moving_layout
+        if buffer.numel() != manifest.nbytes:
             raise ManifestMismatch(
-                f"a version of this model has {self.manifest.nbytes} bytes, the one given has "
+                f"a version of this model has {manifest.nbytes} bytes, the one given has "
                 f"{buffer.numel()}; the run was started with other code than this worker's"
             )
-        self.flat = buffer
-        self._version = self._here = views(buffer, self.manifest)
+        if self.memory is not None and rest is not None and rest is not self.rest:
+            self._rest_here = {name: tensor.to(self.device) for name, tensor in rest.tensors.items()}
+        self.flat, self.rest = buffer, rest
+        beside = {} if rest is None else rest.tensors
+        self._version = self._here = {**views(buffer, manifest), **beside}
         if self.memory is not None:
-            self._here = views(self.memory.upload(buffer), self.manifest)
+            beside = {} if rest is None else self._rest_here
+            self._here = {**views(self.memory.upload(buffer), manifest), **beside}
 
     @torch.no_grad()
-    def attach(self, buffer: Tensor) -> None:
+    def attach(self, buffer: Tensor, rest: Rest | None = None) -> None:
         """Take over a version without a copy: the parameters become views of the buffer.
 
         For models that are only read, as in a plain step. A parameter that does not lie in memory as the
@@ -220,13 +236,15 @@ class Replica:
 
         Args:
             buffer: as for `load`; a write to a parameter goes to it.
+            rest: as for `load`; it serves several versions, so that nothing is attached there.
         """
         if self.spoilt():
             self._copies = True
-        if self._copies or not all(map(row_major, self.parameters.values())):
-            self.load(buffer)
+        shared = rest is not None and not self.may_rest() >= rest.tensors.keys()
+        if self._copies or shared or not all(map(row_major, self.parameters.values())):
+            self.load(buffer, rest)
             return
-        self._take(buffer)
+        self._take(buffer, rest)
         for name, parameter in self.parameters.items():
             if name not in self.frozen:
                 parameter.data = self._version[name]

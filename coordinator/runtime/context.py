@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
@@ -351,12 +353,23 @@ class RunContext:
         if held and self._forward(replica, ledger, version):
             replica.loaded = version
             return replica, "delta"
-        fetch = self.services.parameters.fetch
-        out = replica.flat if self.services.chunks.tiered(replica.nbytes()) else replica.landing()
-        record, flat, source = fetch(ledger, version, out=out, record=record, ahead=ahead)
-        replica.attach(flat)
+        record, found, source = self.services.parameters.fetch_bytes(
+            ledger,
+            version,
+            manifest=replica.manifest,
+            rest=replica.rest,
+            room=partial(self._room, replica),
+            record=record,
+            ahead=ahead,
+        )
+        replica.attach(found.own, found.rest)
         replica.loaded, replica.digest = version, record.digest
         return replica, source
+
+    def _room(self, replica: Replica, nbytes: int) -> Tensor | None:
+        """Memory for a version that the host's tier does not map; None for new memory."""
+        mapped = self.services.chunks.tiered(nbytes)
+        return None if mapped and replica.memory is not None else replica.landing(nbytes)
 
     def _forward(self, replica: Replica, ledger: Ledger, version: int) -> bool:
         """Bring the replica to a version by the deltas from what it holds, if that can be done."""

@@ -133,11 +133,7 @@ class StepCommit:
 
     def _stored(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> VersionRecord:
         """Store the version that the trainer has made, and its difference where Clients read differences."""
-        step, replica = warm.version, warm.trainer.replica
-        flat = replica.pack(self.services.chunks.draft(replica.nbytes()))
-        draft = self.services.parameters.publish(
-            warm.ledger, step + 1, flat, chain="", announced=self._far(warm, slots)
-        )
+        draft = warm.writer.store(warm.version + 1, chain="", announced=self._far(warm, slots))
         if (delta := warm.trainer.delta) is None:
             return draft
         return self.services.parameters.publish_delta(
@@ -208,7 +204,7 @@ class StepCommit:
             warm.far_until = warm.version + _FAR_STEPS
         least = LEAST_CHUNKS * self.services.chunks.chunk_nbytes
         far = self.read_nbytes >= least or warm.version < warm.far_until
-        return far and warm.trainer.replica.nbytes() >= least
+        return far and warm.writer.nbytes >= least
 
     def _draft(self, warm: WarmRun, *, after: int) -> Launch | None:
         """The chord that the commit of the present step makes possible, None if there is none or several."""

@@ -218,7 +218,7 @@ class TrainingServer:
 
     def _after_commit(self, warm: WarmRun, committed: Committed) -> None:
         """What follows a commit and may overlap the next step's compute."""
-        dropped = [blob for record in committed.dropped for blob in record.blobs()]
+        dropped = self.services.parameters.outlived(warm.ledger, committed.dropped, warm.record)
         self.services.gradients.delete([*warm.spent, *dropped])
         self.upkeep.retain(warm, warm.stored, warm.pinned)
         self.finish.evaluate_if_due(warm)

@@ -30,6 +30,7 @@ from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.server.version_writer import VersionWriter
 from torchord.coordinator.server.warm_run import WarmRun
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
@@ -54,6 +55,7 @@ class TakeOver:
         self.token = token
         self.restores = False  # whether there are versions, and with them the layout of the run's model
         self.ledger: Ledger = services.ledger(context.run)
+        self._writer: VersionWriter | None = None  # that has stored the version that was taken over
         self.checkpoints = CheckpointStore(
             services.settings.checkpoint_dir, context.run, context.incarnation, fault=fault
         )
@@ -156,6 +158,8 @@ class TakeOver:
             self.context,
             self.ledger,
             trainer,
+            self._writer
+            or VersionWriter(self.services.parameters, self.ledger, trainer.replica, record.rest),
             self.checkpoints,
             self.token,
             record.version,
@@ -272,7 +276,8 @@ class TakeOver:
     def _published(self, trainer: Trainer, version: int, chain: str) -> VersionRecord:
         """Store what a trainer holds as a version with its optimizer state."""
         parameters = self.services.parameters
-        record = parameters.publish(self.ledger, version, trainer.replica.pack(None), chain=chain)
+        self._writer = VersionWriter(parameters, self.ledger, trainer.replica)
+        record = self._writer.store(version, chain=chain)
         return parameters.publish_state(self.ledger, record, trainer.state(copies=False))
 
     def _stored_slots(self, version: int, trees: Mapping[int, Any]) -> dict[int, StateRecord]:

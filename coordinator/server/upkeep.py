@@ -102,11 +102,12 @@ class Upkeep:
                 the run has to be restored.
         """
         try:
-            self.services.chunks.require_stored(warm.record.blob)
+            for blob in (warm.record.blob, *warm.record.shared_blobs()):
+                self.services.chunks.require_stored(blob)
         except ChunkLost as error:
             log.warning("run %s: version %d is stored again: %s", warm.run, warm.version, error)
-            flat = warm.trainer.replica.pack()
-            record = self.services.parameters.publish(warm.ledger, warm.version, flat, chain=warm.chain)
+            warm.writer.doubt()
+            record = warm.writer.store(warm.version, chain=warm.chain)
             record = replace(record, slots=warm.record.slots, delta=warm.record.delta)
             if not warm.ledger.put_version(record, token=warm.token):
                 raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
@@ -122,7 +123,8 @@ class Upkeep:
         record = self.services.parameters.record
         earlier = [record(warm.ledger, version) for version in range(warm.oldest_needed(), warm.version)]
         states = [state for each in (*earlier, warm.record) for state in each.slots.values()]
-        needed = [*(each.blob for each in earlier), *(blob for state in states for blob in state.blobs())]
+        parameters = [blob for each in earlier for blob in (each.blob, *each.shared_blobs())]
+        needed = [*parameters, *(blob for state in states for blob in state.blobs())]
         for blob in {blob.key: blob for blob in needed}.values():  # a state may be several versions'
             self.services.chunks.require_stored(blob)
 

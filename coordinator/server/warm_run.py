@@ -14,6 +14,7 @@ from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, GradientDownload
+from torchord.coordinator.server.version_writer import VersionWriter
 
 NEVER = -1
 
@@ -26,6 +27,7 @@ class WarmRun:
         context: recipe, config, plan and data of the run.
         ledger: its control plane.
         trainer: model, optimizer and scheduler, at `version`.
+        writer: stores its versions.
         checkpoints: where its files go.
         token: fencing token under which this server acts.
         version: committed global steps.
@@ -47,6 +49,7 @@ class WarmRun:
     context: RunContext
     ledger: Ledger
     trainer: Trainer
+    writer: VersionWriter
     checkpoints: CheckpointStore
     token: int
     version: int

@@ -17,13 +17,14 @@ import pytest
 import torch
 from billiard.process import current_process
 
-from tests.support import models
+from tests.support import models, resting
 from tests.support.inprocess import InProcess, resolved
 from tests.support.stand_in import StandIn
 from torchord import Recipe, TrainingConfig
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors import pinned
 from torchord.cache.tensors.codec import layout, pack, views
+from torchord.cache.tensors.halves import Halves, Rest
 from torchord.coordinator.compute import determinism, device_memory, gradient
 from torchord.coordinator.compute import inner_steps as local_steps
 from torchord.coordinator.compute.batch import open_dataset
@@ -215,6 +216,31 @@ def test_local_steps_have_the_same_bits_and_cost_one_wait(precision: str) -> Non
     assert copies.log == ["after compute", "copy", "mark", "wait"] * 2
     moments = [taken.state["optimizer"]["state"][0]["exp_avg"] for taken in (one, other)]
     assert torch.equal(*moments)
+
+
+def test_a_version_in_two_halves_has_the_same_bits() -> None:
+    """What rests goes to the device once; what moves lands and is uploaded as ever."""
+    found, config, copies = resolved(resting.recipe()), CONFIG, StandIn()
+    data = open_dataset(found, config)
+    indices = Plan(len(data), config).indices(0, 0)
+    one, other = (Replica.build(found, config) for _ in range(2))
+    halves = Halves.of(one.manifest, one.may_rest())
+    beside = {spec.name: one.state_tensors()[spec.name] for spec in halves.resting_layout.tensors}
+    rest = Rest(halves, "", pack(beside, halves.resting_layout))
+    one.use(DeviceMemory(copies))
+    for seed in range(3):
+        with torch.no_grad():
+            for parameter in other.parameters.values():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * seed)
+        flat = other.pack()
+        landing = one.landing(halves.moving_layout.nbytes)
+        assert landing is not None
+        one.attach(landing.copy_(halves.parted(flat)), rest)
+        other.attach(flat)
+        assert torch.equal(one.pack(), flat)
+        same_gradients(*(gradient.compute(r, found, config, data, indices, 0, 0) for r in (one, other)))
+        other.own()
 
 
 def same_gradients(one: gradient.ShardGradient, other: gradient.ShardGradient) -> None:
