@@ -16,6 +16,7 @@ BENCHMARKS = {
     "cache": "the chunk store against a bare socket",
     "straggler": "what a worker that is ten times slower costs a run",
     "tree": "what the training server reads a step, with partial sums and without",
+    "rest": "what a step moves of a model that is mostly frozen",
     "scale": "2 to 256 simulated Clients: what a step costs, and what gives out first",
     "gpu": "one GPU, one and two workers beside the plain loop; skipped where there is none",
     "codecs": "bytes, accuracy and seconds of each gradient codec",

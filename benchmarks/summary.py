@@ -102,6 +102,21 @@ def _tree(found: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def _rest(found: dict[str, Any]) -> Iterator[Row]:
+    for host_cache in ("off", "on"):
+        ours, whole = (
+            found["bytes_a_step"][f"same-host tier {host_cache}, {stored}"]
+            for stored in ("what moves", "stored whole")
+        )
+        yield Row(
+            "rest",
+            f"adapters of 0.06 MB on 12.7 MB, in and out a step, same-host tier {host_cache}",
+            f"{ours['input'] / 1e6:.2f} MB, {ours['output'] / 1e6:.2f} MB",
+            "",
+            f"stored whole {whole['input'] / 1e6:.2f} MB, {whole['output'] / 1e6:.2f} MB",
+        )
+
+
 def _scale(found: dict[str, Any]) -> Iterator[Row]:
     for row in found["rows"]:
         step = row["step"]
@@ -248,6 +263,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "codecs": _codecs,
     "accuracy": _accuracy,
     "tree": _tree,
+    "rest": _rest,
     "scale": _scale,
     "straggler": _straggler,
     "flat": _flat,
