@@ -18,7 +18,10 @@ OFFERED = {
 
 
 def offered(name: str, call: Callable[..., Any]) -> tuple[str, ...]:
-    """Return which of the values in `OFFERED` a callable takes.
+    """Return which of the values in `OFFERED` a callable takes: those that its parameters name.
+
+    A class's own defaults are left alone, since it was written for other callers: its `size` need not be the
+    dataset's.
 
     Args:
         name: "order" or "batches".
@@ -48,7 +51,8 @@ def offered(name: str, call: Callable[..., Any]) -> tuple[str, ...]:
                 f"recipe entry {name!r} needs a value for {parameter.name!r}; bind it with functools.partial "
                 f"or name what it is to be given: {_choice(name)}"
             )
-    return tuple(p.name for p in free if p.name in OFFERED[name] and p.kind is not p.POSITIONAL_ONLY)
+    taken = [p for p in free if not inspect.isclass(inner) or p.default is p.empty]
+    return tuple(p.name for p in taken if p.name in OFFERED[name] and p.kind is not p.POSITIONAL_ONLY)
 
 
 def _choice(name: str) -> str:

@@ -133,6 +133,8 @@ def test_an_order_takes_what_it_names() -> None:
     assert offered("order", partial(order, seed=1)) == ("size", "dataset")
     assert offered("order", partial(order, 10)) == ("seed", "dataset")
     assert offered("order", torch.utils.data.RandomSampler) == ("data_source",)
+    shared = partial(torch.utils.data.DistributedSampler, num_replicas=1, rank=0)
+    assert offered("order", shared) == ("dataset",), "its seed has a default"
     assert offered("batches", partial(torch.utils.data.BatchSampler, drop_last=True, sampler=[0])) == (
         "batch_size",
     )
