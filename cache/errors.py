@@ -124,6 +124,10 @@ class ShardFailed(RunError):
     """The recipe's own code raised while a worker computed a shard."""
 
 
+class Impure(RunError):
+    """A shard gave other bytes when it was computed once more; take out what makes the recipe depend on more than (run, version, shard)."""
+
+
 class NonFinite(RunError):
     """A loss or gradient was NaN or infinite; lower the learning rate, clip, or set nonfinite='skip'."""
 

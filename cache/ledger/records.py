@@ -19,6 +19,9 @@ GENESIS = "0" * 32
 PARTIAL_SUMS = "partial_sums"
 """In the notes of a ledger entry: [number, digest, worker, attempt] of each partial sum, in order."""
 
+CHECKS = "checks"
+"""In the notes of a ledger entry: [shard, worker that computed it again, compared] of each check."""
+
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""

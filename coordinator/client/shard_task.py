@@ -18,6 +18,7 @@ from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_digest
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.stores.gradients import StoredGradient
+from torchord.coordinator.client.fresh_copy import FreshCopies
 from torchord.coordinator.client.gradient_upload import GradientUploads, Outgoing
 from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
@@ -65,6 +66,7 @@ class ShardTask:
             self.services.gradients, ahead="upload" in overlap, announced="collect" in overlap
         )
         self.downloads = VersionDownload(self.services.chunks, on="fetch" in overlap)
+        self.fresh = FreshCopies()
         self._fetched = threading.local()  # which tier this thread's shard had its parameters from
 
     def compute_gradient(self, task: SlotTask, part: Part | None = None) -> dict[str, Any]:
@@ -138,7 +140,8 @@ class ShardTask:
             part.answered(answer)
         self.fault("client.after_slot")
         # What can be done before the next task comes.
-        self.lease.heartbeat.worked(task.run, seconds)
+        if slot.shard == context.plan().fan_in(task.step).shard_of(slot.shard):  # a check takes longer
+            self.lease.heartbeat.worked(task.run, seconds)
         self.downloads.idle(context, begun.memory)
         return {**written, "status": verdict}
 
@@ -189,6 +192,7 @@ class ShardTask:
             with contained(), context.lock:
                 dataset = context.dataset()
                 plan = context.plan()
+                shard = plan.fan_in(step).shard_of(task.slot)
                 indices = plan.indices(step, shard)
                 samples = indices.tolist()
                 version = plan.version_for(step)
@@ -198,6 +202,8 @@ class ShardTask:
                 state = None
                 if context.keeps_state(step):
                     state = self._slot_state(context, version, shard, record)
+                if shard != task.slot:
+                    return self.fresh.work(context, replica, step, shard, state), None
                 outgoing = self.uploads.begin(context, step, shard, replica, plan.config_at(step))
                 if outgoing is not None:
                     unless_stored.callback(outgoing.upload.give_up)

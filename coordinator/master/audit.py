@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torchord.cache.ledger.records import GENESIS, PARTIAL_SUMS, Head, LedgerEntry, VersionRecord
+from torchord.cache.errors import Impure
+from torchord.cache.ledger.records import CHECKS, GENESIS, PARTIAL_SUMS, Head, LedgerEntry, VersionRecord
 from torchord.coordinator.spec.plan import Plan
 
 
@@ -19,10 +20,13 @@ class Audit:
         slots: gradient slots that were applied, each exactly once.
         duplicates_ignored: deliveries of a shard that changed nothing: a second delivery while the
             first was at work or done, or one that came after the commit.
-        divergent: ignored duplicates whose bytes differed from the applied ones (a broken purity).
+        divergent: ignored duplicates and checks whose bytes differed from the applied ones (a broken
+            purity).
         replayed: steps computed a second time after a training server's death.
         workers: worker id -> slots of its that were applied.
         partial_sums: sums over part of a step's shards that went into a version, each exactly once.
+        checked: shards that were computed once more, in fresh copies of model and dataset, and had the
+            same bytes (see `TrainingConfig.audit_fraction`).
         problems: each discrepancy in one sentence, first one first.
         reexecuted: steps that were computed again and compared, byte for byte.
     """
@@ -37,12 +41,14 @@ class Audit:
     problems: tuple[str, ...] = ()
     reexecuted: tuple[int, ...] = ()
     partial_sums: int = 0
+    checked: int = 0
 
     def __str__(self) -> str:
         verdict = "clean" if self.ok else f"NOT clean: {self.problems[0]}"
         text = (
             f"ledger audit {verdict}: {self.steps} steps, {self.slots} gradient slots applied once each, "
             + (f"through {self.partial_sums} partial sums, " if self.partial_sums else "")
+            + f"{self.checked} of them computed twice and compared, "
             + f"{self.duplicates_ignored} duplicates ignored, {self.replayed} steps replayed"
         )
         return f"{text}, {len(self.reexecuted)} steps computed again" if self.reexecuted else text
@@ -69,7 +75,7 @@ def audit(
             if first.to_json() != entry.to_json():  # as text: NaN equals NaN
                 problems.append(f"version {entry.version} has two entries that differ")
     chain = GENESIS
-    slots = sums = 0
+    slots = sums = checked = 0
     workers: dict[str, int] = {}
     for version in range(1, head.version + 1):
         found = by_version.get(version)
@@ -81,6 +87,7 @@ def audit(
         chain = found.chain
         slots += len(found.slots)
         sums += len(found.notes.get(PARTIAL_SUMS, []))
+        checked += sum(bool(compared) for _, _, compared in found.notes.get(CHECKS, []))
         for slot in found.slots:
             workers[slot.worker] = workers.get(slot.worker, 0) + 1
     if head.version and chain != head.chain and not problems:
@@ -88,10 +95,12 @@ def audit(
     last = by_version.get(head.version)
     if stored is not None and last is not None and stored.digest != last.parameters:
         problems.append(f"the stored parameters of version {head.version} are not those that were committed")
-    if head.divergent:
+    if head.error is not None and head.error.get("kind") == Impure.__name__:
+        problems.append(str(head.error["message"]))
+    elif head.divergent:
         problems.append(
-            f"{head.divergent} duplicate gradients had other bytes than the applied ones: some worker's "
-            "torch, hardware, data or code differs"
+            f"{head.divergent} duplicate gradients had other bytes than the applied ones: the recipe is not "
+            "pure, or some worker's torch, hardware, data or code differs"
         )
     return Audit(
         ok=not problems,
@@ -103,6 +112,7 @@ def audit(
         workers=workers,
         problems=tuple(problems),
         partial_sums=sums,
+        checked=checked,
     )
 
 
@@ -128,6 +138,9 @@ def _entry_problems(entry: LedgerEntry, chain: str, plan: Plan | None) -> list[s
         found.append(f"{name} applied {examples} examples by shard instead of {plan.shard_sizes(step)}")
     elif entry.examples != plan.examples(step):
         found.append(f"{name} applied {entry.examples} examples instead of {plan.examples(step)}")
+    checks = [each[0] for each in entry.notes.get(CHECKS, [])]
+    if checks != list(plan.checked(step)):
+        found.append(f"{name} had the shards {checks} computed twice instead of {list(plan.checked(step))}")
     sums, expected = [each[0] for each in entry.notes.get(PARTIAL_SUMS, [])], plan.fan_in(step).partials
     if sums != list(expected):
         found.append(f"{name} applied the partial sums {sums} instead of {list(expected)}, once each")

@@ -16,6 +16,7 @@ from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, Fenced, ManifestMismatch, NonFinite, RunError
 from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.records import (
+    CHECKS,
     PARTIAL_SUMS,
     Launch,
     LedgerEntry,
@@ -30,7 +31,15 @@ from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
-from torchord.coordinator.server.step_slots import loss_of, nonfinite, receipts_of, roots_of, send_missing
+from torchord.coordinator.server.step_checks import compare
+from torchord.coordinator.server.step_slots import (
+    loss_of,
+    needed,
+    needed_slots,
+    nonfinite,
+    receipts_of,
+    send_missing,
+)
 from torchord.coordinator.server.step_sum import StepSum
 from torchord.coordinator.server.upkeep import Upkeep
 from torchord.coordinator.server.warm_run import WarmRun
@@ -94,14 +103,16 @@ class StepCommit:
             Fenced: another server or a person acted; what `warm` holds is ahead of the head.
             RunError: a replayed step gave other bytes than before.
             NonFinite: the gradients are not finite and the config asks to stop then.
+            Impure: a shard that was computed twice came out differently.
             ChunkMissing, ChunkCorrupt: a slot's bytes are lost; it was opened again.
         """
         step, tree = warm.version, warm.context.plan().fan_in(warm.version)
         if present is None:
-            present = roots_of(warm.ledger, step, tree)
-        if present is None or len(present) < len(tree.roots):
+            present = needed_slots(warm.ledger, step, tree)
+        if present is None or not needed(tree) <= present.keys():
             return None
         slots = [present[root] for root in tree.roots]
+        checks = compare(warm, present, self.services.gradients)
         # The average, and the optimizer's step.
         self.fault("server.before_apply")
         self._adopt(warm)
@@ -111,7 +122,7 @@ class StepCommit:
         draft = self._stored(warm, slots)
         self.fault("server.after_publish")
         # The ledger's entry and the version's record, and with them the next chord.
-        entry = self._entry(warm, slots, report, loss, draft)
+        entry = self._entry(warm, slots, report, loss, draft, {CHECKS: checks} if checks else {})
         record, unused = self._record(warm, slots, draft, entry)
         drafted = self._draft(warm, after=launched)
         committed = warm.ledger.commit(
@@ -128,7 +139,9 @@ class StepCommit:
         if committed.verdict != "ok":
             self.services.chunks.delete(record.own_blobs())
             raise _refusal(warm, committed.verdict)
-        warm.take(entry, record, committed, spent=[*(slot.blob for slot in slots), *unused])
+        spent = [blob for check in tree.checks for blob in present[check].blobs()]
+        spent += [present[each].blob for each in {*tree.roots, *tree.checked}]
+        warm.take(entry, record, committed, spent=[*spent, *unused])
         return Applied(self._receipt(warm, entry), committed, drafted)
 
     def _stored(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> VersionRecord:
@@ -147,6 +160,7 @@ class StepCommit:
         report: ApplyReport,
         loss: float,
         draft: VersionRecord,
+        checks: dict[str, Any],
     ) -> LedgerEntry:
         step, plan, now = warm.version, warm.context.plan(), time.time()
         receipts, sums = receipts_of(slots)
@@ -168,6 +182,7 @@ class StepCommit:
                 **(_origin(warm.context.spec) if step == 0 else {}),
                 **({"switch": plan.switches[step]} if step in plan.switches else {}),
                 **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
+                **checks,
             },
         ).sealed()
 
@@ -218,7 +233,7 @@ class StepCommit:
         return self.sender.drafted(
             warm.run,
             steps[0],
-            range(tree.shards),
+            tree.gradients,
             callback_queue=self.queue,
             version=plan.version_for(steps[0]),
             incarnation=warm.context.incarnation,

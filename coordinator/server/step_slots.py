@@ -12,13 +12,19 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.spec.sum_tree import FanIn
 
 
-def roots_of(ledger: Ledger, step: int, tree: FanIn) -> dict[int, SlotRecord] | None:
-    """The root slots of a step by number, None while any slot of the step is missing."""
+def needed(tree: FanIn) -> set[int]:
+    """The slots whose records an update reads: the roots, the checks, and what these are compared with."""
+    return {*tree.roots, *tree.checks, *tree.checked}
+
+
+def needed_slots(ledger: Ledger, step: int, tree: FanIn) -> dict[int, SlotRecord] | None:
+    """The slots of a step that its update reads, None while any slot of the step is missing."""
     if not tree.partials:
         found = ledger.slots(step)
         return found if len(found) >= tree.total else None
-    found, present = ledger.some_slots(step, tree.roots)
-    return found if present >= tree.total and len(found) == len(tree.roots) else None
+    wanted = needed(tree)
+    found, present = ledger.some_slots(step, sorted(wanted))
+    return found if present >= tree.total and len(found) == len(wanted) else None
 
 
 def receipts_of(roots: Sequence[SlotRecord]) -> tuple[list[SlotReceipt], list[list[Any]]]:
@@ -73,7 +79,7 @@ def send_missing(
     Raises:
         CacheUnreachable: if the broker does not take it.
     """
-    shards = [shard for shard in range(tree.shards) if shard not in present]
+    shards = [slot for slot in tree.gradients if slot not in present]
     ready = tree.ready(present)
     later = sum(slot not in present for slot in tree.partials) - len(ready)
     if shards:

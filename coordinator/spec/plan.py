@@ -28,6 +28,9 @@ from torchord.coordinator.spec.sum_tree import FanIn, fan_in
 Indices = npt.NDArray[np.int64]
 
 _KEPT_EPOCHS = 2
+_FIRST_CHECKED = 4  # shards of the first step, at most
+_STEPS_CHECKED = 4  # the first steps, each of which has a check
+_SEEDS = 1 << 63
 _SAMPLES_SHOWN = 8
 
 
@@ -255,8 +258,27 @@ class Plan:
         return min(self.config_at(step).shards, self.batch_sizes(step)[0])
 
     def fan_in(self, step: int) -> FanIn:
-        """Return the slots of the step: its shards, and the partial sums where those are many."""
-        return fan_in(self.shards_in(step), self.config_at(step).fan_in)
+        """Return the slots of the step: its shards, the partial sums where those are many, its checks."""
+        return fan_in(self.shards_in(step), self.config_at(step).fan_in, self.checked(step))
+
+    def checked(self, step: int) -> tuple[int, ...]:
+        """Return the shards of the step that are computed twice, in order; mostly none.
+
+        The run's first step has its last shards checked, up to four, since whoever computes those may have
+        computed others before. One shard is checked in each of the three steps that follow, in the
+        first step of the second epoch, where every sample has been read before, and then in
+        `TrainingConfig.audit_fraction` of all steps; which shard and which step follows from the seed.
+        """
+        config = self.config_at(step)
+        if not config.audit_fraction or not config.deterministic:
+            return ()
+        shards = self.shards_in(step)
+        if step == 0:
+            return tuple(range(max(0, shards - _FIRST_CHECKED), shards))
+        drawn = derive_seed(config.seed, "check", step)
+        if step < _STEPS_CHECKED or self.locate(step) == (1, 0) or drawn < config.audit_fraction * _SEEDS:
+            return (derive_seed(config.seed, "checked shard", step) % shards,)
+        return ()
 
     def shard_sizes(self, step: int) -> list[int]:
         """Return the example count of each shard of the step, in shard order; none is 0."""

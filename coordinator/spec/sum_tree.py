@@ -1,4 +1,4 @@
-"""Which sums of a step are made where: the tree over its shards, a matter of slot numbers alone.
+"""Which slots a step has: its shards, the tree of sums over them, and its checks; numbers alone.
 
 A step of K shards with a fan-in F has K slots for gradients, numbered 0 to K - 1. While a level has more
 than F slots, it is cut into ⌈n / F⌉ contiguous groups whose sizes differ by at most one (the larger
@@ -8,6 +8,10 @@ from K and F, not from who computed what or when. Up to F shards there is nothin
 
     K = 20, F = 8:   shards 0..6   7..13   14..19
                           20        21       22      roots
+
+Some steps have *checks* beside these: slots that hold a shard once more, computed in fresh copies of model
+and dataset, to be compared with the shard's own slot (see `Plan.checked`). They are numbered on from the
+tree's last slot, and nothing is summed from them.
 """
 
 from __future__ import annotations
@@ -24,15 +28,20 @@ class FanIn:
     Args:
         shards: gradient slots, at least 1.
         fan_in: tensors that are summed in one place, at least 2.
+        checked: the shards that are computed twice, each in a slot of its own.
 
     Example:
         >>> tree = FanIn(20, 8)
         >>> tree.total, list(tree.roots), list(tree.inputs(21)), tree.parent(13)
         (23, [20, 21, 22], [7, 8, 9, 10, 11, 12, 13], 21)
+        >>> checked = FanIn(4, 8, (2, 3))
+        >>> checked.total, list(checked.checks), checked.shard_of(4), checked.shard_of(1)
+        (6, [4, 5], 2, 1)
     """
 
     shards: int
     fan_in: int
+    checked: tuple[int, ...] = ()
 
     @cached_property
     def _groups(self) -> tuple[list[int], range]:
@@ -53,17 +62,31 @@ class FanIn:
 
     @property
     def total(self) -> int:
-        """Slots in all, partial sums included."""
-        return self.roots.stop
+        """Slots in all, partial sums and checks included."""
+        return self.roots.stop + len(self.checked)
 
     @property
     def partials(self) -> range:
         """The slots of partial sums; empty if the server sums the shards itself."""
-        return range(self.shards, self.total)
+        return range(self.shards, self.roots.stop)
+
+    @property
+    def checks(self) -> range:
+        """The slots of checks, in the order of `checked`."""
+        return range(self.roots.stop, self.total)
+
+    @property
+    def gradients(self) -> list[int]:
+        """The slots that gradient tasks write: shards and checks."""
+        return [*range(self.shards), *self.checks]
+
+    def shard_of(self, slot: int) -> int:
+        """The shard that a slot holds the gradient of: a check's, or the slot's own number."""
+        return self.checked[slot - self.checks.start] if slot in self.checks else slot
 
     def inputs(self, slot: int) -> range:
-        """The slots that a partial sum adds up, in this order; none for a shard."""
-        if slot < self.shards:
+        """The slots that a partial sum adds up, in this order; none for a shard or a check."""
+        if slot not in self.partials:
             return range(0)
         starts = self._groups[0]
         return range(starts[slot - self.shards], starts[slot - self.shards + 1])
@@ -93,6 +116,6 @@ class FanIn:
 
 
 @lru_cache(maxsize=64)
-def fan_in(shards: int, limit: int) -> FanIn:
-    """The tree of a step, kept for the next one."""
-    return FanIn(shards, limit)
+def fan_in(shards: int, limit: int, checked: tuple[int, ...] = ()) -> FanIn:
+    """The slots of a step, kept for the next one."""
+    return FanIn(shards, limit, checked)

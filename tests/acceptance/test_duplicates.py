@@ -270,14 +270,15 @@ def test_shuffled_deliveries(redis_url: str, tmp_path: Path, mode: str, seed: in
     if mode in ("exact", "tree"):
         assert expected == reference.average(recipe, config).bits
     audit = quiet.run.verify()
-    slots = audit.slots + audit.partial_sums
+    slots = audit.slots + audit.partial_sums + audit.checked
+    assert audit.checked > 0
     assert bool(audit.partial_sums) == ("tree" in mode)
     assert quiet.verdicts == {"written": slots} and quiet.run.verify().duplicates_ignored == 0
 
     wild = Shuffle(settings, master.submit(recipe, config, name="wild"), random.Random(seed))
     assert wild.train() == expected
     audit = wild.run.verify()
-    assert audit.slots + audit.partial_sums == wild.verdicts["written"] == slots
+    assert audit.slots + audit.partial_sums + audit.checked == wild.verdicts["written"] == slots
     counted = sum(wild.verdicts[verdict] for verdict in ("duplicate", "late", "held"))
     assert audit.duplicates_ignored == counted > 0
     assert audit.divergent == audit.replayed == 0
@@ -312,7 +313,7 @@ def test_lost_bytes_in_a_tree(
     lab.server.services.gradients.delete([ledger.slots(2)[number].blob])
     assert lab.train() == reference.average(recipe, config).bits
     audit = run.verify()
-    assert lab.verdicts["written"] == audit.slots + audit.partial_sums + 1 + below
+    assert lab.verdicts["written"] == audit.slots + audit.partial_sums + audit.checked + 1 + below
     assert lab.verdicts["input lost"] == (number != 13), "the training server finds that a root's are"
     assert audit.divergent == audit.duplicates_ignored == 0
 

@@ -275,7 +275,7 @@ def go_on(lab: Shuffle) -> None:
             plan = lab.clients[0].contexts.of(run.name, head.incarnation).plan()
             for step in plan.window(head.version):
                 tree, present = plan.fan_in(step), ledger.slots_present(step)
-                missing = [shard for shard in range(tree.shards) if shard not in present]
+                missing = [slot for slot in tree.gradients if slot not in present]
                 for shard in missing:
                     lab.post.gradient(run.name, step, shard, version=plan.version_for(step))
                 for slot in tree.ready(present):

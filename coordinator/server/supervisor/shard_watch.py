@@ -62,7 +62,7 @@ class ShardWatch:
     def look(self, registry: Registry, sender: Sender, discards: Discards) -> None:
         """Check every slot that could be written and is not, once."""
         present = self.ledger.slots_present(self.step)
-        missing = [shard for shard in range(self.tree.shards) if shard not in present]
+        missing = [slot for slot in self.tree.gradients if slot not in present]
         missing += self.tree.ready(present)
         if not missing:
             return
@@ -140,15 +140,19 @@ class ShardWatch:
 
     def _doing(self, slot: int) -> str:
         """What the heartbeat of a worker at a slot says."""
-        name = activity.gradient if slot < self.tree.shards else activity.partial_sum
+        name = activity.partial_sum if slot in self.tree.partials else activity.gradient
         return name(self.run, self.step, slot)
 
     def _named(self, slot: int) -> str:
-        return f"shard {slot}" if slot < self.tree.shards else f"partial sum {slot}"
+        if slot in self.tree.partials:
+            return f"partial sum {slot}"
+        return (
+            f"shard {slot}" if slot < self.tree.shards else f"the check of shard {self.tree.shard_of(slot)}"
+        )
 
     def _send(self, sender: Sender, slot: int, *, backup: bool = False) -> None:
         version = self.plan.version_for(self.step)
-        send = sender.gradient if slot < self.tree.shards else sender.partial_sum
+        send = sender.partial_sum if slot in self.tree.partials else sender.gradient
         send(self.run, self.step, slot, version=version, backup=backup)
 
     def _held_seconds(self, lease: Lease) -> float:
@@ -196,7 +200,7 @@ class ShardWatch:
         )
         if not idle:
             return
-        late = [lease.shard for lease in held if self._sum_is_late(lease)]
+        late = [lease.shard for lease in held if self._other_is_late(lease)]
         if any(lease.shard < self.tree.shards for lease in held):
             late += self._late_shards(idle - len(late))
         for slot in late:
@@ -207,7 +211,7 @@ class ShardWatch:
     def _late_shards(self, idle: int) -> list[int]:
         """Shards that idle workers would be done with sooner than their holders."""
         found: list[int] = []
-        usual = self._usual_seconds(shards=True)
+        usual = self._usual_seconds(range(self.tree.shards))
         while usual is not None and len(found) < idle:
             shard = self.ledger.late_shard(self.step, shards=self.tree.shards, seconds=usual)
             if shard is None:
@@ -215,27 +219,28 @@ class ShardWatch:
             found.append(shard)
         return found
 
-    def _sum_is_late(self, lease: Lease) -> bool:
-        """Whether a partial sum takes far longer than others; true once for each."""
+    def _other_is_late(self, lease: Lease) -> bool:
+        """Whether a partial sum or a check takes far longer than others; true once for each."""
         if lease.shard < self.tree.shards:
             return False
         seconds = self._held_seconds(lease)
         if seconds <= SUM_AT_LEAST_SECONDS:
             return False
-        usual = self._usual_seconds(shards=False)
+        sums = self.tree.partials
+        usual = self._usual_seconds(sums if lease.shard in sums else range(self.tree.shards))
         if usual is None or seconds <= SUM_FACTOR * usual:
             return False
         return self.memory.due((self.run, "backup", self.step, lease.shard), float("inf"))
 
-    def _usual_seconds(self, *, shards: bool) -> float | None:
-        """What a shard, or a partial sum, takes: the median of this step's.
+    def _usual_seconds(self, kind: range) -> float | None:
+        """What a slot of the shards, or of the partial sums, takes: the median of this step's.
 
         If there is none: for a shard that of the step before, for a partial sum that of this step's
         shards. None if that is not known either.
         """
         slots = self.ledger.slots(self.step).values()
-        times = [slot.seconds for slot in slots if (slot.total is None) == shards]
-        if not times and shards:
+        times = [slot.seconds for slot in slots if slot.shard in kind]
+        if not times and 0 in kind:
             times = [slot.seconds for e in self.ledger.entries(self.step, self.step) for slot in e.slots]
         times = times or [slot.seconds for slot in slots]
         return statistics.median(times) if times else None
@@ -245,8 +250,8 @@ class ShardWatch:
     def _give_up(self, lease: Lease, what: str, advice: str) -> None:
         """Stop the run: this shard fails wherever it is tried. The step's other slots are kept."""
         samples, of = [], ""
-        if lease.shard < self.tree.shards and self.plan.knows_samples:
-            samples = [int(i) for i in self.plan.indices(self.step, lease.shard)]
+        if lease.shard not in self.tree.partials and self.plan.knows_samples:
+            samples = [int(i) for i in self.plan.indices(self.step, self.tree.shard_of(lease.shard))]
             of = f" (samples {shown(samples)})"
         message = f"{self._named(lease.shard)} of step {self.step}{of} {what}; {advice}"
         details = {

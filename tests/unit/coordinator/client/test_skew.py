@@ -16,7 +16,7 @@ from torchord.cache.settings import Settings
 from torchord.coordinator.client.client import Client
 from torchord.coordinator.client.slot_lease import SlotTask
 
-CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, fan_in=2, seed=3)
+CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, fan_in=2, seed=3, audit_fraction=0)
 
 
 class Laboratory(Shuffle):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.control import SPEC, digest, entry, history, record, slot
-from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, SlotReceipt, VersionRecord
+from torchord.cache.ledger.records import CHECKS, GENESIS, Head, LedgerEntry, SlotReceipt, VersionRecord
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.master.audit import Audit, audit
@@ -20,7 +20,8 @@ from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 
 STEPS, SHARDS = 6, 4
-PLAN = Plan(96, TrainingConfig(batch_size=16, shards=SHARDS))  # 6 steps of 4 shards of 4 examples
+CONFIG = TrainingConfig(batch_size=16, shards=SHARDS, audit_fraction=0)
+PLAN = Plan(96, CONFIG)  # 6 steps of 4 shards of 4 examples
 
 
 def head(entries: list[LedgerEntry], **changes: Any) -> Head:
@@ -95,7 +96,7 @@ def test_entries_above_the_head_do_not_count() -> None:
 
 
 def test_a_ragged_epoch_passes() -> None:
-    plan = Plan(21, TrainingConfig(batch_size=8, shards=3, epochs=2))
+    plan = Plan(21, TrainingConfig(batch_size=8, shards=3, epochs=2, audit_fraction=0))
     entries: list[LedgerEntry] = []
     for step in range(plan.total_steps):
         slots = [slot(step, shard, examples=size) for shard, size in enumerate(plan.shard_sizes(step))]
@@ -262,7 +263,7 @@ def test_wrong_shards_are_named_even_if_all_is_sealed_and_chained_anew(shards: l
 
 
 def test_a_shard_applied_in_two_steps_is_found_by_its_examples() -> None:
-    plan = Plan(90, TrainingConfig(batch_size=16, shards=SHARDS))  # the last step has 10 examples
+    plan = Plan(90, CONFIG)  # the last step has 10 examples
     entries = rewritten(clean(), STEPS, lambda made: made)
     problems = audit(head(entries), entries, plan, None).problems
     assert problems == ("version 6 applied [4, 4, 4, 4] examples by shard instead of [3, 3, 2, 2]",)
@@ -281,6 +282,46 @@ def test_examples_moved_from_one_shard_to_another_are_found() -> None:
 def test_a_sum_that_is_not_that_of_the_shards_is_found() -> None:
     entries = rewritten(clean(), 2, lambda made: replace(made, examples=17))
     assert found(entries, head(entries)).problems == ("version 2 applied 17 examples instead of 16",)
+
+
+# --- what was computed twice ------------------------------------------------------------------------
+
+
+def checked(changes: dict[int, list[list[Any]]]) -> tuple[Audit, Plan]:
+    """The audit of a run with checks, whose entries note those of the plan but for some versions."""
+    plan = Plan(96, replace(CONFIG, audit_fraction=0.01))
+    entries: list[LedgerEntry] = []
+    for made in history(STEPS, SHARDS):
+        noted = [[shard, "w1", True] for shard in plan.checked(made.version - 1)]
+        noted = changes.get(made.version, noted)
+        previous = entries[-1].chain if entries else GENESIS
+        entries.append(replace(made, notes={CHECKS: noted} if noted else {}, previous=previous).sealed())
+    return audit(head(entries), entries, plan, None), plan
+
+
+def test_it_counts_the_shards_that_were_compared() -> None:
+    result, plan = checked({})
+    assert result.ok and result.checked == 4 + 3
+    assert "24 gradient slots applied once each, 7 of them computed twice and compared" in str(result)
+    assert [len(plan.checked(step)) for step in range(STEPS)] == [4, 1, 1, 1, 0, 0]
+
+
+def test_unlike_workers_that_were_admitted_are_not_counted() -> None:
+    result, _ = checked({1: [[shard, "w1", shard < 2] for shard in range(4)]})
+    assert result.ok and result.checked == 2 + 3
+
+
+def test_a_version_without_its_checks_is_found() -> None:
+    result, plan = checked({2: []})
+    assert result.problems == (
+        f"version 2 had the shards [] computed twice instead of {list(plan.checked(1))}",
+    )
+
+
+def test_a_run_that_a_check_has_stopped_says_so_and_no_more() -> None:
+    told = "run 'r' is not pure: shard 1 of step 6 ..."
+    result = found(clean(), head(clean(), divergent=1, error={"kind": "Impure", "message": told}))
+    assert not result.ok and result.problems == (told,)
 
 
 # --- counters, and all at once -------------------------------------------------------------------

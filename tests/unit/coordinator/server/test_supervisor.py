@@ -39,7 +39,8 @@ from torchord.coordinator.server.supervisor.supervisor import (
 from torchord.coordinator.spec.config import TrainingConfig
 
 RUN = "run-1"
-CONFIG = TrainingConfig(batch_size=8, shards=4, max_attempts=3)  # 3 steps of 4 shards on 24 examples
+# 3 steps of 4 shards on 24 examples
+CONFIG = TrainingConfig(batch_size=8, shards=4, max_attempts=3, audit_fraction=0)
 
 
 @dataclass
@@ -728,6 +729,35 @@ def test_a_sum_of_a_dead_worker_is_sent_again(tree: Laboratory) -> None:
     assert tree.rounds(10) == []
     tree.living.pop("w0")
     assert tree.rounds(keys.WORKER_LEASE_MS / 1000 + POLL_SECONDS) == [("sum", 0, 4)]
+
+
+def checked() -> Laboratory:
+    """A laboratory whose steps have checks: in the first one the slots 4 to 7."""
+    lab = Laboratory(replace(CONFIG, audit_fraction=0.01))
+    lab.queued()
+    lab.rounds(4)
+    lab.consume(GRADIENTS)
+    return lab
+
+
+def test_a_check_that_is_lost_is_sent_again_like_a_shard() -> None:
+    lab = checked()
+    lab.write(0, 1, 2, 3, 4, 6, 7)
+    assert lab.rounds(10) == [("gradient", 0, 5)], "its message was lost"
+    lab.consume(GRADIENTS)
+    lab.run.begin(0, 5, worker="w0", delivery="d")
+    lab.doing("w0", activity.gradient(RUN, 0, 5))
+    assert lab.rounds(10) == []
+    lab.living.pop("w0")
+    assert lab.rounds(keys.WORKER_LEASE_MS / 1000 + POLL_SECONDS) == [("gradient", 0, 5)]
+
+
+def test_a_slow_check_gets_a_backup() -> None:
+    lab = checked()
+    lab.write(0, 1, 2, 3, 4, 6, 7, seconds=0.1)
+    lab.run.begin(0, 5, worker="w0", delivery="d")
+    lab.doing("w0", activity.gradient(RUN, 0, 5))
+    assert lab.rounds(10) == [("backup", 0, 5)]
 
 
 def test_a_slow_sum_gets_a_backup(tree: Laboratory) -> None:

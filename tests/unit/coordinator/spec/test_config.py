@@ -18,7 +18,15 @@ def test_defaults_are_valid_and_travel_as_json() -> None:
 
 
 def test_fields_left_out_of_json_take_their_defaults() -> None:
-    assert TrainingConfig.from_json({"epochs": 2}) == TrainingConfig(epochs=2)
+    assert TrainingConfig.from_json({"epochs": 2}) == TrainingConfig(epochs=2, audit_fraction=0)
+
+
+def test_a_config_from_before_there_were_checks_has_none() -> None:
+    """The plan of a run that is under way stays what it is; what is submitted now has checks."""
+    written = TrainingConfig().to_json()
+    assert TrainingConfig.from_json(written).audit_fraction == TrainingConfig().audit_fraction > 0
+    del written["audit_fraction"]
+    assert TrainingConfig.from_json(written).audit_fraction == 0
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,7 @@ def test_fields_left_out_of_json_take_their_defaults() -> None:
         ("nonfinite", "ignore"),
         ("skew", "maybe"),
         ("deterministic", 1),
+        *(("audit_fraction", value) for value in (-0.1, 1.5, float("nan"), True, "0.1", None)),
         ("local_steps", 0),
         ("staleness", -1),
         ("compression", "zip"),

@@ -371,3 +371,41 @@ def test_a_malformed_record_of_batches_is_refused(record: dict[str, Any]) -> Non
 def test_a_record_of_other_epochs_is_refused() -> None:
     with pytest.raises(InvalidInput, match="batches of 1 epochs, not 2"):
         Plan(9, TrainingConfig(epochs=2), visits=Visits(sizes=((3, 3),)))
+# --- what is computed twice ---------------------------------------------------------------
+
+
+def test_the_first_steps_are_checked_and_a_fraction_of_the_others() -> None:
+    config = TrainingConfig(batch_size=2, shards=2, epochs=1, seed=4, audit_fraction=0.05)
+    plan = Plan(8_000, config)
+    checked = {step: plan.checked(step) for step in range(plan.total_steps) if plan.checked(step)}
+    assert checked.pop(0) == (0, 1)
+    assert list(checked)[:3] == [1, 2, 3]
+    assert all(len(shards) == 1 for shards in checked.values())
+    assert 150 < len(checked) < 250
+    assert {shards[0] for shards in checked.values()} == {0, 1}
+    assert [Plan(8_000, config).checked(step) for step in range(400)] == [
+        plan.checked(step) for step in range(400)
+    ], "it follows from config and step"
+    assert {step for step in range(4_000) if Plan(8_000, replace(config, seed=5)).checked(step)} != {
+        *checked,
+        0,
+    }
+
+
+def test_of_a_first_step_with_many_shards_the_last_four_are_checked() -> None:
+    plan = Plan(200, TrainingConfig(batch_size=100, shards=100, fan_in=8))
+    assert plan.checked(0) == (96, 97, 98, 99)
+    assert plan.fan_in(0).checked == (96, 97, 98, 99)
+    assert len(plan.checked(1)) == 1
+
+
+def test_the_second_epoch_begins_with_a_check() -> None:
+    """A dataset that keeps what it has drawn for a sample gives the same again."""
+    plan = Plan(80, TrainingConfig(batch_size=4, shards=2, epochs=4, audit_fraction=1e-9))
+    assert [step for step in range(plan.total_steps) if plan.checked(step)] == [0, 1, 2, 3, 20]
+
+
+@pytest.mark.parametrize("fields", [{"audit_fraction": 0}, {"deterministic": False}])
+def test_nothing_is_checked_where_it_is_switched_off_or_need_not_be_the_same(fields: dict[str, Any]) -> None:
+    plan = Plan(80, TrainingConfig(batch_size=4, shards=2, epochs=2, **fields))
+    assert not any(plan.checked(step) for step in range(plan.total_steps))

@@ -67,10 +67,22 @@ def test_whatever_is_made_first_the_sums_become_ready(tree: FanIn, chance: rando
 
 
 def test_a_plan_has_the_tree_of_each_step() -> None:
-    plan = Plan(35, TrainingConfig(batch_size=20, shards=20, fan_in=4), {1: {"shards": 3}})
+    config = TrainingConfig(batch_size=20, shards=20, fan_in=4, audit_fraction=0)
+    plan = Plan(35, config, {1: {"shards": 3}})
     assert plan.fan_in(0) == FanIn(20, 4)
     assert plan.fan_in(1) == FanIn(3, 4)
     assert not plan.fan_in(1).partials
+
+
+@pytest.mark.parametrize(("shards", "limit", "first"), [(4, 8, 4), (9, 4, 12), (1, 2, 1)])
+def test_checks_are_slots_beyond_the_tree_and_go_into_no_sum(shards: int, limit: int, first: int) -> None:
+    checked = tuple(range(shards))[-2:]
+    tree, plain = FanIn(shards, limit, checked), FanIn(shards, limit)
+    assert list(tree.checks) == [first + number for number in range(len(checked))]
+    assert tree.total == plain.total + len(checked)
+    assert (tree.roots, tree.partials) == (plain.roots, plain.partials)
+    assert [tree.parent(slot) for slot in tree.checks] == [None] * len(checked)
+    assert [tree.shard_of(slot) for slot in tree.gradients] == [*range(shards), *checked]
 
 
 def test_the_fan_in_is_part_of_what_a_run_is() -> None:
