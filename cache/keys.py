@@ -18,6 +18,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:pins | hash version -> expiry (ms) | readers of old versions | RUN_TTL; fields expire |
 | torchord:{RUN}:ledger | hash version -> JSON of the step's entry | commit.lua | RUN_TTL; old fields spill to disk |
 | torchord:{RUN}:expected | hash version -> chain to be met by a replay | rollback.lua | RUN_TTL; fields leave when met |
+| torchord:{RUN}:claims | hash what -> text, JSON or a sentence | claim.lua | RUN_TTL after the last claim |
 | torchord:{RUN}:events | stream, capped | scripts | RUN_TTL, renewed at commit |
 | torchord:{RUN}:evaluations | hash version -> JSON of metrics | evaluate | RUN_TTL, renewed at commit |
 | torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
@@ -131,6 +132,7 @@ class RunKeys:
         self.pins = f"{root}:pins"
         self.ledger = f"{root}:ledger"
         self.expected = f"{root}:expected"
+        self.claims = f"{root}:claims"
         self.events = f"{root}:events"
         self.evaluations = f"{root}:evaluations"
         self.pending_evaluations = f"{root}:evaluating"
@@ -146,6 +148,7 @@ class RunKeys:
             self.pins,
             self.ledger,
             self.expected,
+            self.claims,
             self.events,
             self.evaluations,
             self.pending_evaluations,

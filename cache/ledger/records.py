@@ -22,6 +22,9 @@ PARTIAL_SUMS = "partial_sums"
 CHECKS = "checks"
 """In the notes of a ledger entry: [shard, worker that computed it again, compared] of each check."""
 
+UNLIKE = "unlike "
+"""How claims begin that say why a worker, whose id follows, is not like the run's first Client."""
+
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""

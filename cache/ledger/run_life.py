@@ -222,6 +222,21 @@ class RunLife(ControlPlane):
         with self._during("claim the toolchain"):
             return cast(str, self._script("claim_toolchain", [self.keys.head], [toolchain]))
 
+    def claim(self, what: str, text: str) -> dict[str, str]:
+        """Say something of the run that other processes are to agree with; the first to say it is heard.
+
+        Returns:
+            All that was claimed, this among it, in the words of whoever said it first.
+        """
+        names = [self.keys.head, self.keys.claims]
+        with self._during(f"claim {what!r}"):
+            return pairs(self._script("claim", names, [what, text, keys.RUN_TTL_SECONDS]))
+
+    def claims(self) -> dict[str, str]:
+        """All that was claimed."""
+        with self._during("read the claims"):
+            return cast(dict[str, str], self.client.hgetall(self.keys.claims))
+
 
 def head_of(run: str, found: Any) -> Head:
     """The head that a server's hash describes.

@@ -181,3 +181,17 @@ class MemoryRunLife(MemoryControlPlane):
             if "toolchain" not in self._head:
                 self.plane.hset(self.keys.head, {"toolchain": toolchain})
             return str(self._head["toolchain"])
+
+    def claim(self, what: str, text: str) -> dict[str, str]:
+        """See `Ledger.claim`."""
+        with self.plane.changed:
+            if not self._head:
+                return {what: text}
+            if what not in self.claims():
+                self.plane.hset(self.keys.claims, {what: text})
+            self.plane.expire(self.keys.claims, keys.RUN_TTL_SECONDS)
+            return self.claims()
+
+    def claims(self) -> dict[str, str]:
+        """See `Ledger.claims`."""
+        return dict(self.plane.hash(self.keys.claims))

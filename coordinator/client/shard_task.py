@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
-from torchord.cache.errors import CacheError
+from torchord.cache.errors import CacheError, Skewed
 from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_digest
 from torchord.cache.servers.fast_client import Command
@@ -30,6 +30,7 @@ from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.runtime.failures import contained
 from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.joining import join
 from torchord.coordinator.spec.plan import shown
 
 _FRESH_SECONDS = 1.0  # after so long a training server may have moved: ask where it is
@@ -128,7 +129,9 @@ class ShardTask:
             state=state,
             fetched=self._fetched.source,
         )
-        written = {**receipt, **_written(slot, stored)}
+        shard = context.plan().fan_in(task.step).shard_of(task.slot)
+        checks = {} if shard == task.slot else {"check of": shard}
+        written = {**receipt, **checks, **_written(slot, stored)}
         verdict, answer = self.writer.write(
             context,
             task,
@@ -140,7 +143,7 @@ class ShardTask:
             part.answered(answer)
         self.fault("client.after_slot")
         # What can be done before the next task comes.
-        if slot.shard == context.plan().fan_in(task.step).shard_of(slot.shard):  # a check takes longer
+        if not checks:  # one takes longer
             self.lease.heartbeat.worked(task.run, seconds)
         self.downloads.idle(context, begun.memory)
         return {**written, "status": verdict}
@@ -192,6 +195,7 @@ class ShardTask:
             with contained(), context.lock:
                 dataset = context.dataset()
                 plan = context.plan()
+                join(context, self.lease.worker)
                 shard = plan.fan_in(step).shard_of(task.slot)
                 indices = plan.indices(step, shard)
                 samples = indices.tolist()
@@ -218,7 +222,7 @@ class ShardTask:
                     watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
                 return done, outgoing
-        except CacheError:
+        except (CacheError, Skewed):
             raise
         except Exception as error:
             place = f"shard {shard} of step {step} (samples {shown(samples)})"

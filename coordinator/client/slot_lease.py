@@ -16,6 +16,7 @@ from typing import Any
 from torchord.cache.errors import (
     CacheError,
     ChunkLost,
+    Impure,
     ManifestMismatch,
     RunNotFound,
     ShardFailed,
@@ -230,6 +231,11 @@ class SlotLease:
             place: what the slot is, for people.
             samples: dataset indices that went into it.
         """
+        if isinstance(error, Impure):
+            found = Failure(Impure.__name__, str(error), {"worker": self.worker, "step": task.step})
+            found.stop(context.ledger, incarnation=context.incarnation)
+            self.contexts.forget(context.run)
+            return ShardFailed(str(error))
         failure = Failure.of(
             error,
             place,

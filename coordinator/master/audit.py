@@ -55,7 +55,11 @@ class Audit:
 
 
 def audit(
-    head: Head, entries: Sequence[LedgerEntry], plan: Plan | None, stored: VersionRecord | None
+    head: Head,
+    entries: Sequence[LedgerEntry],
+    plan: Plan | None,
+    stored: VersionRecord | None,
+    unlike: Sequence[str] = (),
 ) -> Audit:
     """Check the ledger against itself, the plan and the stored parameters.
 
@@ -64,6 +68,7 @@ def audit(
         entries: every ledger entry found, any order, versions above the head ignored.
         plan: which shards each step must have; None before the run was initialised.
         stored: record of the head version in the parameter cache, None if it is gone.
+        unlike: what was said of processes that computed another first shard than the rest.
     """
     problems: list[str] = []
     by_version: dict[int, LedgerEntry] = {}
@@ -95,8 +100,9 @@ def audit(
     last = by_version.get(head.version)
     if stored is not None and last is not None and stored.digest != last.parameters:
         problems.append(f"the stored parameters of version {head.version} are not those that were committed")
+    problems += unlike
     if head.error is not None and head.error.get("kind") == Impure.__name__:
-        problems.append(str(head.error["message"]))
+        problems += [text for text in (str(head.error["message"]),) if text not in unlike]
     elif head.divergent:
         problems.append(
             f"{head.divergent} duplicate gradients had other bytes than the applied ones: the recipe is not "

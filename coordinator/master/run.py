@@ -14,7 +14,7 @@ from torchord.cache.errors import (
 )
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import Head, LedgerEntry
+from torchord.cache.ledger.records import UNLIKE, Head, LedgerEntry
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.fleet import Fleet
@@ -279,7 +279,9 @@ class Run:
         """
         head = self._ledger.head()
         entries, plan = self._entries(head), self._plan(head)
-        found = audit(head, entries, plan, self._ledger.version(head.version))
+        claims = self._ledger.claims().items()
+        unlike = [text for what, text in claims if what.startswith(UNLIKE)]
+        found = audit(head, entries, plan, self._ledger.version(head.version), unlike)
         steps = tuple(reexecute)
         if not steps or plan is None:
             return found

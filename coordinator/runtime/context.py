@@ -107,6 +107,8 @@ class RunContext:
         self._visiting: Visiting | None = None  # what the recipe's order or batches gives
         self._digest = ""  # of the dataset's content, where it has one
         self._replica: Replica | None = None
+        self.joined = False  # whether this process has compared its first shard with the others'
+        self.unlike = ""  # how that differed
 
     def adopt(self, other: RunContext) -> None:
         """Take over what a switch of the config leaves as it was: recipe, data and replica.
@@ -117,6 +119,7 @@ class RunContext:
         self.lock, self._resolved, self._skewed = other.lock, other._resolved, other._skewed
         self._datasets, self._replica = other._datasets, other._replica
         self._visiting = other._visiting
+        self.joined, self.unlike = other.joined, other.unlike
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -152,11 +155,14 @@ class RunContext:
             return self._skewed
 
     def require_same_code(self) -> None:
-        """Refuse to work on the run with other sources than it was submitted with.
+        """Refuse to work on the run with other sources than it was submitted with, or what comes to that.
 
         Raises:
-            Skewed: the sources differ and the run's policy is "refuse".
+            Skewed: the sources differ and the run's policy is "refuse", or this process has computed another
+                first shard than the run's others (`torchord.coordinator.runtime.joining`).
         """
+        if self.unlike:
+            raise Skewed(self.unlike)
         modules = self.skewed()
         if modules and self.spec.get("skew", self.config.skew) == "refuse":
             raise Skewed(

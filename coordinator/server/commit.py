@@ -29,6 +29,7 @@ from torchord.coordinator.compute.trainer import ApplyReport
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.joining import compare_server
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
 from torchord.coordinator.server.step_checks import compare
@@ -112,6 +113,8 @@ class StepCommit:
         if present is None or not needed(tree) <= present.keys():
             return None
         slots = [present[root] for root in tree.roots]
+        if step == 0:
+            compare_server(warm.context, self.worker, warm.initial)
         checks = compare(warm, present, self.services.gradients)
         # The average, and the optimizer's step.
         self.fault("server.before_apply")

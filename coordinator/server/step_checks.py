@@ -17,12 +17,8 @@ from torch import Tensor
 from torchord.cache.errors import CacheError, Impure
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
+from torchord.coordinator.runtime.joining import CAUSES
 from torchord.coordinator.server.warm_run import WarmRun
-
-CAUSES = (
-    "a generator without a seed (numpy.random.default_rng()), an attribute or a global that changes from "
-    "call to call, the clock, or the order of a set goes into it"
-)
 
 
 def compare(

@@ -82,11 +82,12 @@ class TrainingConfig:
         audit_fraction: part of the steps, 0 to 1, in which one shard is computed once more, by whichever
             worker comes, in fresh copies of model and dataset, and compared byte for byte before the
             step is committed: see docs/recipes.md, "Purity". Up to seven shards of the first four
-            steps and one of the second epoch's first are checked besides. What that costs: a check makes
-            its step longer by at most one shard, which with a worker for each shard is the whole step,
-            so 0.004 of the steps cost at most 0.4 %; making the fresh copies takes at most 0.4 % of a
-            worker's time, and two seconds besides for the checks at the start. 0: no checks at all, nor
-            are there any with deterministic=False, whose runs need not give the same bits twice. A run
+            steps and one of the second epoch's first are checked besides, and each Client computes the
+            run's first shard once, when it joins, to compare it with the others'. What that costs: a check
+            makes its step longer by at most one shard, which with a worker for each shard is the whole
+            step, so 0.004 of the steps cost at most 0.4 %; making the fresh copies takes at most 0.4 % of
+            a worker's time, and two seconds besides for the checks at the start. 0: nothing of all this,
+            nor is there any with deterministic=False, whose runs need not give the same bits twice. A run
             that was submitted before there were checks has none.
 
     Raises:

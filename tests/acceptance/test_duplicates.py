@@ -42,7 +42,7 @@ from torchord.coordinator.spec.plan import Plan
 # 33 examples in batches of 8: four steps of four shards, then one of a single example and a single shard,
 # whose sample the test holds back until it has counted.
 SIZE, SLOTS = 33, 17
-CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, seed=5)
+CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, seed=5, audit_fraction=0)
 LAST = int(Plan(SIZE, CONFIG).indices(4, 0)[0])
 _RELAYED = {GRADIENTS: "relayed-gradients", UPDATES: "relayed-updates"}
 
@@ -261,7 +261,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_shuffled_deliveries(redis_url: str, tmp_path: Path, mode: str, seed: int) -> None:
     """Any order of any copies, a server that is called at any moment: the bits of an undisturbed run."""
-    config = TrainingConfig(**{**CONFIG.to_json(), **MODES[mode]})
+    config = TrainingConfig(**{**CONFIG.to_json(), **MODES[mode], "audit_fraction": 0.5})
     settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
     master = Master(redis_url, checkpoint_dir=str(tmp_path))
     recipe = models.mlp(SIZE, evaluation=None, metrics=None)
@@ -296,7 +296,7 @@ def test_lost_bytes_in_a_tree(
 
     Eight shards with a fan-in of 2: the slots 8 to 11 sum two shards each, 12 and 13 two of those.
     """
-    config = TrainingConfig(**{**CONFIG.to_json(), "shards": 8, "fan_in": 2})
+    config = TrainingConfig(**{**CONFIG.to_json(), "shards": 8, "fan_in": 2, "audit_fraction": 0.5})
     settings = Settings(url=redis_url, checkpoint_dir=str(tmp_path))
     wide = partial(models.Mlp, hidden=512)  # too large to travel inside a slot's record
     recipe = models.mlp(SIZE, model=wide, evaluation=None, metrics=None)

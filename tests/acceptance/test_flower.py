@@ -22,6 +22,7 @@ from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, TrainingConfig
 from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import free_port
+from torchord.coordinator.spec.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., LocalCluster]
@@ -105,12 +106,14 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
 
     gradients = [task for task in tasks if task["name"] == "torchord.compute_gradient"]
     arguments = [literal_eval(task["kwargs"]) for task in gradients]
+    plan = Plan(sum(report.examples for report in run.history()), config)
     assert {(given["step"], given["shard"]) for given in arguments} == {
-        (step, shard) for step in range(steps) for shard in range(2)
+        (step, slot) for step in range(steps) for slot in plan.fan_in(step).gradients
     }
     assert all(given["run"] == "shown" and given["version"] == given["step"] for given in arguments)
     for task in gradients:
-        receipt = literal_eval(task["result"])
+        receipt, given = literal_eval(task["result"]), literal_eval(task["kwargs"])
+        assert ("check of" in receipt) == (given["shard"] >= 2)
         assert receipt["loss"] > 0 and receipt["grad_norm"] > 0 and receipt["examples"] > 0
         assert receipt["nbytes"] > 0 and receipt["worker"].startswith("client1@")
         process = receipt["tiers"]["process"]

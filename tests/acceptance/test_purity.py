@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,9 +19,10 @@ from typing import Any
 import pytest
 
 from tests.support import models, recipes_impure, recipes_more, reference
+from tests.support.fleet import WAIT_SECONDS, Fleet, fleet
 from tests.support.shuffle import Shuffle
 from torchord import Master, Recipe, Run, TrainingConfig
-from torchord.cache.errors import Impure
+from torchord.cache.errors import Impure, RunFailed, ShardFailed
 from torchord.cache.settings import Settings
 
 CONFIG = TrainingConfig(epochs=3, batch_size=8, shards=4, seed=2)
@@ -38,8 +40,7 @@ class Laboratory(Shuffle):
             self.post.arrived(self.run._ledger.client)
             if self.post.callbacks:
                 self.post.callbacks -= 1
-                with suppress(Impure):  # which has stopped the run
-                    self.server.advance(self.run.name)
+                self.server.advance(self.run.name)
             else:
                 client = self.clients[turn % self.workers]
                 self._deliver(self.post.gradients.pop(0), client, "once", backup=False)
@@ -51,7 +52,8 @@ def trained(url: str, folder: Path, recipe: Recipe, config: TrainingConfig, work
     run = Master(url, checkpoint_dir=str(folder)).submit(recipe, config, name=f"run-{workers}")
     lab = Laboratory(Settings(url=url, checkpoint_dir=str(folder)), run, None)
     lab.workers = workers
-    lab.train()
+    with suppress(Impure, ShardFailed):  # which have stopped the run
+        lab.train()
     return run
 
 
@@ -68,8 +70,10 @@ def test_what_changes_within_a_process_is_refused(
     status = run.status()
     seen = 2 if kind == "samples that keep their first augmentation" else 0
     assert (status.state, status.version) == ("failed", seen)
-    told = f"shard [0-3] of step {seen}, computed by worker client[01]@here.*, did not come out the same: "
-    assert re.search(told + r"the gradient of '\w+\.weight' differs by \d", str(status.error))
+    checked = r".* and once more, in fresh copies .*: the gradient of '\w+\.weight' differs by \d"
+    joined = r".* at the initial weights, worker .* does not make the same as worker .* differs"
+    told = rf"run 'run-\d' is not pure: .*shard [0-3] of step {seen},({checked}|{joined})"
+    assert re.match(told, str(status.error))
     for cause in ("without a seed", "an attribute or a global", "the clock", "the order of a set"):
         assert cause in str(status.error)
     audit = run.verify()
@@ -80,8 +84,11 @@ def test_a_difference_stays_in_the_audit_when_the_run_is_resumed(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step is open again: a worker whose memory failed once does not end a run, but is not forgotten."""
+    ticks = iter([1, 1, 1, 500])
+    monkeypatch.setattr(recipes_impure.time, "perf_counter_ns", lambda: next(ticks, 1))
     run = trained(redis_url, tmp_path, recipes_impure.MOVING["the clock"], CONFIG, 1)
-    monkeypatch.setattr(recipes_impure.time, "perf_counter_ns", lambda: 1)
+    assert "did not come out the same" in str(run.status().error)
+    assert run._ledger.slots_present(0) == set()
     run.resume()
     lab = Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
     lab.train()
@@ -159,3 +166,86 @@ def test_a_run_from_before_there_were_checks_goes_on_without(redis_url: str, tmp
     Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), again, None).train()
     audit = again.verify()
     assert audit.ok and audit.checked == 0
+
+
+# --- by process -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A training server and one Client; a test may start a second one."""
+    with fleet(tmp_path_factory.mktemp("purity"), workers=1) as started:
+        yield started
+
+
+def unlike(run: Run) -> str:
+    """What is said of a run whose workers find other first shards, mostly before its first commit."""
+    with suppress(RunFailed):  # it goes on without a worker that comes later
+        run.wait(timeout=WAIT_SECONDS)
+    audit = run.verify()
+    assert not audit.ok and len(audit.problems) == 1
+    assert re.match(
+        r"run '\S+' is not pure: .* worker \S+ does not make the same as worker \S+: ", audit.problems[0]
+    )
+    assert "the order of a set or another hash, or the process or machine" in audit.problems[0]
+    return audit.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("the order of a set in the data", "of the first batch, '0' differs"),
+        ("the order of a set in the weights", "the initial value of 'layers.a.weight' differs"),
+    ],
+)
+def test_the_training_server_shows_what_differs_by_process(one: Fleet, kind: str, said: str) -> None:
+    one.resize(1)
+    run = one.master.submit(recipes_impure.BY_PROCESS[kind], CONFIG, name=f"alone-{kind[-4:]}")
+    assert said in unlike(run)
+
+
+def test_a_second_worker_shows_what_its_process_decides(one: Fleet) -> None:
+    """With one Client there is one process only that computes, and nothing to see."""
+    kinds = {"salted": "a salt at import", "process": "the process"}
+    one.resize(1)
+    for name, kind in kinds.items():
+        one.train(recipes_impure.BY_PROCESS[kind], CONFIG, f"{name}-1")
+    one.resize(2)
+    for name, kind in kinds.items():
+        said = unlike(one.master.submit(recipes_impure.BY_PROCESS[kind], CONFIG, name=f"{name}-2"))
+        assert "the first shard's gradient of 'first.weight' differs" in said
+
+
+def test_a_client_that_dies_in_a_check_leaves_the_same_bits(one: Fleet, tmp_path: Path) -> None:
+    """The check is sent again like any shard."""
+    one.resize(2)
+    recipe = recipes_impure.recipe(dataset=partial(recipes_impure.Deadly, str(tmp_path / "died")))
+    run, trained = one.train(recipe, CONFIG, "deadly")
+    assert (tmp_path / "died").exists()
+    assert run.verify().checked > 0
+    assert reference.bits(trained.module) == reference.average(recipes_impure.recipe(), CONFIG).bits
+
+
+def test_a_worker_that_comes_later_and_differs_takes_no_part(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on without it, and its audit tells of it."""
+    monkeypatch.setattr("torchord.coordinator.client.slot_lease._REFUSAL_SECONDS", (0.0, 0.0))
+    recipe = recipes_impure.BY_PROCESS["a salt at import"]
+    run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, CONFIG, name="later")
+    lab = Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
+    while run.status().version < 2 or not lab.post.gradients:
+        lab._in_order()
+    monkeypatch.setattr("torchord.cache.keys.WORKER_LEASE_MS", 600_000)
+    first = lab.clients[0].heartbeat
+    first.registry.beat(replace(first.info, pace={"later": 0.1}))  # it computes for the run
+    with monkeypatch.context() as there:
+        there.setattr(recipes_impure, "_SALT", 0.5)
+        for _ in range(3):
+            lab._deliver(lab.post.gradients.pop(0), lab.clients[1], "later", backup=False)
+    assert lab.verdicts["refused"] == 3
+    while run.status().state == "running":
+        lab._in_order()
+    assert run.status().state == "done"
+    problem = unlike(run)
+    assert lab.clients[1].heartbeat.info.id in problem and lab.clients[0].heartbeat.info.id in problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from functools import partial
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from tests.support import models
 from torchord.coordinator.spec.recipe import Recipe
 
 _calls = itertools.count()
-_SALT = hash("a string, whose hash each process seeds anew") % 1000 / 1000
+_SALT = hash("a string, whose hash each process seeds anew") % 1_000_003 / 1_000_003
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -75,6 +76,27 @@ class OnlyOnce(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.opened[0] is not self:
             raise OSError("it is already open in this process")
+        sample: tuple[Tensor, Tensor] = self.inner[index]
+        return sample
+
+
+class Deadly(Dataset[tuple[Tensor, Tensor]]):
+    """Points; the first fresh copy of a Client kills its process when it is read, unless a file is there."""
+
+    made = 0
+
+    def __init__(self, died: str, size: int = 64) -> None:
+        self.inner = models.points(size)
+        Deadly.made += 1
+        self.kills = "" if Deadly.made == 1 else died
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.kills and not os.path.exists(self.kills):
+            open(self.kills, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
         sample: tuple[Tensor, Tensor] = self.inner[index]
         return sample
 

@@ -256,7 +256,7 @@ class ShardWatch:
         message = f"{self._named(lease.shard)} of step {self.step}{of} {what}; {advice}"
         details = {
             "step": self.step,
-            "shard": lease.shard,
+            "shard": self.tree.shard_of(lease.shard),
             "samples": samples,
             "worker": lease.worker,
             "attempts": lease.attempt,

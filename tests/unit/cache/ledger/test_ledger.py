@@ -187,6 +187,7 @@ def test_a_new_life_of_a_name_inherits_nothing(plane: Plane, running: Ledger) ->
     begin(running)
     write(running, 0, slot(0, 0))
     running.launch_evaluation(0, 2, pin_seconds=60)
+    running.claim("first", "w0's")
     if isinstance(running, MemoryLedger):
         running.plane.delete(running.keys.spec)
     else:
@@ -1072,6 +1073,24 @@ def test_a_slot_whose_bytes_are_lost_is_opened_again(plane: Plane, running: Ledg
     assert write(running, 0, slot(0, 0, "again")) == ("written", 1)
 
 
+# --- claims ---------------------------------------------------------------------------------------
+
+
+def test_whoever_says_something_first_is_heard(plane: Plane, running: Ledger) -> None:
+    assert running.claims() == {}
+    assert running.claim("first", "w0's") == {"first": "w0's"}
+    assert running.claim("first", "w1's") == {"first": "w0's"}
+    assert (
+        running.claim("unlike w1", "another") == running.claims() == {"first": "w0's", "unlike w1": "another"}
+    )
+
+
+def test_of_a_run_that_is_gone_nothing_is_kept(plane: Plane) -> None:
+    ledger = plane.ledger("run-2")
+    assert ledger.claim("first", "w0's") == {"first": "w0's"}
+    assert ledger.claims() == {}
+
+
 # --- transition -----------------------------------------------------------------------------------
 
 
@@ -1452,6 +1471,8 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "mark_called": lambda ledger, token: ledger.mark_called(1, token=token),
     "called": lambda ledger, token: ledger.called(1),
     "claim_toolchain": lambda ledger, token: ledger.claim_toolchain("g++ 12"),
+    "claim": lambda ledger, token: ledger.claim("first", "what w0 has found"),
+    "claims": lambda ledger, token: ledger.claims(),
     "rollback": lambda ledger, token: ledger.rollback(token=token, version=0, chain=GENESIS),
     "manifest": lambda ledger, token: ledger.manifest(),
     "version": lambda ledger, token: ledger.version(1),

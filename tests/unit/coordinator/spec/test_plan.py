@@ -371,6 +371,8 @@ def test_a_malformed_record_of_batches_is_refused(record: dict[str, Any]) -> Non
 def test_a_record_of_other_epochs_is_refused() -> None:
     with pytest.raises(InvalidInput, match="batches of 1 epochs, not 2"):
         Plan(9, TrainingConfig(epochs=2), visits=Visits(sizes=((3, 3),)))
+
+
 # --- what is computed twice ---------------------------------------------------------------
 
 

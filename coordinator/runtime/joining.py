@@ -1,0 +1,130 @@
+"""Processes that work on one run compare what they make of its first shard, each once, when it joins.
+
+A shard that is computed twice shows what changes within a process. What is fixed there and another in each
+(the hash of a string, and with it the order of a set; a generator that is seeded at import; a file of the
+machine) shows here, before the process contributes anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from torchord.cache.errors import CacheError, Impure, Skewed
+from torchord.cache.ledger import process
+from torchord.cache.ledger.incarnation import revision
+from torchord.cache.ledger.records import UNLIKE
+from torchord.coordinator.compute.first_shard import Digests, FirstShard, batch_of, first_shard
+from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.runtime.context import RunContext
+from torchord.coordinator.runtime.environment import device, environment
+
+log = logging.getLogger(__name__)
+
+CAUSES = (
+    "a generator without a seed (numpy.random.default_rng()), an attribute or a global that changes from "
+    "call to call, the clock, the order of a set or another hash, or the process or machine goes into it"
+)
+"""What usually makes a recipe impure, for messages."""
+
+_READ_SECONDS = 1.0  # a training server reads a batch that took its Client no longer
+
+
+def join(context: RunContext, worker: str) -> None:
+    """Compare this Client's first shard with that of the run's first Client; it is done once a process.
+
+    Called before the process computes for the run, under the context's lock.
+
+    Args:
+        worker: id of this process.
+
+    Raises:
+        Impure: they differ, and no step was committed yet, or nobody else is at the run.
+        Skewed: they differ; the run goes on without this process.
+    """
+    if context.joined or not _compared(context):
+        context.joined = True
+        return
+    found = _found(context)
+    if found is None:
+        context.joined = True  # what the recipe's code raised, its shards will raise again
+        return
+    said = {"worker": worker, "place": process.place(), "environment": environment(), **asdict(found)}
+    name = f"first {revision(context.incarnation)}"
+    first = json.loads(context.ledger.claim(name, json.dumps(said))[name])
+    what = found.difference(_read(first))
+    if not what:
+        context.joined = True
+        return
+    told = _told(context, first["worker"], worker, what)
+    context.ledger.claim(UNLIKE + worker, told)
+    others = (info for id, info in context.services.registry.alive().items() if id != worker)
+    if context.ledger.head().version == 0 or not any(context.run in info.pace for info in others):
+        raise Impure(told)
+    context.unlike = told
+    raise Skewed(told)
+
+
+def compare_server(context: RunContext, worker: str, weights: Digests) -> None:
+    """Compare a training server's first shard with its first Client's, before the first commit.
+
+    So what differs by process shows with a single Client, too, if that is on the same machine. The server
+    computes no gradient; it reads the batch where that took the Client little time.
+
+    Args:
+        worker: id of this process.
+        weights: of the model as this process made it; empty: it did not.
+
+    Raises:
+        Impure: they differ.
+    """
+    if not _compared(context):
+        return
+    claimed = context.ledger.claims().get(f"first {revision(context.incarnation)}")
+    if claimed is None:
+        return
+    first = json.loads(claimed)
+    if (first["place"], first["environment"]) != (process.place(), environment()):
+        return
+    batch: Digests = {}
+    if first["seconds"] <= _READ_SECONDS:
+        try:
+            batch, _ = batch_of(context.recipe, context.plan(), context.dataset())
+        except Exception:  # the server need not have the data
+            log.info("run %s: the first batch is not compared", context.run, exc_info=True)
+    if what := FirstShard(weights, batch).difference(_read(first)):
+        raise Impure(_told(context, first["worker"], worker, what))
+
+
+def _compared(context: RunContext) -> bool:
+    """Whether the run's processes are to agree: it has checks, and unlike workers were not admitted."""
+    if not context.plan().checked(0):
+        return False
+    return bool(context.spec.get("skew", context.config.skew) == "refuse")
+
+
+def _found(context: RunContext) -> FirstShard | None:
+    try:
+        replica = context.replica()
+        if replica.loaded is not None:
+            replica = Replica.build(context.recipe, context.config, device(), computing=True)
+        return first_shard(replica, context.recipe, context.plan(), context.dataset())
+    except CacheError:
+        raise
+    except Exception:
+        log.info("run %s: the first shard is not compared", context.run, exc_info=True)
+        return None
+
+
+def _read(claim: dict[str, Any]) -> FirstShard:
+    return FirstShard(**{name: claim[name] for name in ("weights", "batch", "gradient", "seconds")})
+
+
+def _told(context: RunContext, first: str, worker: str, what: str) -> str:
+    return (
+        f"run {context.run!r} is not pure: of shard 0 of step 0, at the initial weights, worker {worker} "
+        f"does not make the same as worker {first}: {what}; {CAUSES}, or their files are not the same: take "
+        'that out (see "Purity" in docs/recipes.md) and submit the run anew'
+    )
