@@ -222,12 +222,12 @@ class ParameterCache:
         return record
 
     def fetch(
-        self, ledger: Ledger, version: int, *, record: VersionRecord | None = None
+        self, ledger: Ledger, version: int, *, rest: Rest | None = None, record: VersionRecord | None = None
     ) -> tuple[VersionRecord, torch.Tensor, str]:
         """Read a version into one buffer.
 
         Args:
-            record: where it is, if that is known already.
+            rest, record: as for `fetch_bytes`.
 
         Returns:
             (record, uint8 tensor of the manifest's length, "host" or "store").
@@ -235,7 +235,7 @@ class ParameterCache:
         Raises:
             VersionMissing: if it is not stored (any more).
         """
-        record, found, source = self.fetch_bytes(ledger, version, record=record)
+        record, found, source = self.fetch_bytes(ledger, version, rest=rest, record=record)
         return record, found.flat(), source
 
     def fetch_bytes(
@@ -253,7 +253,7 @@ class ParameterCache:
 
         Args:
             manifest: the layout that is expected; None: the run's.
-            rest: what the caller holds of what rests.
+            rest: what the caller holds of what rests, or may; compared where its digest is another.
             room: preallocated uint8 buffer of a length, to read what moves into; None: new memory.
             record: where it is, if that is known already.
             ahead: finds what was read of it before it was committed.

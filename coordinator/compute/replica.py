@@ -217,14 +217,13 @@ class Replica:
                 f"a version of this model has {manifest.nbytes} bytes, the one given has "
                 f"{buffer.numel()}; the run was started with other code than this worker's"
             )
-        if self.memory is not None and rest is not None and rest is not self.rest:
-            self._rest_here = {name: tensor.to(self.device) for name, tensor in rest.tensors.items()}
-        self.flat, self.rest = buffer, rest
         beside = {} if rest is None else rest.tensors
+        if self.memory is not None and rest is not self.rest:
+            self._rest_here = {name: tensor.to(self.device) for name, tensor in beside.items()}
+        self.flat, self.rest = buffer, rest
         self._version = self._here = {**views(buffer, manifest), **beside}
         if self.memory is not None:
-            beside = {} if rest is None else self._rest_here
-            self._here = {**views(self.memory.upload(buffer), manifest), **beside}
+            self._here = {**views(self.memory.upload(buffer), manifest), **self._rest_here}
 
     @torch.no_grad()
     def attach(self, buffer: Tensor, rest: Rest | None = None) -> None:

@@ -191,17 +191,20 @@ class TakeOver:
                 continue
             try:
                 trainer = self._trainer(version)
-                _, flat, _ = self.services.parameters.fetch(self.ledger, version)
+                fetch = partial(
+                    self.services.parameters.fetch_bytes, self.ledger, manifest=trainer.replica.manifest
+                )
+                _, found, _ = fetch(version, record=record)
                 state = self.services.parameters.fetch_state(record.state)
                 for earlier in needed:
-                    self.services.parameters.fetch(self.ledger, earlier, record=stored[earlier])
+                    fetch(earlier, record=stored[earlier], rest=found.rest)
                 for each in (*needed, version):
                     for slot in stored[each].slots.values():
                         self.services.gradients.get_state(slot)
             except CacheError as error:
                 log.warning("run %s: version %d cannot be restored: %s", self.ledger.run, version, error)
                 continue
-            trainer.replica.load(flat)
+            trainer.replica.load(found.own, found.rest)
             trainer.load_state(state)
             return trainer, record
         return None

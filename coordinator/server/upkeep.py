@@ -166,9 +166,9 @@ class Upkeep:
 
     def _window(self, warm: WarmRun) -> dict[int, Any]:
         """The earlier versions that the steps under way are computed at (staleness)."""
-        found = {}
+        found, rest = {}, warm.writer.resting()
         for version in range(warm.oldest_needed(), warm.version):
-            record, flat, _ = self.services.parameters.fetch(warm.ledger, version)
+            record, flat, _ = self.services.parameters.fetch(warm.ledger, version, rest=rest)
             found[version] = {"flat": flat, "slots": self._slot_trees(record.slots), "chain": record.chain}
         return found
 

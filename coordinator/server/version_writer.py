@@ -20,7 +20,7 @@ from torchord.cache.ledger.records import VersionRecord
 from torchord.cache.ledger.rest_record import RestRecord
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import pack, views
-from torchord.cache.tensors.halves import ChunkSums, Halves, bits
+from torchord.cache.tensors.halves import ChunkSums, Halves, Rest, bits
 from torchord.coordinator.compute.replica import Replica
 
 LEAST_NBYTES = 256 << 10
@@ -71,10 +71,8 @@ class VersionWriter:
             chain, announced: see `ParameterCache.publish`.
         """
         replica = self._replica
-        state: Mapping[str, Tensor] = {}
-        if self._halves is not None:
-            on_cpu = replica.memory is None
-            state = replica.state_tensors() if on_cpu else views(replica.pack(), replica.manifest)
+        state: Mapping[str, Tensor] = {} if self._halves is None else self._state()
+        if state:
             self._strike_changed(state)
         if self._halves is None:
             flat = replica.pack(self._chunks.draft(replica.nbytes()))
@@ -91,9 +89,22 @@ class VersionWriter:
             self._ledger, version, flat, chain=chain, announced=announced, rest=rest, digest=digest
         )
 
+    def resting(self) -> Rest | None:
+        """What rests, from where the model has it; without a digest, so that whoever uses it compares."""
+        if self._halves is None:
+            return None
+        state, layout = self._state(), self._halves.resting_layout
+        return Rest(self._halves, "", pack({spec.name: state[spec.name] for spec in layout.tensors}, layout))
+
     def doubt(self) -> None:
         """What rests may be lost: the next version stores it again."""
         self._stored = self._renewed = None
+
+    def _state(self) -> Mapping[str, Tensor]:
+        """Name -> tensor of the whole state, on the CPU: the live tensors, if they are there."""
+        replica = self._replica
+        on_cpu = replica.memory is None
+        return replica.state_tensors() if on_cpu else views(replica.pack(), replica.manifest)
 
     def _worthwhile(self) -> Halves | None:
         manifest = self._replica.manifest

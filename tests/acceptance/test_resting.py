@@ -111,8 +111,10 @@ def named(lab: Laboratory) -> set[str]:
     return {r.rest.blob.key for r in lab.run._ledger.versions().values() if r.rest is not None}
 
 
-@pytest.mark.parametrize("host_cache", [False, True], ids=["store", "host tier"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "host_cache"),
+    [*((name, False) for name in RECIPES), ("adapters", True), ("begins to move", True)],
+)
 def test_the_bits_of_a_plain_loop(
     start: Callable[..., Laboratory], monkeypatch: pytest.MonkeyPatch, name: str, host_cache: bool
 ) -> None:
@@ -167,6 +169,23 @@ def test_bytes_a_step_of_a_model_with_adapters(start: Callable[..., Laboratory])
     assert len(rest_keys(lab)) == 1
 
 
+def test_a_server_reads_what_rests_once_and_no_more(start: Callable[..., Laboratory]) -> None:
+    """When it takes the run over, with staleness, too; checkpoints of a stale run's window read none."""
+    lab = start(resting.recipe(), "server", staleness=2)
+    lab.train_to(3)
+    record = lab.run._ledger.version(3)
+    assert record is not None and record.rest is not None
+    services = lab.server.contexts.services
+    assert services.chunks.counters.store_nbytes < record.rest.blob.nbytes / 2, "what moves, and gradients"
+    lab.die_at([])
+    lab.post.advance(lab.run.name)
+    lab.train_to(5)
+    read = lab.server.contexts.services.chunks.counters.store_nbytes
+    assert record.rest.blob.nbytes < read < 1.5 * record.rest.blob.nbytes
+    go_on(lab)
+    assert lab.run.verify().ok
+
+
 def test_a_model_that_moves_is_stored_whole(start: Callable[..., Laboratory]) -> None:
     """Buffers that are small beside the rest are none of it: one blob a version, as ever."""
     lab = start(models.cnn(48), "moves")
@@ -205,8 +224,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lost", ["what rests", "all"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "lost"), [*((mode, "what rests") for mode in MODES), ("plain", "all"), ("stale", "all")]
+)
 def test_stored_bytes_are_lost(start: Callable[..., Laboratory], mode: str, lost: str) -> None:
     """The server stores them again, or goes back and replays; a Client that has none is served."""
     recipe, found, changes = resting.recipe(), [], {**MODES[mode]}
@@ -222,6 +242,8 @@ def test_stored_bytes_are_lost(start: Callable[..., Laboratory], mode: str, lost
             lab.clients[0].contexts.forget(lab.run.name)  # it held what rests
         go_on(lab)
         assert lab.run.status().state == "done" and lab.run.verify().ok
+        sources = {slot.fetched for entry in lab.run._ledger.entries() for slot in entry.slots}
+        assert ("delta" in sources) == (mode == "deltas")
         found.append((reference.bits(lab.run.model()), lab.run._ledger.head().chain))
         assert rest_keys(lab) == named(lab) != set()
     assert found[0] == found[1]

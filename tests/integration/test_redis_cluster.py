@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -13,17 +14,24 @@ import redis.cluster
 import torch
 from redis.crc import key_slot
 
-from tests.support import models, reference
+from tests.support import models, reference, resting
+from tests.support.inprocess import resolved
 from tests.support.processes import responds
 from tests.support.redis_cluster import RedisCluster, joined, redis_cluster
 from tests.support.waiting import wait_until
 from torchord import LocalCluster, Master, TrainingConfig
 from torchord.cache.blobs.chunk_store import BlobRef, ChunkStore
+from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, CacheUnreachable, ChunkMissing, InvalidInput
 from torchord.cache.servers.address import ClusterAddress
 from torchord.cache.servers.cluster import Cluster, owners_of
 from torchord.cache.settings import from_environment
+from torchord.cache.stores.parameters import ParameterCache
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
+from torchord.coordinator.server.version_writer import VersionWriter
 
 KB = 1 << 10
 
@@ -127,6 +135,37 @@ def test_chunks_lie_on_every_server_live_as_long_as_asked_and_are_deleted_everyw
     assert not any(list(member.client.scan_iter("t:spread:*")) for member in three.members)
     with pytest.raises(ChunkMissing, match=r"t:spread:0.*redis\+cluster://"):
         store.get(ref)
+
+
+def test_what_rests_of_a_run_is_stored_once_and_goes_with_its_last_version(
+    three: RedisCluster, store: ChunkStore
+) -> None:
+    replica = Replica.build(resolved(resting.recipe()), TrainingConfig(epochs=1, batch_size=8))
+    ledger: Any = MemoryLedger(MemoryPlane(), "t-rest")
+    ledger.create({}, incarnation="life")
+    _, token = ledger.acquire(worker="s0", node="celery@s0", queue="")
+    parameters = ParameterCache(TieredStore(store, None))
+    writer = VersionWriter(parameters, ledger, replica)
+    trained = [p for p in replica.parameters.values() if p.requires_grad]
+
+    def stored() -> list[int]:
+        found = [list(member.client.scan_iter("torchord:blob:t-rest:*")) for member in three.members]
+        return [sum(map(len, found)), sum(b":rest:" in key for keys in found for key in keys)]
+
+    counts = []
+    for version in range(6):
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(1)
+        assert ledger.put_version(writer.store(version, chain="c"), token=token)
+        parameters.drop(ledger, [version - 2], token=token)
+        counts.append(stored())
+        found = parameters.fetch_bytes(ledger, version, manifest=replica.manifest)[1]
+        assert torch.equal(found.flat(), replica.pack())
+    chunks = -(-sum(p.nbytes for n, p in replica.frozen.items()) // (16 * KB))
+    assert chunks <= counts[0][1] == counts[-1][1] and counts[1] == counts[-1]
+    parameters.drop(ledger, [4, 5], token=token)
+    assert stored() == [0, 0]
 
 
 def test_redis_py_finds_the_chunks_where_they_are(three: RedisCluster, store: ChunkStore) -> None:
