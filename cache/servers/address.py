@@ -7,7 +7,11 @@
     redis+cluster://[USER:PASSWORD@]HOST[:PORT][,HOST...]       a Redis Cluster; rediss+cluster:// over TLS
 
 Sentinels watch a primary and its replicas, and elect another primary when it dies: who that is, is asked
-at each new connection. Options follow behind "?", and a name of the server's own behind "#".
+at each new connection. Options follow behind "?", and a name of the server's own behind "#". The database
+may also be an option, `db` or `virtual_host`; further ones say how to check certificates (ssl_...) and how
+long to wait (`TIMEOUTS`). Every reader of a URL (control plane, Celery's broker and results, cache nodes)
+goes by what is read here; an option that nobody reads is refused. In a user, password or path, characters
+that mean something in a URL are written as %XX.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlencode, urlsplit
 
 from torchord.cache.errors import InvalidInput
 
@@ -28,6 +32,11 @@ _CLUSTERS = {
     "valkey+cluster": "redis",
     "valkeys+cluster": "rediss",
 }
+TIMEOUTS = ("socket_timeout", "socket_connect_timeout", "health_check_interval")
+"""Options in seconds: of each reply, of a connection, between two questions whether it still lives."""
+
+_TLS = ("ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname")
+_OPTIONS = ("db", "virtual_host", "username", "password", *_TLS, *TIMEOUTS, "socket_keepalive")
 _SENTINEL_LOOKS = "a Sentinel URL looks like sentinel://HOST:26379,HOST:26379/SERVICE/DB"
 _CLUSTER_LOOKS = (
     "a Redis Cluster URL looks like redis+cluster://HOST:PORT,HOST:PORT (or rediss+cluster:// for TLS)"
@@ -52,6 +61,8 @@ class Address:
         sentinels: whom to ask at each new connection where the primary of `service` is; then host and
             port are empty, and user and password are the primary's.
         service: name under which the sentinels watch the primary.
+        timeouts: those of `TIMEOUTS` that the URL gives, in seconds.
+        tls_options: what the URL says about TLS, as it stands there.
     """
 
     label: str
@@ -64,23 +75,46 @@ class Address:
     tls: ssl.SSLContext | None = field(repr=False, compare=False)
     sentinels: tuple[tuple[str, int], ...] = ()
     service: str = ""
+    timeouts: tuple[tuple[str, float], ...] = field(default=(), compare=False)
+    tls_options: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def parse(cls, url: str) -> Address:
         """Read the URL of one server, or of sentinels.
 
-        The query may hold db, ssl_cert_reqs ("required" unless given), ssl_ca_certs, ssl_certfile,
-        ssl_keyfile and ssl_check_hostname, spelled as Celery spells them; other options are
-        ignored. A fragment names the node: "redis://10.0.0.5/0#left".
+        The query may hold the options of the module's docstring, spelled as redis-py and Celery spell them.
+        A fragment names the node: "redis://10.0.0.5/0#left".
 
         Raises:
             InvalidInput: the URL cannot be used; the message does not repeat its password.
         """
         try:
-            parts = urlsplit(url)
+            parts = _split(url)
             return _sentinels(parts) if parts.scheme == "sentinel" else _server(parts)
         except (ValueError, OSError) as error:
             raise InvalidInput(f"the URL {masked(url)} cannot be used: {error}") from error
+
+    def url(self, *, celery: bool = False) -> str:
+        """The URL of one server in its plainest form, with its credentials.
+
+        Args:
+            celery: as Celery and kombu take it, which want a unix socket as `redis+socket://` with its
+                database as `virtual_host`; else as redis-py does. Timeouts are not in it.
+        """
+        user = "" if self.password is None and self.username is None else quote(self.username or "", safe="")
+        if self.password is not None:
+            user += f":{quote(self.password, safe='')}"
+        place = f"{user}@" if user else ""
+        if self.path:
+            if celery:
+                return f"redis+socket://{place}{self.path}?virtual_host={self.db}"
+            return f"unix://{place}{self.path}?db={self.db}"
+        options = dict(self.tls_options)
+        if self.tls is not None and celery:  # which refuses a URL that does not say so
+            options.setdefault("ssl_cert_reqs", "required")
+        query = f"?{urlencode(options)}" if options else ""
+        scheme = "redis" if self.tls is None else "rediss"
+        return f"{scheme}://{place}{bracketed(self.host)}:{self.port}/{self.db}{query}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +139,7 @@ class ClusterAddress:
             InvalidInput: the URL cannot be used; the message does not repeat its password.
         """
         try:
-            parts = urlsplit(url)
+            parts = _split(url)
             plain = _CLUSTERS.get(parts.scheme)
             credentials, at, hosts = parts.netloc.rpartition("@")
             rest = f"{parts.path}?{parts.query}"
@@ -146,9 +180,7 @@ def masked(url: str) -> str:
 def celery_url(url: str) -> str:
     """The same place in the form that both Celery and kombu accept.
 
-    Celery wants a unix socket as `redis+socket://` with its database as `virtual_host`, one URL a sentinel,
-    joined by semicolons, and refuses a `rediss://` URL that does not say whether certificates are checked;
-    here they are, unless it says otherwise.
+    Sentinels are one URL each there, joined by semicolons; else see `Address.url`.
 
     Args:
         url: of one server as redis-py reads it, or of sentinels.
@@ -156,22 +188,11 @@ def celery_url(url: str) -> str:
     Raises:
         InvalidInput: the URL cannot be used; the message does not repeat its password.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "sentinel":
-        found = Address.parse(url)
-        user = "" if found.password is None else f"{quote(found.username or '')}:{quote(found.password)}@"
-        return ";".join(f"sentinel://{user}{host}:{port}/{found.db}" for host, port in found.sentinels)
-    options = dict(parse_qsl(parts.query))
-    if parts.scheme == "unix":
-        options["virtual_host"] = options.pop("db", "0")
-        return f"redis+socket://{parts.netloc}{parts.path}?{urlencode(options)}"
-    database = parts.path.strip("/")
-    if database and not database.isdigit():
-        raise InvalidInput(f"{database!r} is not the number of a database")
-    if parts.scheme == "rediss" and "ssl_cert_reqs" not in options:
-        options["ssl_cert_reqs"] = "required"
-        return urlunsplit(parts._replace(query=urlencode(options)))
-    return url
+    found = Address.parse(url)
+    if not found.sentinels:
+        return found.url(celery=True)
+    user = "" if found.password is None else f"{quote(found.username or '')}:{quote(found.password)}@"
+    return ";".join(f"sentinel://{user}{host}:{port}/{found.db}" for host, port in found.sentinels)
 
 
 def bracketed(host: str) -> str:
@@ -186,20 +207,91 @@ def _server(parts: SplitResult) -> Address:
         ValueError: the URL cannot be read.
         OSError: a file that it names for TLS cannot be read.
     """
-    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    options = _options(parts)
     scheme = _SAME.get(parts.scheme, parts.scheme)
     unix = scheme == "unix"
     if scheme not in ("redis", "rediss", "unix") or (unix and not parts.path):
         raise ValueError("it must begin with redis://, rediss://, unix:/// or redis+cluster://")
     host = "" if unix else parts.hostname or "localhost"
-    port = 0 if unix else parts.port or DEFAULT_PORT
-    db = int(options.get("db") or options.get("virtual_host") or (not unix and parts.path.strip("/")) or 0)
+    port = 0 if unix else _port(parts)
+    db = _database("" if unix else parts.path.strip("/"), options)
+    tls_options = tuple((name, options[name]) for name in _TLS if name in options)
+    if tls_options and scheme != "rediss":
+        raise ValueError(f"{tls_options[0][0]} is about TLS, for which it must begin with rediss://")
     tls = _tls_context(options) if scheme == "rediss" else None
     where = parts.path if unix else f"{bracketed(host)}:{port}"
     label = unquote(parts.fragment) or f"{scheme}://{where}{'?db=' if unix else '/'}{db}"
     username = unquote(parts.username) if parts.username else options.get("username")
     password = unquote(parts.password) if parts.password else options.get("password")
-    return Address(label, host, port, parts.path if unix else "", db, username, password, tls)
+    return Address(
+        label=label,
+        host=host,
+        port=port,
+        path=parts.path if unix else "",
+        db=db,
+        username=username,
+        password=password,
+        tls=tls,
+        timeouts=_timeouts(options),
+        tls_options=tls_options,
+    )
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a URL.
+
+    Raises:
+        ValueError: what stands before its last @ is no user and password; the message repeats none of it.
+    """
+    parts = urlsplit(url)
+    behind = (
+        parts.fragment if _SAME.get(parts.scheme, parts.scheme) == "unix" else parts.path + parts.fragment
+    )
+    host = parts.netloc.rpartition("]")[2]
+    if ":" in host and not host.rpartition(":")[2].isdigit():  # a password's beginning, as it seems
+        behind += parts.query
+    if "@" in behind and "@" not in parts.netloc:
+        raise ValueError("its user or password holds one of / ? #; write them as %2F %3F %23")
+    return parts
+
+
+def _port(parts: SplitResult) -> int:
+    try:
+        return parts.port or DEFAULT_PORT
+    except ValueError:
+        raise ValueError("what stands behind its host is no port, a number up to 65535") from None
+
+
+def _options(parts: SplitResult) -> dict[str, str]:
+    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise ValueError(f"nobody reads its option {unknown[0]!r}; known are {', '.join(sorted(_OPTIONS))}")
+    return options
+
+
+def _database(path: str, options: dict[str, str]) -> int:
+    given = [text for text in (path, options.get("db"), options.get("virtual_host")) if text]
+    for text in given:
+        if not text.strip("/").isdigit():
+            raise ValueError("what should be the number of its database is none")
+    found = {int(text.strip("/")) for text in given}
+    if len(found) > 1:
+        raise ValueError(f"it names several databases: {', '.join(map(str, sorted(found)))}")
+    return found.pop() if found else 0
+
+
+def _timeouts(options: dict[str, str]) -> tuple[tuple[str, float], ...]:
+    found = []
+    for name in TIMEOUTS:
+        if name in options:
+            try:
+                seconds = float(options[name])
+            except ValueError:
+                seconds = -1.0
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name} must be a number of seconds greater than 0, not {options[name]!r}")
+            found.append((name, seconds))
+    return tuple(found)
 
 
 def _sentinels(parts: SplitResult) -> Address:
@@ -208,6 +300,7 @@ def _sentinels(parts: SplitResult) -> Address:
     Raises:
         ValueError: the URL cannot be read; the message says how one looks.
     """
+    options = _options(parts)
     credentials, _, hosts = parts.netloc.rpartition("@")
     service, _, db = parts.path.strip("/").partition("/")
     named = [host for host in hosts.split(",") if host]
@@ -230,6 +323,7 @@ def _sentinels(parts: SplitResult) -> Address:
         tls=None,
         sentinels=tuple(sentinels),
         service=service,
+        timeouts=_timeouts(options),
     )
 
 

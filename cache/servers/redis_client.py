@@ -23,7 +23,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
-from torchord.cache.servers.address import Address, is_cluster, is_sentinel, masked
+from torchord.cache.servers.address import TIMEOUTS, Address, is_cluster, is_sentinel, masked
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 CLIENT_PATIENCE_SECONDS = 2.0
@@ -93,24 +93,36 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
             f"{masked(url)!r} names a Redis Cluster, which Celery cannot use as a broker: give "
             "TORCHORD_URL a single server or sentinel://, and TORCHORD_CACHE_URLS the cluster"
         )
+    found = _parsed(url)
     tcp: dict[str, Any] = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "socket_keepalive": True}
+    timeouts = {
+        "socket_timeout": max(5.0, CONNECT_TIMEOUT_SECONDS),
+        "health_check_interval": 30,
+        **({} if found.path else tcp),
+        **{name: seconds for name, seconds in found.timeouts if name in _waits_of(found)},
+    }
+    return redis.Redis.from_url(
+        found.url(),
+        decode_responses=True,
+        retry=Retry(
+            ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
+            retries=tries,
+            supported_errors=(ConnectionError, TimeoutError, BusyLoadingError),
+        ),
+        **timeouts,
+    )
+
+
+def _parsed(url: str) -> Address:
     try:
-        return redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=max(5.0, CONNECT_TIMEOUT_SECONDS),
-            **({} if url.startswith("unix:") else tcp),
-            health_check_interval=30,
-            retry=Retry(
-                ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
-                retries=tries,
-                supported_errors=(ConnectionError, TimeoutError, BusyLoadingError),
-            ),
-        )
-    except ValueError as error:
-        raise CacheUnreachable(
-            f"{masked(url)!r} is not a Redis URL ({error}); use redis://HOST:PORT/DB, rediss:// or unix://"
-        ) from error
+        return Address.parse(url)
+    except InvalidInput as error:
+        raise CacheUnreachable(str(error)) from error
+
+
+def _waits_of(found: Address) -> tuple[str, ...]:
+    """The timeouts that there are: a unix socket is connected at once."""
+    return tuple(name for name in TIMEOUTS if not found.path or name != "socket_connect_timeout")
 
 
 class PrimaryConnection(SentinelManagedConnection):
@@ -130,10 +142,7 @@ class PrimaryConnection(SentinelManagedConnection):
 
 def _primary(url: str, tries: int) -> redis.Redis:
     """A client of whatever primary the sentinels name at each new connection."""
-    try:
-        found = Address.parse(url)
-    except InvalidInput as error:
-        raise CacheUnreachable(str(error)) from error
+    found = _parsed(url)
     asking = {"socket_timeout": CONNECT_TIMEOUT_SECONDS, "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS}
     # Each is asked once: the command that needs a primary tries again, as long as its patience lasts.
     sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
@@ -173,7 +182,7 @@ def process_id(url: str, timeout_seconds: float = 1.0) -> int | None:
     """Process id of the server at `url`; None if none answers there, or it still reads its data."""
     try:
         with redis.Redis.from_url(
-            url,
+            Address.parse(url).url(),
             socket_connect_timeout=timeout_seconds,
             socket_timeout=timeout_seconds,
             retry=Retry(NoBackoff(), retries=0),
@@ -181,7 +190,7 @@ def process_id(url: str, timeout_seconds: float = 1.0) -> int | None:
         ) as client:
             client.ping()  # refused while it reads its data, which INFO is not
             return int(cast(dict[str, Any], client.info("server"))["process_id"])
-    except (RedisError, LookupError, ValueError):
+    except (RedisError, LookupError, ValueError, InvalidInput):
         return None
 
 

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 from celery import Celery
 from kombu import Exchange, Queue
 
-from torchord.cache.errors import CacheUnreachable, InvalidInput
+from torchord.cache.errors import InvalidInput
 from torchord.cache.servers import address
-from torchord.cache.servers.address import Address, masked
+from torchord.cache.servers.address import Address
 from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.messages.task_names import QUEUES, UPDATES, short_name
 
@@ -29,24 +29,20 @@ def celery_url(url: str) -> str:
         'redis+socket:///run/redis.sock?virtual_host=2'
     """
     connect(url).close()
-    try:
-        return address.celery_url(url)
-    except InvalidInput as error:
-        raise CacheUnreachable(
-            f"{masked(url)!r} is not a Redis URL ({error}); use redis://HOST:PORT/DB, rediss:// or unix://"
-        ) from error
+    return address.celery_url(url)
 
 
 def transport_options(url: str) -> dict[str, object]:
-    """What Celery's broker and result backend need to know beside the URL: the service, for Sentinel.
+    """What Celery's broker and result backend need to know beside the URL: its timeouts, Sentinel's service.
 
     Args:
         url: as for `celery_url`, which has accepted it.
     """
-    if not address.is_sentinel(url):
-        return {}
     found = Address.parse(url)
-    options: dict[str, object] = {"master_name": found.service}
+    options: dict[str, object] = dict(found.timeouts)
+    if not found.sentinels:
+        return options
+    options["master_name"] = found.service
     if found.password is not None:
         options["sentinel_kwargs"] = {}  # the password is the primary's; sentinels without one refuse it
     return options

@@ -51,7 +51,7 @@ UNUSABLE = [
     ("TORCHORD_CACHE_WEIGHTS", "1,much", "must be numbers between commas"),
     ("TORCHORD_HOST_CACHE", "maybe", "must be on or off"),
     ("TORCHORD_OVERLAP", "upload,colect", "must be on, off, or some of collect, fetch, upload"),
-    ("TORCHORD_URL", "rediss:/nowhere", "is not a Redis URL"),
+    ("TORCHORD_URL", "rediss:/nowhere", "cannot be used"),
 ]
 
 
@@ -134,7 +134,11 @@ def test_whose_url_it_is(
     ("url", "expected"),
     [
         ("redis://h:1/2", "redis://h:1/2"),
-        ("redis://", "redis://"),
+        ("redis://", "redis://localhost:6379/0"),
+        ("redis://h?db=3", "redis://h:6379/3"),
+        ("valkey://h/3?socket_timeout=5", "redis://h:6379/3"),
+        ("redis://h?username=ada&password=a%40b", "redis://ada:a%40b@h:6379/0"),
+        ("redis+socket:///run/r.sock?virtual_host=3", "redis+socket:///run/r.sock?virtual_host=3"),
         ("unix:///run/r.sock", "redis+socket:///run/r.sock?virtual_host=0"),
         ("unix:///run/r.sock?db=3", "redis+socket:///run/r.sock?virtual_host=3"),
         ("unix://:word@/run/r.sock", "redis+socket://:word@/run/r.sock?virtual_host=0"),
@@ -150,7 +154,7 @@ def test_the_broker_url_in_celerys_spelling(url: str, expected: str) -> None:
     "url", ["http://h", "h:1", "redis://h:x/0", "redis://h/zero", "redis://:word@h/zero"]
 )
 def test_a_broker_url_that_is_none(url: str) -> None:
-    with pytest.raises(CacheUnreachable, match="is not a Redis URL") as caught:
+    with pytest.raises(CacheUnreachable, match="cannot be used") as caught:
         celery_url(url)
     assert "word" not in str(caught.value)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from celery import Celery
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput
 from torchord.cache.servers.address import Address, ClusterAddress, celery_url, masked
 from torchord.cache.servers.redis_client import connect, ping
 from torchord.coordinator.local_cluster.embedded_server import free_port
+from torchord.coordinator.messages import broker
 
 SEVERAL = "sentinel://ada:s%40cret@a:1,b/svc/3"
 
@@ -85,3 +87,75 @@ def test_a_password_before_several_sentinels_is_no_obstacle_to_saying_that_none_
     with pytest.raises(CacheUnreachable, match=r"sentinel://:\*\*\*@127\.0\.0\.1:\d+,127") as caught:
         ping(connect(url, patience_seconds=1.0), url)
     assert "secret" not in str(caught.value)
+
+
+# --- one reading for all -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:7/3",
+        "redis://127.0.0.1:7?db=3",
+        "redis://127.0.0.1:7?virtual_host=3",
+        "redis://127.0.0.1:7/3/",
+        "redis://127.0.0.1:7/3?db=3",
+        "valkey://127.0.0.1:7/3",
+        "REDIS://127.0.0.1:7/3",
+        "redis://ada:p%40%2F%3F%23%3A@127.0.0.1:7/3?socket_timeout=5&health_check_interval=2",
+        "redis://127.0.0.1:7/3?username=ada&password=p%40%2F%3F%23%3A",
+        "redis://127.0.0.1:7/3?socket_connect_timeout=1&socket_keepalive=true",
+        "unix:///run/r.sock?db=3",
+        "unix:///run/r.sock?virtual_host=3",
+        "redis+socket:///run/r.sock?virtual_host=3",
+        "unix://ada:p%40%2F%3F%23%3A@/run/r.sock?db=3&socket_timeout=5",
+    ],
+)
+def test_every_reader_means_the_same_server(url: str) -> None:
+    """The control plane's client, Celery's broker and results, and the cache node."""
+    found = Address.parse(url)
+    client = connect(url).connection_pool.connection_kwargs
+    app = Celery("reads", broker=broker.celery_url(url), backend=broker.celery_url(url))
+    broker_link, results = app.connection(), app.backend.connparams
+    assert found.db == client["db"] == results["db"] == 3
+    assert broker_link.virtual_host == "3" or "virtual_host=3" in broker_link.hostname
+    assert found.password == client.get("password") == results.get("password")
+    assert found.username == client.get("username") == results.get("username")
+    if not found.path:
+        assert (
+            (found.host, found.port) == (client["host"], client["port"]) == (results["host"], results["port"])
+        )
+        assert (broker_link.hostname, broker_link.port) == (found.host, found.port)
+        assert (broker_link.userid, broker_link.password) == (found.username, found.password)
+
+
+def test_timeouts_of_a_url_are_everybodys() -> None:
+    url = "redis://h?socket_timeout=7&socket_connect_timeout=3&health_check_interval=2"
+    expected = {"socket_timeout": 7.0, "socket_connect_timeout": 3.0, "health_check_interval": 2.0}
+    assert dict(Address.parse(url).timeouts) == expected == broker.transport_options(url)
+    client = connect(url).connection_pool.connection_kwargs
+    assert {name: client[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://h/1?db=3", "several databases: 1, 3"),
+        ("redis://h/one", "the number of its database"),
+        ("redis://h?nonsense=1", "nobody reads its option 'nonsense'; known are db, "),
+        ("redis://h?ssl_cert_reqs=none", "must begin with rediss://"),
+        ("redis://h?socket_timeout=soon", "socket_timeout must be a number of seconds"),
+        ("redis://h?health_check_interval=-1", "health_check_interval must be a number of seconds"),
+        ("redis://h:x/0", "no port"),
+        ("redis://h:99999", "no port, a number up to 65535"),
+        ("redis://:sec/ret@h/0", "holds one of / [?] #; write them as %2F"),
+        ("redis://ada:sec?ret@h", "holds one of / [?] #"),
+        ("redis://ada:sec?a=ret@h", "holds one of / [?] #"),
+        ("redis://ada:sec#ret@h", "holds one of / [?] #"),
+    ],
+)
+def test_what_some_would_read_otherwise_is_refused(url: str, said: str) -> None:
+    for read in (Address.parse, connect, broker.celery_url):
+        with pytest.raises((InvalidInput, CacheUnreachable), match=said) as caught:
+            read(url)
+        assert "sec" not in str(caught.value).replace("seconds", "") and "ret" not in str(caught.value)
