@@ -292,23 +292,28 @@ def gaps(manifest: Manifest) -> Iterator[slice]:
 
 
 def require_same(ours: Manifest, theirs: Manifest) -> None:
-    """Compare two layouts: the one that a model here has, and the one that bytes were written with.
+    """Compare what two layouts hold: a model's here, and the one that bytes were written with.
+
+    The order is free: the model takes what was written by name.
 
     Raises:
-        ManifestMismatch: names the first tensor that differs in name, place, shape or dtype.
+        ManifestMismatch: names the first tensor that differs in shape or dtype, or is in one of them only.
     """
-    for mine, other in zip(ours.tensors, theirs.tensors, strict=False):
-        if mine != other:
+    mine = {spec.name: spec for spec in ours.tensors}
+    for other in theirs.tensors:
+        own = mine.pop(other.name, None)
+        if own is None:
+            raise ManifestMismatch(f"{other.name!r} {other.shape} {other.dtype}: not in the model here")
+        if (own.shape, own.dtype) != (other.shape, other.dtype):
             raise ManifestMismatch(
-                f"tensor {mine.name!r} {mine.shape} {mine.dtype} of the model here is in the place of "
-                f"{other.name!r} {other.shape} {other.dtype}"
+                f"tensor {own.name!r} is {own.shape} {own.dtype} in the model here, and {other.shape} "
+                f"{other.dtype} there"
             )
-    if ours != theirs:
-        longer = max(ours.tensors, theirs.tensors, key=len)
-        extra = longer[min(len(ours.tensors), len(theirs.tensors)) :]
-        side = "only in the model here" if longer is ours.tensors else "not in the model here"
-        named = ", ".join(repr(spec.name) for spec in extra[:3]) or "the end"
-        raise ManifestMismatch(f"{named}: {side} ({ours.nbytes} bytes here, {theirs.nbytes} there)")
+    if mine:
+        named = ", ".join(repr(name) for name in [*mine][:3])
+        raise ManifestMismatch(
+            f"{named}: only in the model here ({ours.nbytes} bytes, {theirs.nbytes} there)"
+        )
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -110,6 +110,7 @@ def try_metrics(like: Replica, resolved: ResolvedRecipe, config: TrainingConfig,
         Exception: whatever the recipe's code raises, with a note.
     """
     replica = Replica.build(resolved, config, like.device)
+    replica.arrange(like.manifest)
     replica.load(like.pack())
     size = min(len(dataset), _TRIED_EXAMPLES)
     cuts = [0, max(1, size // 3), size] if size > 1 else []

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput
-from torchord.cache.tensors.codec import starts_aligned
+from torchord.cache.tensors.codec import ALIGNMENT_NBYTES, starts_aligned
 from torchord.coordinator.spec.config import TrainingConfig
 
-
-@dataclass(frozen=True)
-class BufferHome:
-    """Where a buffer hangs in the module tree; a forward may put another tensor there."""
-
-    module: nn.Module
-    name: str
-
-
+K = TypeVar("K")
+T = TypeVar("T", bound=Tensor)
 Mark = tuple[int, int]
 """torch's count of writes to a tensor, and where its memory begins: neither sees `.data` written in place."""
+
+
+class Places:
+    """Where some tensors have their memory, and whether something wrote to them or moved them since.
+
+    Args:
+        tensors: name -> tensor.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._strides = {name: tensor.stride() for name, tensor in tensors.items()}
+        self.note()
+
+    def note(self) -> None:
+        """Take them as they are now for unwritten, and for being where they belong."""
+        self._marks = dict(zip(self._tensors, marks(self._tensors.values()), strict=True))
+
+    def written(self) -> list[str]:
+        """Names of those that something wrote to or moved since."""
+        now = zip(self._marks.items(), marks(self._tensors.values()), strict=True)
+        return [name for (name, before), after in now if before != after]
+
+    @torch.no_grad()
+    def put(self, names: Iterable[str], values: Mapping[str, Tensor]) -> None:
+        """Copy values into some; one that was given other memory or shape gets its own, laid out as ever."""
+        for name in names:
+            tensor, value = self._tensors[name], values[name]
+            if address(tensor) != self._marks[name][1] or tensor.shape != value.shape:
+                tensor.data = torch.empty_strided(
+                    value.shape, self._strides[name], dtype=value.dtype, device=value.device
+                )
+            tensor.copy_(value)
+            self._marks[name] = (tensor._version, address(tensor))
 
 
 class OnCpu(Mapping[str, Tensor]):
@@ -52,40 +79,79 @@ def formatted(model: nn.Module, config: TrainingConfig | None) -> nn.Module:
 def align(model: nn.Module) -> None:
     """Move parameters and buffers that start elsewhere, such as numpy's, to boundaries of 64 bytes.
 
-    Their order in memory is the recipe's and stays; a tensor that shared memory with them does no more.
+    Their order in memory is the recipe's and stays; those that share memory move together.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
+    tensors = dict(enumerate((*model.parameters(), *model.buffers())))
+    together = overlapping(tensors)
+    for group in together:
+        _move([tensors[key] for key in group])
+    alone = tensors.keys() - {key for group in together for key in group}
+    for tensor in (tensors[key] for key in sorted(alone)):
         if not starts_aligned(tensor):
             tensor.data = tensor.data.clone()
 
 
-def homes(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, list[BufferHome]]:
-    """Buffer name -> every place in the module tree where the buffer hangs."""
-    found: dict[str, list[BufferHome]] = {name: [] for name in buffers}
-    names = {id(buffer): name for name, buffer in buffers.items()}
-    for module in model.modules():
-        for local, buffer in module._buffers.items():
-            if buffer is not None:
-                found[names[id(buffer)]].append(BufferHome(module, local))
-    return found
+def _move(group: Sequence[Tensor]) -> None:
+    """Move tensors that share memory to a boundary of 64 bytes, if the first of them is at none."""
+    spans = [_span(tensor) for tensor in group]
+    start = min(first for first, _ in spans)
+    if start % ALIGNMENT_NBYTES == 0 or any((first - start) % 16 for first, _ in spans):
+        return
+    fresh = torch.empty(max(end for _, end in spans) - start, dtype=torch.uint8).untyped_storage()
+    for tensor, (first, _) in zip(group, spans, strict=True):
+        offset = (first - start) // tensor.dtype.itemsize
+        placed = torch.empty(0, dtype=tensor.dtype).set_(fresh, offset, tensor.shape, tensor.stride())
+        tensor.data = placed.copy_(tensor)
+
+
+def overlapping(tensors: Mapping[K, Tensor]) -> list[list[K]]:
+    """Groups of tensors that share memory, as views of one another do; the rest is in no group."""
+    spans = sorted((*_span(tensor), number) for number, tensor in enumerate(tensors.values()))
+    keys, groups, end = list(tensors), list[list[K]](), -1
+    for first, last, number in spans:
+        if first == last:  # empty
+            continue
+        if first < end:
+            groups[-1].append(keys[number])
+        else:
+            groups.append([keys[number]])
+        end = max(end, last)
+    return [group for group in groups if len(group) > 1]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and behind its last; equal ones for an empty tensor."""
+    start = address(tensor)
+    if not tensor.numel() or not start:
+        return start, start
+    reach = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.dtype.itemsize
+
+
+@torch.no_grad()
+def unfold(model: nn.Module) -> None:
+    """Give each element of an expanded buffer or frozen parameter memory of its own: it is written to.
+
+    Raises:
+        InvalidInput: a trained parameter is expanded.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        shared = any(
+            stride == 0 and extent > 1 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        if shared and tensor.requires_grad and tensor.is_leaf:
+            raise InvalidInput(
+                f"parameter {name!r} is expanded: several of its elements are one in memory, which no "
+                "optimizer can write to; clone() it in the model function, or make it small and expand it in "
+                "the forward"
+            )
+        if shared:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def marks(tensors: Iterable[Tensor]) -> list[Mark]:
     """The mark of each tensor; another one later means that it was written to, or put elsewhere."""
     return [(tensor._version, address(tensor)) for tensor in tensors]
-
-
-@torch.no_grad()
-def put(tensor: Tensor, value: Tensor, began: int, stride: tuple[int, ...]) -> None:
-    """Copy a value into a tensor; where somebody gave that another memory or shape, into memory of its own.
-
-    Args:
-        began: its address.
-        stride: its order in memory, in elements.
-    """
-    if address(tensor) != began or tensor.shape != value.shape or tensor.dtype != value.dtype:
-        tensor.data = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
-    tensor.copy_(value)
 
 
 def address(tensor: Tensor) -> int:
@@ -94,6 +160,50 @@ def address(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
+
+
+def reorder(model: nn.Module, names: Sequence[str]) -> None:
+    """Let each module have registered its parameters, buffers and modules in the order of some names.
+
+    Places of what is not named, such as an activation in a sequence, stay as they are.
+    """
+    ranks = {name: rank for rank, name in enumerate(names)}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for parts in (module._parameters, module._buffers):
+            _sort(parts, {name: ranks.get(prefix + name) for name in parts})
+        beneath = {
+            name: min((ranks[full] for full in names if full.startswith(f"{prefix}{name}.")), default=None)
+            for name in module._modules
+        }
+        _sort(module._modules, beneath)
+
+
+def _sort(parts: dict[str, Any], ranks: Mapping[str, int | None]) -> None:
+    """Sort those entries of a dict, in place, that have a rank."""
+    ranked = [name for name in parts if ranks[name] is not None]
+    sorted_names = iter(sorted(ranked, key=lambda name: ranks[name] or 0))
+    order = [name if ranks[name] is None else next(sorted_names) for name in parts]
+    if order != list(parts):
+        items = {name: parts[name] for name in order}
+        parts.clear()
+        parts.update(items)
+
+
+def named(
+    tensors: Callable[..., Iterable[tuple[str, T]]], names: Sequence[str], found: Mapping[str, T]
+) -> dict[str, T]:
+    """Some tensors of a model under those of their names that are given, and in that order.
+
+    Args:
+        tensors: the model's `named_parameters` or `named_buffers`.
+        names: which of several names a tied tensor has.
+        found: all of them, under the names that the model gives first.
+    """
+    everywhere = dict(tensors(remove_duplicate=False))
+    chosen = {name: everywhere[name] for name in names if name in everywhere}
+    held = {id(tensor) for tensor in chosen.values()}
+    return chosen | {name: tensor for name, tensor in found.items() if id(tensor) not in held}
 
 
 def require_plain(model: nn.Module) -> None:

@@ -59,8 +59,9 @@ def servers_optimizer(
     Called with the process pinned.
 
     Raises:
-        InvalidInput: as `build_optimizer`.
+        InvalidInput: as `build_optimizer`; or parameters share memory, and the config moves each by itself.
     """
+    _require_apart(replica, config)
     if config.local_steps == 1:
         return build_optimizer(resolved, config, replica)
     seed_everything(derive_seed(config.seed, "optimizer"))
@@ -68,6 +69,18 @@ def servers_optimizer(
     optimizer = outer(replica.model.parameters())
     _require_optimizer(optimizer, replica)
     return optimizer, None
+
+
+def _require_apart(replica: Replica, config: TrainingConfig) -> None:
+    if not replica.shared:
+        return
+    setting = "local_steps" if config.local_steps > 1 else "parameter_compression"
+    if config.local_steps > 1 or config.parameter_compression != "none":
+        raise InvalidInput(
+            f"{' and '.join(map(repr, replica.shared[0]))} share memory, so that a step moves each of them "
+            f"by what is meant for the other as well, which {setting} cannot carry; make them one parameter "
+            "(self.a = self.b), or train without it"
+        )
 
 
 def step_scheduler(scheduler: LRScheduler, loss: float) -> None:

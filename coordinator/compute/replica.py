@@ -7,33 +7,40 @@ process, and versions are then copied into it in place, so that tied weights sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
-from torchord.cache.tensors.codec import Manifest, dtype_name, layout, pack, row_major, views
+from torchord.cache.tensors.codec import (
+    Manifest,
+    layout,
+    pack,
+    require_same,
+    row_major,
+    views,
+)
 from torchord.cache.tensors.halves import Rest
 from torchord.coordinator.compute.averaging import Average, AveragedWeights, average_of
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
 from torchord.coordinator.compute.forward_watch import ForwardWatch
+from torchord.coordinator.compute.held_buffers import HeldBuffers
 from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
 from torchord.coordinator.compute.model_state import (
-    BufferHome,
-    Mark,
     OnCpu,
-    address,
+    Places,
     align,
     formatted,
-    homes,
-    marks,
-    put,
+    named,
+    overlapping,
+    reorder,
     require_plain,
     same_bytes,
+    unfold,
 )
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
@@ -51,6 +58,8 @@ class Replica:
         buffers: name -> buffer tensor, tied ones once.
         frozen: name -> parameter that is not trained. What a forward writes there is handled like a
             buffer (Keras keeps the moving mean of a BatchNorm in one).
+        shared: names of the parameters and buffers that share memory, group by group, such as a parameter
+            made from another's transpose: they stay where they are, and move together.
         loss_scale: the version's loss scale; None where the precision needs none.
         average: the version's averaged weights; None where the recipe asks for no average.
         manifest: layout of a version: parameters, then buffers, then the loss scale and the average.
@@ -72,31 +81,52 @@ class Replica:
         self.model = model
         self.config = config
         self.device = device
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
-        self.frozen = {name: p for name, p in self.parameters.items() if not p.requires_grad}
         self.loss_scale: LossScale | None = at_start(config)
         self.average = None if average is None else AveragedWeights(average, self._averageable)
-        self.manifest: Manifest = layout(self.state_tensors())
+        self._take_apart(dict(model.named_parameters()), dict(model.named_buffers()))
         self.flat: Tensor | None = None
         self.rest: Rest | None = None
         self.loaded: int | None = None
         self.digest = ""
         self.compiled: nn.Module | None = None
-        self.watch = ForwardWatch(model, self.parameters, self.frozen)
-        self._homes = homes(model, self.buffers)
-        self._specs = {spec.name: (spec.shape, spec.dtype) for spec in self.manifest.tensors}
-        self._strides = {name: tensor.stride() for name, tensor in self.state_tensors().items()}
-        self._marks: list[Mark] = marks(self.parameters.values())
-        self._began = {name: address(buffer) for name, buffer in self.buffers.items()}
         self._version: dict[str, Tensor] = {}  # on the CPU
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
         self._rest_here: dict[str, Tensor] = {}  # of these, what rests
-        self._attached = False
-        self._copies = False
+        self._attached = self._dirty = False
+        self._copies = bool(self.shared)
         self.memory: DeviceMemory | None = None
         if device.type == "cuda":
             self.use(DeviceMemory(CudaCopies(device)))
+
+    def _take_apart(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+        self.parameters, self.buffers = parameters, buffers
+        self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self.manifest: Manifest = layout(self.state_tensors())
+        held = overlapping({**parameters, **buffers})
+        self.shared = [group for group in held if not parameters.keys().isdisjoint(group)]
+        self.watch = ForwardWatch(self.model, self.parameters, self.frozen)
+        self._held = HeldBuffers(self.model, buffers, self.watch)
+        self._places = Places(parameters)
+
+    def arrange(self, manifest: Manifest) -> None:
+        """Be laid out like a run's versions; to be called before the first `load` and before any optimizer.
+
+        A constructor may register its parts in an order that differs between processes, such as that of a
+        set: parameters, buffers and modules take the manifest's order, in the module tree as well.
+
+        Raises:
+            ManifestMismatch: the model has other tensors; names the first.
+        """
+        if manifest == self.manifest:
+            return
+        names = [spec.name for spec in manifest.tensors]
+        reorder(self.model, names)
+        self._take_apart(
+            named(self.model.named_parameters, names, self.parameters),
+            named(self.model.named_buffers, names, self.buffers),
+        )
+        require_same(self.manifest, manifest)
+        self.manifest = manifest
 
     @classmethod
     def build(
@@ -134,6 +164,7 @@ class Replica:
                     f"torch.nn.Module"
                 )
             require_plain(model)
+            unfold(model)
             laid_out = formatted(model.to(device), config if computing else None)
             made = cls(laid_out, config, device, average_of(resolved.average))
             if computing and config.compile:
@@ -247,13 +278,15 @@ class Replica:
         for name, parameter in self.parameters.items():
             if name not in self.frozen:
                 parameter.data = self._version[name]
-        self._put(self.frozen)
-        self._attached = True
+        self._places.put(self.frozen, self._here)
+        self._attached, self._dirty = True, False
         self._settle()
 
     def spoilt(self) -> bool:
         """Whether something wrote to an attached version; it has to be attached anew, from good bytes."""
-        return self._attached and any(name not in self.frozen for name in self._written())
+        if self._attached and not self._dirty:
+            self._dirty = any(name not in self.frozen for name in self._places.written())
+        return self._attached and self._dirty
 
     @torch.no_grad()
     def own(self) -> bool:
@@ -266,20 +299,9 @@ class Replica:
             return False
         for parameter in self.parameters.values():
             parameter.data = parameter.data.clone()
-        self._marks = marks(self.parameters.values())
+        self._places.note()
         self._attached = False
         return True
-
-    def _written(self) -> list[str]:
-        """Names of the parameters that something wrote to since they held the version, or moved."""
-        now = zip(self.parameters, self._marks, marks(self.parameters.values()), strict=True)
-        return [name for name, before, after in now if before != after]
-
-    def _put(self, names: Iterable[str]) -> None:
-        """Copy the loaded version into some of the parameters."""
-        began = dict(zip(self.parameters, self._marks, strict=True))
-        for name in names:
-            put(self.parameters[name], self._here[name], began[name][1], self._strides[name])
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a version given by name; see `load`.
@@ -292,12 +314,12 @@ class Replica:
     @torch.no_grad()
     def restore(self) -> None:
         """Copy the loaded version into parameters and buffers once more."""
-        self._put(self.parameters)
+        self._places.put(self.parameters, self._here)
         self._settle()
 
     def _settle(self) -> None:
         """What follows once the parameters hold a version."""
-        self._marks = marks(self.parameters.values())
+        self._places.note()
         self.reset_buffers()
         if self.loss_scale is not None:
             self.loss_scale = LossScale.of(self._version[ENTRY])
@@ -310,16 +332,10 @@ class Replica:
 
         Parameters are put back too if something wrote to them since; torch counts writes.
         """
-        if written := self._written():
-            self._put(written)
-            self._marks = marks(self.parameters.values())
-        for name, buffer in self.buffers.items():
-            if name in self.watch.caches:
-                continue
-            for home in self._homes[name]:
-                home.module._buffers[home.name] = buffer
-            put(buffer, self._here[name], self._began[name], self._strides[name])
-            self._began[name] = address(buffer)
+        if written := self._places.written():
+            self.spoilt()  # of which nothing is seen afterwards
+            self._places.put(written, self._here)
+        self._held.put(self._here)
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -337,7 +353,7 @@ class Replica:
             self.written_tensors()
         finally:
             self.train()
-            self._put(self.frozen)
+            self._places.put(self.frozen, self._here)
         self.watch.end(again=False)
 
     @contextmanager
@@ -355,13 +371,14 @@ class Replica:
         for name, parameter in trained.items():
             parameter.data = torch.empty_like(parameter).copy_(values[name])
         self._here = {**version, **values}  # which buffers are put back to
-        self._marks = marks(self.parameters.values())
+        self._places.note()
         try:
             yield
         finally:
             for name, parameter in trained.items():
                 parameter.data = before[name]
-            self._here, self._marks = version, marks(self.parameters.values())
+            self._here = version
+            self._places.note()
             self.reset_buffers()
 
     @torch.no_grad()
@@ -399,28 +416,8 @@ class Replica:
         Raises:
             InvalidInput: a forward replaced a buffer by one of another shape or dtype.
         """
-        found: dict[str, Tensor] = {}
-        for name in self.buffers:
-            if (current := self._kept(name, self._homes[name][0])) is not None:
-                found[name] = current.detach().resolve_conj().resolve_neg()
-        return found | {name: self.frozen[name].detach() for name in self._written() if name in self.frozen}
-
-    def _kept(self, name: str, home: BufferHome) -> Tensor | None:
-        """The tensor that is at a buffer's place now; None for a cache, which no version holds."""
-        current, spec = home.module._buffers.get(home.name), self._specs[name]
-        if name in self.watch.caches:
-            return None
-        if current is not None and (tuple(current.shape), dtype_name(current.dtype)) == spec:
-            return current
-        if home.name in home.module._non_persistent_buffers_set:
-            self.watch.tolerate(name)
-            return None
-        now = "None" if current is None else f"{current.dtype} of shape {tuple(current.shape)}"
-        raise InvalidInput(
-            f"the forward turned buffer {name!r} from torch.{spec[1]} of shape {spec[0]} into {now}; a run's "
-            "state must keep its layout: register it as it will be, or run a batch through the model in the "
-            "recipe's model function"
-        )
+        moved = [name for name in self._places.written() if name in self.frozen]
+        return self._held.now() | {name: self.frozen[name].detach() for name in moved}
 
     def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some contiguous CPU tensors whose bytes differ from the loaded version's."""

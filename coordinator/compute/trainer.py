@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchord.cache.errors import CheckpointError, ManifestMismatch, NonFinite, RunFailed
+from torchord.cache.errors import CheckpointError, InvalidInput, NonFinite, RunFailed
 from torchord.cache.tensors.codec import aligned, starts_aligned
 from torchord.coordinator.compute.averaging import is_average
 from torchord.coordinator.compute.deltas import Delta, DeltaEncoder
@@ -102,6 +102,7 @@ class Trainer:
         config: TrainingConfig,
         device: torch.device | str = "cpu",
         *,
+        arrange: Callable[[Replica], None] | None = None,
         prepare: Prepare = nothing_to_prepare,
     ) -> Trainer:
         """Make model, optimizer and scheduler as at the start of the run (version 0).
@@ -110,6 +111,7 @@ class Trainer:
             resolved: the run's recipe.
             config: the run's config.
             device: where the model is to live.
+            arrange: lays the new model out like the run's versions; None: there are none yet.
             prepare: what is done to the new model before the optimizer is made over it.
 
         Raises:
@@ -117,6 +119,8 @@ class Trainer:
                 cannot work from averaged gradients (see `optimizers.build_optimizer`).
         """
         replica = Replica.build(resolved, config, device)
+        if arrange is not None:
+            arrange(replica)
         prepare(replica.model)
         with pinned(config.threads, config.deterministic, replica.device, restore=True):
             optimizer, scheduler = servers_optimizer(resolved, config, replica)
@@ -162,7 +166,7 @@ class Trainer:
 
         Raises:
             NonFinite: loss or gradient is not finite and the config says "stop"; nothing changed.
-            ManifestMismatch: a name or shape is not the model's.
+            InvalidInput: a name or shape is not the model's.
             RunFailed: optimizer, scheduler or average raised (chained); the trainer must be loaded anew.
             Exception: what the recipe's `gradients` raises, with a note; likewise.
             InvalidInput: one of them changed the optimizer's groups so that they cannot be restored, or which
@@ -268,10 +272,10 @@ class Trainer:
     def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
         for name, tensor in given.items():
             if name not in own:
-                raise ManifestMismatch(f"{what} {name!r}, which the model does not have")
+                raise InvalidInput(f"a shard sent a {what} {name!r}, which the model does not have")
             if tensor.shape != own[name].shape:
-                raise ManifestMismatch(
-                    f"{what} {name!r} of shape {tuple(tensor.shape)}, where the model has "
+                raise InvalidInput(
+                    f"a shard sent a {what} {name!r} of shape {tuple(tensor.shape)}, where the model has "
                     f"{tuple(own[name].shape)}"
                 )
 

@@ -21,7 +21,7 @@ from torchord.cache.errors import CheckpointError, InvalidInput, ShardFailed, To
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, combined_digest
 from torchord.cache.stores.trees import put_tree
-from torchord.cache.tensors.codec import aligned, as_bytes, layout, pack
+from torchord.cache.tensors.codec import Manifest, aligned, as_bytes, layout, pack
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
@@ -46,6 +46,7 @@ class Replay:
         checkpoints: where the run's checkpoints are; without any, everything is computed from the start.
         entries: the run's ledger by version.
         started_elsewhere: whether the run began with other weights than the recipe's own (`start_from`).
+        manifest: layout of the run's versions; None: the one that the model has here.
         progress: called with each step before it is computed.
     """
 
@@ -57,6 +58,7 @@ class Replay:
         entries: Mapping[int, LedgerEntry],
         *,
         started_elsewhere: bool = False,
+        manifest: Manifest | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.started_elsewhere = started_elsewhere
@@ -64,6 +66,7 @@ class Replay:
         self.plan = plan
         self.checkpoints = checkpoints
         self.entries = entries
+        self.manifest = manifest
         self.progress = progress
         self._trainer: Trainer | None = None
         self._replica: Replica | None = None
@@ -142,7 +145,11 @@ class Replay:
 
     def _built(self, version: int) -> Trainer:
         config = self.plan.config_at(max(0, version - 1))  # of the step that left the version's state
-        return Trainer.build(self.recipe, config, device())
+        return Trainer.build(self.recipe, config, device(), arrange=self._arrange)
+
+    def _arrange(self, replica: Replica) -> None:
+        if self.manifest is not None:
+            replica.arrange(self.manifest)
 
     def _hold(self, version: int, slots: dict[int, Any]) -> str:
         """Keep the version that the trainer has come to; its digest."""
@@ -235,6 +242,7 @@ class Replay:
         if self._replica is None:
             config = self.plan.config_at(step)
             self._replica = Replica.build(self.recipe, config, device(), computing=True)
+            self._arrange(self._replica)
             self._replica.watch.whole = True
             self._dataset = open_dataset(self.recipe, self.plan.config)
             visited = visiting_of(self.recipe, self.plan.config, self._dataset, self.plan.visits)

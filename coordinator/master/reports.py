@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torchord.cache.errors import CheckpointError
+from torchord.cache.errors import CheckpointError, InvalidInput
 from torchord.cache.ledger.records import LedgerEntry
 from torchord.cache.settings import located
 from torchord.coordinator.messages.waits import Wait
@@ -97,6 +99,24 @@ class StepReport:
         )
 
 
+def state_of(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's state dict, of which nothing is the module's own, with the versions of its modules.
+
+    Args:
+        module: on the CPU.
+    """
+    import torch
+
+    found: OrderedDict[str, Any] = OrderedDict()
+    state = module.state_dict()
+    for name, value in state.items():
+        tensor = isinstance(value, torch.Tensor)
+        found[name] = value.detach().resolve_conj().clone() if tensor else copy.deepcopy(value)
+    if (metadata := getattr(state, "_metadata", None)) is not None:
+        found._metadata = metadata  # type: ignore[attr-defined]  # what load_state_dict looks for
+    return found
+
+
 @dataclass
 class TrainedModel:
     """What `Run.wait` returns.
@@ -120,11 +140,23 @@ class TrainedModel:
 
         Tied tensors are written once each; `torch.nn.Module.load_state_dict` of the file gives the
         same model.
+
+        Raises:
+            InvalidInput: the state dict has what a safetensors file cannot hold; the message names it.
+            CheckpointError: the file cannot be written.
         """
+        import torch
         from safetensors.torch import save_file
 
-        target = Path(located(path))
-        tensors = {name: t.detach().clone().contiguous() for name, t in self.module.state_dict().items()}
+        target, tensors = Path(located(path)), {}
+        for name, value in state_of(self.module).items():
+            if not isinstance(value, torch.Tensor) or value.dtype is torch.complex128:
+                kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+                raise InvalidInput(
+                    f"{name!r} is a {kind}, which a safetensors file cannot hold; write the state dict with "
+                    "torch.save(trained.module.state_dict(), path)"
+                )
+            tensors[name] = value.contiguous()
         try:
             save_file(tensors, target)
         except OSError as error:

@@ -10,7 +10,6 @@ from torchord.cache.errors import (
     InvalidInput,
     RunError,
     RunNotFound,
-    VersionMissing,
 )
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
@@ -20,8 +19,8 @@ from torchord.coordinator.master.audit import Audit, audit
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.progress import Progress
-from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel
-from torchord.coordinator.master.stored_version import checkpointed_tensors, stored_tensors
+from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel, state_of
+from torchord.coordinator.master.stored_version import manifest_of, stored_tensors
 from torchord.coordinator.master.switching import SWITCHABLE, plan_of, switch
 from torchord.coordinator.master.waiting import (
     POLL_SECONDS,
@@ -293,6 +292,7 @@ class Run:
             self._checkpoints(head.incarnation),
             {entry.version: entry for entry in entries},
             started_elsewhere="start_from" in self._spec(),
+            manifest=manifest_of(self._ledger),
             progress=progress,
         )
         computed, problems = replay.compare(steps)
@@ -319,15 +319,18 @@ class Run:
         head = self._ledger.head()
         wanted = self._wanted(head, version)
         replica = Replica.build(self._recipe(), self._config(), "cpu")
-        self._load(replica, head, wanted)
+        replica.arrange(manifest_of(self._ledger))
+        replica.load_tensors(stored_tensors(self._services, self._ledger, head, wanted))
         if averaged:
             replica.put_average()
         return replica.model.eval()
 
-    def state_dict(self, version: int | None = None, *, averaged: bool = True) -> dict[str, torch.Tensor]:
-        """The model's state dict, tensors on CPU; arguments and errors as `model`."""
-        state = self.model(version, averaged=averaged).state_dict()
-        return {name: tensor.detach().clone() for name, tensor in state.items()}
+    def state_dict(self, version: int | None = None, *, averaged: bool = True) -> dict[str, Any]:
+        """The model's state dict, tensors on CPU; arguments and errors as `model`.
+
+        What is no tensor (a module's extra state) is as the model's constructor made it.
+        """
+        return state_of(self.model(version, averaged=averaged))
 
     def tensors(self, version: int | None = None) -> tuple[int, dict[str, torch.Tensor]]:
         """A version's number, and its tensors on CPU as they are stored; nothing of the recipe is imported.
@@ -429,11 +432,3 @@ class Run:
                 "see run.status()"
             )
         return wanted
-
-    def _load(self, replica: Any, head: Head, wanted: int) -> None:
-        try:
-            _, flat, _ = self._services.parameters.fetch(self._ledger, wanted)
-            replica.load(flat)
-        except VersionMissing as error:
-            found = checkpointed_tensors(self._services, head, wanted, error, self.name)
-            replica.load_tensors(found)

@@ -12,6 +12,15 @@ from torchord.coordinator.runtime.services import Services
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from torchord.cache.tensors.codec import Manifest
+
+
+def manifest_of(ledger: Ledger) -> Manifest:
+    """The layout of a run's versions."""
+    from torchord.cache.tensors.codec import Manifest
+
+    return Manifest.from_json(ledger.manifest())
+
 
 def stored_tensors(services: Services, ledger: Ledger, head: Head, version: int) -> dict[str, Tensor]:
     """A version's tensors by name, on the CPU.
@@ -19,11 +28,11 @@ def stored_tensors(services: Services, ledger: Ledger, head: Head, version: int)
     Raises:
         VersionMissing: it is neither in the cache nor among the checkpoints.
     """
-    from torchord.cache.tensors.codec import Manifest, views
+    from torchord.cache.tensors.codec import views
 
     try:
         _, flat, _ = services.parameters.fetch(ledger, version)
-        return views(flat, Manifest.from_json(ledger.manifest()))
+        return views(flat, manifest_of(ledger))
     except VersionMissing as error:
         return checkpointed_tensors(services, head, version, error, ledger.run)
 

@@ -16,7 +16,7 @@ from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Sk
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import VersionRecord
-from torchord.cache.tensors.codec import Manifest, require_same
+from torchord.cache.tensors.codec import Manifest
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.deltas import forward
@@ -312,19 +312,18 @@ class RunContext:
         with self.lock:
             if self._replica is None:
                 built = Replica.build(self.recipe, self.config, device(), computing=True)
-                self.require_same_model(built)
+                self.lay_out(built)
                 self._replica = built
             return self._replica
 
-    def require_same_model(self, replica: Replica) -> None:
-        """Refuse a model that is laid out otherwise than the run's versions.
+    def lay_out(self, replica: Replica) -> None:
+        """Lay a new model out like the run's versions, in whatever order this process registered its parts.
 
         Raises:
-            ManifestMismatch: names the first tensor that differs.
+            ManifestMismatch: it is another model; names the first tensor that differs.
         """
-        ledger = self.ledger
         try:
-            require_same(replica.manifest, Manifest.from_json(ledger.manifest()))
+            replica.arrange(Manifest.from_json(self.ledger.manifest()))
         except ManifestMismatch as error:
             raise ManifestMismatch(
                 f"run {self.run!r}: {error}; this worker's code builds another model than the run's: give it "

@@ -80,16 +80,14 @@ class TakeOver:
         config = context.config
         if context.switches:
             config = context.plan().config_at(max(0, version - 1))  # a switch follows when it is applied
-        trainer = self._built(config, prepare)
-        if self.restores:
-            try:
-                context.require_same_model(trainer.replica)
-            except ManifestMismatch as error:
-                raise Skewed(str(error)) from error
-        return trainer
+        try:
+            return self._built(config, prepare)
+        except ManifestMismatch as error:
+            raise Skewed(str(error)) from error
 
     def _built(self, config: TrainingConfig, prepare: Prepare = nothing_to_prepare) -> Trainer:
-        return Trainer.build(self.context.recipe, config, device(), prepare=prepare)
+        arrange = self.context.lay_out if self.restores else None
+        return Trainer.build(self.context.recipe, config, device(), arrange=arrange, prepare=prepare)
 
     def _tried(self, plan: Plan, evaluation_size: int, prepare: Prepare = nothing_to_prepare) -> Trainer:
         """A trainer at version 0 whose shards can be computed, and whose evaluations will do."""

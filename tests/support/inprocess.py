@@ -31,6 +31,7 @@ class InProcess:
     recipe: ResolvedRecipe
     config: TrainingConfig
     clients: int = 1
+    attach: bool = False  # whether Clients take versions over as from the same-host tier
     reports: list[ApplyReport] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -46,7 +47,7 @@ class InProcess:
         """One global step, its shards dealt to the clients, computed in reverse order."""
         version = self.trainer.replica.pack()
         for replica in self.replicas:
-            replica.load(version)
+            (replica.attach if self.attach else replica.load)(version)
         shards = range(self.plan.shards_in(step))
         found = {
             shard: compute(
@@ -80,9 +81,9 @@ class InProcess:
         return bytes(self.trainer.replica.pack().numpy())
 
 
-def run(recipe: Recipe, config: TrainingConfig, *, clients: int = 1) -> InProcess:
+def run(recipe: Recipe, config: TrainingConfig, *, clients: int = 1, attach: bool = False) -> InProcess:
     """Train to the end."""
-    return InProcess(resolved(recipe), config, clients).train()
+    return InProcess(resolved(recipe), config, clients, attach).train()
 
 
 def same(one: Tensor, other: Tensor) -> bool:
