@@ -103,7 +103,7 @@ class Master:
                 names the fields.
             RecipeError: an entry cannot travel to the workers, or the config contradicts it.
             InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere;
-                or `start_from` is a file that cannot be read.
+                or the Redis throws keys away when it is full; or `start_from` is a file that cannot be read.
             RunNotFound, VersionMissing: `start_from` names a run or version that is not there.
         """
         if not isinstance(recipe, Recipe):
@@ -113,6 +113,7 @@ class Master:
             raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
         recipe.require_order_of(config)
         self._services.require_same_placement()
+        self._services.registry.require_room_kept()
         name = keys.check_name(
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
