@@ -107,7 +107,7 @@ def test_evaluation_and_prediction() -> None:
     with pytest.raises(InvalidInput, match="put_ has no deterministic implementation"):
         inference.evaluate(parts.trainer.replica, parts.recipe, CONFIG, parts.dataset, [0, 1])
     with pytest.raises(InvalidInput, match="put_ has no deterministic implementation"):
-        inference.predict(parts.trainer.replica, parts.dataset.tensors[0], CONFIG)
+        inference.predict(parts.trainer.replica, parts.recipe, parts.dataset.tensors[0], CONFIG)
 
 
 def test_an_optimizer() -> None:
