@@ -20,6 +20,7 @@ from torchord.coordinator.master.starting_point import StartFrom, StartingPoint,
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.buffer_entries import require_apart
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.fingerprints import fingerprint
 from torchord.coordinator.spec.recipe import Recipe
@@ -117,6 +118,7 @@ class Master:
         name = keys.check_name(
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
+        require_apart(recipe.buffers, config)
         described = recipe.to_spec()
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations
