@@ -101,16 +101,20 @@ def no_keys_without_ttl(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The switch of the table of times."""
+    """The switches of the table of times, and of the long form of the property test of models."""
     parser.addoption("--times", action="store_true", help="end with the slowest files, in a table")
+    parser.addoption("--models", type=int, default=None, help="random models that test_grammar.py tries")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tell where the time went, when asked."""
+    """Tell what tests have to say of themselves, and where the time went, when asked."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    for report in [each for each in reports if getattr(each, "when", "") == "call"]:
+        for text in [text for name, text in report.user_properties if name == "summary"]:
+            terminalreporter.write_line(str(text))
     if config.getoption("--times"):
-        found = [report for reports in terminalreporter.stats.values() for report in reports]
         terminalreporter.section("where the time went")
-        for line in table_of_times([each for each in found if isinstance(each, pytest.TestReport)]):
+        for line in table_of_times([each for each in reports if isinstance(each, pytest.TestReport)]):
             terminalreporter.write_line(line)
 
 
