@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.support import models
+from tests.support.keys import keys_without_ttl
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
 from torchord.cache.errors import InvalidInput
@@ -87,6 +88,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         1, wait_ready=True, checkpoint_dir=folder / "checkpoints", log_dir=folder / "logs"
     ) as made:
         yield made
+        assert not keys_without_ttl(made.url)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,7 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
         )
         stack.enter_context(made)
         yield Ring(made, nodes, Master(made.url, checkpoint_dir=made.checkpoint_dir, cache_urls=urls))
+        assert not keys_without_ttl(made.url)
 
 
 @pytest.mark.parametrize("name", MODES)

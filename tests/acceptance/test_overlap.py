@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.faults.laboratory import Laboratory
 from tests.support import hooked, models, reference
-from tests.support.fleet import Fleet, fleet
+from tests.support.fleet import Fleet, finished, fleet
+from tests.support.keys import keys_without_ttl
 from tests.support.waiting import wait_until
-from torchord import Recipe, TrainingConfig
+from torchord import LocalCluster, Recipe, TrainingConfig
 from torchord.cache.keys import WORK_TTL_SECONDS
 from torchord.cache.servers.redis_client import connect
-from torchord.coordinator.runtime.faults import fired
 
 APART = {"TORCHORD_HOST_CACHE": "off"}
 """No two processes share memory: all tensors pass through the chunk store."""
@@ -63,6 +64,18 @@ def one_after_the_other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
         yield one
 
 
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
+    """With a standby, and faults when a test says so."""
+    laboratory = Laboratory(tmp_path_factory.mktemp("failing"), env=APART)
+    try:
+        yield laboratory
+        forever = keys_without_ttl(laboratory.cluster.url)
+        assert not forever, f"keys without a TTL: {forever[:20]}"
+    finally:
+        laboratory.close()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_ledger_with_overlap_and_without(
     apart: Fleet, one_after_the_other: Fleet, case: str
@@ -88,32 +101,28 @@ def test_it_was_sent_ahead(apart: Fleet, one_after_the_other: Fleet) -> None:
 
 
 @pytest.mark.parametrize("action", ["kill", "raise"])
-def test_a_client_that_ends_in_the_middle_of_its_upload(tmp_path: Path, action: str) -> None:
+def test_a_client_that_ends_in_the_middle_of_its_upload(failing: Laboratory, action: str) -> None:
     """The shard is computed again with the same bits; what was sent is deleted, or has a TTL."""
-    plan = tmp_path / "faults.txt"
-    plan.write_text(f"client.before_put:4:{action}")
     recipe, how = wide(), config(epochs=4)
-    with fleet(tmp_path, workers=2, env={**APART, "TORCHORD_FAULTS": f"@{plan}"}) as one:
-        _, trained = one.train(recipe, how, "interrupted")
-        assert fired(plan, 0).exists()
+    name = f"interrupted-{action}"
+    with failing.faults(f"client.before_put:4:{action}"):
+        trained = finished(failing.master.submit(recipe, how, name=name))
         assert reference.bits(trained.module) == reference.average(recipe, how).bits
         if action == "raise":
-            wait_until(lambda: not gradient_chunks(one), message="the chunks of the failed attempt to go")
+            gone = lambda: not gradient_chunks(failing.cluster, name)  # noqa: E731
+            wait_until(gone, message="the chunks of the failed attempt to go")
         else:
-            left = gradient_chunks(one)
+            left = gradient_chunks(failing.cluster, name)
             assert len({key.rpartition(":")[0] for key in left}) <= 1, "of one attempt at most"
             assert all(0 < seconds <= WORK_TTL_SECONDS for seconds in left.values())
 
 
 @pytest.mark.parametrize("point", ["server.before_apply", "server.after_publish"])
-def test_a_training_server_that_dies_with_what_was_read_ahead(tmp_path: Path, point: str) -> None:
+def test_a_training_server_that_dies_with_what_was_read_ahead(failing: Laboratory, point: str) -> None:
     """Gradients that only it has read, or a version that only Clients have read: nobody misses them."""
-    plan = tmp_path / "faults.txt"
-    plan.write_text(f"{point}:5:kill;client.before_put:20:kill")
     recipe, how = wide(), config(epochs=6)
-    with fleet(tmp_path, workers=2, standby=1, env={**APART, "TORCHORD_FAULTS": f"@{plan}"}) as one:
-        _, trained = one.train(recipe, how, "taken-over")
-        assert fired(plan, 0).exists()
+    with failing.faults(f"{point}:5:kill;client.before_put:20:kill"):
+        trained = finished(failing.master.submit(recipe, how, name=f"taken-over-{point}"))
         assert reference.bits(trained.module) == reference.average(recipe, how).bits
 
 
@@ -129,10 +138,10 @@ def test_two_clients_on_one_host_and_the_training_server_on_another(tmp_path: Pa
         assert {slot.fetched for entry in run._ledger.entries() for slot in entry.slots} >= {"host"}
 
 
-def gradient_chunks(each: Fleet) -> dict[str, int]:
-    """Chunks of gradients in the store, with the seconds that they have to live."""
-    with connect(each.cluster.url) as client:
-        found = list(client.scan_iter("torchord:blob:*:gradient:*", count=1000))
+def gradient_chunks(cluster: LocalCluster, run: str) -> dict[str, int]:
+    """Chunks of a run's gradients in the store, with the seconds that they have to live."""
+    with connect(cluster.url) as client:
+        found = list(client.scan_iter(f"torchord:blob:{run}:gradient:*", count=1000))
         return {str(key): int(client.ttl(key)) for key in found}
 
 

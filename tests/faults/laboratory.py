@@ -60,7 +60,7 @@ class Laboratory:
 
     Args:
         folder: for logs, checkpoints, the plan, and (in `code`) modules that workers may import.
-        arguments: further arguments of `LocalCluster`.
+        arguments: further arguments of `LocalCluster`; `env` comes on top of what is said here.
     """
 
     _numbers = itertools.count(1)
@@ -81,6 +81,7 @@ class Laboratory:
                 "env": {
                     "TORCHORD_FAULTS": f"@{self.plan}",
                     "TORCHORD_ALLOWED_MODULES": "tests,benchmarks,torch,my_loss",
+                    **arguments.pop("env", {}),
                 },
                 "wait_ready": True,
                 **arguments,
