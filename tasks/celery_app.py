@@ -77,7 +77,8 @@ app = Celery("torchord", include=MODULES, set_as_current=False)
 
 # Kombu's transport, with less to do for our queues.
 app.amqp.Connection = Connection
-# Where messages and results are on one plain server, a chord's parts are counted in one script.
+# Where messages and results are on one plain server, a chord's parts are counted in one script. With its URL:
+# `result_backend` would yield to a CELERY_RESULT_BACKEND of the shell, which is some other app's.
 if _URL.startswith(("redis://", "rediss://")):
     app.backend_cls = f"torchord.tasks.backend:Backend+{_URL}"
 elif _URL.startswith("redis+socket://"):
