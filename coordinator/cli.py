@@ -33,7 +33,7 @@ class Options:
     """What was typed.
 
     Attributes:
-        name: of the run; "" for `list`.
+        name: of the run, or of the node for `health`; "" for `list`.
         url: Redis URL of broker and control plane; None: the environment's.
         checkpoint_dir: where the checkpoints are; None: the environment's.
         json: whether results are printed as JSON.
@@ -73,8 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _perform(command: Callable[[Master, Options], int], options: Options) -> int:
     from torchord.coordinator.master.master import Master  # imports torch: help and completion do without
 
-    try:
+    def performed(options: Options) -> int:
         return command(Master(options.url, checkpoint_dir=options.checkpoint_dir), options)
+
+    return _guarded(performed, options)
+
+
+def _guarded(command: Callable[[Options], int], options: Options) -> int:
+    """Run a command; what it raises is one line and an exit code."""
+    try:
+        return command(options)
     except RunNotFound as error:
         return _report(error, NOT_FOUND)
     except CacheUnreachable as error:
@@ -154,6 +162,32 @@ _torchord = click.Group(
 
 
 # --- commands -----------------------------------------------------------------------------
+
+
+def _health(options: Options) -> int:
+    """Whether a worker lives; without importing torch."""
+    import socket
+
+    from torchord.cache.ledger.workers import Registry
+    from torchord.cache.servers.redis_client import connect
+    from torchord.cache.settings import from_environment
+    from torchord.coordinator.messages.waits import DEAF_SECONDS
+
+    url = options.url or from_environment().url
+    with connect(url) as client:
+        alive = Registry(client, url).alive().values()
+    node, here = options.name, socket.gethostname()
+    ours = [info for info in alive if (info.node == node if node else info.host == here)]
+    hearing = [info for info in ours if info.task or info.silent <= DEAF_SECONDS]
+    if options.json:
+        print(for_others([asdict(info) for info in ours]))
+    else:
+        for info in ours:
+            deaf = "" if info in hearing else f", has taken no messages for {info.silent:.0f} s"
+            print(f"{info.id}: {info.task or 'idle'}{deaf}")
+        if not ours:
+            print(f"no worker of {f'node {node}' if node else f'host {here}'} lives", file=sys.stderr)
+    return OK if ours and len(hearing) == len(ours) else BAD
 
 
 def _list(master: Master, options: Options) -> int:
@@ -314,6 +348,19 @@ def _report(error: TorchordError, code: int) -> int:
     return code
 
 
+_torchord.add_command(
+    click.Command(
+        "health",
+        params=[
+            _URL,
+            _JSON,
+            click.Argument(["name"], metavar="[NODE]", required=False, default=""),
+        ],
+        callback=lambda **typed: _guarded(_health, Options(**typed)),
+        help="Whether the workers of this host live and take messages, or those of a node (NAME@HOST): "
+        "for health checks. Exit code 0 if all do, 1 if none lives or one is deaf.",
+    )
+)
 _command("list", _list, "All runs, oldest first.")
 _command("status", _status, "Where a run stands.")
 _command("watch", _watch, "Follow a run's events until it rests.")

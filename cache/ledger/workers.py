@@ -22,9 +22,10 @@ from typing import cast
 import redis
 
 from torchord.cache import keys
-from torchord.cache.errors import CacheError, InvalidInput
+from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
 from torchord.cache.ledger import process
 from torchord.cache.scripts import source
+from torchord.cache.servers.address import masked
 from torchord.cache.servers.redis_client import translated
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,31 @@ def read(text: str) -> WorkerInfo:
     fields = json.loads(text)
     fields["queues"] = tuple(fields["queues"])
     return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMemory:
+    """How full a server is.
+
+    Attributes:
+        used: bytes that it holds.
+        limit: bytes that it may hold; 0 for as many as there are.
+        policy: what it does once it is full: "noeviction", or which keys it throws away.
+    """
+
+    used: int
+    limit: int
+    policy: str
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes nothing more."""
+        return 0 < self.limit <= self.used
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it throws keys away once it is full."""
+        return self.limit > 0 and self.policy != "noeviction"
 
 
 class Registry:
@@ -259,6 +285,34 @@ class Registry:
             if isinstance(arguments, dict):
                 found.append(arguments)
         return found
+
+    def memory(self) -> StoreMemory | None:
+        """How full the control plane's server is; None where it does not say (its ACL may forbid it)."""
+        try:
+            with translated(self.url, "ask the server for its memory"):
+                said = cast(dict[str, object], self.client.info("memory"))
+        except CacheUnreachable:
+            raise
+        except CacheError:
+            return None
+        if "maxmemory_policy" not in said:
+            return None
+        used, limit = (int(cast(int, said.get(name, 0))) for name in ("used_memory", "maxmemory"))
+        return StoreMemory(used, limit, str(said["maxmemory_policy"]))
+
+    def require_room_kept(self) -> None:
+        """Refuse a control plane that throws keys away once it is full: a run would lose its ledger.
+
+        Raises:
+            InvalidInput: it does, as far as it says.
+        """
+        memory = self.memory()
+        if memory is not None and memory.evicts:
+            raise InvalidInput(
+                f"the Redis at {masked(self.url)} throws keys away once it holds {memory.limit:,} bytes "
+                f"(maxmemory-policy {memory.policy}): a run would lose its ledger. Set maxmemory-policy "
+                "noeviction there, as in `CONFIG SET maxmemory-policy noeviction`"
+            )
 
     def server_id(self) -> str:
         """Which life of the server this is: another text after each of its starts."""

@@ -10,7 +10,7 @@ from typing import cast
 import redis
 
 from torchord.cache import keys
-from torchord.cache.ledger.workers import Registry, WorkerInfo, read
+from torchord.cache.ledger.workers import Registry, StoreMemory, WorkerInfo, read
 from torchord.cache.testing.memory_plane import URL, MemoryPlane, NoClient
 
 
@@ -34,6 +34,10 @@ class MemoryRegistry(Registry):
             plane.put(keys.WORKERS, beats, keys.WORKER_INDEX_TTL_SECONDS)
             if info.placement:
                 self._hold_placement(info.placement)
+
+    def memory(self) -> StoreMemory | None:
+        """See `Registry.memory`; memory is what this process has."""
+        return None
 
     def placement(self) -> str:
         """See `Registry.placement`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torchord.cache.ledger.records import SlotReceipt, SlotRecord, SumRecord
 from torchord.cache.tensors.codec import Manifest
 from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
+from torchord.coordinator.compute.buffer_rules import Rule
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.sums import Partial, PartialSum
 from torchord.coordinator.runtime import activity
@@ -47,6 +48,7 @@ def add_up(
     manifest: Manifest,
     examples: int,
     codec_of: CodecOf,
+    rules: Mapping[str, Rule],
 ) -> Partial:
     """The sum of some slots, in the order given.
 
@@ -56,11 +58,13 @@ def add_up(
         manifest: of the parameters.
         examples: examples in the whole step.
         codec_of: finds the codec of each slot, see `ResolvedRecipe.codec`.
+        rules: buffer name -> its rule.
 
     Raises:
+        InvalidInput: shards disagree on a buffer that has no rule.
         InputLost: a slot's bytes are gone.
     """
-    total = PartialSum(examples)
+    total = PartialSum(examples, rules)
     for slot in slots:
         try:
             tensors, buffers = read(slot)
@@ -198,6 +202,7 @@ class PartialSumTask:
                 manifest,
                 context.plan().examples(step),
                 context.recipe.codec,
+                context.replica().rules,
             )
 
     def _give_back(

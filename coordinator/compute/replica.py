@@ -24,6 +24,7 @@ from torchord.cache.tensors.codec import (
 )
 from torchord.cache.tensors.halves import Rest
 from torchord.coordinator.compute.averaging import Average, AveragedWeights, average_of
+from torchord.coordinator.compute.buffer_rules import Rule, contributions, rules_of
 from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
@@ -42,6 +43,7 @@ from torchord.coordinator.compute.model_state import (
     same_bytes,
     unfold,
 )
+from torchord.coordinator.compute.modes import Modes
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -71,6 +73,9 @@ class Replica:
         compiled: what computes shards in the model's place; None for the model itself.
         loaded: number of the version that `flat` holds, kept by whoever loads it; None if unknown.
         digest: of the bytes in `flat`, kept likewise; "" if unknown.
+        modes: puts the model in training or evaluation mode.
+        rules: name -> rule of each buffer and frozen parameter (`buffer_rules`).
+        tried: those of them of which this process knows that no batch enters them.
     """
 
     def __init__(
@@ -89,6 +94,9 @@ class Replica:
         self.loaded: int | None = None
         self.digest = ""
         self.compiled: nn.Module | None = None
+        self.modes = Modes(model)
+        self.rules: Mapping[str, Rule] = {}
+        self.tried: set[str] = set()
         self._version: dict[str, Tensor] = {}  # on the CPU
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
         self._rest_here: dict[str, Tensor] = {}  # of these, what rests
@@ -151,8 +159,8 @@ class Replica:
         are put back.
 
         Raises:
-            InvalidInput: the entry made no module, or its state cannot be laid out (lazy,
-                sparse or meta tensors).
+            InvalidInput: the entry made no module, its state cannot be laid out (lazy, sparse or
+                meta tensors), a rule fits no buffer, or a module needs the whole batch (SyncBatchNorm).
         """
         device = torch.device(device)
         with pinned(config.threads, config.deterministic, device, fill=True, restore=True):
@@ -167,6 +175,8 @@ class Replica:
             unfold(model)
             laid_out = formatted(model.to(device), config if computing else None)
             made = cls(laid_out, config, device, average_of(resolved.average))
+            made.modes.require_apart(config)
+            made.rules = rules_of(made.model, resolved.buffers)
             if computing and config.compile:
                 made.compiled = compiled(made.model)
             return made
@@ -402,6 +412,8 @@ class Replica:
     def changed_buffers(self) -> dict[str, Tensor]:
         """Return a CPU copy of each buffer and frozen parameter whose bytes differ from the loaded version.
 
+        Of one whose rule is "sum", it is what was added to it.
+
         Raises:
             InvalidInput: a forward replaced a buffer by one of another shape or dtype.
         """
@@ -420,16 +432,16 @@ class Replica:
         return self._held.now() | {name: self.frozen[name].detach() for name in moved}
 
     def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some contiguous CPU tensors whose bytes differ from the loaded version's."""
-        return {name: v for name, v in values.items() if not same_bytes(v, self._version[name])}
+        """What a shard sends of some contiguous CPU tensors whose bytes differ from the loaded version's."""
+        found = {name: v for name, v in values.items() if not same_bytes(v, self._version[name])}
+        return contributions(found, self._version, self.rules)
 
     def train(self) -> nn.Module:
         """Switch the model to training mode, drop its gradients and return it, compiled if it is to be."""
-        self.model.train()
+        self.modes.train()
         self.model.zero_grad(set_to_none=True)
         return self.model if self.compiled is None else self.compiled
 
     def eval(self) -> nn.Module:
         """Switch the model to evaluation mode and return it."""
-        self.model.eval()
-        return self.model
+        return self.modes.eval()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchord.coordinator.compression.codec import Codec
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute import inner_steps as local_steps
+from torchord.coordinator.compute.buffer_trial import require_no_batch
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
@@ -77,14 +78,17 @@ def work(
     mode = f"{'local' if config.local_steps > 1 else 'plain'} {config.compression}"
     before = state if state is not None and state["mode"] == mode else {}
     kept: dict[str, Any] = {"mode": mode}
+    place: tuple[int, ...]
     if config.local_steps > 1:
-        taken = local_steps.compute(
-            replica, recipe, config, dataset, plan.parts(step, shard), step, shard, before.get("inner")
-        )
+        parts = plan.parts(step, shard)
+        taken = local_steps.compute(replica, recipe, config, dataset, parts, step, shard, before.get("inner"))
+        indices, place = parts[0], (step, shard, 0)
         found, kept["inner"] = taken.gradient, taken.state
     else:
-        indices = plan.indices(step, shard)
+        indices, place = plan.indices(step, shard), (step, shard)
         found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, watched)
+    if found.buffers and plan.shards_in(step) > 1:
+        require_no_batch(replica, recipe, config, dataset, indices, place, found.buffers)
     with pinned(config.threads, config.deterministic, replica.device):
         encoded = codec.encode(found.gradients, before.get("residual"))
     if codec.stateful:

@@ -7,10 +7,10 @@ With N examples in the step and n_k in shard k, w_k = n_k / N, the averaged grad
 summed strictly in slot order. If each w_k is a power of two it has the bits of accumulating
 `(loss_k * w_k).backward()` in that order in one process.
 
-Buffers are part of the state, too. A floating buffer that a forward changed, such as the
-running mean of a BatchNorm, becomes the average of the shards' values, weighted by w_k (a
-shard that left it alone counts with the old value); an integer or boolean buffer takes the
-value of the lowest slot that changed it. Each shard normalises by its own batch statistics,
+Buffers are part of the state, too, and each has a rule (`torchord.coordinator.compute.buffer_rules`). A
+running statistic that a forward changed, such as the mean of a BatchNorm, becomes the average of the shards'
+values, weighted by w_k (a shard that left it alone counts with the old value); what counts its batches
+takes the value of the lowest slot that changed it. Each shard normalises by its own batch statistics,
 as each rank does under DDP; but where DDP keeps rank 0's running statistics, here they are
 the average over the shards, so that every example counts.
 
@@ -40,6 +40,8 @@ from torch import Tensor
 
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import dtype_name, dtype_of
+from torchord.coordinator.compute.buffer_rules import Rule, RuledBuffers, combined
+from torchord.coordinator.compute.buffer_rules import wide as _wide
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SUM, _BASE, _MOVED = "sum/", "base/", "moved/"
@@ -65,6 +67,7 @@ class Accumulator:
         old: name -> value in the version that the shards were computed on, at least of every
             buffer; read, never written to.
         examples: examples in the whole step, known beforehand from the plan.
+        rules: buffer name -> its rule; one without is a running statistic, or the count of one.
 
     Example:
         >>> total = Accumulator({}, 4)
@@ -74,14 +77,16 @@ class Accumulator:
         tensor([2.])
     """
 
-    def __init__(self, old: Mapping[str, Tensor], examples: int) -> None:
+    def __init__(
+        self, old: Mapping[str, Tensor], examples: int, rules: Mapping[str, Rule] | None = None
+    ) -> None:
         if examples < 1:
             raise InvalidInput(f"a step needs at least one example, not {examples}")
         self.examples = examples
         self._seen = 0
         self._dtypes: dict[str, torch.dtype] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._buffers = _BufferAverage(old)
+        self._buffers = _BufferAverage(old, examples, rules or {})
 
     @torch.no_grad()
     def add(self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: int) -> None:
@@ -90,7 +95,8 @@ class Accumulator:
         Args:
             gradients: parameter name -> gradient of the shard's mean loss; parameters without
                 one are left out. Not kept and never written to.
-            buffers: buffer name -> value after the forward, for those that changed; the same.
+            buffers: buffer name -> value after the forward, for those that changed, of a sum what was
+                added; the same.
             examples: examples in the shard, at least 1.
 
         Raises:
@@ -111,7 +117,7 @@ class Accumulator:
                 self._gradients[name] = wide * weight
             else:
                 total.add_(wide, alpha=weight)
-        self._buffers.take(buffers, weight)
+        self._buffers.take(buffers, examples)
 
     def result(self) -> Aggregate:
         """Return the average; the tensors are the caller's to change.
@@ -126,40 +132,50 @@ class Accumulator:
 
 
 class _BufferAverage:
-    """Averages floating buffers around the first slot's value, and picks the others.
+    """Averages running statistics around the first slot's value, and does with others what their rule says.
 
     new = b_0 + sum over k > 0 of w_k (b_k - b_0), which is the weighted mean, gives b_0 itself
     for a single shard, and leaves alone what all shards agree on, bit for bit.
     """
 
-    def __init__(self, old: Mapping[str, Tensor]) -> None:
+    def __init__(self, old: Mapping[str, Tensor], whole: int, rules: Mapping[str, Rule]) -> None:
         self._old = old
-        self._taken: list[float] = []
+        self._whole = whole
+        self._rules = rules
+        self._others = RuledBuffers(rules, whole)
+        self._apart: list[dict[str, Tensor]] = []  # each shard's values of buffers whose rule is a function
+        self._examples: list[int] = []
         self._base: dict[str, Tensor] = {}
         self._sum: dict[str, Tensor] = {}
 
-    def take(self, buffers: Mapping[str, Tensor], weight: float) -> None:
+    def take(self, buffers: Mapping[str, Tensor], examples: int) -> None:
+        weight = examples / self._whole
+        apart = {name: value.clone() for name, value in buffers.items() if callable(self._rules.get(name))}
         for name, value in buffers.items():
-            if name not in self._base:
+            if name not in self._base and name not in apart and not self._others.add(name, value, examples):
                 self._begin(name, value)
         for name, total in self._sum.items():
             total.add_(_from(self._base[name], buffers.get(name, self._old[name])), alpha=weight)
-        self._taken.append(weight)
+        self._apart.append(apart)
+        self._examples.append(examples)
 
     def _begin(self, name: str, value: Tensor) -> None:
         """Start with the first slot that changed the buffer; those before it kept the old value."""
-        if not (value.is_floating_point() or value.is_complex()):
-            self._base[name] = value.clone()
-            return
-        first = self._old[name] if self._taken else value
+        first = self._old[name] if self._examples else value
         self._base[name] = _wide(first).clone()
         self._sum[name] = torch.zeros_like(self._base[name])
 
     def result(self) -> dict[str, Tensor]:
-        return {name: self._value(name, base) for name, base in self._base.items()}
-
-    def _value(self, name: str, base: Tensor) -> Tensor:
-        return _moved_by(base, self._sum.get(name), self._old[name].dtype)
+        found = {
+            name: _moved_by(base, self._sum[name], self._old[name].dtype) for name, base in self._base.items()
+        }
+        found.update(self._others.values(self._old))
+        for name, rule in self._rules.items():
+            if callable(rule) and any(name in apart for apart in self._apart):
+                old = self._old[name]
+                values = [apart[name] if name in apart else old.clone() for apart in self._apart]
+                found[name] = combined(rule, name, old, values, list(self._examples))
+        return found
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,8 @@ class Partial:
 
     Attributes:
         sums: parameter name -> weighted sum of the gradients, in float32 for half precision.
-        bases: buffer name -> value in the first shard that changed it; floating ones as wide as sums.
+        bases: buffer name -> value in the first shard that changed it, or what all have added; floating ones
+            as wide as sums.
         moved: floating buffer name -> weighted sum of the deviations from the base.
         halves: parameter name -> dtype of its gradients, where that is a half precision.
         changed: buffer name -> examples in the shards that changed it.
@@ -211,6 +228,7 @@ class PartialSum:
 
     Args:
         examples: examples in the whole step, known beforehand from the plan.
+        rules: as for `Accumulator`.
 
     Example:
         >>> total = PartialSum(4)
@@ -220,7 +238,7 @@ class PartialSum:
         tensor([2.])
     """
 
-    def __init__(self, examples: int) -> None:
+    def __init__(self, examples: int, rules: Mapping[str, Rule] | None = None) -> None:
         if examples < 1:
             raise InvalidInput(f"a step needs at least one example, not {examples}")
         self._whole = examples
@@ -229,6 +247,7 @@ class PartialSum:
         self._moved: dict[str, Tensor] = {}
         self._halves: dict[str, str] = {}
         self._changed: dict[str, int] = {}
+        self._others = RuledBuffers(rules or {}, examples, self._bases, self._changed)
         self._seen = 0
 
     def _count(self, examples: int) -> None:
@@ -282,13 +301,13 @@ class PartialSum:
 
     def _add_buffer(self, name: str, value: Tensor, moved: Tensor | None, examples: int) -> None:
         """Take `examples` examples' value of a buffer, which is `value` + `moved` / their weight."""
+        if self._others.add(name, value, examples):
+            return
         self._changed[name] = self._changed.get(name, 0) + examples
-        numeric = value.is_floating_point() or value.is_complex()
         if name not in self._bases:
             self._bases[name] = _wide(value).clone()
-            if numeric:
-                self._moved[name] = torch.zeros_like(self._bases[name]) if moved is None else moved.clone()
-        elif numeric:
+            self._moved[name] = torch.zeros_like(self._bases[name]) if moved is None else moved.clone()
+        else:
             if moved is not None:
                 self._moved[name].add_(moved)
             self._moved[name].add_(_from(self._bases[name], value), alpha=examples / self._whole)
@@ -316,9 +335,11 @@ class PartialSum:
         return Aggregate(gradients, {name: self._value(name, old[name]) for name in self._bases})
 
     def _value(self, name: str, old: Tensor) -> Tensor:
-        base, moved = self._bases[name], self._moved.get(name)
+        if (ruled := self._others.value(name, old)) is not None:
+            return ruled
+        base, moved = self._bases[name], self._moved[name]
         unchanged = self._whole - self._changed[name]
-        if moved is not None and unchanged:
+        if unchanged:
             moved = moved.add(_from(base, old), alpha=unchanged / self._whole)
         return _moved_by(base, moved, old.dtype)
 
@@ -329,13 +350,6 @@ def _from(base: Tensor, value: Tensor) -> Tensor:
     return torch.where(wide == base, torch.zeros_like(base), wide - base)
 
 
-def _moved_by(base: Tensor, deviation: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A buffer's new value; None: it is no floating one, and takes the base's."""
-    if deviation is None:
-        return base
+def _moved_by(base: Tensor, deviation: Tensor, dtype: torch.dtype) -> Tensor:
+    """A running statistic's new value."""
     return torch.where(deviation == 0, base, base + deviation).to(dtype)  # keeps a base of -0.0
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Half-precision values as float32, in which they are summed; others as they are."""
-    return tensor.float() if tensor.dtype in _HALVES else tensor

@@ -20,6 +20,7 @@ from torchord.coordinator.master.starting_point import StartFrom, StartingPoint,
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.buffer_entries import require_apart
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.fingerprints import fingerprint
 from torchord.coordinator.spec.recipe import Recipe
@@ -103,7 +104,7 @@ class Master:
                 names the fields.
             RecipeError: an entry cannot travel to the workers, or the config contradicts it.
             InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere;
-                or `start_from` is a file that cannot be read.
+                or the Redis throws keys away when it is full; or `start_from` is a file that cannot be read.
             RunNotFound, VersionMissing: `start_from` names a run or version that is not there.
         """
         if not isinstance(recipe, Recipe):
@@ -113,9 +114,11 @@ class Master:
             raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
         recipe.require_order_of(config)
         self._services.require_same_placement()
+        self._services.registry.require_room_kept()
         name = keys.check_name(
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
+        require_apart(recipe.buffers, config)
         described = recipe.to_spec()
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations

@@ -216,14 +216,14 @@ class Replay:
         tree = self.plan.fan_in(step)
         held = replica.held()
         if not tree.partials:
-            accumulator = Accumulator(held, examples)
+            accumulator = Accumulator(held, examples, replica.rules)
             for result in done:
                 gradients = decoded(result.payload, replica, codec)
                 accumulator.add(gradients, result.buffers, result.examples)
             return accumulator.result()
         sums: dict[int, Partial] = {}
         for slot in tree.partials:
-            total = PartialSum(examples)
+            total = PartialSum(examples, replica.rules)
             for number in tree.inputs(slot):
                 if number >= tree.shards:
                     total.add(sums.pop(number))
@@ -232,7 +232,7 @@ class Replay:
                 gradients = decoded(result.payload, replica, codec)
                 total.add_shard(gradients, result.buffers, result.examples)
             sums[slot] = total.result()
-        whole = PartialSum(examples)
+        whole = PartialSum(examples, replica.rules)
         for root in tree.roots:
             whole.add(sums[root])
         return whole.average(held)

@@ -56,7 +56,7 @@ class Run:
         self._sender = sender
         self._ledger: Ledger = services.ledger(name)
         self._fleet = Fleet(services, name)
-        self._waits = Waits(self._ledger, self._plan)
+        self._waits = Waits(self._ledger, self._plan, memory=lambda: services.registry.memory())
         self._trusted = trusted
         self._planned: tuple[str, Plan] | None = None  # of which incarnation
 

@@ -13,7 +13,7 @@ from enum import Enum
 
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
-from torchord.cache.ledger.workers import WorkerInfo
+from torchord.cache.ledger.workers import StoreMemory, WorkerInfo
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_command
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.spec.plan import Plan
@@ -27,6 +27,7 @@ class WaitKind(Enum):
 
     PERSON = "a person: it is paused"
     REDIS = "Redis, which does not answer"
+    ROOM = "room in Redis, which is full"
     SERVER = "a worker on the queue of updates"
     CLIENT = "a worker on the queue of gradients"
     REFUSED = "a worker that may work on it: those that there are refuse"
@@ -80,6 +81,7 @@ class Waits:
     Args:
         ledger: of the run.
         plan: of the run at a head, None where it is not known yet.
+        memory: how full the server of the control plane is, None where it does not say.
         clock: Unix time (s), replaced in tests.
     """
 
@@ -88,10 +90,12 @@ class Waits:
         ledger: Ledger,
         plan: Callable[[Head], Plan | None],
         *,
+        memory: Callable[[], StoreMemory | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._ledger = ledger
         self._plan = plan
+        self._memory = memory
         self._clock = clock
 
     def look(self, head: Head, alive: Mapping[str, WorkerInfo]) -> tuple[Wait, ...]:
@@ -106,6 +110,11 @@ class Waits:
             return (Wait(WaitKind.PERSON, "a person: it is paused", "run.resume() goes on", since),)
         if head.status not in ("pending", "running"):
             return ()
+        memory = self._memory()
+        if memory is not None and memory.full:  # then workers cannot even say that they live
+            what = f"room in Redis, which is full ({memory.used:,} of {memory.limit:,} bytes)"
+            ends = "raise its maxmemory, or let finished runs expire: the run then goes on by itself"
+            return (Wait(WaitKind.ROOM, what, ends, since),)
         lacking = [found for queue in (UPDATES, GRADIENTS) if (found := self._lacking(queue, alive, since))]
         wrong = [*lacking, *self._odd(alive, since)]
         return tuple(wrong) if lacking else (*wrong, *self._at_work(head, alive, since))

@@ -49,8 +49,9 @@ class StepSum:
         self._read = read
         held = trainer.replica.held()
         self._held = held
-        self._accumulator = Accumulator(held, examples)
-        self._sums = PartialSum(examples) if tree.partials else None  # used in the accumulator's place
+        rules = trainer.replica.rules
+        self._accumulator = Accumulator(held, examples, rules)
+        self._sums = PartialSum(examples, rules) if tree.partials else None  # used in the accumulator's place
         self._taken = 0  # how many slots are in the sum: the first so many of the roots
 
     def add(self, slot: SlotRecord) -> None:

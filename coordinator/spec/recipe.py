@@ -15,6 +15,7 @@ from torchord.cache.errors import RecipeError
 from torchord.coordinator.spec.admission import (
     present_name,
 )
+from torchord.coordinator.spec.buffer_entries import check_buffers, decoded, functions_of, words_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.offered import OFFERED, offered
 from torchord.coordinator.spec.targets import Entry, Target, check_kind, decode, encode
@@ -66,6 +67,10 @@ class Recipe:
         average: () -> what averages the weights: `torchord.coordinator.averages.ema` and `swa`, or what
             `torch.optim.swa_utils.get_ema_multi_avg_fn(decay)` returns. Evaluations, predictions and the
             run's model then use the averaged weights.
+        buffers: name or pattern (`fnmatch`) of a buffer, or of a frozen parameter that the forward writes ->
+            its new value in a step: "shard0", the first shard's; "mean", weighted by examples; "sum", the old
+            one and what all shards added; or a function (old, [value of each shard], [its examples]) -> new.
+            Running statistics, and what each shard leaves alike, need none; see docs/recipes.md.
 
     Arguments arrive at the workers as what they are (numbers of Python and numpy, NaN included, strings,
     bytes, lists, tuples, dicts, paths, dtypes, devices, members of enumerations, importable callables
@@ -96,6 +101,7 @@ class Recipe:
     average: Entry | None = None
     order: Entry | None = None
     batches: Entry | None = None
+    buffers: Mapping[str, Entry] | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):
@@ -119,6 +125,7 @@ class Recipe:
                 )
         if self.order is not None and self.batches is not None:
             raise RecipeError("a recipe has at most one of order and batches: batches has the order in it")
+        check_buffers(self.buffers)
         for name, entry in entries_of(self).items():
             check_kind(name, entry)
             if name in OFFERED and callable(entry):
@@ -142,7 +149,7 @@ class Recipe:
         Returns:
             entry name -> {"target": "package.module:attribute", "args": [...], "kwargs": {...}}, with
             "kinds" where arguments are more than JSON; entries that were not given are left out, and
-            "metrics" maps names to such entries, or to the two of a pair.
+            "metrics" maps names to such entries, or to the two of a pair, "buffers" to such entries or words.
 
         Raises:
             RecipeError: a worker could not import a callable (a lambda, a local function or
@@ -157,7 +164,9 @@ class Recipe:
         for name, metric in (self.metrics or {}).items():
             halves = [encoded.pop(half) for half in metric_entries(name, metric)]
             metrics[name] = halves if len(halves) > 1 else halves[0]
-        return {**encoded, **({"metrics": metrics} if metrics else {})}
+        functions = {name: encoded.pop(f"buffers.{name}") for name in functions_of(self.buffers)}
+        buffers = {**words_of(self.buffers), **functions}
+        return {**encoded, **({"metrics": metrics} if metrics else {}), "buffers": buffers}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Recipe:
@@ -172,6 +181,8 @@ class Recipe:
                 raise RecipeError(f"a recipe has no entry {name!r}")
             if name == "metrics" and isinstance(value, Mapping):
                 entries[name] = {metric: _decoded(f"metrics.{metric}", v) for metric, v in value.items()}
+            elif name == "buffers" and isinstance(value, Mapping):
+                entries[name] = decoded(value)
             else:
                 entries[name] = decode(name, value)
         return cls(**entries)
@@ -183,13 +194,15 @@ def modules_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def entries_of(recipe: Recipe) -> dict[str, Entry]:
-    """Return the entries that were given by name, metrics as "metrics.<name>"."""
+    """Return the entries that were given by name, those of dicts as "metrics.<name>" and "buffers.<name>"."""
     found: dict[str, Entry] = {}
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         if field.name == "metrics":
             for name, entry in (value or {}).items():
                 found |= metric_entries(name, entry)
+        elif field.name == "buffers":
+            found |= {f"buffers.{name}": entry for name, entry in functions_of(value).items()}
         elif value is not None or field.name in _REQUIRED:
             found[field.name] = value
     return found

@@ -12,9 +12,10 @@ from typing import Any
 from torchord.cache.errors import NotAllowed, RecipeError
 from torchord.coordinator.spec.admission import OWN_TARGETS, START_DIRECTORY, Admission
 from torchord.coordinator.spec.arguments import restored
+from torchord.coordinator.spec.buffer_entries import functions_of, words_of
 from torchord.coordinator.spec.codecs import CodecOf, codecs_within
 from torchord.coordinator.spec.recipe import Recipe, entries_of, metric_entries, targets_of
-from torchord.coordinator.spec.targets import FUNCTIONS, Entry, Target, decode
+from torchord.coordinator.spec.targets import Entry, Target, decode, is_function
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ResolvedRecipe:
     Attributes:
         codec: the codec that a config's `compression` or a slot's record names; one of an import path
             comes from where the recipe may.
+        buffers: name or pattern -> rule; None for a run that was submitted when there were no rules, and goes
+            on with the mean of all floating-point buffers.
     """
 
     model: Callable[..., Any]
@@ -50,6 +53,7 @@ class ResolvedRecipe:
     average: Callable[..., Any] | None = None
     order: Callable[..., Any] | None = None
     batches: Callable[..., Any] | None = None
+    buffers: Mapping[str, str | Callable[..., Any]] | None = None
     codec: CodecOf
 
 
@@ -80,8 +84,13 @@ def resolve(
     for name, entry in (recipe.metrics or {}).items():
         halves = [found[half] for half in metric_entries(name, entry)]
         metrics[name] = MetricPair(*halves) if isinstance(entry, tuple) else halves[0]
-    plain = {field.name: found.get(field.name) for field in fields(ResolvedRecipe)}
-    return ResolvedRecipe(**{**plain, "metrics": metrics, "codec": codecs_within(admission)})  # type: ignore[arg-type]
+    buffers = None
+    if "buffers" in spec:
+        functions = {name: found[f"buffers.{name}"] for name in functions_of(recipe.buffers)}
+        buffers = {**words_of(recipe.buffers), **functions}
+    plain: dict[str, Any] = {field.name: found.get(field.name) for field in fields(ResolvedRecipe)}
+    plain |= {"metrics": metrics, "buffers": buffers, "codec": codecs_within(admission)}
+    return ResolvedRecipe(**plain)
 
 
 def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
@@ -93,7 +102,7 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
         raise NotAllowed(f"recipe entry {name!r}: {error}") from None
     except RecipeError as error:
         raise RecipeError(f"recipe entry {name!r}: {error}") from error.__cause__
-    if inspect.isclass(found) and name in FUNCTIONS:
+    if inspect.isclass(found) and is_function(name):
         raise RecipeError(f"recipe entry {name!r}: {entry.target!r} is a class, but must be a function")
     if not (entry.args or entry.kwargs):
         return found

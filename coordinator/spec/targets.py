@@ -48,7 +48,12 @@ class Target:
 Entry: TypeAlias = Callable[..., Any] | str | Target
 
 
-FUNCTIONS = ("loss", "step", "collate", "predict", "gradients")
+FUNCTIONS = ("loss", "step", "collate", "predict", "gradients", "buffers")
+
+
+def is_function(name: str) -> bool:
+    """Whether an entry does a thing, and so must be no class; the others make one."""
+    return name.partition(".")[0] in FUNCTIONS
 
 
 _TORCH_PUBLIC = ("torch.nn.functional", "torch", "torch.special", "torch.linalg", "torch.fft")
@@ -80,7 +85,7 @@ def check_kind(name: str, entry: Any) -> None:
                 f"recipe entry {name!r} is the class {function.__name__}, which has no "
                 f"{' and no '.join(lacking)}: {_advice(name)}"
             )
-    elif isinstance(function, type) and name in FUNCTIONS:
+    elif isinstance(function, type) and is_function(name):
         raise RecipeError(
             f"recipe entry {name!r} is the class {function.__name__}, but must be a function: calling the "
             f"class would make an object instead of a result: {_advice(name)}"
@@ -135,7 +140,7 @@ def _advice(name: str) -> str:
             "give a function (outputs, targets) -> number in a module, a pair of functions (state, finish), "
             "or a class such as torchmetrics' itself, not called, e.g. functools.partial(BinaryAUROC, ...)"
         )
-    if name in FUNCTIONS:
+    if is_function(name):
         return "write a function in a module, or use one such as torch.nn.functional.cross_entropy"
     return f"give the class or function itself, not called, e.g. {name}=functools.partial(Thing, size=3)"
 

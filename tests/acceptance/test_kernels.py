@@ -105,9 +105,9 @@ def test_training(name: str, local_steps: int) -> None:
 def test_evaluation_and_prediction() -> None:
     parts = InProcess(resolved(models.mlp(model=partial(Putting, training=False))), CONFIG).train(stop=1)
     with pytest.raises(InvalidInput, match="put_ has no deterministic implementation"):
-        inference.evaluate(parts.trainer.replica, parts.recipe, CONFIG, parts.dataset, [0, 1])
+        inference.evaluate(parts.replicas[0], parts.recipe, CONFIG, parts.dataset, [0, 1])
     with pytest.raises(InvalidInput, match="put_ has no deterministic implementation"):
-        inference.predict(parts.trainer.replica, parts.dataset.tensors[0], CONFIG)
+        inference.predict(parts.replicas[0], parts.recipe, parts.dataset.tensors[0], CONFIG)
 
 
 def test_an_optimizer() -> None:

@@ -164,8 +164,8 @@ def test_bytes_a_step_of_a_model_with_adapters(start: Callable[..., Laboratory])
     )
     assert first[0] > whole and first[1] > whole
     shards, versions, moments = 2, 1, 2
-    assert wrote < 1.1 * trained * (versions + shards + moments)
-    assert read < 1.1 * trained * (versions + shards)
+    assert wrote < 1.1 * trained * (versions + 2 * shards + moments), "a shard may be computed twice"
+    assert read < 1.1 * trained * (versions + 2 * shards)
     assert len(rest_keys(lab)) == 1
 
 

@@ -28,6 +28,7 @@ from torchord.cache.errors import (
     CacheUnreachable,
     ChunkCorrupt,
     ChunkMissing,
+    InvalidInput,
     ManifestMismatch,
     TorchordError,
     VersionMissing,
@@ -40,6 +41,7 @@ from torchord.cache.tensors.codec import Manifest, layout, pack, require_same
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
+from torchord.coordinator.messages.waits import WaitKind
 
 KB = 1 << 10
 CHUNK = 16 * KB
@@ -370,9 +372,23 @@ def test_a_full_control_plane_is_said_and_can_still_be_read() -> None:
             master.submit(models.mlp(size=16), config, name="after")
         assert isinstance(caught.value, TorchordError)
         assert run.status().state == "pending"
+        (wait,) = run.status().waits
+        assert wait.kind is WaitKind.ROOM and "raise its maxmemory" in wait.ends
         assert "before" in master.runs()
         client.config_set("maxmemory", 0)
         assert master.submit(models.mlp(size=16), config, name="after").status().state == "pending"
+
+
+def test_a_control_plane_that_throws_keys_away_is_refused() -> None:
+    with EmbeddedServer() as server, redis.Redis(port=server.port) as client:
+        master = Master(server.url)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        config = TrainingConfig(epochs=1, batch_size=8, shards=2)
+        assert master.submit(models.mlp(size=16), config, name="unlimited").status().state == "pending"
+        client.config_set("maxmemory", 1 << 30)
+        with pytest.raises(InvalidInput, match=r"policy allkeys-lru.*Set maxmemory-policy noeviction"):
+            master.submit(models.mlp(size=16), config, name="evicted")
+        assert master.runs() == ["unlimited"]
 
 
 @pytest.mark.parametrize("plane", ["data", "control"])

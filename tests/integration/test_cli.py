@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.support import models
 from torchord import LocalCluster, Master, Run, TrainingConfig
 from torchord.cache.keys import RUNS, RunKeys
 from torchord.cache.ledger.records import LedgerEntry
+from torchord.cache.ledger.workers import Registry, new_info
+from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.cli import BAD, NOT_FOUND, OK, UNREACHABLE, USAGE, main
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, shards=2, checkpoint_every=4)  # 10 steps
@@ -38,7 +41,8 @@ class Shell:
     def __call__(self, *words: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
         self._capsys.readouterr()
-        code = main([*words, "--url", self.url, "--checkpoint-dir", str(self.checkpoints)])
+        where = [] if words[0] == "health" else ["--checkpoint-dir", str(self.checkpoints)]
+        code = main([*words, "--url", self.url, *where])
         out, err = self._capsys.readouterr()
         assert "Traceback" not in out + err
         return code, out, err
@@ -267,6 +271,36 @@ def vars_of(slot: Any) -> dict[str, Any]:
 
 
 # --- as a program ---------------------------------------------------------------------------
+
+
+# --- health ---------------------------------------------------------------------------------
+
+
+def test_health_of_a_cluster(shell: Shell) -> None:
+    code, out, err = shell("health")
+    assert code == 0 and "client1@" in out and "server@" in out and ": idle" in out and err == ""
+    node = next(line.partition("/")[0] for line in out.splitlines() if line.startswith("client1@"))
+    code, out, _ = shell("health", node)
+    assert code == 0 and len(out.splitlines()) == 1
+    code, out, err = shell("health", "nobody@nowhere")
+    assert code == 1 and out == "" and "no worker of node nobody@nowhere lives" in err
+
+
+def test_a_worker_that_takes_no_messages_is_not_healthy(idle: Shell, redis_url: str) -> None:
+    with connect(redis_url) as client:
+        registry = Registry(client, redis_url)
+        registry.beat(replace(new_info("solo@here", ("q",)), silent=20.0, task="a long shard"))
+        assert idle("health")[0] == 0, "its loop rests while it computes"
+        registry.beat(replace(new_info("deaf@here", ("q",)), silent=20.0))
+        code, out, _ = idle("health")
+        assert code == 1 and "idle, has taken no messages for 20 s" in out
+        assert idle("health", "solo@here")[0] == 0
+
+
+def test_health_does_without_torch(idle: Shell, redis_url: str) -> None:
+    with connect(redis_url) as client:
+        Registry(client, redis_url).beat(new_info("client1@here", ("q",)))
+    assert fresh("print(main(['health']))", TORCHORD_URL=redis_url).splitlines()[-1] == "0"
 
 
 def test_as_a_program(shell: Shell) -> None:

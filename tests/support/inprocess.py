@@ -61,7 +61,8 @@ class InProcess:
             )
             for shard in reversed(shards)
         }
-        total = Accumulator(self.trainer.replica.state_tensors(), self.plan.examples(step))
+        replica = self.trainer.replica
+        total = Accumulator(replica.state_tensors(), self.plan.examples(step), replica.rules)
         for shard in shards:
             total.add(found[shard].gradients, found[shard].buffers, found[shard].examples)
         loss = sum(found[s].loss * found[s].examples for s in shards) / self.plan.examples(step)

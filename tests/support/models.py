@@ -381,5 +381,6 @@ def odd(size: int = 40, **changes: Any) -> Recipe:
         "dataset": partial(points, size=size),
         "loss": F.cross_entropy,
         "optimizer": _SGD,
+        "buffers": {"mean": "mean"},
     }
     return Recipe(**{**entries, **changes})

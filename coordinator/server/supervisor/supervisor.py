@@ -235,7 +235,8 @@ class Supervisor:
         key = (ledger.run, "quiet", head.status, head.version)
         if not self.memory.lasting(key, QUIET_SECONDS) or not self.memory.due(key, QUIET_AGAIN_SECONDS):
             return
-        waits = Waits(ledger, partial(self._plan, ledger)).look(head, alive)
+        memory = self.services.registry.memory
+        waits = Waits(ledger, partial(self._plan, ledger), memory=memory).look(head, alive)
         for wait in waits:
             log.warning("run %s %s", ledger.run, wait.said(time.time()))
         refused = [wait for wait in waits if wait.kind is WaitKind.REFUSED]

@@ -1529,7 +1529,9 @@ def test_the_table_has_every_operation_and_so_has_the_twin() -> None:
     assert set(CALLS) == public
     assert not [name for name in public if getattr(MemoryLedger, name) is getattr(Ledger, name)]
     registry = {name for name, _ in inspect.getmembers(Registry, inspect.isfunction) if name[0] != "_"}
-    assert registry - set(vars(MemoryRegistry)) <= {"consumers", "require_placement"}, "built on the others"
+    assert registry - set(vars(MemoryRegistry)) <= {"consumers", "require_placement", "require_room_kept"}, (
+        "built on the others"
+    )
 
 
 class Stammering(Ledger):

@@ -609,7 +609,7 @@ def test_a_frozen_parameter_that_a_forward_writes_is_a_buffer(
     config = TrainingConfig(epochs=2, batch_size=8, shards=3, seed=3)
     found = {}
     for buffer in (True, False):
-        given = resolved(models.mlp(model=partial(Meaned, buffer=buffer)))
+        given = resolved(models.mlp(model=partial(Meaned, buffer=buffer), buffers={"mean": "mean"}))
         ours = InProcess(given, config, clients=2).train()
         assert not any(replica.spoilt() for replica in ours.replicas)
         found[buffer] = {name: value.clone() for name, value in ours.trainer.replica.state_tensors().items()}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.control import SPEC, begin, record, slot, worker, write
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.workers import Heartbeat, WorkerInfo
+from torchord.cache.ledger.workers import Heartbeat, StoreMemory, WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
@@ -24,7 +24,7 @@ from torchord.coordinator.spec.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[4]
 RUN = "run-1"
-PLAN = Plan(24, TrainingConfig(batch_size=8, shards=4))  # 3 steps of 4 shards
+PLAN = Plan(24, TrainingConfig(batch_size=8, shards=4, audit_fraction=0.0))  # 3 steps of 4 shards
 
 
 class Laboratory:
@@ -103,6 +103,15 @@ def test_a_worker_is_deaf(lab: Laboratory) -> None:
 def test_messages_are_thrown_away(lab: Laboratory) -> None:
     lab.begun().say("s0", discarded={GRADIENTS: "somebody takes them"})
     assert "somebody takes them" in lab.look()[WaitKind.DISCARDED].what
+
+
+def test_redis_is_full(lab: Laboratory) -> None:
+    """Then no worker can say that it lives, and none of them is the reason."""
+    head, full = lab.begun().ledger.head(), StoreMemory(1_000_001, 1_000_000, "noeviction")
+    (found,) = Waits(lab.ledger, lambda head: PLAN, memory=lambda: full).look(head, {})
+    assert found.kind is WaitKind.ROOM and "1,000,001 of 1,000,000 bytes" in found.what
+    roomy = replace(full, limit=0)
+    assert len(Waits(lab.ledger, lambda head: PLAN, memory=lambda: roomy).look(head, {})) == 2
 
 
 def test_a_person_has_paused_it(lab: Laboratory) -> None:

@@ -57,7 +57,9 @@ def test_a_recipe_becomes_names_and_arguments() -> None:
 
 
 def test_a_spec_makes_the_recipe_again_without_importing() -> None:
-    spec = spec_of(model=entry("not_there_at_all:Net", 3, depth=[1, 2]), metrics={"a": entry("nor_this:a")})
+    spec = spec_of(
+        model=entry("not_there_at_all:Net", 3, depth=[1, 2]), metrics={"a": entry("nor_this:a")}, buffers={}
+    )
     assert Recipe.from_spec(spec).to_spec() == spec
     assert "not_there_at_all" not in sys.modules
 
