@@ -33,7 +33,7 @@ def canonical(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SlotReceipt:
-    """What the ledger keeps of a slot after its bytes are gone."""
+    """What the ledger keeps of a slot after its bytes are gone; its fields are those of `SlotRecord`."""
 
     shard: int
     digest: str
@@ -45,10 +45,16 @@ class SlotReceipt:
     nbytes: int
     environment: str = ""
     fetched: str = "process"
+    weight: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able form (`dataclasses.asdict` costs ten times as much, and there may be hundreds)."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        left_out = ("weight",) if self.weight is None else ()  # so entries of before keep their seals
+        return {name: getattr(self, name) for name in self.__slots__ if name not in left_out}
+
+    def essence(self) -> list[Any]:
+        """What of it a replay must meet again."""
+        return [self.shard, self.digest, self.examples, *([] if self.weight is None else [self.weight])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class SlotRecord:
         manifest: layout of the bytes (torchord.cache.tensors.codec.Manifest as JSON).
         buffers: names in the manifest that are buffers, not gradients.
         examples: how many examples the shard held.
-        loss: mean loss over the shard.
+        loss: mean loss over the shard; 0 where it weighs nothing.
         grad_norm: L2 norm of the shard's gradient.
         worker: id of the worker process that computed it.
         attempt: 1 for the first try of this shard.
@@ -110,6 +116,7 @@ class SlotRecord:
         fetched: which tier the worker had the parameters from: "process", "delta" (added to the version
             that it held), "host" or "store".
         total: of a partial sum, what it sums up; None for a gradient.
+        weight: what the loss is a mean over, for a partial sum all its shards' together; None: the examples.
     """
 
     shard: int
@@ -129,6 +136,7 @@ class SlotRecord:
     state: StateRecord | None = None
     fetched: str = "process"
     total: SumRecord | None = None
+    weight: float | None = None
 
     def to_json(self) -> str:
         """Text for the slots hash."""
@@ -162,6 +170,7 @@ class SlotRecord:
             nbytes=self.blob.nbytes,
             environment=self.environment,
             fetched=self.fetched,
+            weight=self.weight,
         )
 
     def blobs(self) -> list[BlobRef]:
@@ -305,7 +314,7 @@ class LedgerEntry:
         version: the version that the step made; it started from `version - 1`.
         slots: what each shard contributed, in slot order.
         parameters: digest of the version's parameter bytes.
-        loss: count-weighted mean loss of the step.
+        loss: weighted mean loss of the step.
         grad_norm: L2 norm of the averaged gradient before clipping.
         examples: examples in the step.
         seconds: from the previous commit to this one.
@@ -336,13 +345,8 @@ class LedgerEntry:
 
     def computed_chain(self) -> str:
         """The chain value that follows from the entry's own contents."""
-        essence = [
-            self.previous,
-            self.version,
-            [[slot.shard, slot.digest, slot.examples] for slot in self.slots],
-            self.parameters,
-            self.skipped,
-        ]
+        slots = [slot.essence() for slot in self.slots]
+        essence = [self.previous, self.version, slots, self.parameters, self.skipped]
         return hashlib.blake2b(canonical(essence).encode(), digest_size=16).hexdigest()
 
     def computed_seal(self) -> str:

@@ -96,6 +96,8 @@ class InferenceTask:
             self.heartbeat.doing("")
         self.fault("client.before_part")
         written = {"examples": measured.examples, "metrics": measured.means}
+        if measured.weights:
+            written["weights"] = measured.weights
         verdict, values = ledger.write_part(version, part, {**written, **states}, parts=parts)
         self.fault("client.after_part")
         self.lease.worked()
@@ -134,7 +136,7 @@ class InferenceTask:
                 context.ledger.drop_part(version, part)
                 self.sender.evaluation(context.run, version, [part], len(values))
                 return None
-            found.append(Measured(value["examples"], value["metrics"], states))
+            found.append(Measured(value["examples"], value["metrics"], states, value.get("weights", {})))
         try:
             with contained(), context.lock:
                 return inference.combine(found, context.recipe, context.config)

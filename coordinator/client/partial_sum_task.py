@@ -23,6 +23,7 @@ from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.compute.buffer_rules import Rule
 from torchord.coordinator.compute.determinism import pinned
+from torchord.coordinator.compute.shares import mean_loss, total_weight
 from torchord.coordinator.compute.sums import Partial, PartialSum
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
@@ -72,7 +73,7 @@ def add_up(
             raise InputLost(slot, str(error)) from error
         if slot.total is None:
             gradients = codec_of(slot.compression).decode(tensors, manifest)
-            total.add_shard(gradients, buffers, slot.examples)
+            total.add_shard(gradients, buffers, slot.examples, slot.weight)
         else:
             total.add(Partial.of(tensors, slot.total.notes, slot.examples))
     return total.result()
@@ -92,6 +93,15 @@ def summed(inputs: list[SlotRecord]) -> SumRecord:
             sums += [*slot.total.sums, slot.receipt()]
             nonfinite += slot.total.nonfinite
     return SumRecord(tuple(receipts), tuple(sums), tuple(nonfinite))
+
+
+def _figures(inputs: list[SlotRecord], kept: SumRecord) -> dict[str, Any]:
+    """What the record of a sum says of all its inputs together."""
+    return {
+        "loss": mean_loss((each.loss, each.examples, each.weight) for each in inputs),
+        "grad_norm": math.nan if kept.nonfinite else max(each.grad_norm for each in inputs),
+        "weight": total_weight((each.examples, each.weight) for each in inputs),
+    }
 
 
 class PartialSumTask:
@@ -168,8 +178,7 @@ class PartialSumTask:
             manifest=stored.manifest,
             buffers=(),
             examples=total.examples,
-            loss=sum(each.loss * each.examples for each in inputs) / total.examples,
-            grad_norm=math.nan if kept.nonfinite else max(each.grad_norm for each in inputs),
+            **_figures(inputs, kept),
             worker=self.lease.worker,
             attempt=begun.attempt,
             seconds=time.perf_counter() - began,

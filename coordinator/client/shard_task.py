@@ -6,6 +6,7 @@ slot is written once.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.client.version_download import VersionDownload
 from torchord.coordinator.compute.gradient import unwatched
+from torchord.coordinator.compute.probe import due, probe
+from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import ShardWork, work
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
@@ -33,6 +36,12 @@ from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.joining import join
 from torchord.coordinator.spec.plan import shown
 
+log = logging.getLogger(__name__)
+
+_NOT_TRIED = (
+    "whether the losses of shards have the batch's loss as their mean was not looked at: the attempts "
+    "before this one did not end"
+)
 _FRESH_SECONDS = 1.0  # after so long a training server may have moved: ask where it is
 
 
@@ -68,7 +77,7 @@ class ShardTask:
         )
         self.downloads = VersionDownload(self.services.chunks, on="fetch" in overlap)
         self.fresh = FreshCopies()
-        self._fetched = threading.local()  # which tier this thread's shard had its parameters from
+        self._this = threading.local()  # of this thread's shard: its parameters' tier, seconds aside
 
     def compute_gradient(self, task: SlotTask, part: Part | None = None) -> dict[str, Any]:
         """Compute one shard and write its slot.
@@ -127,7 +136,8 @@ class ShardTask:
             environment=environment(toolchain) if toolchain else self.lease.heartbeat.info.environment,
             compression=context.plan().config_at(task.step).compression,
             state=state,
-            fetched=self._fetched.source,
+            fetched=self._this.source,
+            weight=done.weight,
         )
         shard = context.plan().fan_in(task.step).shard_of(task.slot)
         checks = {} if shard == task.slot else {"check of": shard}
@@ -158,8 +168,8 @@ class ShardTask:
         """
         began = time.perf_counter()
         with ExitStack() as unless_stored:
-            done, outgoing = self._work(context, task, begun.record, unless_stored)
-            seconds = time.perf_counter() - began
+            done, outgoing = self._work(context, task, begun, unless_stored)
+            seconds = time.perf_counter() - began - self._this.aside
             self.fault("client.before_put")
             stored = self.uploads.put(
                 outgoing,
@@ -177,19 +187,20 @@ class ShardTask:
         self,
         context: RunContext,
         task: SlotTask,
-        record: VersionRecord | None,
+        begun: Begun,
         unless_stored: ExitStack,
     ) -> tuple[ShardWork, Outgoing | None]:
         """Load what the shard is computed from, and compute it.
 
         Args:
-            record: of the version to compute at, where the ledger gave it.
+            begun: what the ledger answered, the record of the version to compute at perhaps among it.
             unless_stored: told how to delete what is sent meanwhile.
 
         Returns:
             The work, and what of it is on its way already.
         """
-        step, shard = task.step, task.slot
+        step, shard, record = task.step, task.slot, begun.record
+        self._this.aside = 0.0
         samples: Sequence[int] = ()
         try:
             with contained(), context.lock:
@@ -200,7 +211,7 @@ class ShardTask:
                 indices = plan.indices(step, shard)
                 samples = indices.tolist()
                 version = plan.version_for(step)
-                replica, self._fetched.source = context.replica_at(
+                replica, self._this.source = context.replica_at(
                     version, record, partial(self.downloads.take, context)
                 )
                 state = None
@@ -221,12 +232,30 @@ class ShardTask:
                     state,
                     watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
+                if due(context.recipe, plan, step, shard):
+                    self._probe(context, replica, dataset, begun)
                 return done, outgoing
         except (CacheError, Skewed):
             raise
         except Exception as error:
             place = f"shard {shard} of step {step} (samples {shown(samples)})"
             raise self.lease.failed(context, error, task, place=place, samples=samples) from error
+
+    def _probe(self, context: RunContext, replica: Replica, dataset: Any, begun: Begun) -> None:
+        """Try the recipe on the run's first batch, once its first shard shows that it can be computed.
+
+        Not in the last attempt that the shard has: whatever ended the others may have been this.
+
+        Raises:
+            InvalidInput: its steps would not be those of the whole batches.
+        """
+        began, plan = time.perf_counter(), context.plan()
+        last = 1 < plan.config.max_attempts <= begun.attempt
+        note = _NOT_TRIED if last else probe(replica, context.recipe, plan, dataset)
+        if note:
+            log.warning("run %s: %s", context.run, note)
+            context.ledger.emit("probe", {"message": note})
+        self._this.aside = time.perf_counter() - began
 
     def _slot_state(self, context: RunContext, version: int, shard: int, record: VersionRecord | None) -> Any:
         """What the shard's slot kept at a version, None if nothing.
@@ -247,6 +276,7 @@ def _written(slot: SlotRecord, stored: StoredGradient) -> dict[str, Any]:
         "loss": slot.loss,
         "grad_norm": slot.grad_norm,
         "examples": slot.examples,
+        **({} if slot.weight is None else {"weight": slot.weight}),
         "nbytes": stored.blob.nbytes,
         "fetched": slot.fetched,
         "seconds": round(slot.seconds, 6),

@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.compute.batch import formatted, read_batch, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
-from torchord.coordinator.compute.gradient import ALONE, autocast, loss_of
+from torchord.coordinator.compute.gradient import ALONE, autocast
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.weights import loss_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe

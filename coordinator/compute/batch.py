@@ -125,6 +125,31 @@ def load_batch(
         return (collate or default_collate)(samples)
 
 
+def read_samples(
+    dataset: Any, indices: IndexArray, collate: Callable[[list[Any]], Any] | None = None
+) -> Callable[[list[int]], Any]:
+    """Read samples once, to be collated many times.
+
+    Args:
+        dataset, indices, collate: as for `load_batch`.
+
+    Returns:
+        (numbers of some of the samples, in the order of `indices`) -> their batch, made from copies.
+
+    Raises:
+        Exception: what the dataset raises, with a note.
+    """
+    if type(dataset) is TensorDataset and collate is None:
+        return lambda some: load_batch(dataset, [indices[number] for number in some])
+    samples = _samples(dataset, [int(index) for index in indices])
+
+    def batch_of(some: list[int]) -> Any:
+        with during("collating the samples"):
+            return (collate or default_collate)(copy.deepcopy([samples[number] for number in some]))
+
+    return batch_of
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Bring every tensor of a nested batch to a device, in the layout that is computed in (`codec.aligned`).
 

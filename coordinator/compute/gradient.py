@@ -24,7 +24,6 @@ from torchord.coordinator.compute.batch import (
     IndexArray,
     during,
     formatted,
-    pair,
     read_batch,
     to_device,
 )
@@ -34,6 +33,15 @@ from torchord.coordinator.compute.loss_scale import LossScale, unscale
 from torchord.coordinator.compute.optimizers import require_same_trained
 from torchord.coordinator.compute.readback import collect, take_gradients
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.weights import (
+    Weighed,
+    checked,
+    given,
+    is_sum,
+    loss_of,
+    reads,
+    require_scalar,
+)
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -61,10 +69,11 @@ class ShardGradient:
         gradients: parameter name -> gradient of the shard's mean loss, on the CPU, in the
             parameter's shape and dtype; parameters that the loss does not reach are left out.
         buffers: buffer name -> value after the forward, on the CPU, where it changed.
-        loss: mean loss over the shard.
+        loss: mean loss over the shard; 0 where it weighs nothing.
         grad_norm: L2 norm of all gradients together.
         examples: examples in the shard.
         finite: whether loss and norm are finite.
+        weight: what the loss is a mean over; None: the examples. A shard of weight 0 has no gradients.
     """
 
     gradients: dict[str, Tensor]
@@ -73,6 +82,7 @@ class ShardGradient:
     grad_norm: float
     examples: int
     finite: bool
+    weight: float | None = None
 
 
 def compute(
@@ -84,6 +94,8 @@ def compute(
     step: int,
     shard: int,
     watched: Watch = unwatched,
+    *,
+    whole: int | None = None,
 ) -> ShardGradient:
     """Compute the gradient of a shard's mean loss at the replica's version.
 
@@ -98,6 +110,7 @@ def compute(
         shard: the shard's number within the step.
         watched: the context that the backward runs in, made from the loss scale that its gradients will
             be divided by afterwards.
+        whole: examples in the step over all its shards; None: those of this one.
 
     Returns:
         Gradients, changed buffers and figures. The tensors belong to the caller.
@@ -112,14 +125,18 @@ def compute(
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
         batch = read_batch(resolved, config, dataset, indices, (step, shard))
-        loss = forward_backward(replica, resolved, config, batch, (step, shard), replica.loss_scale, watched)
+        place, scale = (step, shard), replica.loss_scale
+        weighed = forward_backward(replica, resolved, config, batch, place, scale, watched, whole=whole)
         gradients = take_gradients(replica)
         require_same_trained(replica, f"step {step}, shard {shard}")
         with during("collecting buffers"):
-            found = collect(replica, gradients, [loss])
-    value, tensors = found.figures[0], found.tensors
-    finite = math.isfinite(value) and math.isfinite(found.norm)
-    return ShardGradient(tensors, found.buffers, value, found.norm, len(indices), finite)
+            found = collect(replica, gradients, weighed.figures())
+    value, tensors, norm = found.figures[0], found.tensors, found.norm
+    weight = checked(weighed.read(found.figures), len(indices), f"shard {shard} of step {step}")
+    if weight == 0:
+        value, tensors, norm = 0.0, {}, 0.0
+    finite = math.isfinite(value) and math.isfinite(norm)
+    return ShardGradient(tensors, found.buffers, value, norm, len(indices), finite, weight)
 
 
 def forward_backward(
@@ -130,51 +147,41 @@ def forward_backward(
     place: tuple[int, ...],
     scale: LossScale | None = None,
     watched: Watch = unwatched,
-) -> Tensor:
+    *,
+    whole: int | None = None,
+) -> Weighed:
     """Run forward and backward on a batch, and return the loss; the gradients are in the parameters.
 
     The loss is a tensor of one element on the replica's device: nothing here waits for a device.
 
     Called with the process pinned. Arguments as in `compute`; `place` seeds, `(step, shard)` or with
     local steps `(step, shard, local step)`; `scale` multiplies the loss that the backward starts from,
-    and the gradients are divided by it; `watched` is the backward's context.
+    and the gradients are divided by it; `watched` is the backward's context; `whole` is how many examples a
+    loss that is a sum adds up in all, None where that are the batch's.
     """
     model = replica.train()
+    value = formatted(to_device(batch.value, replica.device), config)
+    said = given(resolved, value)
     replica.watch.begin(whole=due(place))
     seed_everything(derive_seed(config.seed, "model", *place))
     with during("computing forward and loss"), _alone(batch.examples), autocast(config, replica.device):
-        loss = loss_of(resolved, model, formatted(to_device(batch.value, replica.device), config))
+        loss, weight, _ = loss_of(resolved, model, value, said, reads=reads(resolved, config))
+        if whole is not None and whole != batch.examples and is_sum(resolved) and isinstance(loss, Tensor):
+            loss = loss * (whole / batch.examples)
     _require_loss(loss)
     with during("computing the backward"), watched(scale):
         (loss if scale is None else loss.float() * scale.scale).backward()
     replica.watch.end()
     if scale is not None:
         unscale(replica.parameters.items(), scale)
-    detached: Tensor = loss.detach()
-    return detached
+    return Weighed(loss.detach(), weight)
 
 
 # --- parts ------------------------------------------------------------------------------
 
 
-def loss_of(resolved: ResolvedRecipe, model: Any, batch: Any) -> Any:
-    """What the recipe says is the loss of a batch on the model's device, unchecked."""
-    if resolved.step is not None:
-        return resolved.step(model, batch)
-    assert resolved.loss is not None
-    inputs, targets = pair(batch)
-    return resolved.loss(model(inputs), targets)
-
-
 def _require_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor):
-        raise InvalidInput(f"the loss is a {type(loss).__name__}, but must be a scalar tensor")
-    if loss.numel() != 1:
-        raise InvalidInput(
-            f"the loss has shape {tuple(loss.shape)}, but must be a scalar; take its mean over the shard"
-        )
-    if not loss.is_floating_point():
-        raise InvalidInput(f"the loss has dtype {loss.dtype}, but must be a floating-point tensor")
+    require_scalar(loss)
     if not loss.requires_grad:
         raise InvalidInput(
             "the loss depends on no trainable parameter (all frozen, detached or converted on the way?)"

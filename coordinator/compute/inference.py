@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +13,18 @@ import torch
 from torchord.coordinator.compute import metrics
 from torchord.coordinator.compute.batch import IndexArray, during, load_batch, pair, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
-from torchord.coordinator.compute.gradient import autocast, loss_of
+from torchord.coordinator.compute.gradient import autocast
 from torchord.coordinator.compute.metrics import Sample, Tally
 from torchord.coordinator.compute.outputs import collated, plain
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shares import mean_loss, total_weight
+from torchord.coordinator.compute.weights import Weighed, given, is_sum, loss_of, weight_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 _TRIED_EXAMPLES = 32
+_PART = "a part of the evaluation"
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Measured:
 
     Attributes:
         examples: in the part.
-        means: "loss" and name of each metric that is a function -> mean over the examples.
+        means: "loss" and name of each metric that is a function -> mean.
         states: name of each other metric -> what its figure is worked out from, a tree.
+        weights: name -> what its mean is over, where that is not the examples.
     """
 
     examples: int
     means: dict[str, float]
     states: dict[str, Any]
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -59,36 +64,32 @@ def evaluate(
         indices: which examples, in order.
 
     Returns:
-        The part's figures; the means weigh each micro-batch by its examples and are summed in order in
-        float64.
+        The part's figures; the means are summed in order in float64. The loss of each micro-batch weighs
+        what it is a mean over, and so do metrics where the recipe has a `weight`; others weigh by examples.
+        A loss that is a sum over its examples is the sum over the dataset's.
 
     Raises:
         InvalidInput: the recipe's code returned what cannot be used.
         Exception: what it raises, with a note.
     """
     size = -(-config.batch_size // config.shards)
-    means: list[tuple[int, dict[str, float]]] = []
+    parts: list[Measured] = []
     tally = Tally(resolved.metrics, replica.device)
     with replica.averaged():
         for start in range(0, len(indices), size):
             some = indices[start : start + size]
             with _evaluating(replica, resolved, config, dataset, some) as (model, batch):
-                values = {"loss": metrics.number(_loss_name(resolved), loss_of(resolved, model, batch))}
-                if resolved.metrics:
-                    values |= tally.take(*_measurable(resolved, model, batch))
-                means.append((len(some), values))
-    examples, averaged = _mean(means)
-    return Measured(examples, averaged, tally.states())
+                parts.append(_measure(resolved, model, batch, len(some), len(dataset), tally))
+    return replace(_mean(parts), states=tally.states())
 
 
 def combine(parts: Sequence[Measured], resolved: ResolvedRecipe, config: TrainingConfig) -> dict[str, float]:
     """Merge what `evaluate` measured of disjoint examples, in the order given.
 
     Returns:
-        name -> figure: means weighted by examples, in float64, and what the other metrics come to; {} for
-        no parts.
+        name -> figure: weighted means, in float64, and what the other metrics come to; {} for no parts.
     """
-    _, found = _mean([(part.examples, part.means) for part in parts])
+    found = dict(_mean(parts).means)
     if resolved.metrics and parts:
         with pinned(config.threads, config.deterministic), during("finishing the metrics"), torch.no_grad():
             seed_everything(derive_seed(config.seed, "evaluation", "finish"))
@@ -117,7 +118,8 @@ def try_metrics(like: Replica, resolved: ResolvedRecipe, config: TrainingConfig,
 
     def sample(first: int, last: int) -> Sample:
         with _evaluating(replica, resolved, config, dataset, range(first, last)) as (model, batch):
-            return Sample(*_measurable(resolved, model, batch), last - first)
+            weight = weight_of(Weighed(None, given(resolved, batch)), last - first, _PART)
+            return Sample(*_measurable(resolved, model, batch), last - first, weight)
 
     whole = sample(0, size)
     parts = [sample(first, last) for first, last in pairwise(cuts)]
@@ -179,6 +181,27 @@ def _outputs(resolved: ResolvedRecipe, model: Any, batch: Any) -> Any:
     return model(batch)
 
 
+def _measure(
+    resolved: ResolvedRecipe, model: Any, batch: Any, examples: int, whole: int, tally: Tally
+) -> Measured:
+    """The means of one micro-batch of a dataset of `whole` examples."""
+    said = given(resolved, batch)
+    found = loss_of(resolved, model, batch, said)
+    weight = weight_of(found, examples, _PART)
+    loss = metrics.number(_loss_name(resolved), found.loss)
+    if is_sum(resolved):
+        loss *= whole / examples
+    means = {"loss": 0.0 if weight == 0 else loss}
+    if resolved.metrics:
+        own = resolved.predict is None
+        means |= tally.take(
+            *((found.outputs, pair(batch)[1]) if own else _measurable(resolved, model, batch))
+        )
+    if weight is None:
+        return Measured(examples, means, {})
+    return Measured(examples, means, {}, dict.fromkeys(["loss"] if said is None else means, weight))
+
+
 def _measurable(resolved: ResolvedRecipe, model: Any, batch: Any) -> tuple[Any, Any]:
     """What metrics get: the outputs for a batch, and its targets."""
     if resolved.predict is None:
@@ -213,11 +236,13 @@ def _loss_name(resolved: ResolvedRecipe) -> str:
     return "loss" if resolved.step is None else "step"
 
 
-def _mean(parts: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, dict[str, float]]:
-    """(examples together, name -> mean weighted by examples, in float64); (0, {}) for no parts."""
-    total = sum(examples for examples, _ in parts)
-    sums: dict[str, float] = {}
-    for examples, values in parts:
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * examples
-    return total, {name: value / total for name, value in sums.items()}
+def _mean(parts: Sequence[Measured]) -> Measured:
+    """The means of all parts together, in float64; none for no parts."""
+    means: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for name in parts[0].means if parts else ():
+        each = [(part.means[name], part.examples, part.weights.get(name)) for part in parts]
+        means[name] = mean_loss(each)
+        if (weight := total_weight((examples, weight) for _, examples, weight in each)) is not None:
+            weights[name] = weight
+    return Measured(sum(part.examples for part in parts), means, {}, weights)

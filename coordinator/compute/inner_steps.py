@@ -11,8 +11,9 @@ like gradients and hands the mean to the *outer* optimizer:
 
 Deviations from both papers: a shard's inner optimizer state (and scheduler) belongs to the shard's slot,
 not to a machine, so any worker may compute the next step of the slot with the same bits; shards are
-weighted by their examples, which differs from the papers' plain mean only where an epoch's end makes
-them unequal; with a clip norm, each inner gradient is clipped, not the pseudo-gradient.
+weighted by what they weigh over all their local steps (their examples, if the loss is a mean over those),
+which differs from the papers' plain mean only where that is unequal; a local step that weighs nothing is left
+out; with a clip norm, each inner gradient is clipped, not the pseudo-gradient.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from torchord.coordinator.compute.optimizers import (
 )
 from torchord.coordinator.compute.readback import collect
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shares import mean_loss, total_weight
 from torchord.coordinator.compute.trainer import restore_optimizer
+from torchord.coordinator.compute.weights import weight_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
@@ -54,7 +57,7 @@ class LocalSteps:
     """What one shard contributes to its step, and what its slot keeps for the next.
 
     Attributes:
-        gradient: pseudo-gradients as `gradients`; loss is the mean over the local steps.
+        gradient: pseudo-gradients as `gradients`; loss is the weighted mean over the local steps.
         state: tree of the inner optimizer's, the scheduler's and fp16's loss scale's state.
     """
 
@@ -91,6 +94,7 @@ def compute(
     examples = sum(len(part) for part in parts)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
+    weights: list[float | None] = []
     attached = False
     try:
         with pinned(config.threads, config.deterministic, replica.device):
@@ -110,11 +114,18 @@ def compute(
             for number, part in enumerate(parts):
                 place = (step, shard, number)
                 batch = read_batch(resolved, config, dataset, part, place)
-                loss = forward_backward(replica, resolved, config, batch, place, scale)
+                weighed = forward_backward(replica, resolved, config, batch, place, scale)
+                loss, name = weighed.loss, f"local step {number} of shard {shard} in step {step}"
+                weights.append(weight_of(weighed, len(part), name))
+                if weights[number] == 0:  # left out
+                    optimizer.zero_grad(set_to_none=True)
+                    losses.append(torch.zeros_like(loss))
+                    norms += [torch.zeros(())] * measured
+                    continue
                 losses.append(loss)
                 if measured:
                     norms.append(_clip(replica, resolved, config.clip_norm, place))
-                if scale is not None:  # the one case in which a local step waits for a device
+                if scale is not None:  # a local step waits for a device here, and for its weight
                     overflow = overflows[number] = not math.isfinite(float(norms[-1]))
                     _check_scale(config, scale, float(loss), overflow=overflow)
                     scale = scale.after(overflow=overflow, interval=config.loss_scale_interval)
@@ -123,11 +134,11 @@ def compute(
                 optimizer.zero_grad(set_to_none=True)
             found = collect(replica, _moved(replica), [*losses, *norms])
             values, sizes = found.figures[: len(parts)], found.figures[len(parts) :] or [0.0] * len(parts)
-            total = 0.0
-            for value, part in zip(values, parts, strict=True):
-                total += value * len(part)
+            counts = [len(part) for part in parts]
+            mean = mean_loss(zip(values, counts, weights, strict=True))
+            weight = total_weight(zip(counts, weights, strict=True))
             if scheduler is not None:
-                step_scheduler(scheduler, total / examples)
+                step_scheduler(scheduler, mean)
             groups.check(step)
             require_same_trained(replica, f"step {step}, shard {shard}")
             kept = {
@@ -146,9 +157,8 @@ def compute(
         overflow or math.isfinite(size) for overflow, size in zip(overflows, sizes, strict=True)
     )
     sent = found.tensors if replica.memory is None else {n: d for n, d in found.tensors.items() if _counts(d)}
-    return LocalSteps(
-        ShardGradient(sent, found.buffers, total / examples, found.norm, examples, finite), kept
-    )
+    loss = 0.0 if weight == 0 else mean
+    return LocalSteps(ShardGradient(sent, found.buffers, loss, found.norm, examples, finite, weight), kept)
 
 
 def _scale_of(state: Mapping[str, Any]) -> LossScale | None:

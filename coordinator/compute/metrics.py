@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from torchord.cache.errors import InvalidInput, TorchordError
 from torchord.cache.tensors import tree
+from torchord.coordinator.compute.shares import Shares
 from torchord.coordinator.spec.resolving import MetricPair
 
 Metric = Callable[..., Any] | MetricPair
@@ -144,11 +145,13 @@ class Sample:
         outputs: of the model.
         targets: what they are measured against.
         examples: how many they are.
+        weight: what a mean of them weighs; None: the examples.
     """
 
     outputs: Any
     targets: Any
     examples: int
+    weight: float | None = None
 
 
 def tried(metrics: Mapping[str, Metric], whole: Sample, parts: Sequence[Sample]) -> None:
@@ -174,7 +177,7 @@ def tried(metrics: Mapping[str, Metric], whole: Sample, parts: Sequence[Sample])
         for name, metric in additive.items() if parts else ():
             _compare(name, metric, whole, parts)
             for draw in (torch.rand_like, torch.randn_like) if _has_rows(whole) else ():
-                drawn = Sample(_mapped(whole.outputs, draw, floating=True), whole.targets, whole.examples)
+                drawn = replace(whole, outputs=_mapped(whole.outputs, draw, floating=True))
                 with suppress(_UnfitOutputs):
                     _compare(name, metric, drawn, list(_cut(drawn, parts)), drawn=True)
 
@@ -188,7 +191,7 @@ def _cut(whole: Sample, parts: Sequence[Sample]) -> Iterator[Sample]:
     for part in parts:
         rows = slice(first, first + part.examples)
         outputs, targets = (_rows_of(value, rows) for value in (whole.outputs, whole.targets))
-        yield Sample(outputs, targets, part.examples)
+        yield Sample(outputs, targets, part.examples, part.weight)
         first += part.examples
 
 
@@ -222,13 +225,14 @@ def _compare(
 
 def measured(metrics: Mapping[str, Metric], parts: Sequence[Sample]) -> dict[str, float]:
     """The figures of some examples in parts, each of which is one micro-batch."""
-    total = sum(part.examples for part in parts)
+    shares = Shares()
+    counts = [shares.take(part.examples, part.weight) for part in parts]
     means: dict[str, float] = {}
     states = []
-    for part in parts:
+    for part, count in zip(parts, counts, strict=True):
         tally = Tally(metrics, _device_of(part.outputs))
         for name, value in tally.take(part.outputs, part.targets).items():
-            means[name] = means.get(name, 0.0) + value * part.examples / total
+            means[name] = means.get(name, 0.0) + (value * count / shares.total if count else 0.0)
         states.append(tally.states())
     return means | finished(metrics, states)
 

@@ -35,6 +35,7 @@ class ShardWork:
         loss: mean loss over the shard.
         grad_norm: L2 norm of the gradient (or pseudo-gradient) before compression.
         examples: examples in the shard.
+        weight: what the loss is a mean over; None: the examples. A shard of weight 0 sends nothing.
     """
 
     payload: dict[str, Tensor]
@@ -43,6 +44,7 @@ class ShardWork:
     loss: float
     grad_norm: float
     examples: int
+    weight: float | None = None
 
 
 def keeps_state(config: TrainingConfig, recipe: ResolvedRecipe) -> bool:
@@ -86,11 +88,13 @@ def work(
         found, kept["inner"] = taken.gradient, taken.state
     else:
         indices, place = plan.indices(step, shard), (step, shard)
-        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, watched)
+        whole = plan.examples(step)
+        found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, watched, whole=whole)
     if found.buffers and plan.shards_in(step) > 1:
         require_no_batch(replica, recipe, config, dataset, indices, place, found.buffers)
+    gradients = {} if found.weight == 0 else found.gradients
     with pinned(config.threads, config.deterministic, replica.device):
-        encoded = codec.encode(found.gradients, before.get("residual"))
+        encoded = codec.encode(gradients, before.get("residual"))
     if codec.stateful:
         kept["residual"] = encoded.residual
     return ShardWork(
@@ -100,6 +104,7 @@ def work(
         loss=found.loss,
         grad_norm=found.grad_norm,
         examples=found.examples,
+        weight=found.weight,
     )
 
 

@@ -7,10 +7,15 @@ With N examples in the step and n_k in shard k, w_k = n_k / N, the averaged grad
 summed strictly in slot order. If each w_k is a power of two it has the bits of accumulating
 `(loss_k * w_k).backward()` in that order in one process.
 
+A shard may weigh something else than its examples (`torchord.coordinator.compute.weights`), which nobody
+knows beforehand. Then n_k is n_k r_k / r, where r_k is the shard's weight an example and r that of the first
+shard that weighs anything, and what was summed is divided once, at the root, by the sum of the w_k. So only
+the ratios of the weights matter, and weights in proportion to the examples have the bits of no weights.
+
 Buffers are part of the state, too, and each has a rule (`torchord.coordinator.compute.buffer_rules`). A
 running statistic that a forward changed, such as the mean of a BatchNorm, becomes the average of the shards'
-values, weighted by w_k (a shard that left it alone counts with the old value); what counts its batches
-takes the value of the lowest slot that changed it. Each shard normalises by its own batch statistics,
+values, weighted by their examples (a shard that left it alone counts with the old value); what counts its
+batches takes the value of the lowest slot that changed it. Each shard normalises by its own batch statistics,
 as each rank does under DDP; but where DDP keeps rank 0's running statistics, here they are
 the average over the shards, so that every example counts.
 
@@ -42,6 +47,7 @@ from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import dtype_name, dtype_of
 from torchord.coordinator.compute.buffer_rules import Rule, RuledBuffers, combined
 from torchord.coordinator.compute.buffer_rules import wide as _wide
+from torchord.coordinator.compute.shares import Shares
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SUM, _BASE, _MOVED = "sum/", "base/", "moved/"
@@ -87,9 +93,16 @@ class Accumulator:
         self._dtypes: dict[str, torch.dtype] = {}
         self._gradients: dict[str, Tensor] = {}
         self._buffers = _BufferAverage(old, examples, rules or {})
+        self._shares = Shares()
 
     @torch.no_grad()
-    def add(self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: int) -> None:
+    def add(
+        self,
+        gradients: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        examples: int,
+        weight: float | None = None,
+    ) -> None:
         """Add the next shard; the caller keeps slot order.
 
         Args:
@@ -98,6 +111,7 @@ class Accumulator:
             buffers: buffer name -> value after the forward, for those that changed, of a sum what was
                 added; the same.
             examples: examples in the shard, at least 1.
+            weight: what the shard's loss is a mean over; None: its examples.
 
         Raises:
             InvalidInput: the shards have more examples together than the step.
@@ -108,25 +122,27 @@ class Accumulator:
                 f"a shard of {examples} examples makes {self._seen} in a step of {self.examples}; was it "
                 f"added twice?"
             )
-        weight = examples / self.examples
-        for name, gradient in gradients.items():
+        share = self._shares.take(examples, weight) / self.examples
+        for name, gradient in gradients.items() if share else ():
             wide = _wide(gradient)
             total = self._gradients.get(name)
             if total is None:
                 self._dtypes[name] = gradient.dtype
-                self._gradients[name] = wide * weight
+                self._gradients[name] = wide * share
             else:
-                total.add_(wide, alpha=weight)
+                total.add_(wide, alpha=share)
         self._buffers.take(buffers, examples)
 
+    @torch.no_grad()
     def result(self) -> Aggregate:
-        """Return the average; the tensors are the caller's to change.
+        """Return the average, once; the tensors are the caller's to change.
 
         Raises:
             InvalidInput: a shard is missing.
         """
         if self._seen != self.examples:
             raise InvalidInput(f"the shards added have {self._seen} of the step's {self.examples} examples")
+        self._shares.divide(self._gradients, self.examples)
         gradients = {name: total.to(self._dtypes[name]) for name, total in self._gradients.items()}
         return Aggregate(gradients, self._buffers.result())
 
@@ -190,6 +206,8 @@ class Partial:
         halves: parameter name -> dtype of its gradients, where that is a half precision.
         changed: buffer name -> examples in the shards that changed it.
         examples: examples in all its shards.
+        shares: what its shards count together, see `Shares`; None: their examples.
+        unit: weight of one example of those.
     """
 
     sums: dict[str, Tensor]
@@ -198,6 +216,8 @@ class Partial:
     halves: dict[str, str]
     changed: dict[str, int]
     examples: int
+    shares: float | None = None
+    unit: float = 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         """What of it travels as bytes."""
@@ -209,7 +229,8 @@ class Partial:
 
     def notes(self) -> dict[str, Any]:
         """What of it travels as JSON, beside its tensors and examples."""
-        return {"halves": self.halves, "changed": self.changed}
+        weights = {} if self.shares is None else {"shares": self.shares, "unit": self.unit}
+        return {"halves": self.halves, "changed": self.changed, **weights}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], examples: int) -> Partial:
@@ -219,7 +240,14 @@ class Partial:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         return cls(
-            named(_SUM), named(_BASE), named(_MOVED), dict(notes["halves"]), dict(notes["changed"]), examples
+            named(_SUM),
+            named(_BASE),
+            named(_MOVED),
+            dict(notes["halves"]),
+            dict(notes["changed"]),
+            examples,
+            notes.get("shares"),
+            notes.get("unit", 1.0),
         )
 
 
@@ -249,6 +277,7 @@ class PartialSum:
         self._changed: dict[str, int] = {}
         self._others = RuledBuffers(rules or {}, examples, self._bases, self._changed)
         self._seen = 0
+        self._shares = Shares()
 
     def _count(self, examples: int) -> None:
         self._seen += examples
@@ -260,7 +289,11 @@ class PartialSum:
 
     @torch.no_grad()
     def add_shard(
-        self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: int
+        self,
+        gradients: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        examples: int,
+        weight: float | None = None,
     ) -> None:
         """Add a shard; arguments as those of `Accumulator.add`.
 
@@ -268,15 +301,15 @@ class PartialSum:
             InvalidInput: the inputs have more examples together than the step.
         """
         self._count(examples)
-        weight = examples / self._whole
-        for name, gradient in gradients.items():
+        share = self._shares.take(examples, weight) / self._whole
+        for name, gradient in gradients.items() if share else ():
             if gradient.dtype in _HALVES:
                 self._halves.setdefault(name, dtype_name(gradient.dtype))
             total = self._sums.get(name)
             if total is None:
-                self._sums[name] = _wide(gradient) * weight
+                self._sums[name] = _wide(gradient) * share
             else:
-                total.add_(_wide(gradient), alpha=weight)
+                total.add_(_wide(gradient), alpha=share)
         for name, value in buffers.items():
             self._add_buffer(name, value, None, examples)
 
@@ -288,12 +321,14 @@ class PartialSum:
             InvalidInput: the inputs have more examples together than the step.
         """
         self._count(partial.examples)
+        scale = self._shares.scale(partial.unit)
+        self._shares.total += (partial.examples if partial.shares is None else partial.shares) * scale
         for name, value in partial.sums.items():
             total = self._sums.get(name)
             if total is None:
-                self._sums[name] = value.clone()
+                self._sums[name] = value * scale
             else:
-                total.add_(value)
+                total.add_(value, alpha=scale)
         for name, dtype in partial.halves.items():
             self._halves.setdefault(name, dtype)
         for name, base in partial.bases.items():
@@ -314,11 +349,15 @@ class PartialSum:
 
     def result(self) -> Partial:
         """Return the sum; the tensors are the caller's to change."""
-        return Partial(self._sums, self._bases, self._moved, self._halves, self._changed, self._seen)
+        total, unit = self._shares.total, self._shares.unit
+        weights = () if total == self._seen and unit == 1.0 else (total, 0.0 if unit is None else unit)
+        return Partial(
+            self._sums, self._bases, self._moved, self._halves, self._changed, self._seen, *weights
+        )
 
     @torch.no_grad()
     def average(self, old: Mapping[str, Tensor]) -> Aggregate:
-        """Return the average over the step; the tensors are the caller's to change.
+        """Return the average over the step, once; the tensors are the caller's to change.
 
         Args:
             old: buffer name -> value in the version that the shards were computed on.
@@ -328,6 +367,7 @@ class PartialSum:
         """
         if self._seen != self._whole:
             raise InvalidInput(f"the inputs added have {self._seen} of the step's {self._whole} examples")
+        self._shares.divide(self._sums, self._whole)
         gradients = {
             name: total.to(dtype_of(self._halves[name])) if name in self._halves else total
             for name, total in self._sums.items()

@@ -128,8 +128,9 @@ class Master:
             self._submitted.add(name)
             self._sender.advance(name)
             return self.run(name)
+        before = {"loss_over": recipe.loss_over, **there["recipe"]}
         before_checks = {"audit_fraction": config.audit_fraction}  # such a run goes on without them
-        differing = _differences(described, Recipe.from_spec(there["recipe"]).to_spec()) + config.differences(
+        differing = _differences(described, Recipe.from_spec(before).to_spec()) + config.differences(
             TrainingConfig.from_json({**before_checks, **there["config"]})
         )
         if there.get("start_from", {}).get("digest") != (None if start is None else start.digest):
@@ -202,7 +203,7 @@ class Master:
 def _differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
     """Names of the recipe entries that differ.
 
-    A run that was submitted when a spec had no kinds of arguments is the same without them.
+    A run that was submitted when a spec had no kinds of arguments, or no `loss_over`, is the same without.
     """
     return [
         f"recipe.{field}"

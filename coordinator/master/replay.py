@@ -27,6 +27,7 @@ from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import ShardWork, decoded, keeps_state, work
+from torchord.coordinator.compute.shares import mean_loss
 from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.compute.visiting import visiting_of
@@ -193,7 +194,7 @@ class Replay:
             problems += self._compared(step, shard, result, slot)
         examples = sum(result.examples for result in done)
         mean = self._average(step, done, examples)
-        loss = sum(result.loss * result.examples for result in done) / examples
+        loss = mean_loss((result.loss, result.examples, result.weight) for result in done)
         finite = all(_finite(result) for result in done)
         report = trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
         slots: dict[int, Any] = {}
@@ -219,7 +220,7 @@ class Replay:
             accumulator = Accumulator(held, examples, replica.rules)
             for result in done:
                 gradients = decoded(result.payload, replica, codec)
-                accumulator.add(gradients, result.buffers, result.examples)
+                accumulator.add(gradients, result.buffers, result.examples, result.weight)
             return accumulator.result()
         sums: dict[int, Partial] = {}
         for slot in tree.partials:
@@ -230,7 +231,7 @@ class Replay:
                     continue
                 result = done[number]
                 gradients = decoded(result.payload, replica, codec)
-                total.add_shard(gradients, result.buffers, result.examples)
+                total.add_shard(gradients, result.buffers, result.examples, result.weight)
             sums[slot] = total.result()
         whole = PartialSum(examples, replica.rules)
         for root in tree.roots:
@@ -256,8 +257,13 @@ class Replay:
         digest = _stored(pack(sent, layout(sent))).digest
         if result.state is not None:
             digest = combined_digest(digest, put_tree(result.state, _stored))
-        if digest == slot.digest:
+        if digest == slot.digest and result.weight == slot.weight:
             return []
+        if digest == slot.digest:
+            return [
+                f"step {step}, shard {shard}: computed again it weighs {result.weight} in place of "
+                f"{slot.weight} by worker {slot.worker} (None: its examples); is it a matter of chance?"
+            ]
         config = self.plan.config_at(step)
         here = environment(toolchain(device()) if config.compile else "")
         unlike = f" on {slot.environment}, and this process has {here}" if slot.environment != here else ""

@@ -61,7 +61,8 @@ class StepReport:
     Attributes:
         step: its number, from 0.
         version: the version it made (`step + 1`).
-        loss: count-weighted mean loss over its shards, at the parameters before the update.
+        loss: mean loss over its shards by their weights (their examples, as a rule), at the parameters before
+            the update.
         examples: examples in the step.
         seconds: from the previous commit to this one.
         nbytes: gradient bytes that its shards stored.

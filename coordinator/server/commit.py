@@ -24,6 +24,7 @@ from torchord.cache.ledger.records import (
     StateRecord,
     VersionRecord,
 )
+from torchord.coordinator.compute.shares import total_weight
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import ApplyReport
 from torchord.coordinator.messages.sender import Sender
@@ -253,8 +254,10 @@ class StepCommit:
         try:
             report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
-            where = f"in shards {bad}" if bad else "in the average only"
-            raise NonFinite(f"run {warm.run!r}: {error} (the NaN or infinity arose {where})") from error
+            where = f"arose in shards {bad}" if bad else "arose in the average only"
+            if not bad and total_weight((slot.examples, slot.weight) for slot in slots) == 0:
+                where = "is a mean of nothing: all shards weigh 0, as no label of the whole batch counts"
+            raise NonFinite(f"run {warm.run!r}: {error} (the NaN or infinity {where})") from error
         return report, loss
 
     def _sum(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> Aggregate:

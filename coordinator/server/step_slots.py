@@ -8,6 +8,7 @@ from typing import Any
 
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import SlotReceipt, SlotRecord
+from torchord.coordinator.compute.shares import mean_loss
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.spec.sum_tree import FanIn
 
@@ -42,9 +43,9 @@ def receipts_of(roots: Sequence[SlotRecord]) -> tuple[list[SlotReceipt], list[li
 
 
 def loss_of(roots: Sequence[SlotRecord]) -> float:
-    """The count-weighted mean loss of a step, summed in shard order."""
+    """The weighted mean loss of a step, summed in shard order; NaN if its shards weigh nothing together."""
     shards = [part for root in roots for part in (root.total.receipts if root.total else (root,))]
-    return sum(shard.loss * shard.examples for shard in shards) / sum(shard.examples for shard in shards)
+    return mean_loss((shard.loss, shard.examples, shard.weight) for shard in shards)
 
 
 def nonfinite(roots: Sequence[SlotRecord]) -> list[int]:

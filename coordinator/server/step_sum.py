@@ -71,7 +71,7 @@ class StepSum:
             return
         gradients = decoded(payload, replica, self._codec_of(slot.compression))
         with pinned(config.threads, config.deterministic, replica.device):
-            self._accumulator.add(gradients, buffers, slot.examples)
+            self._accumulator.add(gradients, buffers, slot.examples, slot.weight)
         self._taken += 1
 
     def result(self) -> Aggregate:

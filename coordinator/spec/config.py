@@ -77,6 +77,9 @@ class TrainingConfig:
         shuffle: whether each epoch visits the dataset in another order; False: always from the first
             example to the last. A recipe with an `order` or `batches` says it itself.
         drop_last: whether the last batch of an epoch is left out where it is smaller than batch_size.
+        probe: whether the run's first shard is looked at for whether the losses of parts have the loss of the
+            whole as their mean, so that each step is the whole batch's; if they have not, the run is refused.
+            It costs seven forwards of that shard, once. See `torchord.coordinator.compute.probe`.
         compile: whether shards are computed by torch.compile's kernels. Every worker that computes
             needs the same compiler; see docs/precision.md.
         audit_fraction: part of the steps, 0 to 1, in which one shard is computed once more, by whichever
@@ -125,6 +128,7 @@ class TrainingConfig:
     shuffle: bool = True
     drop_last: bool = False
     audit_fraction: float = 0.004
+    probe: bool = True
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "shards", "local_steps", "threads"):
@@ -139,7 +143,7 @@ class TrainingConfig:
         self._positive("shard_timeout_seconds", optional=True)
         self._positive("loss_scale")
         self._fraction("audit_fraction")
-        for name in ("deterministic", "compile", "shuffle", "drop_last"):
+        for name in ("deterministic", "compile", "shuffle", "drop_last", "probe"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._choice("nonfinite", _NONFINITE)

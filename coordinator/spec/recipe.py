@@ -22,6 +22,7 @@ from torchord.coordinator.spec.targets import Entry, Target, check_kind, decode,
 
 _REQUIRED = ("model", "dataset", "optimizer")
 _HALVES = ("state", "finish")  # of a metric that is a pair
+_LOSS_OVER = ("batch", "sum", "shard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,18 @@ class Recipe:
         model: () -> torch.nn.Module.
         dataset: () -> map-style dataset (`__len__` and `__getitem__`, optionally `__getitems__`).
         optimizer: (parameters, or the groups of `parameter_groups`) -> torch.optim.Optimizer.
-        loss: (outputs, targets) -> mean loss over the shard, a scalar tensor; the batch must
-            then be a pair (inputs, targets) and the model is called as model(inputs).
-        step: (model, batch) -> mean loss over the shard, for any other model; give exactly one
-            of `loss` and `step`.
+        loss: (outputs, targets) -> mean loss over the shard, a scalar tensor, or (sum, weight): a sum and
+            what it is to be divided by; the batch must then be a pair (inputs, targets) and the model is
+            called as model(inputs).
+        step: (model, batch) -> the same, for any other model; give exactly one of `loss` and `step`.
+        weight: (targets), or with `step` (batch), on the model's device -> what the mean loss of these is a
+            mean over (labelled tokens, say), a finite number of at least 0. None: torch's own losses say it
+            themselves, and any other loss is a mean over the examples. A shard of weight 0 contributes
+            nothing.
+        loss_over: "batch": the loss of the global batch is wanted, which the shards' losses, by their
+            weights, have as their mean; the run's first batch is tried for that (`TrainingConfig.probe`).
+            "sum": the loss is a sum over its examples, and so is the step's. "shard": the loss of each shard
+            by itself is meant, whatever the whole batch's would be, as that of a contrastive loss in a shard.
         scheduler: (optimizer) -> torch learning-rate scheduler, stepped once a global step.
         evaluation: () -> map-style dataset for evaluations, made by the same seed as `dataset`, so that a
             random split in both is one split.
@@ -102,6 +111,8 @@ class Recipe:
     order: Entry | None = None
     batches: Entry | None = None
     buffers: Mapping[str, Entry] | None = None
+    weight: Entry | None = None
+    loss_over: str = "batch"
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):
@@ -115,6 +126,11 @@ class Recipe:
                 "metrics need outputs to measure, and a step returns only its loss; give "
                 "predict=(model, batch) -> outputs beside it, or model and loss separately"
             )
+        if self.loss_over not in _LOSS_OVER:
+            shown = ", ".join(map(repr, _LOSS_OVER))
+            raise RecipeError(f"loss_over must be one of {shown}, not {self.loss_over!r}")
+        if self.weight is not None and self.loss_over == "sum":
+            raise RecipeError("a loss that is a sum (loss_over='sum') has no weight; leave weight= out")
         if self.metrics is not None and not isinstance(self.metrics, Mapping):
             raise RecipeError("metrics must be a dict of name -> callable")
         for name, entry in (self.metrics or {}).items():
@@ -148,8 +164,9 @@ class Recipe:
 
         Returns:
             entry name -> {"target": "package.module:attribute", "args": [...], "kwargs": {...}}, with
-            "kinds" where arguments are more than JSON; entries that were not given are left out, and
-            "metrics" maps names to such entries, or to the two of a pair, "buffers" to such entries or words.
+            "kinds" where arguments are more than JSON; entries that were not given are left out,
+            "metrics" maps names to such entries, or to the two of a pair, "buffers" to such entries or words,
+            and "loss_over" is the word.
 
         Raises:
             RecipeError: a worker could not import a callable (a lambda, a local function or
@@ -159,6 +176,8 @@ class Recipe:
         encoded: dict[str, Any] = {}
         for name, entry in entries_of(self).items():
             target = encode(name, entry)
+            if name == "loss":
+                _check_reduction(target, self.weight is not None)
             encoded[name] = replace(target, target=present_name(target.target)).to_json()
         metrics = {}
         for name, metric in (self.metrics or {}).items():
@@ -166,17 +185,24 @@ class Recipe:
             metrics[name] = halves if len(halves) > 1 else halves[0]
         functions = {name: encoded.pop(f"buffers.{name}") for name in functions_of(self.buffers)}
         buffers = {**words_of(self.buffers), **functions}
-        return {**encoded, **({"metrics": metrics} if metrics else {}), "buffers": buffers}
+        measured = {"metrics": metrics} if metrics else {}
+        return {**encoded, **measured, "buffers": buffers, "loss_over": self.loss_over}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Recipe:
         """Rebuild a recipe from `to_spec` without importing anything.
 
+        A spec of before there was `loss_over` means "shard": each shard weighs its examples, and nothing is
+        tried.
+
         Raises:
             RecipeError: the spec has an unknown or malformed entry.
         """
-        entries: dict[str, Any] = {}
+        entries: dict[str, Any] = {"loss_over": "shard"}
         for name, value in spec.items():
+            if name == "loss_over":
+                entries[name] = value
+                continue
             if name not in {field.name for field in fields(cls)}:
                 raise RecipeError(f"a recipe has no entry {name!r}")
             if name == "metrics" and isinstance(value, Mapping):
@@ -203,7 +229,7 @@ def entries_of(recipe: Recipe) -> dict[str, Entry]:
                 found |= metric_entries(name, entry)
         elif field.name == "buffers":
             found |= {f"buffers.{name}": entry for name, entry in functions_of(value).items()}
-        elif value is not None or field.name in _REQUIRED:
+        elif field.name != "loss_over" and (value is not None or field.name in _REQUIRED):
             found[field.name] = value
     return found
 
@@ -227,3 +253,20 @@ def targets_of(recipe: Recipe) -> set[str]:
     """Return all that a recipe made from a spec has its workers import."""
     entries = (entry for entry in entries_of(recipe).values() if isinstance(entry, Target))
     return set().union(*(entry.targets() for entry in entries))
+
+
+def _check_reduction(loss: Target, weighed: bool) -> None:
+    """Refuse one of torch's losses that gives no mean where a mean is needed."""
+    reduction = (loss.kwargs or {}).get("reduction")
+    if not loss.target.startswith("torch.nn.functional:"):
+        return
+    if reduction == "none":
+        raise RecipeError(
+            f"recipe entry 'loss' is {loss.target} with reduction='none', which gives no scalar; leave "
+            "reduction= out"
+        )
+    if reduction == "sum" and weighed:
+        raise RecipeError(
+            f"recipe entry 'loss' is {loss.target} with reduction='sum', which has no weight; leave one of "
+            "reduction= and weight= out"
+        )

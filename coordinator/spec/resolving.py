@@ -54,6 +54,8 @@ class ResolvedRecipe:
     order: Callable[..., Any] | None = None
     batches: Callable[..., Any] | None = None
     buffers: Mapping[str, str | Callable[..., Any]] | None = None
+    weight: Callable[..., Any] | None = None
+    loss_over: str = "batch"
     codec: CodecOf
 
 
@@ -89,7 +91,8 @@ def resolve(
         functions = {name: found[f"buffers.{name}"] for name in functions_of(recipe.buffers)}
         buffers = {**words_of(recipe.buffers), **functions}
     plain: dict[str, Any] = {field.name: found.get(field.name) for field in fields(ResolvedRecipe)}
-    plain |= {"metrics": metrics, "buffers": buffers, "codec": codecs_within(admission)}
+    plain |= {"metrics": metrics, "buffers": buffers, "loss_over": recipe.loss_over}
+    plain["codec"] = codecs_within(admission)
     return ResolvedRecipe(**plain)
 
 

@@ -48,7 +48,7 @@ class Target:
 Entry: TypeAlias = Callable[..., Any] | str | Target
 
 
-FUNCTIONS = ("loss", "step", "collate", "predict", "gradients", "buffers")
+FUNCTIONS = ("loss", "step", "collate", "predict", "gradients", "buffers", "weight")
 
 
 def is_function(name: str) -> bool:

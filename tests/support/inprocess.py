@@ -10,6 +10,7 @@ from torch import Tensor
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shares import mean_loss
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import ApplyReport, Trainer
 from torchord.coordinator.compute.visiting import visiting_of
@@ -58,14 +59,16 @@ class InProcess:
                 self.plan.indices(step, shard),
                 step,
                 shard,
+                whole=self.plan.examples(step),
             )
             for shard in reversed(shards)
         }
         replica = self.trainer.replica
         total = Accumulator(replica.state_tensors(), self.plan.examples(step), replica.rules)
         for shard in shards:
-            total.add(found[shard].gradients, found[shard].buffers, found[shard].examples)
-        loss = sum(found[s].loss * found[s].examples for s in shards) / self.plan.examples(step)
+            each = found[shard]
+            total.add(each.gradients, each.buffers, each.examples, each.weight)
+        loss = mean_loss((found[s].loss, found[s].examples, found[s].weight) for s in shards)
         gradients, buffers = total.result()
         self.losses.append(loss)
         self.reports.append(self.trainer.apply(gradients, buffers, step=step, loss=loss))

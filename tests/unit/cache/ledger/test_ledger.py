@@ -1891,3 +1891,12 @@ def test_where_chunks_lay_is_forgotten_with_the_lease_of_the_last_worker(
 def _beat(registry: Registry, stop: threading.Event) -> None:
     while not stop.wait(0.02):
         registry.beat(worker("w0", placement="there"))
+
+
+def test_a_weight_is_part_of_what_was_applied_and_of_no_record_that_has_none() -> None:
+    slots = [slot(0, 0), slot(0, 1)]
+    plain = entry(1, slots)
+    assert '"weight"' not in plain.to_json() and LedgerEntry.from_json(plain.to_json()) == plain
+    weighed = replace(plain, slots=tuple(replace(slot, weight=0.5) for slot in plain.slots)).sealed()
+    assert LedgerEntry.from_json(weighed.to_json()) == weighed
+    assert weighed.chain != plain.chain

@@ -60,8 +60,15 @@ def test_a_spec_makes_the_recipe_again_without_importing() -> None:
     spec = spec_of(
         model=entry("not_there_at_all:Net", 3, depth=[1, 2]), metrics={"a": entry("nor_this:a")}, buffers={}
     )
+    spec["loss_over"] = "batch"
     assert Recipe.from_spec(spec).to_spec() == spec
     assert "not_there_at_all" not in sys.modules
+
+
+def test_a_spec_of_before_there_were_weights_goes_on_as_it_was() -> None:
+    spec = spec_of()
+    assert "loss_over" not in spec
+    assert Recipe.from_spec(spec).to_spec() == {**spec, "loss_over": "shard", "buffers": {}}
 
 
 def test_partials_of_partials_are_one() -> None:
