@@ -104,7 +104,8 @@ class FreshCopies:
         def make() -> Replica:
             made = Replica.build(context.recipe, context.config, device(), computing=True)
             assert replica.flat is not None
-            made.load(replica.flat)
+            made.arrange(replica.manifest)
+            made.load(replica.flat, replica.rest)
             return made
 
         made: Replica | None = self._made(context, "model", make)

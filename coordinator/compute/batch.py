@@ -24,6 +24,7 @@ from torchord.cache.tensors.pinned import pinned_copy
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.kernels import worded
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 from torchord.coordinator.spec.targets import STREAMED, map_style, stream
@@ -67,6 +68,7 @@ def open_dataset(
     with pinned(config.threads, config.deterministic, restore=True), during(f"making the {kind}"):
         seed_everything(derive_seed(config.seed, seeded or kind))
         made = make()
+        require_float32(f"the recipe's {kind} entry")
     if not map_style(type(made)):
         found = stream(type(made))
         why = (

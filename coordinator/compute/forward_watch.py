@@ -282,8 +282,12 @@ def _digest_of(tensor: Tensor) -> tuple[Any, ...]:
     dense = tensor.detach().resolve_conj().resolve_neg()
     if dense.is_cpu:
         return (dense.shape, dense.dtype, checksums([memory(dense.contiguous())]))
-    bits = dense.reshape(-1).view(_INTEGERS.get(dense.dtype.itemsize, torch.int64))
-    return (dense.shape, dense.dtype, bits.sum(dtype=torch.int64))
+    return (dense.shape, dense.dtype, sum_of_bits(dense))
+
+
+def sum_of_bits(dense: Tensor) -> Tensor:
+    """Sum of a tensor's elements as integers of their size: a scalar where it is, not waited for."""
+    return dense.reshape(-1).view(_INTEGERS.get(dense.dtype.itemsize, torch.int64)).sum(dtype=torch.int64)
 
 
 def _alike(one: Any, other: Any) -> bool:

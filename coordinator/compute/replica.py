@@ -45,6 +45,7 @@ from torchord.coordinator.compute.model_state import (
 )
 from torchord.coordinator.compute.modes import Modes
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
@@ -166,6 +167,7 @@ class Replica:
         with pinned(config.threads, config.deterministic, device, fill=True, restore=True):
             seed_everything(derive_seed(config.seed, "init"))
             model = resolved.model()
+            require_float32("the recipe's model entry")
             if not isinstance(model, nn.Module):
                 raise InvalidInput(
                     f"the recipe's model entry returned a {type(model).__name__}; it must return a "

@@ -22,6 +22,7 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.buffer_entries import require_apart
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.fingerprints import fingerprint
 from torchord.coordinator.spec.recipe import Recipe
 
@@ -103,8 +104,9 @@ class Master:
             ConfigMismatch: the name is taken by a run with another recipe, config or start; the message
                 names the fields.
             RecipeError: an entry cannot travel to the workers, or the config contradicts it.
-            InvalidInput: an argument is of another type, or the workers that run store chunks elsewhere;
-                or the Redis throws keys away when it is full; or `start_from` is a file that cannot be read.
+            InvalidInput: an argument is of another type, or torch's default dtype is not float32 here; or the
+                workers that run store chunks elsewhere; or the Redis throws keys away when it is full; or
+                `start_from` is a file that cannot be read.
             RunNotFound, VersionMissing: `start_from` names a run or version that is not there.
         """
         if not isinstance(recipe, Recipe):
@@ -113,6 +115,7 @@ class Master:
         if not isinstance(config, TrainingConfig):
             raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
         recipe.require_order_of(config)
+        require_float32("this program")
         self._services.require_same_placement()
         self._services.registry.require_room_kept()
         name = keys.check_name(

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from torchord.cache.errors import NotAllowed, RecipeError
+from torchord.coordinator.spec.default_dtype import imported
 
 HERE = "."
 """The word of an allow-list for the modules whose file lies under the directory that the worker was
@@ -140,7 +141,9 @@ class Admission:
             last = depth == len(parts)
             self._judge(name, spec, target=module, last=last)
             try:
-                loaded = importlib.import_module(name)
+                loaded = imported(name)
+            except RecipeError:
+                raise
             except Exception as error:
                 raise RecipeError(
                     f"importing module {name!r} for the recipe raised {type(error).__name__}: {error}"

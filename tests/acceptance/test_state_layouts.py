@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch import nn
 from tests.support import recipes_layouts as layouts
 from tests.support.inprocess import InProcess, resolved, run
 from tests.support.reference import large_batch
-from torchord import Recipe, TrainingConfig
-from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord import Master, Recipe, TrainingConfig
+from torchord.cache.errors import InvalidInput, ManifestMismatch, RecipeError
 from torchord.cache.tensors.codec import Manifest
+from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.master.reports import TrainedModel, state_of
@@ -123,6 +125,43 @@ def test_arranging_moves_no_layer_in_a_sequence_and_refuses_another_model() -> N
     assert list(replica.model) == before
     with pytest.raises(ManifestMismatch, match=r"'0\.weight' .*: not in the model here"):
         other.arrange(replica.manifest)
+
+
+# --- torch's default dtype ----------------------------------------------------------------------------------
+
+
+def test_a_function_that_sets_the_default_dtype_is_refused_and_put_back() -> None:
+    with pytest.raises(
+        InvalidInput, match=r"model entry sets torch's default dtype to torch\.float64.*double"
+    ):
+        Replica.build(resolved(recipe(layouts.doubled)), CONFIG)
+    with pytest.raises(InvalidInput, match="dataset entry sets torch's default dtype"):
+        open_dataset(resolved(recipe(layouts.strided, dataset=layouts.doubled_points)), CONFIG)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_module_that_sets_the_default_dtype_is_refused_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets_the_dtype.py").write_text(
+        "import torch\ntorch.set_default_dtype(torch.float64)\ndef made(): return torch.nn.Linear(8, 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=r"importing module 'sets_the_dtype' sets .*torch\.float64"):
+            resolved(recipe("sets_the_dtype:made"))
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_program_that_set_the_default_dtype_submits_nothing(redis_url: str) -> None:
+    master = Master(redis_url)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InvalidInput, match=r"this program sets torch's default dtype to torch\.float64"):
+            master.submit(recipe(layouts.strided), CONFIG, name="doubled")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert master.runs() == []
 
 
 # --- what is no tensor --------------------------------------------------------------------------------------

@@ -133,6 +133,18 @@ def double() -> nn.Module:
     return nn.Sequential(Cast(torch.float64), nn.Linear(FEATURES, CLASSES, dtype=torch.float64))
 
 
+def doubled() -> nn.Module:
+    """A model made after its function set torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    return nn.Linear(FEATURES, CLASSES)
+
+
+def doubled_points() -> TensorDataset:
+    """The same for the data."""
+    torch.set_default_dtype(torch.float64)
+    return points()
+
+
 class Cast(nn.Module):
     """Brings its inputs to a dtype."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchord.cache.errors import CacheError, InvalidInput
-from torchord.coordinator.compute.forward_watch import ForwardWatch, due
+from torchord.coordinator.compute.forward_watch import ForwardWatch, due, sum_of_bits
 
 
 def test_bytes_are_compared_densely_at_first_then_seldom_and_never_no_more() -> None:
@@ -57,9 +57,30 @@ def test_a_write_past_the_count_is_found_where_bytes_are_compared_and_a_move_eac
         looking.end()
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.float64, torch.complex64, torch.complex128, torch.int8]
-)
+DTYPES = [
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.int8,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5)])
+def test_the_sum_that_a_device_compares_by_sees_one_element(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    tensor = torch.zeros(shape, dtype=dtype)
+    before = sum_of_bits(tensor)
+    assert before.shape == () and before.dtype == torch.int64
+    tensor.view(-1)[-1] = 1
+    assert sum_of_bits(tensor) != before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_element_of_any_dtype_is_seen(dtype: torch.dtype) -> None:
     layer = nn.Module()
     layer.weight = nn.Parameter(torch.zeros(3, 5, dtype=dtype).t(), requires_grad=False)
