@@ -22,6 +22,7 @@ from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import aligned
 from torchord.cache.tensors.pinned import pinned_copy
 from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.filtering import collated
 from torchord.coordinator.compute.kernels import worded
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
@@ -37,12 +38,14 @@ class Batch:
     """A collated batch, on the CPU, to be used once: a model may write to its inputs.
 
     Attributes:
-        value: what the collate made.
-        examples: how many are in it.
+        value: what the collate made; None where it had nothing to make it of (`kept` is 0).
+        examples: how many were read for it.
+        kept: how many the collate has left, where it has left some out and that can be told.
     """
 
     value: Any
     examples: int
+    kept: int | None = None
 
 
 def open_dataset(
@@ -96,7 +99,22 @@ def read_batch(
     Called with the process pinned. Arguments as in `compute`; `place` seeds, as in `forward_backward`.
     """
     seed_everything(derive_seed(config.seed, "data", *place))
-    return Batch(load_batch(dataset, indices, resolved.collate), len(indices))
+    return filtered_batch(dataset, indices, resolved.collate)
+
+
+def filtered_batch(
+    dataset: Any, indices: IndexArray, collate: Callable[[list[Any]], Any] | None = None
+) -> Batch:
+    """Read a batch as `load_batch` does, and count what the collate has left in it."""
+    if collate is None:
+        return Batch(load_batch(dataset, indices), len(indices))
+    return _filtered(_samples(dataset, [int(index) for index in indices]), collate)
+
+
+def _filtered(samples: list[Any], collate: Callable[[list[Any]], Any] | None) -> Batch:
+    with during("collating the samples"):
+        value, kept = (default_collate(samples), None) if collate is None else collated(samples, collate)
+    return Batch(value, len(samples), kept)
 
 
 def load_batch(
@@ -129,7 +147,7 @@ def load_batch(
 
 def read_samples(
     dataset: Any, indices: IndexArray, collate: Callable[[list[Any]], Any] | None = None
-) -> Callable[[list[int]], Any]:
+) -> Callable[[list[int]], Batch]:
     """Read samples once, to be collated many times.
 
     Args:
@@ -142,14 +160,9 @@ def read_samples(
         Exception: what the dataset raises, with a note.
     """
     if type(dataset) is TensorDataset and collate is None:
-        return lambda some: load_batch(dataset, [indices[number] for number in some])
+        return lambda some: filtered_batch(dataset, [int(indices[number]) for number in some])
     samples = _samples(dataset, [int(index) for index in indices])
-
-    def batch_of(some: list[int]) -> Any:
-        with during("collating the samples"):
-            return (collate or default_collate)(copy.deepcopy([samples[number] for number in some]))
-
-    return batch_of
+    return lambda some: _filtered(copy.deepcopy([samples[number] for number in some]), collate)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -38,6 +38,7 @@ from torchord.coordinator.compute.weights import (
     checked,
     given,
     is_sum,
+    left,
     loss_of,
     reads,
     require_scalar,
@@ -160,11 +161,14 @@ def forward_backward(
     loss that is a sum adds up in all, None where that are the batch's.
     """
     model = replica.train()
+    if batch.kept == 0:
+        return Weighed(torch.zeros((), device=replica.device), None if is_sum(resolved) else 0.0)
     value = formatted(to_device(batch.value, replica.device), config)
     said = given(resolved, value)
     replica.watch.begin(whole=due(place))
     seed_everything(derive_seed(config.seed, "model", *place))
-    with during("computing forward and loss"), _alone(batch.examples), autocast(config, replica.device):
+    left_in = batch.examples if batch.kept is None else batch.kept
+    with during("computing forward and loss"), _alone(left_in), autocast(config, replica.device):
         loss, weight, _ = loss_of(resolved, model, value, said, reads=reads(resolved, config))
         if whole is not None and whole != batch.examples and is_sum(resolved) and isinstance(loss, Tensor):
             loss = loss * (whole / batch.examples)
@@ -174,7 +178,7 @@ def forward_backward(
     replica.watch.end()
     if scale is not None:
         unscale(replica.parameters.items(), scale)
-    return Weighed(loss.detach(), weight)
+    return Weighed(loss.detach(), left(resolved, weight, batch.kept))
 
 
 # --- parts ------------------------------------------------------------------------------

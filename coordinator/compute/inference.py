@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from torchord.coordinator.compute import metrics
-from torchord.coordinator.compute.batch import IndexArray, during, load_batch, pair, to_device
+from torchord.coordinator.compute.batch import Batch, IndexArray, during, filtered_batch, pair, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.gradient import autocast
 from torchord.coordinator.compute.metrics import Sample, Tally
 from torchord.coordinator.compute.outputs import collated, plain
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shares import mean_loss, total_weight
-from torchord.coordinator.compute.weights import Weighed, given, is_sum, loss_of, weight_of
+from torchord.coordinator.compute.weights import Weighed, given, is_sum, left, loss_of, weight_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -79,7 +79,8 @@ def evaluate(
         for start in range(0, len(indices), size):
             some = indices[start : start + size]
             with _evaluating(replica, resolved, config, dataset, some) as (model, batch):
-                parts.append(_measure(resolved, model, batch, len(some), len(dataset), tally))
+                if batch.kept != 0:
+                    parts.append(_measure(resolved, model, batch, len(dataset), tally))
     return replace(_mean(parts), states=tally.states())
 
 
@@ -116,13 +117,18 @@ def try_metrics(like: Replica, resolved: ResolvedRecipe, config: TrainingConfig,
     size = min(len(dataset), _TRIED_EXAMPLES)
     cuts = [0, max(1, size // 3), size] if size > 1 else []
 
-    def sample(first: int, last: int) -> Sample:
+    def sample(first: int, last: int) -> Sample | None:
         with _evaluating(replica, resolved, config, dataset, range(first, last)) as (model, batch):
-            weight = weight_of(Weighed(None, given(resolved, batch)), last - first, _PART)
-            return Sample(*_measurable(resolved, model, batch), last - first, weight)
+            if batch.kept == 0:
+                return None
+            weight = left(resolved, given(resolved, batch.value), batch.kept)
+            weight = weight_of(Weighed(None, weight), last - first, _PART)
+            return Sample(*_measurable(resolved, model, batch.value), last - first, weight)
 
     whole = sample(0, size)
-    parts = [sample(first, last) for first, last in pairwise(cuts)]
+    if whole is None:
+        return
+    parts = [part for cut in pairwise(cuts) if (part := sample(*cut)) is not None]
     with pinned(config.threads, config.deterministic, replica.device), torch.no_grad():
         seed_everything(derive_seed(config.seed, "evaluation", "trial"))
         with during("trying the metrics"):
@@ -181,13 +187,12 @@ def _outputs(resolved: ResolvedRecipe, model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _measure(
-    resolved: ResolvedRecipe, model: Any, batch: Any, examples: int, whole: int, tally: Tally
-) -> Measured:
+def _measure(resolved: ResolvedRecipe, model: Any, read: Batch, whole: int, tally: Tally) -> Measured:
     """The means of one micro-batch of a dataset of `whole` examples."""
-    said = given(resolved, batch)
-    found = loss_of(resolved, model, batch, said)
-    weight = weight_of(found, examples, _PART)
+    batch, examples = read.value, read.examples
+    asked = given(resolved, batch)
+    said, found = left(resolved, asked, read.kept), loss_of(resolved, model, batch, asked)
+    weight = weight_of(found._replace(weight=left(resolved, found.weight, read.kept)), examples, _PART)
     loss = metrics.number(_loss_name(resolved), found.loss)
     if is_sum(resolved):
         loss *= whole / examples
@@ -197,9 +202,10 @@ def _measure(
         means |= tally.take(
             *((found.outputs, pair(batch)[1]) if own else _measurable(resolved, model, batch))
         )
-    if weight is None:
-        return Measured(examples, means, {})
-    return Measured(examples, means, {}, dict.fromkeys(["loss"] if said is None else means, weight))
+    weights = {"loss": weight}
+    if said is not None:
+        weights = {**dict.fromkeys(means, weight_of(Weighed(None, said), examples, _PART)), **weights}
+    return Measured(examples, means, {}, {name: w for name, w in weights.items() if w is not None})
 
 
 def _measurable(resolved: ResolvedRecipe, model: Any, batch: Any) -> tuple[Any, Any]:
@@ -214,12 +220,12 @@ def _measurable(resolved: ResolvedRecipe, model: Any, batch: Any) -> tuple[Any, 
 @contextmanager
 def _evaluating(
     replica: Replica, resolved: ResolvedRecipe, config: TrainingConfig, dataset: Any, some: IndexArray
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[tuple[Any, Batch]]:
     """The model in evaluation mode and a micro-batch on its device, seeded by the first index."""
     first = int(some[0])
     with pinned(config.threads, config.deterministic, replica.device):
         seed_everything(derive_seed(config.seed, "evaluation data", first))
-        batch = load_batch(dataset, some, resolved.collate)
+        batch = filtered_batch(dataset, some, resolved.collate)
         replica.reset_buffers()
         seed_everything(derive_seed(config.seed, "evaluation", first))
         with (
@@ -228,7 +234,7 @@ def _evaluating(
             torch.no_grad(),
             autocast(config, replica.device),
         ):
-            yield model, to_device(batch, replica.device)
+            yield model, replace(batch, value=to_device(batch.value, replica.device))
         replica.reset_buffers()
 
 
@@ -240,6 +246,7 @@ def _mean(parts: Sequence[Measured]) -> Measured:
     """The means of all parts together, in float64; none for no parts."""
     means: dict[str, float] = {}
     weights: dict[str, float] = {}
+    parts = [part for part in parts if part.means]  # of the others the collate has left nothing
     for name in parts[0].means if parts else ():
         each = [(part.means[name], part.examples, part.weights.get(name)) for part in parts]
         means[name] = mean_loss(each)

@@ -30,12 +30,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import views
-from torchord.coordinator.compute.batch import formatted, read_samples, to_device
+from torchord.coordinator.compute.batch import Batch, formatted, read_samples, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.gradient import autocast
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shares import mean_loss
-from torchord.coordinator.compute.weights import checked, given, is_sum, loss_of, reads, require_scalar
+from torchord.coordinator.compute.weights import checked, given, is_sum, left, loss_of, reads, require_scalar
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -130,7 +130,7 @@ class _Trial:
         replica: Replica,
         resolved: ResolvedRecipe,
         config: TrainingConfig,
-        batch_of: Callable[[list[int]], Any],
+        batch_of: Callable[[list[int]], Batch],
         examples: int,
     ) -> None:
         self._replica = replica
@@ -222,7 +222,10 @@ class _Trial:
     def _computed(self, examples: list[int], draw: int) -> _Measured:
         replica, config, seed = self._replica, self._config, derive_seed(self._config.seed, "probe", draw)
         seed_everything(seed)
-        batch = formatted(to_device(self._batch_of(examples), replica.device), config)
+        read = self._batch_of(examples)
+        if read.kept == 0:
+            return 0.0, len(examples), None if is_sum(self._resolved) else 0.0
+        batch = formatted(to_device(read.value, replica.device), config)
         replica.reset_buffers()
         model = replica.eval()
         if self._mode.training:
@@ -235,6 +238,7 @@ class _Trial:
         with torch.set_grad_enabled(self._mode.gradients), autocast(config, replica.device):
             loss, weight, _ = loss_of(self._resolved, model, batch, said, reads=reads(self._resolved, config))
         require_scalar(loss)
+        weight = left(self._resolved, weight, read.kept)
         self._rounding = max(self._rounding, 8 * torch.finfo(loss.dtype).eps)
         value, count = float(loss.detach()), len(examples)
         if weight is not None:

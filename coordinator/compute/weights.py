@@ -103,6 +103,12 @@ def weight_of(weighed: Weighed, examples: int, what: str) -> float | None:
     return None if weighed.weight is None else checked(float(weighed.weight), examples, what)
 
 
+def left(resolved: ResolvedRecipe, weight: Tensor | float | None, kept: int | None) -> Tensor | float | None:
+    """The weight of a batch whose collate has left so many examples; None for `kept`: all."""
+    known = weight is not None or kept is None or resolved.loss_over != "batch" or is_sum(resolved)
+    return weight if known else float(kept or 0)
+
+
 def given(resolved: ResolvedRecipe, batch: Any) -> Tensor | float | None:
     """What the recipe's `weight` says of a batch; None if it has none.
 

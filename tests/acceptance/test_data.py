@@ -145,6 +145,21 @@ def cases() -> dict[str, tuple[Recipe, TrainingConfig, Any]]:
         ),
         "strings, bucketed by length": (words, CONFIG, buckets),
         "a stream of parts": (streamed, CONFIG, parts),
+        "samples that cannot be read": (
+            mlp(dataset=recipes_data.Broken, collate=recipes_data.present),
+            CONFIG,
+            shuffled(),
+        ),
+        "samples that cannot be read, a loss of one's own": (
+            mlp(dataset=recipes_data.Broken, collate=recipes_data.present, loss=recipes_data.own_mean),
+            CONFIG,
+            shuffled(),
+        ),
+        "a shard of which nothing is left": (
+            mlp(dataset=recipes_data.Broken, collate=recipes_data.present, loss=recipes_data.own_mean),
+            replace(no_shuffle, batch_size=16, shards=4),
+            [cut(range(SIZE), 16)] * CONFIG.epochs,
+        ),
         "nested dictionaries with strings": (
             mlp(dataset=recipes_data.Records, loss=None, step=recipes_data.record_step),
             CONFIG,
@@ -184,6 +199,8 @@ def submitted(
         ("a batch sampler", {"local_steps": 2, "shards": 2}),
         ("weighted sampler of torch", {"local_steps": 2}),
         ("a sampler with a memory", {"staleness": 2}),
+        ("a shard of which nothing is left", {}),
+        ("samples that cannot be read, a loss of one's own", {"local_steps": 2}),
     ],
 )
 def test_the_ledger_knows_every_batch(

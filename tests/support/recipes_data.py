@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Sampler, Subset, random_split
+from torch.utils.data import Dataset, IterableDataset, Sampler, Subset, default_collate, random_split
 
 from tests.support import models
 from torchord import Recipe
@@ -211,6 +211,34 @@ def record_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     assert all(name.startswith("record ") for name in batch["name"])
     outputs = model(batch["features"]["x"] * (first * second)[:, None].float())
     return F.cross_entropy(outputs, batch["label"])
+
+
+class Broken(Dataset[Any]):
+    """Points, some of which cannot be read; the first eight in a row."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.points = models.points(size)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> Any:
+        return None if index < 8 or index % 5 == 0 else self.points[index]
+
+
+def present(samples: list[Any]) -> Any:
+    """Leave out what could not be read."""
+    return default_collate([sample for sample in samples if sample is not None])
+
+
+def own_mean(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A mean over the examples that nothing is known of."""
+    losses = (outputs.gather(1, targets[:, None])[:, 0] - 1.0) ** 2
+    return losses.sum() / len(losses)
+
+
+def correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).double().mean()
 
 
 class Words(Dataset[str]):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support import models
+from tests.support import models, recipes_data
 from tests.support import recipes_measured as measured
 from tests.support.inprocess import resolved, same
 from torchord.cache.errors import InvalidInput, RecipeError
@@ -266,3 +266,23 @@ def test_outputs_that_cannot_travel_are_refused_by_name() -> None:
         InvalidInput, match=r"outputs of the model cannot travel: .*Cache.*predict=\(model, batch\)"
     ):
         bench.predict(measured.padded([bench.data[0]]))
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, recipes_data.own_mean])
+def test_what_a_collate_has_left_is_measured(loss: Any) -> None:
+    """The first part has nothing left at all, others something of each micro-batch."""
+    recipe = recipes_data.mlp(
+        evaluation=recipes_data.Broken,
+        collate=recipes_data.present,
+        loss=loss,
+        metrics={"accuracy": recipes_data.correct},
+    )
+    bench = Bench(recipe)
+    try_metrics(bench.replica, bench.recipe, CONFIG, bench.data)
+    inputs, targets = recipes_data.present([bench.data[index] for index in range(len(bench.data))])
+    with torch.no_grad():
+        outputs = bench.replica.eval()(inputs)
+    for step in (8, 20, len(bench.data)):
+        found = bench.whole(step)
+        assert found["loss"] == pytest.approx(loss(outputs, targets).item(), rel=1e-6)
+        assert found["accuracy"] == pytest.approx((outputs.argmax(1) == targets).double().mean().item())
