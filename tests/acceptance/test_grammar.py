@@ -105,7 +105,9 @@ def batches(sentence: grammar.Sentence) -> dict[str, Tensor]:
     rule: Callable[..., Any] | None = recipe.gradients  # type: ignore[assignment]
     for step, batch in enumerate(sentence.batches()):
         optimizer.zero_grad()
-        loss = reference._loss(recipe, config, model.train(), reference._read(recipe, data, batch))
+        loss: Any = reference._loss(recipe, config, model.train(), reference._read(recipe, data, batch))
+        if isinstance(loss, tuple):
+            loss = loss[0] / loss[1]
         loss.backward()
         parameters = dict(model.named_parameters())
         if rule is not None:

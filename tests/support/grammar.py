@@ -106,6 +106,29 @@ class Embedded(nn.Module):
         return hidden + self.table((hidden[:, 0].detach().tanh() * 2 + 2).long().clamp(0, 3))
 
 
+class Shared(nn.Module):
+    """Two parameters on one memory, the one the transpose of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.3)
+        self.two = nn.Parameter(self.one.data.t())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden @ self.one).tanh() @ self.two
+
+
+class Complex(nn.Module):
+    """A filter with a complex weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(WIDTH // 2 + 1, dtype=torch.complex128))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(hidden) * self.filter, n=WIDTH)
+
+
 class Sometimes(nn.Module):
     """A layer that a shard uses or not, by its own examples."""
 
@@ -156,6 +179,10 @@ class Buffered(nn.Module):
             self.register_buffer("kept", torch.zeros((), dtype=torch.int64))
         elif kind == "flag":
             self.register_buffer("kept", torch.zeros((), dtype=torch.bool))
+        elif kind == "expanded":
+            self.register_buffer("kept", torch.ones(1, WIDTH).expand(3, WIDTH))
+        elif kind == "count":
+            self.register_buffer("kept", torch.zeros((), dtype=torch.int64))
         elif kind in ("mean", "queue"):
             self.register_buffer("kept", torch.zeros(WIDTH) if kind == "mean" else torch.zeros(8, WIDTH))
             self.register_buffer("place", torch.zeros((), dtype=torch.int64))
@@ -163,11 +190,15 @@ class Buffered(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.kind == "constant":
             return hidden + self.kept[1]
+        if self.kind == "expanded":
+            return hidden * self.kept[0]
         if not self.training:
             return hidden
         with torch.no_grad():
             if self.kind == "counter":
                 self.kept += 1
+            elif self.kind == "count":
+                self.kept += len(hidden)
             elif self.kind == "flag":
                 self.kept |= True
             elif self.kind == "mean":
@@ -213,7 +244,9 @@ class Remembering(nn.Module):
         return hidden * (1.0 + 0.1 * (self.calls % 7))
 
 
-BUFFERS = ("constant", "counter", "flag", "mean", "late", "queue")
+BUFFERS = ("constant", "expanded", "counter", "flag", "count", "mean", "late", "queue")
+RULED = {"count": "sum", "mean": "mean", "queue": "shard0"}
+"""Buffers that each batch enters, and a rule for them."""
 MAKES: dict[str, Any] = {
     "linear": partial(nn.Linear, WIDTH, WIDTH),
     "tanh": nn.Tanh,
@@ -231,7 +264,10 @@ MAKES: dict[str, Any] = {
     "sometimes": Sometimes,
     "fixed batchnorm": Fixed,
     "in training only": Trains,
+    "shared": Shared,
+    "complex": Complex,
     **{f"{kind} buffer": partial(Buffered, kind) for kind in BUFFERS},
+    **{f"{kind} buffer with a rule": partial(Buffered, kind) for kind in RULED},
     **{f"writes by {way}": partial(Writing, way) for way in ("copy", "data", "assignment")},
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
@@ -243,12 +279,19 @@ _WRITES = Word(
     (r"the forward wrote to the trained parameter 'blocks\.\d+\.(inner|table)\.weight'",), False, False
 )
 _LATE = Word((r"the forward made the buffer 'blocks\.\d+\.kept'",), False, False)
+_UNRULED = Word((r"the forward changes 'blocks\.\d+\.(kept|place)' .* give it a rule, Recipe\(buffers=",))
 LAYERS: dict[str, Word] = {
     **dict.fromkeys(("linear", "tanh", "gelu", "layernorm", "residual", "tied", "odd", "frozen"), PLAIN),
     **dict.fromkeys(
         ("embedding", "fixed batchnorm", "in training only", "weight norm", "spectral norm"), PLAIN
     ),
-    **dict.fromkeys(("constant buffer", "counter buffer", "flag buffer"), PLAIN),
+    **dict.fromkeys(
+        ("constant buffer", "expanded buffer", "counter buffer", "flag buffer", "complex"), PLAIN
+    ),
+    **dict.fromkeys(("count buffer", "mean buffer", "queue buffer"), _UNRULED),
+    **dict.fromkeys(("count buffer with a rule", "mean buffer with a rule"), Word(shards=False)),
+    "queue buffer with a rule": Word((_UNRULED.refusals), batch=False, shards=False),
+    "shared": Word((r"share memory",)),
     **dict.fromkeys(("batchnorm", "batchnorm without running statistics"), _NORMED),
     **dict.fromkeys(("dropout", "sometimes"), _SHARDWISE),
 }
@@ -277,9 +320,9 @@ class Net(nn.Module):
         return self.last(hidden)
 
 
-def net(blocks: list[str], dtype: torch.dtype) -> nn.Module:
-    """The model of a sentence."""
-    return Net(blocks).to(dtype)
+def net(blocks: list[str]) -> nn.Module:
+    """The model of a sentence, in float64: what rounds otherwise is then far below what goes wrong."""
+    return Net(blocks).double()
 
 
 # --- losses, optimizers, schedulers -------------------------------------------------------
@@ -326,11 +369,49 @@ def stepped(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return F.cross_entropy(outputs, targets) + 0.01 * outputs.square().mean()
 
 
+def balanced(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0, 0.2]).to(outputs))
+
+
+def each_and_mask(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(outputs, targets, reduction="none").square(), (targets != 1).to(outputs)
+
+
+def masked(outputs: Tensor, targets: Tensor) -> Tensor:
+    each, mask = each_and_mask(outputs, targets)
+    return (each * mask).sum() / mask.sum()
+
+
+def masked_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    each, mask = each_and_mask(outputs, targets)
+    return (each * mask).sum(), mask.sum()
+
+
+def mask_weight(targets: Tensor) -> Tensor:
+    return (targets != 1).sum()
+
+
+def contrasted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Each example against the others of its batch."""
+    normal = F.normalize(outputs, dim=1)
+    return F.cross_entropy(normal @ normal.t() * 5, torch.arange(len(outputs)))
+
+
+_NAN = r"has loss nan and gradient norm"
+_PROBED = r"loss_over="
 LOSSES: dict[str, tuple[dict[str, Any], Word]] = {
     "cross entropy": ({"loss": F.cross_entropy}, PLAIN),
     "label smoothing": ({"loss": partial(F.cross_entropy, label_smoothing=0.1)}, PLAIN),
     "squares": ({"loss": squared}, PLAIN),
     "step": ({"step": stepped}, PLAIN),
+    "ignored labels": ({"loss": partial(F.cross_entropy, ignore_index=1)}, Word((_NAN,), shards=False)),
+    "class weights": ({"loss": balanced}, Word(shards=False)),
+    "sum": ({"loss": partial(F.cross_entropy, reduction="sum")}, Word(shards=False)),
+    "mask": ({"loss": masked}, Word((_NAN, _PROBED), shards=False)),
+    "mask and its weight": ({"loss": masked, "weight": mask_weight}, Word((_NAN,), shards=False)),
+    "mask as a pair": ({"loss": masked_pair}, Word((_NAN,), shards=False)),
+    "contrast": ({"loss": contrasted}, Word((_PROBED,), shards=False)),
+    "contrast in a shard": ({"loss": contrasted, "loss_over": "shard"}, Word(batch=False)),
 }
 
 
@@ -398,18 +479,18 @@ class Sentence:
     order: str
     mode: str
     seed: int
-    dtype: torch.dtype = torch.float64
 
     def recipe(self) -> Recipe:
         """The recipe that it means."""
         return Recipe(
-            model=partial(net, blocks=list(self.blocks), dtype=self.dtype),
+            model=partial(net, blocks=list(self.blocks)),
             dataset=partial(data, size=self.size),
             optimizer=(OPTIMIZERS | REFUSED_OPTIMIZERS)[self.optimizer][0],
             scheduler=SCHEDULERS[self.scheduler],
             parameter_groups=two_groups if self.groups else None,
             average=AVERAGES[self.average],
             gradients=RULES[self.gradients],
+            buffers=self.buffers() or None,
             **LOSSES[self.loss][0],
             **ORDERS[self.order][0],
         )
@@ -427,6 +508,18 @@ class Sentence:
             **MODES[self.mode],
             **ORDERS[self.order][1],
         )
+
+    def buffers(self) -> dict[str, str]:
+        """The rules of its buffers."""
+        kinds = {
+            number: block.partition(" ")[0]
+            for number, block in enumerate(self.blocks)
+            if block.endswith("a rule")
+        }
+        found = {f"blocks.{number}.kept": RULED[kind] for number, kind in kinds.items()}
+        return found | {
+            f"blocks.{number}.place": "shard0" for number, kind in kinds.items() if kind == "queue"
+        }
 
     def batches(self) -> list[list[int]]:
         """The global batches of a plain loop, in the order of the steps."""
@@ -461,6 +554,8 @@ class Sentence:
     def refused_by(self, error: str) -> str | None:
         """The sentence, among those that its words are entitled to be refused with, that an error is."""
         stated = [pattern for word in self.words for pattern in word.refusals]
+        if self.mode == "local steps":  # a shard's last round is shorter
+            stated += _UNRULED.refusals
         return next((pattern for pattern in stated if re.search(pattern, error)), None)
 
     @property
