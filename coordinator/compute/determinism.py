@@ -22,6 +22,7 @@ import torch.utils.deterministic
 
 from torchord.cache.errors import InvalidInput
 from torchord.cache.settings import cublas_workspace
+from torchord.coordinator.compute.frameworks import forget_generator
 from torchord.coordinator.compute.switches import (
     own_thread,
     put_back_switches,
@@ -99,10 +100,10 @@ def pinned(
 def seed_everything(seed: int) -> None:
     """Seed every generator that a recipe's code can be expected to draw from.
 
-    These are torch's (CPU and each CUDA device), numpy's legacy global generator and the
-    `random` module. A generator that the recipe makes itself, such as
-    `numpy.random.default_rng()` without a seed, cannot be reached and would break the run's
-    reproducibility; seed it from `torch.initial_seed()` or draw from a global one.
+    These are torch's (CPU and each CUDA device), numpy's legacy global generator, the
+    `random` module and Keras' generator of what is drawn without a seed. A generator that the
+    recipe makes itself, such as `numpy.random.default_rng()` without a seed, cannot be reached and
+    would break the run's reproducibility; seed it from `torch.initial_seed()` or draw from a global one.
 
     Args:
         seed: 0 to 2**63 - 1; numpy takes it modulo 2**32.
@@ -114,6 +115,7 @@ def seed_everything(seed: int) -> None:
         _cuda.manual_seed_all(seed)
     np.random.seed(seed % (1 << 32))
     random.seed(seed)
+    forget_generator()
 
 
 def generators() -> dict[str, Any]:

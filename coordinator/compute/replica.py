@@ -29,6 +29,7 @@ from torchord.coordinator.compute.compiling import compiled
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
 from torchord.coordinator.compute.forward_watch import ForwardWatch
+from torchord.coordinator.compute.frameworks import adopt, first_names
 from torchord.coordinator.compute.held_buffers import HeldBuffers
 from torchord.coordinator.compute.loss_scale import ENTRY, LossScale, at_start
 from torchord.coordinator.compute.model_state import (
@@ -166,13 +167,15 @@ class Replica:
         device = torch.device(device)
         with pinned(config.threads, config.deterministic, device, fill=True, restore=True):
             seed_everything(derive_seed(config.seed, "init"))
-            model = resolved.model()
+            with first_names():
+                model = resolved.model()
             require_float32("the recipe's model entry")
             if not isinstance(model, nn.Module):
                 raise InvalidInput(
                     f"the recipe's model entry returned a {type(model).__name__}; it must return a "
                     f"torch.nn.Module"
                 )
+            adopt(model)
             require_plain(model)
             unfold(model)
             laid_out = formatted(model.to(device), config if computing else None)
