@@ -118,7 +118,7 @@ def stream(kind: type) -> str:
     """What a class without places is, in words, "" if it cannot be iterated over either."""
     torch = sys.modules.get("torch")
     if torch is not None and issubclass(kind, torch.utils.data.DataLoader):
-        return "a DataLoader"
+        return "an iterable of batches"
     if torch is not None and issubclass(kind, torch.utils.data.IterableDataset):
         return "an IterableDataset"
     return "an iterable" if hasattr(kind, "__iter__") else ""

@@ -256,6 +256,10 @@ DATA = {
         "a Stream, an IterableDataset, whose examples have",
     ),
     "a string to an IterableDataset": ("tests.support.recipes_data:Stream", "a Stream, an IterableDataset"),
+    "a DataLoader of a function": (
+        recipes_data.loader,
+        "a DataLoader, an iterable of batches, whose examples",
+    ),
     "a dictionary of splits": (
         recipes_data.splits,
         "a dict with the keys 'train', 'test'; it must return one",
@@ -272,12 +276,42 @@ def test_data_without_places_is_refused_when_the_run_starts(
     assert message in stopped(*submitted(redis_url, tmp_path, recipe, CONFIG, "refused"))
 
 
+@pytest.mark.parametrize(
+    ("entries", "fields", "message"),
+    [
+        ({"order": recipes_data.easy_first}, {"shuffle": False}, "'order' says itself .* leave shuffle out"),
+        ({"batches": recipes_data.lists}, {"shuffle": False}, "'batches' says itself .* leave shuffle out"),
+        (
+            {"batches": recipes_data.lists},
+            {"drop_last": True},
+            "'batches' says .* leave drop_last out",
+        ),
+    ],
+)
+def test_a_config_that_says_another_order_is_refused_by_submit(
+    redis_url: str, tmp_path: Path, entries: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    master = Master(redis_url, checkpoint_dir=tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        master.submit(recipes_data.mlp(**entries), replace(CONFIG, **fields), name="twice")
+    assert master.runs() == []
+
+
+def test_drop_last_works_with_an_order() -> None:
+    """42 indices in batches of 8: the two that are left over are not visited."""
+    recipe, config = recipes_data.mlp(order=recipes_data.easy_first), replace(CONFIG, drop_last=True)
+    epochs = each_epoch(lambda epoch: recipes_data.easy_first(SIZE, epoch, CONFIG.seed))
+    expected = plain(recipe, [cut(epoch)[:5] for epoch in epochs])
+    found = inprocess.run(recipe, config).trainer.replica.model.state_dict()
+    assert all(torch.allclose(found[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected)
+
+
 def test_what_can_be_seen_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(RecipeError, match=r"'dataset' is Stream, an IterableDataset.*Streamed"):
         recipes_data.mlp(dataset=recipes_data.Stream)
     with pytest.raises(RecipeError, match="'evaluation' is generated, a generator function"):
         recipes_data.mlp(evaluation=recipes_data.generated)
-    with pytest.raises(RecipeError, match="'dataset' is DataLoader, a DataLoader"):
+    with pytest.raises(RecipeError, match="'dataset' is DataLoader, an iterable of batches"):
         recipes_data.mlp(dataset=DataLoader)
     with pytest.raises(RecipeError, match="'order' needs a value for 'labels'; bind it"):
         recipes_data.mlp(order=recipes_data.needy)

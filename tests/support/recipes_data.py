@@ -12,7 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Sampler, Subset, default_collate, random_split
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    default_collate,
+    random_split,
+)
 
 from tests.support import models
 from torchord import Recipe
@@ -168,6 +176,10 @@ class Stream(IterableDataset[Any]):
 
 def stream() -> Stream:
     return Stream()
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(models.points(), batch_size=8)
 
 
 def generated() -> Iterator[Any]:

@@ -61,6 +61,8 @@ def test_a_config_from_before_there_were_checks_has_none() -> None:
         ("loss_scale_interval", 0),
         ("memory_format", "channels_first"),
         ("compile", 1),
+        ("shuffle", 0),
+        ("drop_last", "yes"),
         ("precision", "double"),
         ("precision", None),
         ("nonfinite", "ignore"),
