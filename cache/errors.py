@@ -112,6 +112,10 @@ class RunNotFound(RunError, KeyError):
         return str(self.args[0])
 
 
+class RecordDamaged(RunError):
+    """A record of the run in Redis cannot be read; look at what else writes there, and resume from a checkpoint."""
+
+
 class RunFailed(RunError):
     """The run stopped on an error; correct the cause, then call run.resume()."""
 

@@ -9,6 +9,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:active | set of names that are not at rest | Master, server | RUN_TTL after the last change or commit |
 | torchord:workers | zset worker id -> last beat (ms) | workers | WORKER_INDEX_TTL after the last beat |
 | torchord:worker:ID | string, JSON of WorkerInfo | that worker | WORKER_LEASE, renewed by a thread |
+| torchord:quarantine | list of queue entries that were no messages, their first 4 KiB | workers | QUARANTINE_TTL after the last, 100 at most |
 | torchord:placement | string, where chunks lie, in words | workers | WORKER_LEASE, renewed by a thread |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
@@ -58,6 +59,7 @@ DATASET_RENEWAL_SECONDS = 3600
 WORKER_LEASE_MS = 1500
 WORKER_INDEX_TTL_SECONDS = 24 * 3600
 SUPERVISOR_LEASE_MS = 1500
+QUARANTINE_TTL_SECONDS = 7 * 24 * 3600
 EVENTS_KEPT = 5000
 LEDGER_KEPT = 1000
 
@@ -66,6 +68,7 @@ ACTIVE = f"{PREFIX}:active"
 WORKERS = f"{PREFIX}:workers"
 PLACEMENT = f"{PREFIX}:placement"
 SUPERVISOR = f"{PREFIX}:supervisor"
+QUARANTINE = f"{PREFIX}:quarantine"
 DATASETS = f"{PREFIX}:datasets"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

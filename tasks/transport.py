@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from json import JSONDecodeError
 from typing import Any
 
 import kombu
 from kombu.transport import redis, virtual
 
+from torchord.cache import keys
+from torchord.coordinator.messages.inspection import fault_of
 from torchord.coordinator.messages.task_names import is_ours
 
 log = logging.getLogger(__name__)
+
+_MOST_KEPT, _MOST_KEPT_NBYTES = 100, 4096
 
 
 class QoS(redis.QoS):
@@ -83,13 +88,44 @@ def _is_ours(message: Any) -> bool:
     return is_ours(message.delivery_info.get("routing_key") or "")
 
 
-class Channel(redis.Channel):
+class Door:
+    """Of a channel: what is no message is set aside before anybody stumbles over it."""
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[misc]
+        except (JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            entry = getattr(error, "doc", None) or getattr(error, "object", None) or ""
+            set_aside(self, entry, f"it is no JSON ({type(error).__name__})")
+            return True
+
+
+def set_aside(channel: Any, entry: Any, why: str) -> None:
+    """Keep an entry of a queue that is no message of ours where a person can look at it, and say so.
+
+    Args:
+        entry: its text or bytes, or what was read from it.
+        why: it is none.
+    """
+    text = entry if isinstance(entry, str | bytes) else repr(entry)
+    log.error("an entry of a queue was set aside (in %s): %s: %.200r", keys.QUARANTINE, why, text)
+    try:
+        with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            pipe.lpush(keys.QUARANTINE, text[:_MOST_KEPT_NBYTES])
+            pipe.ltrim(keys.QUARANTINE, 0, _MOST_KEPT - 1)
+            pipe.expire(keys.QUARANTINE, keys.QUARANTINE_TTL_SECONDS)
+            pipe.execute()
+    except channel.connection_errors as error:
+        log.warning("it could not be kept: %s", error)
+
+
+class Channel(Door, redis.Channel):
     """Kombu's channel, with the above."""
 
     QoS = QoS
 
 
-class SentinelChannel(redis.SentinelChannel):
+class SentinelChannel(Door, redis.SentinelChannel):
     """Kombu's channel for Sentinel, with the above."""
 
     QoS = QoS
@@ -104,6 +140,15 @@ class Transport(redis.Transport):
     """
 
     Channel = Channel
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        """See kombu; on a queue of ours, what is no message of ours goes no further."""
+        if queue and is_ours(queue) and (why := fault_of(message)) is not None:
+            channel = next(iter(self.channels), None)
+            if channel is not None:
+                set_aside(channel, message, why)
+            return
+        super()._deliver(message, queue)  # type: ignore[no-untyped-call]
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """See kombu."""

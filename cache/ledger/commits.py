@@ -40,7 +40,7 @@ class Commits(ControlPlane):
             verdict, value = self._script(
                 "acquire", [self.keys.head], [worker, node, keys.worker(""), queue, environment, memory]
             )
-        return verdict, int(value) if verdict == "acquired" else value
+            return verdict, int(value) if verdict == "acquired" else value
 
     def release(self, token: int) -> bool:
         """Give the run up, if it is still ours: a standby may take it at once."""
@@ -180,4 +180,4 @@ class Commits(ControlPlane):
                 ],
                 [token, version, chain, keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT],
             )
-        return reply[0] == "ok", tuple(int(v) for v in reply[1:])
+            return reply[0] == "ok", tuple(int(v) for v in reply[1:])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
 
 from torchord.cache import keys
+from torchord.cache.errors import RecordDamaged, TorchordError
 from torchord.cache.servers.fast_client import Command, Lane, LaneClosed, script_command, script_text
 from torchord.cache.servers.redis_client import translated
 
@@ -30,8 +31,20 @@ class ControlPlane:
         self.run = keys.check_name(run)
         self.keys = keys.RunKeys(run)
 
-    def _during(self, what: str, link: str = " of") -> AbstractContextManager[None]:
-        return translated(self.url, f"{what}{link} run {self.run!r}")
+    @contextmanager
+    def _during(self, what: str, link: str = " of") -> Iterator[None]:
+        """Translate what redis-py raises, and what reading a record raises that nobody of ours wrote."""
+        doing = f"{what}{link} run {self.run!r}"
+        try:
+            with translated(self.url, doing):
+                yield
+        except TorchordError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise RecordDamaged(
+                f"cannot {doing}: what is stored there is no record ({type(error).__name__}: "
+                f"{error!s:.200}); look at what else writes to this Redis"
+            ) from error
 
     def _call(self, *commands: Command) -> list[Any]:
         """Send commands that may be sent twice, and return their answers, in one round trip by the lane."""

@@ -24,7 +24,7 @@ class Evaluations(ControlPlane):
                 [self.keys.parts(version), self.keys.evaluations],
                 [part, to_text(value), parts, keys.WORK_TTL_SECONDS, version],
             )
-        return reply[0], [from_text(text) for text in reply[1:]]
+            return reply[0], [from_text(text) for text in reply[1:]]
 
     def drop_part(self, version: int, part: int) -> None:
         """Forget one part of an evaluation, because what it kept is lost: it is computed again."""
@@ -95,13 +95,15 @@ class Evaluations(ControlPlane):
         """Evaluations under way: version -> number of parts."""
         with self._during("list the evaluations under way"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.pending_evaluations))
-        return {int(version): int(parts) for version, parts in found.items()}
+            return {int(version): int(parts) for version, parts in found.items()}
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Metrics by version, in order."""
         with self._during("read the evaluations"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
-        return {int(v): from_text(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))}
+            return {
+                int(v): from_text(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))
+            }
 
     def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
         """Write one part of a prediction once; True if this call did."""
@@ -116,7 +118,7 @@ class Evaluations(ControlPlane):
         """The parts of a prediction that are written."""
         with self._during("read a prediction"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.predict(request)))
-        return {int(part): json.loads(text) for part, text in found.items()}
+            return {int(part): json.loads(text) for part, text in found.items()}
 
     def drop_outputs(self, request: str) -> None:
         """Delete what a prediction left."""

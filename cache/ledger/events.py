@@ -33,5 +33,5 @@ class Events(ControlPlane):
         with self._during("read the events"):
             block = None if block_seconds <= 0 else max(1, int(block_seconds * 1000))
             reply = cast(list[Any], self.client.xread({self.keys.events: after}, count=count, block=block))
-        found = reply[0][1] if reply else []
-        return [Event(id, fields["type"], from_text(fields["data"])) for id, fields in found]
+            found = reply[0][1] if reply else []
+            return [Event(id, fields["type"], from_text(fields["data"])) for id, fields in found]

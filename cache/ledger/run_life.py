@@ -61,7 +61,7 @@ class RunLife(ControlPlane):
                     spec.get("config", {}).get("skew", "admit"),
                 ],
             )
-        return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
+            return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
 
     def spec(self) -> dict[str, Any]:
         """Recipe and config as submitted.
@@ -71,11 +71,11 @@ class RunLife(ControlPlane):
         """
         with self._during("read the spec"):
             text = self.client.get(self.keys.spec)
-        if text is None:
-            raise RunNotFound(
-                f"no run {self.run!r} is known at {keys.PREFIX} on this server; see Master.runs()"
-            )
-        return cast(dict[str, Any], json.loads(cast(str, text)))
+            if text is None:
+                raise RunNotFound(
+                    f"no run {self.run!r} is known at {keys.PREFIX} on this server; see Master.runs()"
+                )
+            return cast(dict[str, Any], json.loads(cast(str, text)))
 
     def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
         """Replace the spec of a run that stands still.

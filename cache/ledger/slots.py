@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 from torchord.cache import keys
 from torchord.cache.blobs.notice import Notice, notices
@@ -19,6 +21,16 @@ from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
 from torchord.cache.ledger.run_life import head_of
 from torchord.cache.servers.fast_client import Command, script_command
+
+log = logging.getLogger(__name__)
+
+
+def _lease(text: str) -> Lease:
+    """A lease as its hash has it: who reads it knows its shard."""
+    return Lease(shard=-1, **json.loads(text))
+
+
+_Record = TypeVar("_Record")
 
 BACKUP_FACTOR = 1.5  # a holder may keep an idle worker waiting for so many of the idle one's shards,
 BACKUP_SECONDS = 0.05  # and so much longer: what a backup costs, and what a machine's hiccups are
@@ -60,10 +72,10 @@ class Slots(ControlPlane):
             commands.append(("HGET", self.keys.versions, wanted))
         with self._during(f"begin shard {shard} of step {step}"):
             (verdict, attempt, incarnation, *memory), *found = self._call(*commands)
-        if verdict != "compute":
-            return Begun(verdict, int(attempt), incarnation)
-        record = VersionRecord.from_json(found[0]) if found and found[0] is not None else None
-        return Begun(verdict, int(attempt), incarnation, record, *memory)
+            if verdict != "compute":
+                return Begun(verdict, int(attempt), incarnation)
+            record = VersionRecord.from_json(found[0]) if found and found[0] is not None else None
+            return Begun(verdict, int(attempt), incarnation, record, *memory)
 
     def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
         """Hand a shard back so that it can be computed elsewhere at once.
@@ -122,9 +134,11 @@ class Slots(ControlPlane):
             commands.append(script_command("late_shard", *self._late(step, *idle, slot=slot)))
         with self._during(f"write slot {slot.shard} of step {step}"):
             (verdict, present), called, *answers = self._call(*commands)
-        late = -1 if idle is None else int(answers.pop())
-        answer = answers[0] if answers else None
-        return Finished(verdict, int(present), called == str(step), answer, late=None if late < 0 else late)
+            late = -1 if idle is None else int(answers.pop())
+            answer = answers[0] if answers else None
+            return Finished(
+                verdict, int(present), called == str(step), answer, late=None if late < 0 else late
+            )
 
     def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
         """Ask, with nothing else to do, for a shard that its holder takes far too long for.
@@ -157,13 +171,13 @@ class Slots(ControlPlane):
         """
         with self._during(f"read the slots of step {step}"):
             head, slots = self._call(("HGETALL", self.keys.head), ("HGETALL", self.keys.slots(step)))
-        return head_of(self.run, head), _slots(slots)
+            return head_of(self.run, head), self._slots(step, slots)
 
     def slots(self, step: int) -> dict[int, SlotRecord]:
         """The slots that are written, by shard."""
         with self._during(f"read the slots of step {step}"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.slots(step)))
-        return _slots(found)
+            return self._slots(step, found)
 
     def some_slots(self, step: int, numbers: Iterable[int]) -> tuple[dict[int, SlotRecord], int]:
         """Chosen slots (at least one), where they are written, and how many of the step are in all."""
@@ -173,23 +187,21 @@ class Slots(ControlPlane):
             pipe.hmget(self.keys.slots(step), [str(number) for number in wanted])
             pipe.hlen(self.keys.slots(step))
             texts, present = cast(tuple[list[str | None], int], pipe.execute())
-        found = {n: SlotRecord.from_json(text) for n, text in zip(wanted, texts, strict=True) if text}
-        return found, int(present)
+            found = {n: SlotRecord.from_json(text) for n, text in zip(wanted, texts, strict=True) if text}
+            return found, int(present)
 
     def slots_present(self, step: int) -> set[int]:
         """Which shards of a step are written."""
         with self._during(f"count the slots of step {step}"):
-            return {int(shard) for shard in cast(list[str], self.client.hkeys(self.keys.slots(step)))}
+            found = cast(list[str], self.client.hkeys(self.keys.slots(step)))
+            return set(self._sound(dict.fromkeys(found, ""), str, self.keys.slots(step)))
 
     def leases(self, step: int) -> dict[int, Lease]:
         """Who is at which shard of a step."""
         with self._during(f"read the leases of step {step}"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.leases(step)))
-        result = {}
-        for shard, text in found.items():
-            fields = json.loads(text)
-            result[int(shard)] = Lease(shard=int(shard), **fields)
-        return result
+            leases = self._sound(found, _lease, self.keys.leases(step))
+            return {shard: replace(lease, shard=shard) for shard, lease in leases.items()}
 
     def drop_slot(
         self,
@@ -240,13 +252,31 @@ class Slots(ControlPlane):
         told, slots = self.keys.underway, self.keys.slots(step)
         with self._during(f"look what is on its way to step {step}"):
             found = self._call(("HMGET", told, *names), ("HKEYS", slots))
-        return notices(zip(names, found[0], strict=True)), {int(slot) for slot in found[1]}
+            return notices(zip(names, found[0], strict=True)), {int(slot) for slot in found[1]}
 
     def called(self, step: int) -> bool:
         """Whether the chord of a step called back already: then nobody calls when its last slot is in."""
         with self._during(f"read the callback of step {step}"):
             return bool(self.client.hget(self.keys.head, "called") == str(step))
 
+    def _slots(self, step: int, found: Any) -> dict[int, SlotRecord]:
+        return self._sound(found, SlotRecord.from_json, self.keys.slots(step), self.keys.leases(step))
 
-def _slots(found: Any) -> dict[int, SlotRecord]:
-    return {int(shard): SlotRecord.from_json(text) for shard, text in sorted(pairs(found).items())}
+    def _sound(self, found: Any, read: Callable[[str], _Record], *names: str) -> dict[int, _Record]:
+        """Read a hash of records by number.
+
+        What is none is deleted and logged: nobody of ours wrote it, and what it stands for is computed anew.
+
+        Args:
+            names: keys from which it is deleted.
+        """
+        sound: dict[int, _Record] = {}
+        for number, text in sorted(pairs(found).items()):
+            try:
+                sound[int(number)] = read(text)
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                kind = type(error).__name__
+                log.error("%s: field %.99r is no record: deleted (%s: %.200s)", names[0], number, kind, error)
+                for name in names:
+                    self.client.hdel(name, number)
+        return sound

@@ -27,21 +27,23 @@ class Versions(ControlPlane):
         """
         with self._during("read the manifest"):
             text = self.client.get(self.keys.manifest)
-        if text is None:
-            raise CacheError(f"run {self.run!r} has no parameters yet; a training server must start it first")
-        return cast(dict[str, Any], json.loads(cast(str, text)))
+            if text is None:
+                raise CacheError(
+                    f"run {self.run!r} has no parameters yet; a training server must start it first"
+                )
+            return cast(dict[str, Any], json.loads(cast(str, text)))
 
     def version(self, version: int) -> VersionRecord | None:
         """Where a version is stored, None if it is not (any more)."""
         with self._during(f"look up version {version}"):
             text = self.client.hget(self.keys.versions, str(version))
-        return None if text is None else VersionRecord.from_json(cast(str, text))
+            return None if text is None else VersionRecord.from_json(cast(str, text))
 
     def versions(self) -> dict[int, VersionRecord]:
         """All stored versions."""
         with self._during("list the versions"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
-        return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
+            return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
 
     def put_version(self, record: VersionRecord, *, token: int) -> bool:
         """Record or replace a stored version (its state was published after the commit).
@@ -86,7 +88,7 @@ class Versions(ControlPlane):
                 return []
             wanted = [str(version) for version in range(first, last + 1)]
             listed = cast(list[str | None], self.client.hmget(self.keys.ledger, wanted))
-        return [LedgerEntry.from_json(text) for text in listed if text is not None]
+            return [LedgerEntry.from_json(text) for text in listed if text is not None]
 
     def ledger_size(self) -> int:
         """How many entries Redis holds."""

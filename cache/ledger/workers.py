@@ -103,10 +103,29 @@ def new_info(node: str, queues: Iterable[str], environment: str = "", *, placeme
 
 
 def read(text: str) -> WorkerInfo:
-    """What a heartbeat says; what a newer release says beyond that is passed over."""
-    fields = json.loads(text)
-    fields["queues"] = tuple(fields["queues"])
-    return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
+    """What a heartbeat says; what a newer release says beyond that is passed over.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        fields = json.loads(text)
+        fields["queues"] = tuple(fields["queues"])
+        found = WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"a heartbeat that is none: {type(error).__name__}: {error}") from None
+    for name, kind in _KINDS.items():
+        if not isinstance(getattr(found, name), kind):
+            raise ValueError(f"a heartbeat whose {name!r} is a {type(getattr(found, name)).__name__}")
+    return found
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("id", "node", "host", "task", "environment", "place", "placement"), str),
+    **dict.fromkeys(("pid", "started"), int),
+    **dict.fromkeys(("since", "silent"), (int, float)),
+    **dict.fromkeys(("refuses", "discarded", "pace"), dict),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +196,26 @@ class Registry:
             if gone:
                 stale = int(time.time() * 1000) - 60_000
                 self.client.zremrangebyscore(keys.WORKERS, "-inf", stale)
-        return {info.id: info for info in (read(text) for text in texts if text is not None)}
+        return {
+            info.id: info
+            for id, text in zip(ids, texts, strict=True)
+            if text is not None and (info := self._read(id, text)) is not None
+        }
+
+    def _read(self, id: str, text: str) -> WorkerInfo | None:
+        """A heartbeat; one that is none is logged, and its worker is none."""
+        try:
+            return read(text)
+        except ValueError as error:
+            log.error("worker %.100r in the registry is passed over: %s", id, error)
+            self.client.zrem(keys.WORKERS, id)  # a worker that lives comes back with its next beat
+            return None
 
     def worker(self, id: str) -> WorkerInfo | None:
         """What a worker says of itself; None if its lease is not in force."""
         with translated(self.url, f"ask for worker {id}"):
             text = cast(str | None, self.client.get(keys.worker(id)))
-        return None if text is None else read(text)
+        return None if text is None else self._read(id, text)
 
     def consumers(self, queue: str) -> list[WorkerInfo]:
         """The living workers that consume `queue`."""

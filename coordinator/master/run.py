@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchord.cache.errors import (
     InvalidInput,
+    RecordDamaged,
     RunError,
     RunNotFound,
 )
@@ -73,9 +75,10 @@ class Run:
         """
         head = self._ledger.head()
         epoch = None
-        if head.total_steps is not None and head.dataset_size:
-            plan = self._plan(head)
-            epoch = plan.locate(min(head.version, head.total_steps - 1))[0] if plan else None
+        with suppress(RecordDamaged):  # a run whose spec is damaged has a status, too
+            if head.total_steps is not None and head.dataset_size:
+                plan = self._plan(head)
+                epoch = plan.locate(min(head.version, head.total_steps - 1))[0] if plan else None
         error = head.error or {}
         alive = {} if head.status in RESTING else self._fleet.alive()
         return RunStatus(

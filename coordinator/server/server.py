@@ -17,6 +17,7 @@ from typing import Any
 from torchord.cache.errors import (
     CacheError,
     Fenced,
+    RecordDamaged,
     Skewed,
     TorchordError,
 )
@@ -94,7 +95,11 @@ class TrainingServer:
         """
         with self._lock:
             ledger = self.services.ledger(run)
-            head, slots = self._look(run, ledger)
+            try:
+                head, slots = self._look(run, ledger)
+            except RecordDamaged as error:
+                self._fail(ledger, error, self._tokens.get(run))
+                raise
             if head.status not in ("pending", "running"):
                 self._warm.pop(run, None)
                 return {"run": run, "status": head.status, "version": head.version}

@@ -13,9 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
-from torchord.cache.errors import CacheError, RunNotFound, TorchordError
+from torchord.cache.errors import CacheError, CacheUnreachable, RunNotFound, TorchordError
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 from torchord.cache.ledger.workers import Registry, WorkerInfo
@@ -42,6 +43,7 @@ SETTLE_SECONDS = 1.5  # after an outage, living workers need up to this long to 
 EVALUATION_TRIES = 3
 QUIET_SECONDS = 15.0  # without a commit, before the log says what the run waits for
 QUIET_AGAIN_SECONDS = 45.0
+UNREADABLE_AGAIN_SECONDS = 50.0
 
 
 class Supervisor:
@@ -135,15 +137,27 @@ class Supervisor:
         active = registry.active_runs()
         self._restore_lost(registry, active)
         for run in active:
-            ledger = self.services.ledger(run)
             try:
+                ledger = self.services.ledger(run)
                 self._check(ledger, ledger.head(), alive, registry)
             except RunNotFound:  # expired or deleted between the two reads
                 registry.forget_run(run)
+            except CacheUnreachable:
+                raise
+            except Exception as error:
+                if self.memory.due((run, "unreadable"), UNREADABLE_AGAIN_SECONDS):
+                    log.exception("run %.100r cannot be looked after; the others are", run)
+                    self._unreadable(run, error)
         self.memory.end_round()
         self.discards.end_round()
         for key in [key for key in self._plans if key[0] not in active]:
             del self._plans[key]
+
+    def _unreadable(self, run: str, error: Exception) -> None:
+        """Say in a run's events that its records cannot be read, if that can be said."""
+        message = f"its records cannot be read: {type(error).__name__}: {error}"
+        with suppress(Exception):
+            self.services.ledger(run).emit("unreadable", {"message": message[:500]})
 
     def _living(self, registry: Registry) -> dict[str, WorkerInfo]:
         """The workers whose lease is in force and whose process, where it runs beside this one, lives.
