@@ -81,7 +81,8 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any) -> 
         if len(indices) < _LEAST_EXAMPLES:
             indices += plan.indices(0, shard).tolist()
     replica = Replica.build(resolved, config, like.device)
-    replica.load(like.pack() if like.flat is None else like.flat)
+    replica.arrange(like.manifest)
+    replica.load(like.pack() if like.flat is None else like.flat, like.rest)
     try:
         with pinned(config.threads, config.deterministic, replica.device):
             seed_everything(derive_seed(config.seed, "data", 0, 0))
@@ -234,9 +235,11 @@ class _Trial:
                 if isinstance(module, (_BatchNorm, _DropoutNd)):
                     module.eval()
         said = given(self._resolved, batch)
+        replica.watch.begin(whole=True)  # what a forward may not change is the shard's to say
         seed_everything(seed)
         with torch.set_grad_enabled(self._mode.gradients), autocast(config, replica.device):
             loss, weight, _ = loss_of(self._resolved, model, batch, said, reads=reads(self._resolved, config))
+        replica.watch.end()
         require_scalar(loss)
         weight = left(self._resolved, weight, read.kept)
         self._rounding = max(self._rounding, 8 * torch.finfo(loss.dtype).eps)

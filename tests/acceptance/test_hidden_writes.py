@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchord.cache.errors import InvalidInput
 from torchord.coordinator.compute import inner_steps
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.inference import evaluate, predict
+from torchord.coordinator.compute.probe import probe
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.plan import Plan
 
@@ -87,6 +89,16 @@ def test_what_no_version_holds_is_refused_by_name(kind: str) -> None:
     with pytest.raises(InvalidInput, match=named) as caught:
         run(made, CONFIG)
     assert any(word in str(caught.value) for word in way_out.split("|"))
+
+
+@pytest.mark.parametrize("kind", ["late buffer", "late buffer, not persistent", "late layer", "extra state"])
+def test_the_probe_of_the_loss_leaves_it_to_the_shard_to_say(kind: str) -> None:
+    made, named, _ = LOST[kind]
+    given = resolved(made)
+    data, replica = open_dataset(given, CONFIG), Replica.build(given, CONFIG)
+    assert re.search(
+        rf"could not be looked at: .*{named}", probe(replica, given, Plan(len(data), CONFIG), data)
+    )
 
 
 @pytest.mark.parametrize("kind", ["data =", "data.copy_", "copy_", "another parameter", "late layer"])
