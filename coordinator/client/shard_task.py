@@ -233,7 +233,7 @@ class ShardTask:
                     watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
                 if due(context.recipe, plan, step, shard):
-                    self._probe(context, replica, dataset, begun)
+                    self._probe(context, replica, dataset, step, begun)
                 return done, outgoing
         except (CacheError, Skewed):
             raise
@@ -241,8 +241,8 @@ class ShardTask:
             place = f"shard {shard} of step {step} (samples {shown(samples)})"
             raise self.lease.failed(context, error, task, place=place, samples=samples) from error
 
-    def _probe(self, context: RunContext, replica: Replica, dataset: Any, begun: Begun) -> None:
-        """Try the recipe on the run's first batch, once its first shard shows that it can be computed.
+    def _probe(self, context: RunContext, replica: Replica, dataset: Any, step: int, begun: Begun) -> None:
+        """Try the recipe on a run's first examples, once its first shard shows that it can be computed.
 
         Not in the last attempt that the shard has: whatever ended the others may have been this.
 
@@ -251,7 +251,7 @@ class ShardTask:
         """
         began, plan = time.perf_counter(), context.plan()
         last = 1 < plan.config.max_attempts <= begun.attempt
-        note = _NOT_TRIED if last else probe(replica, context.recipe, plan, dataset)
+        note = _NOT_TRIED if last else probe(replica, context.recipe, plan, dataset, step)
         if note:
             log.warning("run %s: %s", context.run, note)
             context.ledger.emit("probe", {"message": note})

@@ -55,19 +55,25 @@ class _CannotLook(Exception):
 
 
 def due(resolved: ResolvedRecipe, plan: Plan, step: int, shard: int) -> bool:
-    """Whether a recipe is to be tried with this shard."""
-    config = plan.config_at(step)
-    asked = config.probe and resolved.loss_over != "shard" and config.local_steps == 1
-    return asked and step == 0 and shard == 0 and plan.shards_in(0) > 1
+    """Whether a recipe is to be tried with this shard: the first in the first step that is made of shards."""
+    if shard != 0 or resolved.loss_over == "shard" or not plan.config.probe:
+        return False
+    starts = (start for start in (0, *plan.switches) if start < plan.total_steps)
+    return step == next((start for start in starts if _is_made_of_shards(plan, start)), None)
 
 
-def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any) -> str:
-    """Try whether the losses of the first step's shards have the whole batch's as their mean.
+def _is_made_of_shards(plan: Plan, step: int) -> bool:
+    return plan.config_at(step).local_steps == 1 and plan.shards_in(step) > 1
+
+
+def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, step: int = 0) -> str:
+    """Try whether the losses of a step's shards have the whole batch's as their mean.
 
     Args:
-        like: holds the first version; a copy of it computes, so that nothing of this stays.
+        like: holds the version to try it at; a copy of it computes, so that nothing of this stays.
         plan: says which examples the first shards have.
         dataset: the training dataset.
+        step: the step whose first shards are tried.
 
     Returns:
         What it could not look at, in a sentence; "" where it could.
@@ -75,17 +81,17 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any) -> 
     Raises:
         InvalidInput: they have not: the steps would be others than the whole batch's.
     """
-    config = plan.config
+    config = plan.config_at(step)
     indices: list[int] = []
-    for shard in range(plan.shards_in(0)):
+    for shard in range(plan.shards_in(step)):
         if len(indices) < _LEAST_EXAMPLES:
-            indices += plan.indices(0, shard).tolist()
+            indices += plan.indices(step, shard).tolist()
     replica = Replica.build(resolved, config, like.device)
     replica.arrange(like.manifest)
     replica.load(like.pack() if like.flat is None else like.flat, like.rest)
     try:
         with pinned(config.threads, config.deterministic, replica.device):
-            seed_everything(derive_seed(config.seed, "data", 0, 0))
+            seed_everything(derive_seed(config.seed, "data", step, 0))
             with _looking():
                 batch_of = read_samples(dataset, indices, resolved.collate)
             return _Trial(replica, resolved, config, batch_of, len(indices)).compare()

@@ -13,6 +13,8 @@ from torchord.coordinator.local_cluster.starting import waiting_line
 
 log = logging.getLogger(__name__)
 
+_TOLD = ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarded", "probe")
+
 
 class Progress:
     """Shows step, loss, metric, samples/s and time left; nothing at all when not enabled.
@@ -114,7 +116,7 @@ class Progress:
             self._metric = "  ".join(
                 f"{name} {value:.4f}" for name, value in data["metrics"].items() if name != "loss"
             )
-        elif event.type in ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarded"):
+        elif event.type in _TOLD:
             self._bar.console.print(f"{event.type}: {data}")
         self._bar.update(self._task, note=self._note())
 

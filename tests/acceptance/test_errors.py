@@ -190,6 +190,7 @@ def test_a_run_from_before_arguments_had_kinds(master: Master) -> None:
         master.submit(adam([0.8, 0.9]), CONFIG, name="older")
     spec = ledger.spec()
     del spec["recipe"]["optimizer"]["kinds"]
+    del spec["recipe"]["loss_over"]  # which came later still
     ledger.client.set(ledger.keys.spec, json.dumps(spec), keepttl=True)
     assert master.submit(adam(), CONFIG, name="older").status().version == 0
     with pytest.raises(ConfigMismatch, match=r"another recipe\.optimizer;"):

@@ -196,6 +196,9 @@ def test_what_is_declared_is_not_tried() -> None:
         TrainingConfig(batch_size=8, shards=3, local_steps=2),
     ):
         assert not due(asked, Plan(40, config), 0, 0)
+    # A run that comes to have shards later is tried then, once.
+    plan = Plan(40, TrainingConfig(batch_size=8, shards=1), {2: {"shards": 2}, 3: {"shards": 4}})
+    assert [step for step in range(5) if due(asked, plan, step, 0)] == [2]
     # What was submitted before there was a probe is what it was: shards by their examples.
     before = Recipe.from_spec({k: v for k, v in given.to_spec().items() if k != "loss_over"})
     assert before.loss_over == "shard"
@@ -360,5 +363,7 @@ def test_real_workers(cluster: Callable[..., LocalCluster]) -> None:
     with pytest.raises(RunFailed, match=r"weight=.*loss_over='shard'"):
         wrong.wait(timeout=60)
     assert wrong.status().version == 0
+    with pytest.raises(RunFailed, match="a mean of nothing: all shards weigh 0"):
+        master.submit(recipes.language(collate=recipes.unlabelled), config, name="nothing").wait(timeout=60)
     noisy.wait(timeout=60)
     assert [e.data["message"] for e in noisy.events() if e.type == "probe" and "random" in e.data["message"]]
