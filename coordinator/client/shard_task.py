@@ -233,7 +233,7 @@ class ShardTask:
                     watched=unwatched if outgoing is None else outgoing.during_backward,
                 )
                 if due(context.recipe, plan, step, shard):
-                    self._probe(context, replica, dataset, step, begun)
+                    self._probe(context, replica, dataset, (step, shard), begun)
                 return done, outgoing
         except (CacheError, Skewed):
             raise
@@ -241,8 +241,10 @@ class ShardTask:
             place = f"shard {shard} of step {step} (samples {shown(samples)})"
             raise self.lease.failed(context, error, task, place=place, samples=samples) from error
 
-    def _probe(self, context: RunContext, replica: Replica, dataset: Any, step: int, begun: Begun) -> None:
-        """Try the recipe on a run's first examples, once its first shard shows that it can be computed.
+    def _probe(
+        self, context: RunContext, replica: Replica, dataset: Any, place: tuple[int, int], begun: Begun
+    ) -> None:
+        """Try the recipe on a shard's examples, once that has been computed.
 
         Not in the last attempt that the shard has: whatever ended the others may have been this.
 
@@ -251,8 +253,8 @@ class ShardTask:
         """
         began, plan = time.perf_counter(), context.plan()
         last = 1 < plan.config.max_attempts <= begun.attempt
-        note = _NOT_TRIED if last else probe(replica, context.recipe, plan, dataset, step)
-        if note:
+        note = _NOT_TRIED if last else probe(replica, context.recipe, plan, dataset, *place)
+        if note and place[1] == 0:  # the others would say the same
             log.warning("run %s: %s", context.run, note)
             context.ledger.emit("probe", {"message": note})
         self._this.aside = time.perf_counter() - began

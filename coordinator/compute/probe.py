@@ -2,9 +2,9 @@
 
 The step of a whole batch can be put together from its shards if the batch's loss is the mean of its parts'
 losses, each weighed by what it is a mean over (`torchord.coordinator.compute.weights`). That holds for any
-batch, at any parameters, for any split, so a few are looked at: in evaluation mode and without gradients, the
-loss of the first shard's examples (and the next ones', if those are few) against the losses of parts of them:
-even parts, and lopsided ones, since parts that happen to have equally many tokens would show nothing. The
+batch, at any parameters, for any split, so a few are looked at, by each of the first shards with its own
+examples: in evaluation mode and without gradients, their loss together against the losses of parts of them,
+even ones and lopsided ones, since parts that happen to have equally many tokens would show nothing. The
 samples are read once, and collated for each part from copies.
 
 What may differ by rounding is measured: the same samples in other orders. A loss that draws random numbers is
@@ -40,12 +40,13 @@ from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
+_SHARDS = 4
 _LEAST_EXAMPLES = 4
 _MOST_PARTS = 4
-_DRAWS = 8
+_DRAWS = 16
 _ROUNDING = {"fp32": 2e-5, "bf16": 2e-3, "fp16": 2e-3}
 _TIMES_ROUNDING = 20
-_TIMES_CHANCE = 8  # standard errors
+_TIMES_CHANCE = 6  # standard errors
 
 _Measured = tuple[float, int, float | None]  # loss, examples, weight
 
@@ -55,8 +56,8 @@ class _CannotLook(Exception):
 
 
 def due(resolved: ResolvedRecipe, plan: Plan, step: int, shard: int) -> bool:
-    """Whether a recipe is to be tried with this shard: the first in the first step that is made of shards."""
-    if shard != 0 or resolved.loss_over == "shard" or not plan.config.probe:
+    """Whether a recipe is to be tried with this shard: one of the first, in the first step made of shards."""
+    if shard >= _SHARDS or resolved.loss_over == "shard" or not plan.config.probe:
         return False
     starts = (start for start in (0, *plan.switches) if start < plan.total_steps)
     return step == next((start for start in starts if _is_made_of_shards(plan, start)), None)
@@ -66,14 +67,13 @@ def _is_made_of_shards(plan: Plan, step: int) -> bool:
     return plan.config_at(step).local_steps == 1 and plan.shards_in(step) > 1
 
 
-def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, step: int = 0) -> str:
-    """Try whether the losses of a step's shards have the whole batch's as their mean.
+def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, step: int, shard: int) -> str:
+    """Try with one shard whether the losses of shards have the whole batch's as their mean.
 
     Args:
         like: holds the version to try it at; a copy of it computes, so that nothing of this stays.
-        plan: says which examples the first shards have.
+        plan: says which examples the shard has; if those are few, the next ones' are taken besides.
         dataset: the training dataset.
-        step: the step whose first shards are tried.
 
     Returns:
         What it could not look at, in a sentence; "" where it could.
@@ -83,15 +83,17 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
     """
     config = plan.config_at(step)
     indices: list[int] = []
-    for shard in range(plan.shards_in(step)):
+    for each in range(shard, plan.shards_in(step)):
         if len(indices) < _LEAST_EXAMPLES:
-            indices += plan.indices(step, shard).tolist()
+            indices += plan.indices(step, each).tolist()
+    if len(indices) < 2:
+        return ""
     replica = Replica.build(resolved, config, like.device)
     replica.arrange(like.manifest)
     replica.load(like.pack() if like.flat is None else like.flat, like.rest)
     try:
         with pinned(config.threads, config.deterministic, replica.device):
-            seed_everything(derive_seed(config.seed, "data", step, 0))
+            seed_everything(derive_seed(config.seed, "data", step, shard))
             with _looking():
                 batch_of = read_samples(dataset, indices, resolved.collate)
             return _Trial(replica, resolved, config, batch_of, len(indices)).compare()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -207,7 +208,7 @@ def _number(value: Any, what: str) -> Tensor | float:
             shown = f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
             raise InvalidInput(f"{what} is {shown}, but must be a number or a real tensor of one element")
         return value.detach().reshape(())
-    if not isinstance(value, (bool, str, bytes, complex)):
+    if not isinstance(value, (bool, str, bytes, complex, np.bool_, np.complexfloating)):
         try:
             return float(value)
         except (TypeError, ValueError):

@@ -20,10 +20,14 @@ from torch.utils.data import default_collate
 from tests.support import models
 from tests.support import recipes_weights as recipes
 from tests.support.inprocess import InProcess, resolved
+from tests.support.stand_in import StandIn
 from torchord import LocalCluster, Master, Recipe, TrainingConfig
 from torchord.cache.errors import InvalidInput, NonFinite, RecipeError, RunFailed
+from torchord.coordinator.compute.device_memory import DeviceMemory
+from torchord.coordinator.compute.gradient import compute
 from torchord.coordinator.compute.inference import combine, evaluate
 from torchord.coordinator.compute.probe import due, probe
+from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import work
 from torchord.coordinator.spec.plan import Plan
 
@@ -65,12 +69,12 @@ def start(given: Recipe, config: TrainingConfig = CONFIG) -> tuple[InProcess, nn
     return run, model.train()
 
 
-def tried(given: Recipe, config: TrainingConfig = CONFIG) -> str:
+def tried(given: Recipe, config: TrainingConfig = CONFIG, shard: int = 0) -> str:
     """What the probe says of a recipe."""
     run = InProcess(resolved(given), config)
-    assert due(run.recipe, run.plan, 0, 0)
+    assert due(run.recipe, run.plan, 0, shard)
     run.replicas[0].load(run.trainer.replica.pack())
-    return probe(run.replicas[0], run.recipe, run.plan, run.dataset)
+    return probe(run.replicas[0], run.recipe, run.plan, run.dataset, 0, shard)
 
 
 def batch_means() -> dict[str, tuple[Recipe, Callable[[nn.Module, Any], Tensor] | None]]:
@@ -184,12 +188,19 @@ def test_equal_shards_alone_show_nothing() -> None:
         tried(given, recipes.BALANCED)
 
 
+def test_a_shard_that_shows_nothing_has_others_beside_it() -> None:
+    given = recipes.classes(recipes.class_weights_smoothed, dataset=recipes.alike)
+    assert tried(given, recipes.ALIKE) == ""
+    with pytest.raises(InvalidInput, match="weight="):
+        tried(given, recipes.ALIKE, shard=1)
+
+
 def test_what_is_declared_is_not_tried() -> None:
     given = recipes.classes(recipes.info_nce, loss_over="shard")
     plan = Plan(40, CONFIG)
     assert not due(resolved(given), plan, 0, 0)
     asked = resolved(recipes.language(recipes.masked_mean))
-    assert [due(asked, plan, step, shard) for step, shard in ((0, 0), (0, 1), (1, 0))] == [True, False, False]
+    assert [due(asked, plan, step, shard) for step, shard in ((0, 0), (0, 2), (1, 0))] == [True, True, False]
     for config in (
         TrainingConfig(batch_size=8, shards=1),
         TrainingConfig(batch_size=8, shards=3, probe=False),
@@ -210,9 +221,27 @@ def test_the_probe_leaves_no_trace() -> None:
     replica = run.replicas[0]
     replica.attach(run.trainer.replica.pack())
     before = bytes(replica.pack().numpy())
-    assert probe(replica, run.recipe, run.plan, run.dataset) == ""
+    assert probe(replica, run.recipe, run.plan, run.dataset, 0, 0) == ""
     assert not replica.spoilt() and bytes(replica.pack().numpy()) == before
     assert run.train().bits == untried.train().bits
+
+
+@pytest.mark.parametrize("way", [recipes.token_mean, recipes.sum_and_weight])
+def test_a_weight_comes_from_a_device_with_the_gradients(way: Any) -> None:
+    run = InProcess(resolved(recipes.language(way, collate=recipes.mostly_unlabelled)), CONFIG)
+    here, there = run.replicas[0], Replica.build(run.recipe, CONFIG)
+    there.use(DeviceMemory(StandIn()))
+    found, places = [], [(step, shard) for step in range(8) for shard in range(3)]
+    for replica in (here, there):
+        replica.load(run.trainer.replica.pack())
+        for place in places:
+            found.append(compute(replica, run.recipe, CONFIG, run.dataset, run.plan.indices(*place), *place))
+    half = len(places)
+    for one, other in zip(found[:half], found[half:], strict=True):
+        assert (one.weight, one.loss, one.examples) == (other.weight, other.loss, other.examples)
+        torch.testing.assert_close(one.gradients, other.gradients, rtol=0, atol=0)
+    assert any(each.weight == 0 and each.gradients == {} for each in found)
+    assert any(each.weight for each in found)
 
 
 def test_local_steps_are_weighed_and_those_of_nothing_left_out() -> None:

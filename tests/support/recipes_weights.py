@@ -203,6 +203,15 @@ def class_weights_smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0, 20.0]), label_smoothing=0.1)
 
 
+ALIKE = TrainingConfig(batch_size=16, shards=4, seed=3)
+
+
+def alike() -> TensorDataset:
+    """Points of which those in the first shard of `ALIKE` are of one class."""
+    inputs, targets = models.points(16).tensors
+    return TensorDataset(inputs, targets.index_fill(0, torch.tensor(Plan(16, ALIKE).indices(0, 0)), 0))
+
+
 def probabilities(size: int = 40) -> TensorDataset:
     """Points and how likely each class is."""
     inputs, targets = models.points(size).tensors
