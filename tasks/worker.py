@@ -6,8 +6,10 @@ import gc
 import importlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import bootsteps, current_app, signals
@@ -258,6 +260,7 @@ def _preload(sender: Any, **_: Any) -> None:
     if not _serves(sender.app, queues):
         return
     import_from_working_directory()
+    _restartable()
     if settings.keep_memory:
         keep_memory()  # before torch has threads; children inherit it
     modules = ["torchord.coordinator.client.client", "torchord.coordinator.server.server"]
@@ -273,6 +276,16 @@ def _preload(sender: Any, **_: Any) -> None:
     from torchord.coordinator.runtime.environment import set_device
 
     set_device(settings.device)
+
+
+def _restartable() -> None:
+    """Have a SIGHUP restart a worker that was started as `python -m celery`, too.
+
+    Celery runs the program anew by the words of its command line, whose first one is then the path of a
+    module that cannot be run as a file.
+    """
+    if Path(sys.argv[0]).parts[-2:] == ("celery", "__main__.py"):
+        sys.argv[:1] = ["-m", "celery"]
 
 
 @signals.worker_process_init.connect
