@@ -19,12 +19,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from tests.support import grammar, reference
-from tests.support.one_process import KILLS, Fleet, Outcome
+from tests.support.one_process import EACH_STEP, ONCE, Fleet, Outcome
 from torchord.coordinator.compute.averaging import ENTRY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 STATED = "refused by: "
-KILL = st.tuples(st.sampled_from(KILLS), st.integers(1, 4))
+KILL = st.one_of(
+    st.tuples(st.sampled_from(EACH_STEP), st.integers(1, 7)),
+    st.tuples(st.sampled_from(EACH_STEP), st.integers(1, 7)),
+    st.tuples(st.sampled_from(ONCE), st.just(1)),
+)
 
 
 def test_a_model_is_a_plain_loop_on_any_fleet_or_is_refused(request: pytest.FixtureRequest) -> None:

@@ -46,8 +46,11 @@ from torchord.coordinator.spec.recipe import Recipe
 
 RUN = "run"
 RESTING = ("done", "failed", "cancelled", "paused")
-KILLS = tuple(p for p in POINTS if p.startswith(("server.", "client.")) and p != "client.before_part")
-"""Points at which a process may be killed. (Evaluations are none of this.)"""
+_AROUND = ("acquire", "initialise", "finish")
+_NEVER = ("server.before_rollback", "server.after_rollback", "client.before_part", "client.after_part")
+ONCE = tuple(f"server.{when}_{what}" for what in _AROUND for when in ("before", "after"))
+EACH_STEP = tuple(p for p in POINTS if p.startswith(("server.", "client.")) and p not in (*ONCE, *_NEVER))
+"""Points at which a process may be killed: in a run, or in a step. (Evaluations are none of this.)"""
 _PATIENCE_SECONDS = 60.0
 _IDLE_ROUNDS = 20
 
