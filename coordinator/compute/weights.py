@@ -240,7 +240,10 @@ def _of_torchs(loss: Any, outputs: Any, targets: Any) -> Tensor | float | None:
             return targets.numel() / targets.shape[min(1, targets.dim() - 1)]
         return _divisor(targets, None, options.get("ignore_index", -100))
     if function in _ELEMENTWISE:
-        return float(torch.broadcast_tensors(outputs, targets)[0].numel())  # type: ignore[no-untyped-call]
+        try:
+            return float(torch.broadcast_tensors(outputs, targets)[0].numel())  # type: ignore[no-untyped-call]
+        except RuntimeError:  # the loss says more of shapes that do not fit
+            return None
     return None
 
 

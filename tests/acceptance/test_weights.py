@@ -321,6 +321,12 @@ def test_a_weight_is_a_number(way: Any, what: str) -> None:
         start(recipes.language(weight=way))[0].train()
 
 
+def test_shapes_that_do_not_fit_are_the_losss_own_error() -> None:
+    given = recipes.classes(F.binary_cross_entropy_with_logits, dataset=models.curve)
+    with pytest.raises(ValueError, match=r"Target size .* must be the same as input size"):
+        start(given)[0].train()
+
+
 def test_what_contradicts_itself_is_refused_at_once() -> None:
     with pytest.raises(RecipeError, match="loss_over must be one of 'batch', 'sum', 'shard', not 'token'"):
         recipes.classes(loss_over="token")
