@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import redis
+import torch
 
 from tests.support.keys import keys_without_ttl
 from tests.support.processes import guardian_pid, responds
@@ -39,6 +40,12 @@ def neutral_environment() -> Iterator[None]:
             if name.startswith(("TORCHORD_", "CELERY_")) and name != "TORCHORD_TEST_MARK":
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Two files of tests run at a time, beside workers: torch's threads would wait for cores by spinning."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
