@@ -7,8 +7,9 @@ process, and versions are then copied into it in place, so that tied weights sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torchord.cache.tensors.halves import Rest
 from torchord.coordinator.compute.averaging import Average, AveragedWeights, average_of
 from torchord.coordinator.compute.buffer_rules import Rule, contributions, rules_of
 from torchord.coordinator.compute.compiling import compiled
+from torchord.coordinator.compute.counted_names import renamed
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.device_memory import CudaCopies, DeviceMemory
 from torchord.coordinator.compute.forward_watch import ForwardWatch
@@ -78,6 +80,7 @@ class Replica:
         modes: puts the model in training or evaluation mode.
         rules: name -> rule of each buffer and frozen parameter (`buffer_rules`).
         tried: those of them of which this process knows that no batch enters them.
+        counts: finds out whether the next model that this process makes has other names.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Replica:
         self.modes = Modes(model)
         self.rules: Mapping[str, Rule] = {}
         self.tried: set[str] = set()
+        self.counts: Callable[[], bool] = lambda: False
         self._version: dict[str, Tensor] = {}  # on the CPU
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
         self._rest_here: dict[str, Tensor] = {}  # of these, what rests
@@ -122,12 +126,19 @@ class Replica:
         """Be laid out like a run's versions; to be called before the first `load` and before any optimizer.
 
         A constructor may register its parts in an order that differs between processes, such as that of a
-        set: parameters, buffers and modules take the manifest's order, in the module tree as well.
+        set: parameters, buffers and modules take the manifest's order, in the module tree as well. It may
+        name them by a count of its process: then they are held under the run's names (`counted_names`).
 
         Raises:
             ManifestMismatch: the model has other tensors; names the first.
+            InvalidInput: names are counts and do not say what is what.
         """
         if manifest == self.manifest:
+            return
+        if (theirs := renamed(self.manifest, manifest, self.counts)) is not None:
+            parameters = {theirs[name]: parameter for name, parameter in self.parameters.items()}
+            self.rules = {theirs.get(name, name): rule for name, rule in self.rules.items()}
+            self._take_apart(parameters, {theirs[name]: buffer for name, buffer in self.buffers.items()})
             return
         names = [spec.name for spec in manifest.tensors]
         reorder(self.model, names)
@@ -167,21 +178,12 @@ class Replica:
         device = torch.device(device)
         with pinned(config.threads, config.deterministic, device, fill=True, restore=True):
             seed_everything(derive_seed(config.seed, "init"))
-            with first_names():
-                model = resolved.model()
-            require_float32("the recipe's model entry")
-            if not isinstance(model, nn.Module):
-                raise InvalidInput(
-                    f"the recipe's model entry returned a {type(model).__name__}; it must return a "
-                    f"torch.nn.Module"
-                )
-            adopt(model)
-            require_plain(model)
-            unfold(model)
+            model = _model_of(resolved)
             laid_out = formatted(model.to(device), config if computing else None)
             made = cls(laid_out, config, device, average_of(resolved.average))
             made.modes.require_apart(config)
             made.rules = rules_of(made.model, resolved.buffers)
+            made.counts = partial(_counts, resolved, config, device, made.manifest)
             if computing and config.compile:
                 made.compiled = compiled(made.model)
             return made
@@ -450,3 +452,24 @@ class Replica:
     def eval(self) -> nn.Module:
         """Switch the model to evaluation mode and return it."""
         return self.modes.eval()
+
+
+def _counts(
+    resolved: ResolvedRecipe, config: TrainingConfig, device: torch.device, manifest: Manifest
+) -> bool:
+    return Replica.build(resolved, config, device).manifest != manifest
+
+
+def _model_of(resolved: ResolvedRecipe) -> nn.Module:
+    """What the recipe's model entry makes, if a run can train it."""
+    with first_names():
+        model = resolved.model()
+    require_float32("the recipe's model entry")
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"the recipe's model entry returned a {type(model).__name__}; it must return a torch.nn.Module"
+        )
+    adopt(model)
+    require_plain(model)
+    unfold(model)
+    return model

@@ -31,6 +31,7 @@ class Stepping:
         self.plan = Plan(len(self.dataset), self.config)
         self.trainer = Trainer.build(self.made, self.config)
         self.replica = Replica.build(self.made, self.config)
+        self.replica.arrange(self.trainer.replica.manifest)
 
     def step(self, step: int) -> None:
         """One step, its shards computed from the last to the first."""
