@@ -21,7 +21,7 @@ from torchord.coordinator.runtime.machine import spare_memory_nbytes, used_memor
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.004
+SHARE = 0.002
 """Part of a worker's time that making fresh copies may take, from its first check of a run on,"""
 
 FREE_SECONDS = 2.0

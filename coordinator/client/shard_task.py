@@ -19,6 +19,7 @@ from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_digest
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.stores.gradients import StoredGradient
+from torchord.coordinator.client.check_turn import CheckTurns
 from torchord.coordinator.client.fresh_copy import FreshCopies
 from torchord.coordinator.client.gradient_upload import GradientUploads, Outgoing
 from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
@@ -77,6 +78,7 @@ class ShardTask:
         )
         self.downloads = VersionDownload(self.services.chunks, on="fetch" in overlap)
         self.fresh = FreshCopies()
+        self.turns = CheckTurns(lease)
         self._this = threading.local()  # of this thread's shard: its parameters' tier, seconds aside
 
     def compute_gradient(self, task: SlotTask, part: Part | None = None) -> dict[str, Any]:
@@ -114,6 +116,10 @@ class ShardTask:
         context.require_same_code()
         toolchain = context.require_same_toolchain()
         self.lease.heartbeat.refuse(task.run, None)
+        shard = context.plan().fan_in(task.step).shard_of(task.slot)
+        checks = {} if shard == task.slot else {"check of": shard}
+        if checks and self.turns.left(context, task, shard):
+            return {**receipt, **checks, "status": "left to another"}
         done, stored, seconds = self._gradient(context, task, begun)
         state = None
         if done.state is not None:
@@ -139,8 +145,6 @@ class ShardTask:
             fetched=self._this.source,
             weight=done.weight,
         )
-        shard = context.plan().fan_in(task.step).shard_of(task.slot)
-        checks = {} if shard == task.slot else {"check of": shard}
         written = {**receipt, **checks, **_written(slot, stored)}
         verdict, answer = self.writer.write(
             context,

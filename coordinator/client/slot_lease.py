@@ -35,7 +35,7 @@ from torchord.coordinator.runtime.services import Services
 
 log = logging.getLogger(__name__)
 
-UNWRITTEN = ("early", "input lost", "overtaken")
+UNWRITTEN = ("early", "input lost", "overtaken", "left to another")
 """Statuses of a receipt when there was nothing to write yet."""
 
 LOSSES = (VersionMissing, ChunkLost)
@@ -136,7 +136,7 @@ class SlotLease:
             written = done["status"] not in UNWRITTEN
             return {**done, "tiers": tiers.since(before, self.services)}
         except (Skewed, ManifestMismatch) as error:
-            self._end(task)
+            self.end(task)
             return self.refuse(receipt, str(error))
         except CacheError as error:
             # Not the recipe's fault: the slot goes back at once and the supervisor sends it again.
@@ -147,10 +147,11 @@ class SlotLease:
         finally:
             self._held.pop(threading.get_ident(), None)
             if not written:
-                self._end(task)
+                self.end(task)
             self.heartbeat.doing("")
 
-    def _end(self, task: SlotTask) -> None:
+    def end(self, task: SlotTask) -> None:
+        """Hand a slot back, so that it can be computed elsewhere at once."""
         ledger = self.services.ledger(task.run)
         try:
             ledger.end_lease(task.step, task.slot, worker=self.worker, delivery=task.delivery)
@@ -213,7 +214,7 @@ class SlotLease:
             log.info(
                 "step %d slot %d of run %s is handed back: this worker stops", task.step, task.slot, task.run
             )
-            self._end(task)
+            self.end(task)
 
     def failed(
         self,

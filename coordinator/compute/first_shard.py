@@ -7,7 +7,6 @@ process that works on a run must find the same. One that does not would compute 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -36,13 +35,11 @@ class FirstShard:
         weights: of what the model's constructor made, buffers included.
         batch: of the tensors and arrays in the first shard's batch.
         gradient: of the first shard's gradient at these weights, and its loss.
-        seconds: that reading the batch took.
     """
 
     weights: Digests = field(default_factory=dict)
     batch: Digests = field(default_factory=dict)
     gradient: Digests = field(default_factory=dict)
-    seconds: float = 0.0
 
     def difference(self, other: FirstShard) -> str:
         """The first tensor that both have and that differs, in words; "" if there is none."""
@@ -63,31 +60,24 @@ def first_shard(replica: Replica, recipe: ResolvedRecipe, plan: Plan, dataset: A
     Args:
         replica: as it was built; it holds no version afterwards.
     """
-    weights = weights_of(replica)
+    weights = {name: digest_of(tensor) for name, tensor in replica.state_tensors().items()}
     config, indices = plan.config_at(0), plan.parts(*_PLACE)[0]
-    batch, seconds = batch_of(recipe, plan, dataset)
+    batch = batch_of(recipe, plan, dataset)
     replica.load(replica.pack())
     try:
         found = gradient.compute(replica, recipe, config, dataset, indices, *_PLACE)
     finally:
         replica.loaded = None
     made = {name: digest_of(tensor) for name, tensor in found.gradients.items()}
-    return FirstShard(weights, batch, {**made, "the loss": repr(found.loss)}, seconds)
+    return FirstShard(weights, batch, {**made, "the loss": repr(found.loss)})
 
 
-def weights_of(replica: Replica) -> Digests:
-    """Digests of a model's whole state."""
-    return {name: digest_of(tensor) for name, tensor in replica.state_tensors().items()}
-
-
-def batch_of(recipe: ResolvedRecipe, plan: Plan, dataset: Any) -> tuple[Digests, float]:
-    """Read the first shard's batch: digests of what is in it, and the seconds that took."""
+def batch_of(recipe: ResolvedRecipe, plan: Plan, dataset: Any) -> Digests:
+    """Read the first shard's batch: digests of what is in it."""
     config, indices = plan.config_at(0), plan.parts(*_PLACE)[0]
-    began = time.perf_counter()
     with pinned(config.threads, config.deterministic):
         batch = read_batch(recipe, config, dataset, indices, _PLACE)
-    seconds = time.perf_counter() - began
-    return {path: digest_of(leaf) for path, leaf in _leaves(batch.value, "")}, seconds
+    return {path: digest_of(leaf) for path, leaf in _leaves(batch.value, "")}
 
 
 def digest_of(tensor: Tensor) -> str:

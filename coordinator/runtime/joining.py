@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import asdict
-from typing import Any
 
 from torchord.cache.errors import CacheError, Impure, Skewed
 from torchord.cache.ledger import process
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import UNLIKE
-from torchord.coordinator.compute.first_shard import Digests, FirstShard, batch_of, first_shard
+from torchord.coordinator.compute.first_shard import FirstShard, first_shard
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device, environment
+from torchord.coordinator.runtime.machine import spare_memory_nbytes, used_memory_nbytes
 
 log = logging.getLogger(__name__)
 
 CAUSES = (
-    "a generator without a seed (numpy.random.default_rng()), an attribute or a global that changes from "
+    "an unseeded generator (numpy.random.default_rng()), an attribute or a global that changes from "
     "call to call, the clock, the order of a set or another hash, or the process or machine goes into it"
 )
 """What usually makes a recipe impure, for messages."""
 
-_READ_SECONDS = 1.0  # a training server reads a batch that took its Client no longer
+_SERVER_SECONDS = 5.0  # a training server computes what took its Client no longer
 
 
 def join(context: RunContext, worker: str) -> None:
@@ -47,14 +48,21 @@ def join(context: RunContext, worker: str) -> None:
     if context.joined or not _compared(context):
         context.joined = True
         return
+    began = time.monotonic()
     found = _found(context)
     if found is None:
         context.joined = True  # what the recipe's code raised, its shards will raise again
         return
-    said = {"worker": worker, "place": process.place(), "environment": environment(), **asdict(found)}
+    said = {
+        "worker": worker,
+        "place": process.place(),
+        "environment": environment(),
+        "seconds": time.monotonic() - began,
+        "found": asdict(found),
+    }
     name = f"first {revision(context.incarnation)}"
     first = json.loads(context.ledger.claim(name, json.dumps(said))[name])
-    what = found.difference(_read(first))
+    what = found.difference(FirstShard(**first["found"]))
     if not what:
         context.joined = True
         return
@@ -67,15 +75,14 @@ def join(context: RunContext, worker: str) -> None:
     raise Skewed(told)
 
 
-def compare_server(context: RunContext, worker: str, weights: Digests) -> None:
+def compare_server(context: RunContext, worker: str) -> None:
     """Compare a training server's first shard with its first Client's, before the first commit.
 
-    So what differs by process shows with a single Client, too, if that is on the same machine. The server
-    computes no gradient; it reads the batch where that took the Client little time.
+    So what differs by process shows with a single Client, too. It is done where both are alike and on one
+    machine, and where it took the Client little time.
 
     Args:
         worker: id of this process.
-        weights: of the model as this process made it; empty: it did not.
 
     Raises:
         Impure: they differ.
@@ -86,15 +93,14 @@ def compare_server(context: RunContext, worker: str, weights: Digests) -> None:
     if claimed is None:
         return
     first = json.loads(claimed)
+    if first["worker"] == worker or first["seconds"] > _SERVER_SECONDS:
+        return
     if (first["place"], first["environment"]) != (process.place(), environment()):
         return
-    batch: Digests = {}
-    if first["seconds"] <= _READ_SECONDS:
-        try:
-            batch, _ = batch_of(context.recipe, context.plan(), context.dataset())
-        except Exception:  # the server need not have the data
-            log.info("run %s: the first batch is not compared", context.run, exc_info=True)
-    if what := FirstShard(weights, batch).difference(_read(first)):
+    if context.config.compile or spare_memory_nbytes() < used_memory_nbytes():
+        return
+    found = _found(context, apart=True)
+    if found is not None and (what := found.difference(FirstShard(**first["found"]))):
         raise Impure(_told(context, first["worker"], worker, what))
 
 
@@ -105,21 +111,23 @@ def _compared(context: RunContext) -> bool:
     return bool(context.spec.get("skew", context.config.skew) == "refuse")
 
 
-def _found(context: RunContext) -> FirstShard | None:
+def _found(context: RunContext, *, apart: bool = False) -> FirstShard | None:
+    """This process's first shard; None if the recipe's code raises.
+
+    Args:
+        apart: in a model of its own, whether or not the context's is unused.
+    """
     try:
-        replica = context.replica()
-        if replica.loaded is not None:
+        if apart or context.replica().loaded is not None:
             replica = Replica.build(context.recipe, context.config, device(), computing=True)
+        else:
+            replica = context.replica()
         return first_shard(replica, context.recipe, context.plan(), context.dataset())
     except CacheError:
         raise
-    except Exception:
+    except Exception:  # the server need not have the data, say
         log.info("run %s: the first shard is not compared", context.run, exc_info=True)
         return None
-
-
-def _read(claim: dict[str, Any]) -> FirstShard:
-    return FirstShard(**{name: claim[name] for name in ("weights", "batch", "gradient", "seconds")})
 
 
 def _told(context: RunContext, first: str, worker: str, what: str) -> str:

@@ -115,7 +115,7 @@ class StepCommit:
             return None
         slots = [present[root] for root in tree.roots]
         if step == 0:
-            compare_server(warm.context, self.worker, warm.initial)
+            compare_server(warm.context, self.worker)
         checks = compare(warm, present, self.services.gradients)
         # The average, and the optimizer's step.
         self.fault("server.before_apply")

@@ -68,6 +68,8 @@ def difference(slot: SlotRecord, check: SlotRecord, gradients: GradientStore) ->
 def _figures(slot: SlotRecord, check: SlotRecord) -> str:
     if slot.weight != check.weight:
         return f"the weight was {slot.weight!r} and then {check.weight!r} (None: the examples)"
+    if slot.weight != check.weight:
+        return f"the weight was {slot.weight!r} and then {check.weight!r}"
     one, other = slot.loss, check.loss
     if one == other or (math.isnan(one) and math.isnan(other)):
         return ""

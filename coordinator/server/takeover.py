@@ -23,7 +23,6 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, StateRecord, VersionRecord
 from torchord.coordinator.compute.alone import require_company
-from torchord.coordinator.compute.first_shard import Digests, weights_of
 from torchord.coordinator.compute.inference import try_metrics
 from torchord.coordinator.compute.starting_weights import put_weights
 from torchord.coordinator.compute.trainer import Prepare, Trainer, nothing_to_prepare
@@ -55,7 +54,6 @@ class TakeOver:
         self.context = context
         self.token = token
         self.restores = False  # whether there are versions, and with them the layout of the run's model
-        self._initial: Digests = {}  # of the weights that this process made
         self.ledger: Ledger = services.ledger(context.run)
         self._writer: VersionWriter | None = None  # that has stored the version that was taken over
         self.checkpoints = CheckpointStore(
@@ -92,8 +90,6 @@ class TakeOver:
     def _tried(self, plan: Plan, evaluation_size: int, prepare: Prepare = nothing_to_prepare) -> Trainer:
         """A trainer at version 0 whose shards can be computed, and whose evaluations will do."""
         trainer, context = self._built(plan.config_at(0), prepare), self.context
-        if prepare is nothing_to_prepare and plan.checked(0):
-            self._initial = weights_of(trainer.replica)
         require_company(trainer.replica, context.recipe, context.dataset(), plan)
         if evaluation_size and context.recipe.metrics:
             try_metrics(trainer.replica, context.recipe, context.config, context.dataset("evaluation"))
@@ -123,9 +119,7 @@ class TakeOver:
         if verdict != "ok":
             raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")
         self.fault("server.after_initialise")
-        made = self._made(trainer, record, time.time(), spilled=head.version)
-        made.initial = self._initial
-        return made
+        return self._made(trainer, record, time.time(), spilled=head.version)
 
     def _restore(self, head: Head) -> WarmRun:
         """Load the newest version whose optimizer state is at hand, and replay from there."""

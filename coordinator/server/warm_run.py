@@ -10,7 +10,6 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import LedgerEntry, VersionRecord
-from torchord.coordinator.compute.first_shard import Digests
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.services import Services
@@ -44,7 +43,6 @@ class WarmRun:
         far_until: up to which step it is taken for granted that Clients are on other hosts.
         download: reads the present step's gradients ahead; None where that does not pay.
         spent: gradient bytes of the last committed step, to be deleted.
-        initial: digests of the weights that this process made, if it has initialised the run.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
     """
 
@@ -69,7 +67,6 @@ class WarmRun:
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()
-    initial: Digests = field(default_factory=dict, repr=False)
 
     @property
     def run(self) -> str:

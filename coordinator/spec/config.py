@@ -88,7 +88,8 @@ class TrainingConfig:
             steps and one of the second epoch's first are checked besides, and each Client computes the
             run's first shard once, when it joins, to compare it with the others'. What that costs: a check
             makes its step longer by at most one shard, which with a worker for each shard is the whole
-            step, so 0.004 of the steps cost at most 0.4 %; making the fresh copies takes at most 0.4 % of
+            step, and whoever computed the shard waits at most as long for another worker to take the
+            check, so 0.004 of the steps cost at most 0.8 %; making the fresh copies takes at most 0.2 % of
             a worker's time, and two seconds besides for the checks at the start. 0: nothing of all this,
             nor is there any with deterministic=False, whose runs need not give the same bits twice. A run
             that was submitted before there were checks has none.

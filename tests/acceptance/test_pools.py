@@ -95,7 +95,7 @@ def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
     """
     names = "|".join(runs)
     lasting = [
-        rf"torchord:\{{({names})\}}:(spec|head|manifest|versions|ledger|events|evaluations|pins)",
+        rf"torchord:\{{({names})\}}:(spec|head|manifest|versions|ledger|claims|events|evaluations|pins)",
         rf"torchord:blob:({names}):(parameters|state):\d+:\w+:\d+",
         r"torchord:(runs|workers|placement|supervisor|active)",
         r"torchord:worker:.+",

@@ -11,7 +11,7 @@ import torch
 from tests.support import models, recipes_impure
 from tests.support.inprocess import resolved, same
 from torchord.coordinator.compute.batch import open_dataset
-from torchord.coordinator.compute.first_shard import FirstShard, batch_of, digest_of, first_shard, weights_of
+from torchord.coordinator.compute.first_shard import FirstShard, batch_of, digest_of, first_shard
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import work
 from torchord.coordinator.spec.config import TrainingConfig
@@ -64,14 +64,14 @@ def test_the_replica_computes_afterwards_as_if_nothing_had_been() -> None:
     data = open_dataset(recipe, CONFIG)
     plan = Plan(len(data), CONFIG)
     used, fresh = Replica.build(recipe, CONFIG), Replica.build(recipe, CONFIG)
-    before = weights_of(used)
+    before = {name: digest_of(tensor) for name, tensor in used.state_tensors().items()}
     version = fresh.pack()
     first_shard(used, recipe, plan, data)
     assert used.loaded is None
     done = []
     for replica in (used, fresh):
         replica.attach(version.clone())
-        assert weights_of(replica) == before
+        assert {name: digest_of(tensor) for name, tensor in replica.state_tensors().items()} == before
         done.append(work(replica, recipe, plan, data, 1, 0, None))
     assert all(same(value, done[1].payload[name]) for name, value in done[0].payload.items())
 
@@ -93,9 +93,8 @@ def test_a_batch_is_looked_into_and_what_is_no_number_is_left_out() -> None:
     }
     recipe = replace(resolved(recipes_impure.recipe()), collate=lambda samples: batch)
     data = models.points(16)
-    digests, seconds = batch_of(recipe, Plan(16, CONFIG), data)
+    digests = batch_of(recipe, Plan(16, CONFIG), data)
     assert digests.keys() == {"ids.0", "ids.1", "sample.numbers"}
-    assert seconds >= 0
 
 
 def test_a_digest_covers_dtype_shape_and_bits_and_no_layout() -> None:

@@ -18,7 +18,6 @@ from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
 from torchord.coordinator.compute.batch import open_dataset
-from torchord.coordinator.compute.first_shard import weights_of
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.runtime import joining
 from torchord.coordinator.runtime.context import RunContext
@@ -52,7 +51,7 @@ class Process:
         joining.join(cast(RunContext, self), id)
 
     def serve(self) -> None:
-        joining.compare_server(cast(RunContext, self), "s0", weights_of(self._replica))
+        joining.compare_server(cast(RunContext, self), "s0")
 
 
 @pytest.fixture
@@ -131,8 +130,9 @@ def test_what_the_recipe_raises_is_left_to_its_shards(ledger: MemoryLedger) -> N
     [
         (OTHER_DATA, "of the first batch, '0'"),
         ({"model": partial(models.Mlp, hidden=9)}, "the initial value"),
+        ({"loss": recipes_impure.salted}, "the first shard's gradient of"),
     ],
-    ids=["data", "weights"],
+    ids=["data", "weights", "loss"],
 )
 def test_a_server_on_the_same_machine_compares_too(
     ledger: MemoryLedger, changes: dict[str, Any], said: str
@@ -142,7 +142,7 @@ def test_a_server_on_the_same_machine_compares_too(
         Process(ledger, **changes).serve()
 
 
-def test_a_server_elsewhere_or_with_slow_data_does_not(
+def test_a_server_elsewhere_or_with_much_to_compute_does_not(
     ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Process(ledger, **OTHER_DATA)
@@ -151,5 +151,5 @@ def test_a_server_elsewhere_or_with_slow_data_does_not(
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(joining.process, "place", lambda: "another machine")
         server.serve()
-    monkeypatch.setattr(joining, "_READ_SECONDS", -1.0)
+    monkeypatch.setattr(joining, "_SERVER_SECONDS", -1.0)
     server.serve()

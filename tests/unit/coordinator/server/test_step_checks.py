@@ -68,6 +68,7 @@ def test_the_same_bytes_are_no_difference() -> None:
         ),
         (slot({"w": A}, compression="int8"), slot({"w": B}, compression="int8"), "what is sent for 'w'"),
         (slot({"w": A}), slot({"w": A}, loss=1.5), "the loss was 1.0 and then 1.5"),
+        (slot({"w": A}, weight=2.0), slot({"w": A}, weight=3.0), "the weight was 2.0 and then 3.0"),
         (slot({"w": A.to(torch.complex64)}), slot({"w": A * 1j}), "the gradient of 'w' differs by 4.24"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
