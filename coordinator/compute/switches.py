@@ -80,14 +80,16 @@ _ALL = _there(
     _precision("mkldnn", "conv"),
     _precision("mkldnn", "rnn"),
 )
+_READS, _VALUES = [switch.get for switch in _ALL], [switch.value for switch in _ALL]
 _MATMULS = _there(_precision("mkldnn", "matmul"), _precision("cuda", "matmul"))  # and their older name
 
 
 def set_switches() -> None:
     """Set every switch to what torch has from the start; float32 means float32."""
-    for read, write, value in _ALL:
-        if read() != value:
-            write(value)
+    if [read() for read in _READS] != _VALUES:  # at each shard's every turn: as short as it can be
+        for read, write, value in _ALL:
+            if read() != value:
+                write(value)
     if matmul_precision() != "highest":
         torch.set_float32_matmul_precision("highest")
 
