@@ -59,9 +59,9 @@ class Modes:
         for name, module in self._model.named_modules():
             if isinstance(module, nn.SyncBatchNorm) and id(module) not in staying and config.shards > 1:
                 raise InvalidInput(
-                    f"{name!r} is a SyncBatchNorm, whose statistics are those of the whole batch, while "
-                    "shards are computed apart; use a BatchNorm (each shard's own statistics, as each "
-                    "rank's under DDP), a GroupNorm, which needs none, or shards=1"
+                    f"{name or 'the model'!r} is a SyncBatchNorm, whose statistics are those of the whole "
+                    "batch, while shards are computed apart; use a BatchNorm (each shard's own statistics, "
+                    "as each rank's under DDP), a GroupNorm, which needs none, or shards=1"
                 )
 
 

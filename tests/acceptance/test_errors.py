@@ -428,6 +428,19 @@ RAISING: dict[str, tuple[dict[str, Any], str]] = {
         {"model": models.points},
         r"model entry returned a TensorDataset; it must return a torch.nn.Module",
     ),
+    "buffer without a rule": (
+        {"model": models.Odd},
+        r"shard \d of step 0 .*the forward changes 'mean' .*a rule, Recipe\(buffers=\{'mean': 'shard0'\}\)",
+    ),
+    "rule without a buffer": ({"buffers": {"queu": "shard0"}}, r"'queu' fits no buffer"),
+    "norm over all processes": (
+        {"model": partial(torch.nn.SyncBatchNorm, 6)},
+        r"'the model' is a SyncBatchNorm.*use a BatchNorm",
+    ),
+    "operator that is not deterministic": (
+        {"loss": recipes_more.putting_loss},
+        r"shard \d of step 0 .*the operator put_ has no deterministic implementation.*deterministic=False",
+    ),
     "closure optimizer": (
         {"optimizer": torch.optim.LBFGS},
         r"LBFGS evaluates the loss several times.*use an optimizer",

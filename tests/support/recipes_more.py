@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -96,6 +97,11 @@ def wrong_targets() -> Dataset[Any]:
     """Points whose class numbers are out of the model's range."""
     data = models.points(16)
     return torch.utils.data.TensorDataset(data.tensors[0], data.tensors[1] + models.CLASSES)
+
+
+def putting_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss with an operator that has no deterministic implementation."""
+    return F.cross_entropy(outputs.put(torch.tensor([0]), torch.ones(1)), targets)
 
 
 def wide_points() -> Dataset[Any]:
