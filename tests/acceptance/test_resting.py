@@ -25,11 +25,12 @@ from torchord.coordinator.server.server import TrainingServer
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=2, seed=3, checkpoint_every=2)  # six steps
 LAST = 6
 
+WAKING = {"late": "mean", "offset": "mean"}
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "adapters": resting.recipe,
     "statistics move": partial(resting.recipe, resting.Backbone),
-    "begins to move": partial(resting.recipe, resting.Waking),
-    "frozen, and written": partial(resting.recipe, partial(resting.Waking, parameter=True)),
+    "begins to move": partial(resting.recipe, resting.Waking, buffers=WAKING),
+    "frozen, and written": partial(resting.recipe, partial(resting.Waking, parameter=True), buffers=WAKING),
     "written past autograd": partial(
         resting.recipe, resting.Teacher, optimizer=partial(resting.Averaging, lr=0.1)
     ),
