@@ -28,6 +28,7 @@ from torchord.coordinator.spec.sum_tree import FanIn, fan_in
 Indices = npt.NDArray[np.int64]
 
 _KEPT_EPOCHS = 2
+_KEPT_TREES = 64
 _FIRST_CHECKED = 4  # shards of the first step, at most
 _STEPS_CHECKED = 4  # the first steps, each of which has a check
 _SEEDS = 1 << 63
@@ -190,6 +191,7 @@ class Plan:
         self.total_steps = self._segments[-1].end(config.epochs)
         self._asked: tuple[int | None, list[int]] = (None, [])
         self._orders: OrderedDict[int, Indices] = OrderedDict()
+        self._trees: dict[int, FanIn] = {}  # each is asked for several times
         self._lock = threading.Lock()
 
     @property
@@ -259,7 +261,13 @@ class Plan:
 
     def fan_in(self, step: int) -> FanIn:
         """Return the slots of the step: its shards, the partial sums where those are many, its checks."""
-        return fan_in(self.shards_in(step), self.config_at(step).fan_in, self.checked(step))
+        tree = self._trees.get(step)
+        if tree is None:
+            tree = fan_in(self.shards_in(step), self.config_at(step).fan_in, self.checked(step))
+            if len(self._trees) >= _KEPT_TREES:
+                self._trees.clear()
+            self._trees[step] = tree
+        return tree
 
     def checked(self, step: int) -> tuple[int, ...]:
         """Return the shards of the step that are computed twice, in order; mostly none.
