@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchord.cache.tensors.codec import memory
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute.batch import read_batch
 from torchord.coordinator.compute.determinism import pinned
@@ -82,9 +83,9 @@ def batch_of(recipe: ResolvedRecipe, plan: Plan, dataset: Any) -> Digests:
 
 def digest_of(tensor: Tensor) -> str:
     """16 hexadecimal digits of a tensor's dtype, shape and bytes in row-major order."""
-    dense = tensor.detach().cpu().contiguous()
+    dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     digest = hashlib.blake2b(f"{dense.dtype} {tuple(dense.shape)}".encode(), digest_size=8)
-    digest.update(memoryview(dense.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    digest.update(memory(dense))  # as an array of numpy's, a buffer could not be resized any more
     return digest.hexdigest()
 
 

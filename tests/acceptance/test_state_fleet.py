@@ -40,12 +40,13 @@ def recipe(model: Any, **entries: Any) -> Recipe:
 
 
 def test_a_model_made_in_the_order_of_a_set_trains_on_processes_with_other_orders(three: Fleet) -> None:
-    run = three.master.submit(recipe(layouts.Disordered), CONFIG, name="disordered")
+    made = recipe(layouts.Disordered, buffers={f"seen_{each}": "mean" for each in "abc"})
+    run = three.master.submit(made, CONFIG, name="disordered")
     trained = finished(run)
     assert run.status().refused == ()
     assert run.verify(reexecute=[0, 3]).ok
     layouts.Disordered().load_state_dict(run.state_dict(), strict=True)
-    plain = large_batch(recipe(layouts.Disordered), CONFIG).module.state_dict()
+    plain = large_batch(made, CONFIG).module.state_dict()
     for name, tensor in run.state_dict().items():
         if not name.startswith("seen"):  # which shards average
             torch.testing.assert_close(tensor, plain[name], rtol=1e-5, atol=1e-6, msg=name)

@@ -93,7 +93,8 @@ def test_a_trained_parameter_that_is_expanded_is_refused() -> None:
 # --- order -----------------------------------------------------------------------------------------------
 
 
-ORDERS = [recipe(partial(layouts.Disordered, order)) for order in ("abc", "cba", "bca")]
+MEANS = {f"seen_{each}": "mean" for each in "abc"}
+ORDERS = [recipe(partial(layouts.Disordered, order), buffers=MEANS) for order in ("abc", "cba", "bca")]
 
 
 def test_processes_that_register_in_another_order_have_one_layout_and_the_same_bits() -> None:
