@@ -66,16 +66,19 @@ def rules_of(model: nn.Module, given: Mapping[str, Rule] | None) -> dict[str, Ru
                 f"buffers: {pattern!r} fits no buffer and no frozen parameter of the model, which has {shown}"
                 "; correct the name or leave it out"
             )
-    return {name: _rule(model, name, tensor, given) for name, tensor in held.items()}
+    owners = dict(model.named_modules(remove_duplicate=False))
+    return {
+        name: _rule(owners[name.rpartition(".")[0]], name, tensor, given) for name, tensor in held.items()
+    }
 
 
-def _rule(model: nn.Module, name: str, tensor: Tensor, given: Mapping[str, Rule]) -> Rule:
+def _rule(owner: nn.Module, name: str, tensor: Tensor, given: Mapping[str, Rule]) -> Rule:
     if name in given:
         found = [given[name]]
     else:
         found = [rule for pattern, rule in given.items() if fnmatchcase(name, pattern)]
     if not found:
-        return _own_rule(model, name, tensor)
+        return _own_rule(owner, name.rpartition(".")[2], tensor)
     if any(rule != found[0] for rule in found):
         raise InvalidInput(f"buffers: several patterns fit {name!r} and give it other rules; name it itself")
     if found[0] == MEAN and not _numeric(tensor):
@@ -85,10 +88,8 @@ def _rule(model: nn.Module, name: str, tensor: Tensor, given: Mapping[str, Rule]
     return found[0]
 
 
-def _own_rule(model: nn.Module, name: str, tensor: Tensor) -> Rule:
-    """The rule of a buffer that was given none."""
-    place, _, local = name.rpartition(".")
-    owner = model.get_submodule(place)
+def _own_rule(owner: nn.Module, local: str, tensor: Tensor) -> Rule:
+    """The rule of a buffer that was given none, by its module and its name there."""
     last = local.rpartition("/")[2]  # Keras' names are paths
     if isinstance(owner, _NormBase) or _STATISTICS.fullmatch(last):
         return MEAN if _numeric(tensor) else FIRST

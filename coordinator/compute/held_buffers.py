@@ -57,7 +57,9 @@ class HeldBuffers:
         return found
 
     def _kept(self, name: str, home: BufferHome) -> Tensor | None:
-        current, (shape, dtype) = home.module._buffers.get(home.name), self._layouts[name]
+        there = dict(home.module._buffers.items())  # of a scripted module it is no dict
+        current = there.get(home.name)
+        shape, dtype = self._layouts[name]
         if current is not None and (current.shape, current.dtype) == (shape, dtype):
             return current
         if home.name in home.module._non_persistent_buffers_set:

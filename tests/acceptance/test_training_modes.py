@@ -48,6 +48,12 @@ def frozen_norm() -> Net:
     return net
 
 
+def scripted() -> nn.Module:
+    """The same, compiled to TorchScript, whose modules are no ordinary ones."""
+    made: nn.Module = torch.jit.script(frozen_norm())
+    return made
+
+
 def all_in_evaluation(rate: float = 0.0) -> nn.Module:
     """As a library hands out what it has loaded."""
     return Net(rate).eval()
@@ -91,7 +97,8 @@ def recipe(model: Any, **changes: Any) -> Recipe:
     return models.mlp(model=model, optimizer=partial(torch.optim.SGD, lr=0.1), **changes)
 
 
-@pytest.mark.parametrize("model", [frozen_norm, Overridden])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("model", [frozen_norm, Overridden, scripted])
 def test_statistics_that_were_put_in_evaluation_mode_stay(model: Any) -> None:
     given = recipe(model)
     run = Stepping(given, CONFIG).train()
