@@ -197,7 +197,7 @@ def unlike(run: Run) -> str:
     ("kind", "said"),
     [
         ("the order of a set in the data", "of the first batch, '0' differs"),
-        ("the order of a set in the weights", "the initial value of 'layers.a.weight' differs"),
+        ("the order of a set in the weights", "the initial value of 'layers."),
         ("a salt at import", "the first shard's gradient of 'first.weight' differs"),
         ("the process", "the first shard's gradient of 'first.weight' differs"),
     ],
