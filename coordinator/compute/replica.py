@@ -135,19 +135,18 @@ class Replica:
         """
         if manifest == self.manifest:
             return
-        if (theirs := renamed(self.manifest, manifest, self.counts)) is not None:
+        names = [spec.name for spec in manifest.tensors]
+        parameters = named(self.model.named_parameters, names, self.parameters)
+        buffers = named(self.model.named_buffers, names, self.buffers)
+        if {*parameters, *buffers}.issubset(names):
+            reorder(self.model, names)
+            self._take_apart(parameters, buffers)
+            require_same(self.manifest, manifest)
+            self.manifest = manifest
+        elif (theirs := renamed(self.manifest, manifest, self.counts)) is not None:
             parameters = {theirs[name]: parameter for name, parameter in self.parameters.items()}
             self.rules = {theirs.get(name, name): rule for name, rule in self.rules.items()}
             self._take_apart(parameters, {theirs[name]: buffer for name, buffer in self.buffers.items()})
-            return
-        names = [spec.name for spec in manifest.tensors]
-        reorder(self.model, names)
-        self._take_apart(
-            named(self.model.named_parameters, names, self.parameters),
-            named(self.model.named_buffers, names, self.buffers),
-        )
-        require_same(self.manifest, manifest)
-        self.manifest = manifest
 
     @classmethod
     def build(
