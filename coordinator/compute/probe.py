@@ -41,7 +41,7 @@ from torchord.coordinator.spec.plan import Plan, derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
 _SHARDS = 4
-_LEAST_EXAMPLES = 4
+_LEAST_EXAMPLES = 2
 _MOST_PARTS = 4
 _DRAWS = 16
 _ROUNDING = {"fp32": 2e-5, "bf16": 2e-3, "fp16": 2e-3}
@@ -72,7 +72,7 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
 
     Args:
         like: holds the version to try it at; a copy of it computes, so that nothing of this stays.
-        plan: says which examples the shard has; if those are few, the next ones' are taken besides.
+        plan: says which examples the shard has; if that is one, the next one's is taken besides.
         dataset: the training dataset.
 
     Returns:

@@ -79,7 +79,7 @@ class TrainingConfig:
         drop_last: whether the last batch of an epoch is left out where it is smaller than batch_size.
         probe: whether the run's first four shards are looked at for whether the losses of parts have the loss
             of the whole as their mean, so that each step is the whole batch's; if they have not, the run is
-            refused. It costs about eight forwards of each, once. See `torchord.coordinator.compute.probe`.
+            refused. It costs about nine forwards of each, once. See `torchord.coordinator.compute.probe`.
         compile: whether shards are computed by torch.compile's kernels. Every worker that computes
             needs the same compiler; see docs/precision.md.
         audit_fraction: part of the steps, 0 to 1, in which one shard is computed once more, by whichever

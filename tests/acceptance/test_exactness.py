@@ -59,7 +59,11 @@ CASES: dict[str, Case] = {
     # What a state can hold.
     "unused, frozen, integer, bool, non-persistent": Case(models.odd(), _config(), reference.average),
     "parameters that some shards do not reach": Case(
-        models.mlp(model=models.Branching, optimizer=_SGD), _config(), reference.average
+        models.mlp(
+            model=models.Branching, optimizer=_SGD, loss_over="shard", evaluation=None, metrics=None
+        ),
+        _config(),
+        reference.average,
     ),
     "BatchNorm that counts its batches": Case(
         recipes_more.cumulative_norm(), _config(epochs=3, shards=2), reference.average

@@ -38,7 +38,12 @@ CASES: dict[str, tuple[Recipe, TrainingConfig]] = {
     "20 in bfloat16 autocast": (models.gpt(80), _config(20, precision="bf16")),
     "20, unused, frozen, integer, bool, non-persistent": (models.odd(80), _config(20)),
     "20, parameters that some shards do not reach": (
-        _mlp(80, model=models.Branching, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
+        _mlp(
+            80,
+            model=models.Branching,
+            optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+            loss_over="shard",
+        ),
         _config(20),
     ),
     "BatchNorm that counts its batches": (recipes_more.cumulative_norm(), _config(10, fan_in=3)),

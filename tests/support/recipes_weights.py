@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -259,9 +260,17 @@ def likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.nll_loss(outputs.log_softmax(1), targets)
 
 
+_calls = itertools.count()
+
+
+def counted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that is no function of its arguments."""
+    return F.cross_entropy(outputs, targets) * next(_calls)
+
+
 def too_large(outputs: Tensor, targets: Tensor) -> Tensor:
     """A loss that there is memory for only with few examples."""
-    if len(outputs) > 4:
+    if len(outputs) > 2:
         raise torch.OutOfMemoryError("tried to allocate more than there is")
     return F.cross_entropy(outputs, targets)
 
