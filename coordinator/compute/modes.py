@@ -57,7 +57,10 @@ class Modes:
         """
         staying = {id(module) for module in self._kept}
         for name, module in self._model.named_modules():
-            if isinstance(module, nn.SyncBatchNorm) and id(module) not in staying and config.shards > 1:
+            synced = any(
+                base.__name__ == "SyncBatchNorm" for base in type(module).__mro__
+            )  # apex has its own
+            if synced and id(module) not in staying and config.shards > 1:
                 raise InvalidInput(
                     f"{name or 'the model'!r} is a SyncBatchNorm, whose statistics are those of the whole "
                     "batch, while shards are computed apart; use a BatchNorm (each shard's own statistics, "

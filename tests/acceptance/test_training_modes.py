@@ -160,6 +160,13 @@ def test_a_pretrained_part_of_transformers_trains_and_a_frozen_one_does_not(
         assert model[0].inner.drop.training is not frozen
 
 
+def test_a_batchnorm_over_all_processes_of_another_library_is_refused() -> None:
+    model = Net()
+    model.norm = type("SyncBatchNorm", (nn.BatchNorm1d,), {})(models.FEATURES)
+    with pytest.raises(InvalidInput, match="'norm' is a SyncBatchNorm"):
+        Modes(model).require_apart(CONFIG)
+
+
 def test_a_batchnorm_over_all_processes_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"'norm' is a SyncBatchNorm.*BatchNorm.*shards=1"):
         Replica.build(resolved(recipe(Synced)), CONFIG)
