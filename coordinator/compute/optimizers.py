@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiplicativeLR, ReduceLROnPlateau
 
 from torchord.cache.errors import CheckpointError, InvalidInput
+from torchord.coordinator.compute.batch import during
 from torchord.coordinator.compute.determinism import seed_everything
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
@@ -38,9 +39,11 @@ def build_optimizer(
         if resolved.parameter_groups is None
         else resolved.parameter_groups(replica.model)
     )
-    optimizer = resolved.optimizer(groups)
+    with during("making the optimizer"):
+        optimizer = resolved.optimizer(groups)
     _require_optimizer(optimizer, replica)
-    scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
+    with during("making the scheduler"):
+        scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         raise InvalidInput(
             f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
@@ -66,7 +69,8 @@ def servers_optimizer(
         return build_optimizer(resolved, config, replica)
     seed_everything(derive_seed(config.seed, "optimizer"))
     outer = resolved.outer_optimizer or partial(torch.optim.SGD, lr=1.0)
-    optimizer = outer(replica.model.parameters())
+    with during("making the outer optimizer"):
+        optimizer = outer(replica.model.parameters())
     _require_optimizer(optimizer, replica)
     return optimizer, None
 

@@ -111,7 +111,7 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.3)
+        self.one = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64) * 0.3)
         self.two = nn.Parameter(self.one.data.t())
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -428,7 +428,7 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 _OPTIM = torch.optim
-_TORCHS_OWN = r"LBFGS doesn't support per-parameter options"
+_TORCHS_OWN = r"LBFGS doesn't support per-parameter options .*raised while making the optimizer"
 OPTIMIZERS: dict[str, tuple[Any, Word]] = {
     "sgd": (partial(_OPTIM.SGD, lr=0.1), PLAIN),
     "momentum": (partial(_OPTIM.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01), PLAIN),
@@ -529,6 +529,11 @@ class Sentence:
         """The global batches of a plain loop, in the order of the steps."""
         found: list[list[int]] = []
         size, batch = self.size, self.batch_size
+        if self.mode == "local steps":
+            plan = Plan(size, self.config())
+            return [
+                [int(i) for i in part] for step in range(plan.total_steps) for part in plan.parts(step, 0)
+            ]
         for epoch in range(2):
             if self.order == "uneven batches":
                 found += uneven(size, epoch)
@@ -569,8 +574,10 @@ class Sentence:
 
     @property
     def batchwise(self) -> bool:
-        """Whether it is a plain loop over whole batches."""
-        return self.mode == "plain" and all(word.batch for word in self.words)
+        """Whether it is a plain loop over whole batches; local steps of one shard are one, too."""
+        one_shard = self.mode == "local steps" and self.shards == 1 and not ORDERS[self.order][0]
+        alone = one_shard and self.average == "none" == self.scheduler and LOSSES[self.loss][1].shards
+        return (self.mode == "plain" or alone) and all(word.batch for word in self.words)
 
     @property
     def shardwise(self) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -157,6 +156,7 @@ class Fleet:
                 parameters=ParameterCache(chunks),
                 gradients=GradientStore(chunks),
                 ledger=lambda run: ledger,
+                registry=SimpleNamespace(alive=self._alive),
             ),
         )
         self.ledger: Ledger = ledger
@@ -167,6 +167,8 @@ class Fleet:
         self._parked = threading.Event()
         self._over = threading.Event()
         self._made = 0
+        self._raised: Exception | None = None
+        self.clients: list[Client] = []
         self.server = self._server()
         self.clients = [self._client() for _ in range(clients)]
 
@@ -183,16 +185,20 @@ class Fleet:
         return found
 
     def _until_rest(self) -> None:
-        idle = 0
+        rounds, version = 0, 0
         while (head := self.ledger.head()).status not in RESTING:
+            if head.version > version:
+                rounds, version = 0, head.version
             if self.post.waiting:
                 self._deliver(*self._next())
-                idle = 0
                 continue
-            idle += 1
-            if idle > _IDLE_ROUNDS:
-                raise Stalled(f"{head.status} at version {head.version} of {head.total_steps}: {head}")
+            rounds += 1
+            if rounds > _IDLE_ROUNDS:
+                raise Stalled(f"{head.status} at version {version} of {head.total_steps}") from self._raised
             self._supervise()
+
+    def _alive(self) -> dict[str, WorkerInfo]:
+        return {client.heartbeat.info.id: client.heartbeat.info for client in self.clients}
 
     # --- messages -------------------------------------------------------------------------
 
@@ -237,13 +243,13 @@ class Fleet:
     def _live(self, act: Callable[[], Any], replace_it: Callable[[], None]) -> None:
         """Let a process do something; if it is killed meanwhile, another takes its place."""
         if self.kill is None:
-            _quietly(act)
+            self._quietly(act)
             return
         done = threading.Event()
 
         def living() -> None:
             try:
-                _quietly(act)
+                self._quietly(act)
             except SystemExit:
                 pass
             finally:
@@ -257,6 +263,13 @@ class Fleet:
             self.kill = None
             replace_it()
         self._parked.clear()
+
+    def _quietly(self, act: Callable[[], Any]) -> None:
+        """Do something whose failure the run's head tells."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001  a worker's task logs it
+            self._raised = error
 
     def _fault(self) -> Hook:
         count = 0
@@ -307,9 +320,3 @@ class Fleet:
         tensors = views(flat, Manifest.from_json(self.ledger.manifest()))
         losses = tuple(entry.loss for entry in entries)
         return Outcome("done", "", tensors, losses, tuple(self.kills))
-
-
-def _quietly(act: Callable[[], Any]) -> None:
-    """Do something whose failure the run's head tells."""
-    with suppress(Exception):  # a worker's task logs it
-        act()
