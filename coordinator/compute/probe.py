@@ -7,6 +7,10 @@ examples: in evaluation mode and without gradients, their loss together against 
 even ones and lopsided ones, since parts that happen to have equally many tokens would show nothing. The
 samples are read once, and collated for each part from copies.
 
+The loss is looked at in training mode, too, without dropout and with running statistics as they are, if it
+is another there (a term that is added in training alone). So are the gradients, or in evaluation mode where
+training is random: see `torchord.coordinator.compute.part_gradients`.
+
 What may differ by rounding is measured: the same samples in other orders. A loss that draws random numbers is
 computed several times, and refused only where chance cannot explain what is seen. Parameters that are all
 zero, as a last layer's may be at first, would make all examples alike: then it is looked a second time with
@@ -23,7 +27,7 @@ from statistics import fmean, variance
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -31,8 +35,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torchord.cache.errors import InvalidInput
 from torchord.cache.tensors.codec import views
 from torchord.coordinator.compute.batch import Batch, formatted, read_samples, to_device
+from torchord.coordinator.compute.buffer_rules import AGREE
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.gradient import autocast
+from torchord.coordinator.compute.part_gradients import require_mean, sampled
+from torchord.coordinator.compute.readback import take_gradients
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shares import mean_loss
 from torchord.coordinator.compute.weights import checked, given, is_sum, left, loss_of, reads, require_scalar
@@ -149,6 +156,7 @@ class _Trial:
         self._all = list(range(examples))
         self._rounding = _ROUNDING[config.precision]
         self._mode = _MODES[0]
+        self._still = list(_of_batches(replica))
 
     def compare(self) -> str:
         """See `probe`."""
@@ -164,7 +172,10 @@ class _Trial:
         self._look(whole, sizes)
         if self._draw_zeros():
             self._look(self._loss(self._all), sizes)
-        if self._mode != _MODES[-1]:
+        looked = self._mode
+        with suppress(_CannotLook):
+            self._look_in_training(sizes)
+        if looked != _MODES[-1]:
             return ""
         return f"{_WHETHER} was looked at in training mode, since in evaluation mode the model gives no loss"
 
@@ -183,6 +194,47 @@ class _Trial:
                 parts = self._parts(lopsided)
                 if all(math.isfinite(loss) for loss, _, _ in parts):
                     self._refuse_beyond(allowed, whole, lopsided, parts)
+
+    def _look_in_training(self, sizes: Sequence[int]) -> None:
+        """Look at what evaluation mode does not show: a loss of training mode alone, and the gradients."""
+        evaluated, before = self._loss(self._all), self._mode
+        self._mode = _MODES[-1]
+        if self._mode != before:
+            trained = self._loss(self._all)
+            if self._apart(trained, self._loss(self._all)) > self._rounding / 10:
+                return  # not pure
+            if self._apart(trained, self._loss(self._all, draw=1)) > self._rounding / 10:
+                self._mode = _MODES[1]  # its chance would hide the gradients
+            elif self._apart(trained, evaluated) > self._rounding:
+                with suppress(_CannotLook):
+                    self._look(trained, sizes)
+        with suppress(_CannotLook):
+            self._look_at_gradients(sizes)
+
+    def _look_at_gradients(self, sizes: Sequence[int]) -> None:
+        """Compare the gradient of all examples with those of their parts."""
+        _, whole = self._traced(self._all)
+        _, reordered = self._traced(self._all[::-1])
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self._traced(self._all[start : start + size]))
+            start += size
+        counts = [float(count if weight is None else weight) for (_, count, weight), _ in parts]
+        if is_sum(self._resolved):
+            counts, total = [1.0] * len(counts), 1.0
+        elif not (total := math.fsum(counts)):
+            return
+        shares = [(found, count / total) for (_, found), count in zip(parts, counts, strict=True) if count]
+        require_mean(whole, reordered, shares, self._config.precision)
+
+    def _traced(self, examples: list[int]) -> tuple[_Measured, dict[str, Tensor]]:
+        """The loss of some examples, and elements of their gradient."""
+        try:
+            with _looking():
+                measured = self._computed(examples, 0, backward=True)
+                return measured, sampled(take_gradients(self._replica))
+        finally:
+            self._replica.model.zero_grad(set_to_none=True)
 
     def _by_chance(self, sizes: Sequence[int]) -> str:
         """Compare several draws of a loss that is random."""
@@ -230,7 +282,7 @@ class _Trial:
         with _looking():
             return self._computed(examples, draw)
 
-    def _computed(self, examples: list[int], draw: int) -> _Measured:
+    def _computed(self, examples: list[int], draw: int, *, backward: bool = False) -> _Measured:
         replica, config, seed = self._replica, self._config, derive_seed(self._config.seed, "probe", draw)
         seed_everything(seed)
         read = self._batch_of(examples)
@@ -241,16 +293,17 @@ class _Trial:
         model = replica.eval()
         if self._mode.training:
             replica.train()
-            for module in replica.model.modules():
-                if isinstance(module, (_BatchNorm, _DropoutNd)):
-                    module.eval()
+            for module in self._still:
+                module.training = False
         said = given(self._resolved, batch)
         replica.watch.begin(whole=True)  # what a forward may not change is the shard's to say
         seed_everything(seed)
         with torch.set_grad_enabled(self._mode.gradients), autocast(config, replica.device):
             loss, weight, _ = loss_of(self._resolved, model, batch, said, reads=reads(self._resolved, config))
-        replica.watch.end()
         require_scalar(loss)
+        if backward:
+            loss.backward()
+        replica.watch.end()
         weight = left(self._resolved, weight, read.kept)
         self._rounding = max(self._rounding, 8 * torch.finfo(loss.dtype).eps)
         value, count = float(loss.detach()), len(examples)
@@ -317,6 +370,14 @@ _SUM = (
     "it is their sum: declare that with Recipe(loss_over='sum'), or return (sum, weight) in the loss's "
     "place, or take the mean over the examples"
 )
+
+
+def _of_batches(replica: Replica) -> Iterator[nn.Module]:
+    """The modules that are random in training mode, or whose shards' statistics have a rule to join them."""
+    ruled = {name.rpartition(".")[0] for name, rule in replica.rules.items() if rule != AGREE}
+    for path, module in replica.model.named_modules():
+        if path in ruled or isinstance(module, (_BatchNorm, _DropoutNd)):
+            yield module
 
 
 def _by_batch(module: nn.Module) -> bool:

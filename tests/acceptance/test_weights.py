@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from tests.support import models
+from tests.support import recipes_backward as backward
 from tests.support import recipes_weights as recipes
 from tests.support.inprocess import InProcess, resolved
 from tests.support.stand_in import StandIn
@@ -106,6 +107,8 @@ def batch_means() -> dict[str, tuple[Recipe, Callable[[nn.Module, Any], Tensor] 
         "a penalty": (classes(step=recipes.penalised), None),
         "a derivative": (classes(step=recipes.slope), None),
         "probabilities": (classes(F.cross_entropy, dataset=recipes.probabilities), None),
+        "a second head, in training": (classes(backward.both_heads, model=backward.TwoHeads), None),
+        "a hook that holds rows still": (classes(model=partial(backward.Hooked, "rows")), None),
     }
 
 
@@ -136,7 +139,29 @@ def refused() -> dict[str, tuple[Recipe, str]]:
         "a sum": (classes(recipes.focal_sum), "loss_over='sum'"),
         "a random sum": (classes(step=recipes.evidence_sum, model=recipes.Autoencoder), "loss_over='sum'"),
         "no sum": (classes(recipes.class_weights_smoothed, loss_over="sum"), "not the sum of"),
+        "a balance of experts, in training": (
+            classes(step=backward.balanced_experts, model=backward.Experts),
+            "weight=...",
+        ),
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (recipes.classes(model=partial(backward.Hooked, "bound")), "linear.weight"),
+        (recipes.classes(model=backward.ByFrequency, dataset=backward.words), "embedding.weight"),
+    ],
+)
+def test_a_backward_that_looks_at_the_whole_batch_is_refused(given: Recipe, name: str) -> None:
+    with pytest.raises(InvalidInput, match=name) as found:
+        tried(given)
+    text = str(found.value)
+    assert text.count(". ") == 0 and all(way in text for way in ("gradients=", "loss_over='shard'")), text
+
+
+def test_a_shards_own_statistics_are_no_reason_to_refuse() -> None:
+    assert tried(recipes.classes(model=backward.Centred, buffers={"centre": "mean"})) == ""
 
 
 @pytest.mark.parametrize("name", refused())
