@@ -168,7 +168,12 @@ def forward_backward(
     replica.watch.begin(whole=due(place))
     seed_everything(derive_seed(config.seed, "model", *place))
     left_in = batch.examples if batch.kept is None else batch.kept
-    with during("computing forward and loss"), _alone(left_in), autocast(config, replica.device):
+    with (
+        resizing(replica),
+        during("computing forward and loss"),
+        _alone(left_in),
+        autocast(config, replica.device),
+    ):
         loss, weight, _ = loss_of(resolved, model, value, said, reads=reads(resolved, config))
         if whole is not None and whole != batch.examples and is_sum(resolved) and isinstance(loss, Tensor):
             loss = loss * (whole / batch.examples)
@@ -200,6 +205,22 @@ def _alone(examples: int) -> Iterator[None]:
     except ValueError as error:
         if examples == 1 and "more than 1 value per channel" in str(error):
             raise InvalidInput(ALONE) from error
+        raise
+
+
+@contextmanager
+def resizing(replica: Replica) -> Iterator[None]:
+    """Name the buffer that a forward cannot resize where it lies, among the others of a version.
+
+    Raises:
+        InvalidInput: it has another shape now.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "resize storage" in str(error):
+            with torch.no_grad():
+                replica.written_tensors()
         raise
 
 

@@ -6,6 +6,7 @@ import re
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torchord import Recipe, TrainingConfig
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.compute import inner_steps
 from torchord.coordinator.compute.batch import open_dataset
+from torchord.coordinator.compute.gradient import resizing
 from torchord.coordinator.compute.inference import evaluate, predict
 from torchord.coordinator.compute.probe import probe
 from torchord.coordinator.compute.replica import Replica
@@ -89,6 +91,17 @@ def test_what_no_version_holds_is_refused_by_name(kind: str) -> None:
     with pytest.raises(InvalidInput, match=named) as caught:
         run(made, CONFIG)
     assert any(word in str(caught.value) for word in way_out.split("|"))
+
+
+def test_a_buffer_that_cannot_be_resized_where_it_lies_is_named() -> None:
+    replica = Replica.build(resolved(LOST["resized"][0]), CONFIG)
+    buffer = replica.buffers["least"]
+    with torch.no_grad():
+        buffer.set_(torch.from_numpy(np.zeros(0, dtype=np.float32)))  # type: ignore[call-overload]
+    with pytest.raises(InvalidInput, match=r"buffer 'least' .* keep its layout"), resizing(replica):
+        buffer.resize_(3)
+    with pytest.raises(RuntimeError, match="their own"), resizing(replica):
+        raise RuntimeError("their own")
 
 
 @pytest.mark.parametrize("kind", ["late buffer", "late buffer, not persistent", "late layer", "extra state"])
