@@ -72,3 +72,32 @@ def test_the_oldest_python_named_is_the_floor() -> None:
     assert DECLARED["requires-python"] == f">={named[0]}"
     minors = [int(version.split(".")[1]) for version in named]
     assert minors == list(range(minors[0], minors[0] + len(minors))), "none is left out between two"
+
+
+# --- what the page says of it -------------------------------------------------------------------
+
+
+def told() -> list[list[str]]:
+    """The rows of the table on docs/dependencies.md, as `make ranges` prints them."""
+    text = (ranges.ROOT / "docs" / "dependencies.md").read_text()
+    section = text.partition("\n## The ranges\n")[2].partition("\n## ")[0]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    assert header == ["Python", "versions", *ranges.STEPS, "of which"]
+    return rows
+
+
+def test_each_python_that_a_classifier_names_has_passed() -> None:
+    rows = told()
+    assert {version.rpartition(".")[0] for version, *_ in rows} == ranges.named_pythons(DECLARED)
+    assert {end for _, end, *_ in rows} == set(ranges.ENDS)
+    assert all(set(steps) == {"passed"} for _, _, *steps, _ in rows)
+
+
+def test_what_has_passed_as_lowest_is_what_is_declared() -> None:
+    """A floor that is lowered, or raised, is tried again before it is told."""
+    floors = {one.name: str(one.specifier) for one in map(Requirement, ranges.floors(DECLARED))}
+    for python, end, *_, shown in told():
+        versions = dict(each.split(" ") for each in shown.split(", "))
+        assert tuple(versions) == ranges.SHOWN
+        for name, version in versions.items():
+            assert end == "newest" or version in SpecifierSet(floors[name]), f"{python}: {name} {version}"
