@@ -117,7 +117,7 @@ def _parsed(url: str) -> Address:
     try:
         return Address.parse(url)
     except InvalidInput as error:
-        raise CacheUnreachable(str(error)) from error
+        raise CacheUnreachable(f"{error}; use redis://HOST:PORT/DB, rediss:// or unix://") from error
 
 
 def _waits_of(found: Address) -> tuple[str, ...]:

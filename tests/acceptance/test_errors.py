@@ -227,7 +227,7 @@ def test_a_url_that_nobody_serves() -> None:
     ["http://127.0.0.1:80", "127.0.0.1:6379", "redis://host:port/0", "redis://host/zero", "", "amqp://x"],
 )
 def test_a_url_that_is_none(url: str) -> None:
-    with pytest.raises(CacheUnreachable, match=r"is not a Redis URL.*use redis://HOST:PORT/DB") as caught:
+    with pytest.raises(CacheUnreachable, match=r"cannot be used: .*; use redis://HOST:PORT/DB") as caught:
         Master(url)
     assert url in str(caught.value)
 
@@ -321,7 +321,7 @@ def test_a_worker_whose_url_is_none(tmp_path: Path, url: str) -> None:
     worker = _worker(url, tmp_path)
     assert worker.wait(PATIENCE_SECONDS) != 0
     last = (tmp_path / "worker.log").read_text().strip().splitlines()[-1]
-    assert f"{url!r} is not a Redis URL" in last and "use redis://HOST:PORT/DB" in last
+    assert f"the URL {url} cannot be used: " in last and "use redis://HOST:PORT/DB" in last
 
 
 # --- on a worker ----------------------------------------------------------------------------
@@ -422,7 +422,7 @@ RAISING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no dataset": (
         {"dataset": models.Mlp},
-        r"dataset entry returned a Mlp; it must return a map-style dataset",
+        r"dataset entry returned a Mlp; give a map-style dataset, with __len__ and __getitem__",
     ),
     "no model": (
         {"model": models.points},
@@ -447,7 +447,11 @@ RAISING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric": (
         {"evaluation": models.points, "metrics": {"bad": models.raising_loss}},
-        r"part \d of the evaluation of version 5 failed on worker client\d@.*ArithmeticError",
+        r"run 'raises-\d+' stopped at version 0: ArithmeticError .*raised while trying the metrics",
+    ),
+    "evaluation": (
+        {"evaluation": partial(recipes_more.Fixable, "/nowhere/fixed", at=39)},
+        r"part \d of the evaluation of version 5 failed on worker client\d@.*sample 39",
     ),
     "not allowed": (
         {"dataset": "json:loads"},
@@ -478,7 +482,7 @@ RAISING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "exit in a metric": (
         {"evaluation": models.points, "metrics": {"bad": recipes_leaving.leaving_metric}},
-        r"part \d of the evaluation of version 5 failed on worker client\d@.*SystemExit: 3\.",
+        r"stopped at version 0: RecipeExit .*SystemExit: 3\..*raised while trying the metrics",
     ),
     "exit of an import": (
         {"dataset": "tests.support.leaving_module:points"},
@@ -666,8 +670,12 @@ def test_versions_that_are_not_there(one: Fleet) -> None:
 
 
 UNPREDICTABLE: dict[str, tuple[Any, type[TorchordError], str]] = {
-    "a number": (3.0, InvalidInput, "takes a tensor or a map-style Dataset, got float"),
-    "an iterator": (iter([torch.zeros(6)]), InvalidInput, "takes a tensor or a map-style Dataset"),
+    "a number": (
+        3.0,
+        InvalidInput,
+        "takes a tensor, a mapping of tensors, a Dataset or a list .*, got float",
+    ),
+    "an iterator of nothing": (iter([]), InvalidInput, "no examples"),
     "a scalar": (torch.tensor(1.0), InvalidInput, "first dimension counts examples, got a 0-d tensor"),
     "nothing": (torch.zeros(0, 6), InvalidInput, "no examples"),
     "too wide": (torch.zeros(5, 7), RunFailed, r"part 0 failed on worker client\d@.*mat1 and mat2 shapes"),
