@@ -157,6 +157,8 @@ class _Trial:
         self._rounding = _ROUNDING[config.precision]
         self._mode = _MODES[0]
         self._still = list(_of_batches(replica))
+        # A Keras layer has no mode of its own within a model: its statistics and chance cannot be held still
+        self._keras = any("_torch_params" in name for name in replica.parameters)
 
     def compare(self) -> str:
         """See `probe`."""
@@ -199,7 +201,9 @@ class _Trial:
         """Look at what evaluation mode does not show: a loss of training mode alone, and the gradients."""
         evaluated, before = self._loss(self._all), self._mode
         self._mode = _MODES[-1]
-        if self._mode != before:
+        if self._keras:
+            self._mode = _MODES[1]
+        elif self._mode != before:
             trained = self._loss(self._all)
             if self._apart(trained, self._loss(self._all)) > self._rounding / 10:
                 return  # not pure

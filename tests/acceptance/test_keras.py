@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.inprocess import resolved
+from tests.support.inprocess import InProcess, resolved
 from tests.support.stepping import Stepping
 from torchord import TrainingConfig
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.compute import inference
 from torchord.coordinator.compute.frameworks import first_names
+from torchord.coordinator.compute.probe import probe
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.plan import Plan
 
@@ -143,3 +144,9 @@ def test_what_is_drawn_without_a_seed_depends_on_the_shard_alone() -> None:
 def test_a_model_that_is_not_built_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"not built.*Input"):
         Replica.build(resolved(recipes_keras.recipe(recipes_keras.unbuilt)), TWO)
+
+
+def test_a_normalisation_of_its_own_is_no_reason_for_the_probe_to_refuse() -> None:
+    run = InProcess(resolved(recipes_keras.recipe(recipes_keras.Mixed)), TWO)
+    run.replicas[0].load(run.trainer.replica.pack())
+    assert probe(run.replicas[0], run.recipe, run.plan, run.dataset, 0, 0) == ""
