@@ -292,7 +292,8 @@ LAYERS: dict[str, Word] = {
     "queue buffer with a rule": Word((_UNRULED.refusals), batch=False, shards=False),
     "shared": Word((r"share memory",)),
     **dict.fromkeys(("batchnorm", "batchnorm without running statistics"), _NORMED),
-    **dict.fromkeys(("dropout", "sometimes"), _SHARDWISE),
+    "dropout": _SHARDWISE,
+    "sometimes": Word((r"loss_over=",), batch=False),
 }
 UNRULED = dict.fromkeys(("count buffer", "mean buffer", "queue buffer"), _UNRULED)
 """Layers that train with one shard only."""
