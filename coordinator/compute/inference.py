@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from torchord.coordinator.compute.weights import Weighed, given, is_sum, left, l
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
+
+log = logging.getLogger(__name__)
 
 _TRIED_EXAMPLES = 32
 _PART = "a part of the evaluation"
@@ -101,6 +104,8 @@ def combine(parts: Sequence[Measured], resolved: ResolvedRecipe, config: Trainin
 def try_metrics(like: Replica, resolved: ResolvedRecipe, config: TrainingConfig, dataset: Any) -> None:
     """Try the recipe's metrics on the first examples of its evaluation; see `metrics.tried`.
 
+    Where there is no memory for one more copy of the model, they are not tried, and the log says so.
+
     Args:
         like: holds the version to try them at; a copy of it computes.
         resolved: the run's recipe.
@@ -111,9 +116,13 @@ def try_metrics(like: Replica, resolved: ResolvedRecipe, config: TrainingConfig,
         InvalidInput: a metric returns no number, or is not what it is taken for.
         Exception: whatever the recipe's code raises, with a note.
     """
-    replica = Replica.build(resolved, config, like.device)
-    replica.arrange(like.manifest)
-    replica.load(like.pack())
+    try:
+        replica = Replica.build(resolved, config, like.device)
+        replica.arrange(like.manifest)
+        replica.load(like.pack())
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        log.warning("the metrics are not tried before the first step: %s", error)
+        return
     size = min(len(dataset), _TRIED_EXAMPLES)
     cuts = [0, max(1, size // 3), size] if size > 1 else []
 

@@ -95,10 +95,11 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
             indices += plan.indices(step, each).tolist()
     if len(indices) < 2:
         return ""
-    replica = Replica.build(resolved, config, like.device)
-    replica.arrange(like.manifest)
-    replica.load(like.pack() if like.flat is None else like.flat, like.rest)
     try:
+        with _looking():  # there may be no memory for one more
+            replica = Replica.build(resolved, config, like.device)
+            replica.arrange(like.manifest)
+            replica.load(like.pack() if like.flat is None else like.flat, like.rest)
         with pinned(config.threads, config.deterministic, replica.device):
             seed_everything(derive_seed(config.seed, "data", step, shard))
             with _looking():

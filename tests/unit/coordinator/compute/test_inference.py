@@ -15,8 +15,10 @@ from tests.support.inprocess import resolved, same
 from torchord.cache.errors import InvalidInput, RecipeError
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.inference import Measured, combine, evaluate, predict, try_metrics
+from torchord.coordinator.compute.probe import probe
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.recipe import Recipe
 
 CONFIG = TrainingConfig(batch_size=8, shards=4, seed=3)
@@ -217,6 +219,23 @@ def test_a_trial_leaves_no_trace() -> None:
     before = bench.replica.pack()
     try_metrics(bench.replica, bench.recipe, CONFIG, bench.data)
     assert same(before, bench.replica.pack())
+
+
+def test_without_memory_for_a_copy_the_trials_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model may fill its device: then nothing is looked at, and that is said."""
+    bench = Bench(measured.marked(metrics={"own": measured.auroc}))
+    plan = Plan(len(bench.data), CONFIG)
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for 3 GiB")
+
+    monkeypatch.setattr(Replica, "build", no_memory)
+    try_metrics(bench.replica, bench.recipe, CONFIG, bench.data)
+    assert "not tried before the first step: no room for 3 GiB" in caplog.text
+    said = probe(bench.replica, bench.recipe, plan, bench.data, 0, 0)
+    assert "could not be looked at: OutOfMemoryError: no room for 3 GiB" in said
 
 
 def test_metrics_of_a_step_measure_what_predict_returns() -> None:
