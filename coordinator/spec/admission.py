@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from torchord.cache.errors import NotAllowed, RecipeError
+from torchord.coordinator.spec.building_blocks import admitted, wanted
 from torchord.coordinator.spec.default_dtype import imported
 
 HERE = "."
@@ -154,8 +155,11 @@ class Admission:
         assert loaded is not None
         return loaded
 
-    def fetch(self, target: str) -> Callable[..., Any]:
+    def fetch(self, target: str, role: str = "") -> Callable[..., Any]:
         """Import "package.module:attribute" and return the object, judged itself as well.
+
+        Args:
+            role: where it stands in the recipe, see `building_blocks.admitted`.
 
         Raises:
             NotAllowed: module or object may not be used here.
@@ -181,6 +185,7 @@ class Admission:
         if not callable(found):
             raise RecipeError(f"{target!r} is of type {type(found).__name__}, but must be a callable")
         self._admit_object(found, target)
+        self._admit_block(found, target, role)
         result: Callable[..., Any] = found
         return result
 
@@ -193,6 +198,21 @@ class Admission:
         name = getattr(inner, "__name__", "")
         if within(origin, "torch") and name in _TORCH_NAMES_REFUSED and not self._names(origin):
             raise NotAllowed(f"{target!r} is torch.{name}, which loads files or compiles code")
+
+    def _admit_block(self, found: Any, target: str, role: str) -> None:
+        """Judge a part of torch by its place, unless the allow-list itself names where it comes from."""
+        inner = found.func if isinstance(found, functools.partial) else found
+        origin = getattr(inner, "__module__", None) or type(inner).__module__
+        module = _module(target)
+        if not (within(module, "torch") or within(origin, "torch")) or "*" in self.listed:
+            return
+        if self._names(module) or (not within(module, "torch") and self._names(origin)):
+            return
+        if not admitted(target, inner, role, origin=origin):
+            raise NotAllowed(
+                f"{target!r} is no building block of torch for this place (here it takes {wanted(role)}); "
+                "call it in a function of your own module, or name its module in TORCHORD_ALLOWED_MODULES"
+            )
 
     def _admit_name(self, name: str, target: str) -> None:
         """Judge a module that is imported already, as the home of an object."""
@@ -221,6 +241,8 @@ class Admission:
             return ("torch" in self.listed and torch_admits(name)) or self._names(name)
         if self._names(name):
             return True
+        if within(name, "torchord"):  # in its own checkout it lies under the directory, and is no recipe
+            return False
         return HERE in self.listed and file is not None and _is_project_file(Path(file), self.directory)
 
     def _names(self, name: str) -> bool:

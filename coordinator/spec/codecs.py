@@ -75,7 +75,7 @@ def codecs_within(admission: Admission) -> CodecOf:
 
 @lru_cache(maxsize=32)
 def _made_once(spec: str, admission: Admission) -> Codec:
-    return parse(spec, resolve=admission.fetch)
+    return parse(spec, resolve=partial(admission.fetch, role="codec"))
 
 
 def check(spec: str) -> None:

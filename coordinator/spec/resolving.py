@@ -17,6 +17,8 @@ from torchord.coordinator.spec.codecs import CodecOf, codecs_within
 from torchord.coordinator.spec.recipe import Recipe, entries_of, metric_entries, targets_of
 from torchord.coordinator.spec.targets import Entry, Target, decode, is_function
 
+_ARGUMENT = "'s argument"
+
 
 @dataclass(frozen=True)
 class MetricPair:
@@ -100,7 +102,7 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
     if not isinstance(entry, Target):  # pragma: no cover - from_spec makes Targets only
         raise RecipeError(f"recipe entry {name!r} is not a reference")
     try:
-        found = admission.fetch(entry.target)
+        found = admission.fetch(entry.target, "argument" if name.endswith(_ARGUMENT) else name)
     except NotAllowed as error:
         raise NotAllowed(f"recipe entry {name!r}: {error}") from None
     except RecipeError as error:
@@ -114,7 +116,7 @@ def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
             entry.arguments(),
             entry.kinds,
             fetch=admission.fetch,
-            bind=lambda value: _bind(f"{name}'s argument", decode(name, value), admission),
+            bind=lambda value: _bind(f"{name}{_ARGUMENT}", decode(name, value), admission),
         )
     except NotAllowed as error:
         raise NotAllowed(f"recipe entry {name!r}: {error}") from None
