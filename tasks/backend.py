@@ -9,6 +9,7 @@ same values, so that Celery's way and this one can take turns at one chord. What
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ from celery import states
 from celery.backends.redis import RedisBackend
 
 from torchord.cache.servers.fast_client import Command, Lane, LaneClosed, script_command
-from torchord.coordinator.messages.task_names import APPLY_UPDATE
+from torchord.coordinator.messages.task_names import APPLY_UPDATE, OUR_TASKS
 from torchord.coordinator.messages.templates import CallbackTemplate
+
+log = logging.getLogger(__name__)
 
 _DONE_SECONDS = 60  # how long a chord that has called back is remembered (by Celery: 300)
 _TEMPLATES_KEPT = 16
@@ -39,9 +42,19 @@ class Backend(RedisBackend):
     def on_chord_part_return(
         self, request: Any, state: str, result: Any, propagate: Any = None, **kwargs: Any
     ) -> None:
-        """Count one header task; the last one publishes the callback."""
-        if state != states.SUCCESS or not self._counted(request, result):
-            super().on_chord_part_return(request, state, result, propagate=propagate, **kwargs)
+        """Count one header task; the last one publishes the callback.
+
+        Where the server refuses that (it is full, say), a task of ours is done all the same: the ledger has
+        its slot, and the supervisor calls the training server. Celery would neither end the task nor
+        acknowledge its message, and the worker, which takes one at a time, would take none ever after.
+        """
+        try:
+            if state != states.SUCCESS or not self._counted(request, result):
+                super().on_chord_part_return(request, state, result, propagate=propagate, **kwargs)
+        except Exception as error:
+            if getattr(request, "task", "") not in OUR_TASKS:
+                raise
+            log.warning("a part of a chord of %s was not counted: %s", request.task, error)
 
     def _counted(self, request: Any, result: Any) -> bool:
         """Count by the short way; False if Celery has to."""

@@ -12,17 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torchord.coordinator.messages.task_names import (
-    ADVANCE,
-    APPLY_UPDATE,
-    COMPUTE_GRADIENT,
-    EVALUATE,
-    PARTIAL_SUM,
-    PREDICT,
-)
+from torchord.coordinator.messages.task_names import OUR_TASKS
 
-_TASKS = frozenset({COMPUTE_GRADIENT, PARTIAL_SUM, APPLY_UPDATE, ADVANCE, EVALUATE, PREDICT})
-_BEFORE = {name.replace("torchord.", "tasks.", 1) for name in _TASKS}  # what releases before this one sent
+_BEFORE = {name.replace("torchord.", "tasks.", 1) for name in OUR_TASKS}  # what releases before this one sent
 _MOST_BODY_NBYTES = 64 << 20
 _MOST_DEPTH = 64
 
@@ -78,7 +70,7 @@ def fault_of(message: Any) -> str | None:
     )
     if fault is not None:
         return fault
-    if headers["task"] not in _TASKS and headers["task"] not in _BEFORE:
+    if headers["task"] not in OUR_TASKS and headers["task"] not in _BEFORE:
         return f"its task {headers['task'][:100]!r} is none of torchord's"
     place = properties["delivery_info"]
     if not all(isinstance(place.get(name), str) for name in ("exchange", "routing_key")):

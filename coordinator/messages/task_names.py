@@ -8,6 +8,7 @@ APPLY_UPDATE = "torchord.apply_update"
 ADVANCE = "torchord.advance"
 EVALUATE = "torchord.evaluate"
 PREDICT = "torchord.predict"
+OUR_TASKS = frozenset({COMPUTE_GRADIENT, PARTIAL_SUM, APPLY_UPDATE, ADVANCE, EVALUATE, PREDICT})
 
 GRADIENTS = "torchord.gradients"
 UPDATES = "torchord.updates"

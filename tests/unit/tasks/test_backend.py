@@ -183,3 +183,21 @@ def test_what_is_no_chord_of_ours_is_left_alone(app: Celery) -> None:
     for chord in (None, other):
         request = SimpleNamespace(id="i", group="g", group_index=0, root_id="r", chord=chord)
         assert backend.part(request, {}) is None
+
+
+def test_a_part_that_cannot_be_counted_ends_its_task_all_the_same(
+    app: Celery, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else Celery would not acknowledge the message, and the worker would take no other one."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'")
+
+    monkeypatch.setattr(RedisBackend, "on_chord_part_return", refused)
+    (request,) = launched(app, client, 1, shards=1)
+    request.task = task_names.COMPUTE_GRADIENT
+    app.backend.on_chord_part_return(request, states.FAILURE, ValueError("no"))
+    assert "a part of a chord of torchord.compute_gradient was not counted: command not" in caplog.text
+    request.task = "shop.add"
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        app.backend.on_chord_part_return(request, states.FAILURE, ValueError("no"))

@@ -51,11 +51,11 @@ def test_twice_is_once(app: Celery) -> None:
 def test_what_our_tasks_need_is_theirs_alone(app: Celery) -> None:
     """The app's own tasks keep the app's settings, and its result backend."""
 
-    @app.task(name="shop.add", shared=False)
+    @app.task(name="shop.add_alone", shared=False)
     def add(x: int, y: int) -> int:
         return x + y
 
-    ours, theirs = app.tasks[COMPUTE_GRADIENT], app.tasks["shop.add"]
+    ours, theirs = app.tasks[COMPUTE_GRADIENT], app.tasks["shop.add_alone"]
     assert (ours.acks_late, ours.reject_on_worker_lost, ours.ignore_result) == (True, True, True)
     assert (theirs.acks_late, theirs.reject_on_worker_lost, theirs.ignore_result) == (False, None, False)
     assert ours.app is theirs.app is app
