@@ -1,12 +1,12 @@
 """Stored datasets as recipes name them: `dataset=partial(stored_dataset, name="digits")`.
 
 The function lives under this name because specs on disk carry it. What puts, lists and opens datasets is
-`torchord.cache.datasets.library`.
+`torchord.cache.datasets.datasets`.
 """
 
 from __future__ import annotations
 
-from torchord.cache.datasets.library import Datasets
+from torchord.cache.datasets.datasets import Datasets
 from torchord.cache.datasets.reader import StoredDataset
 from torchord.cache.settings import from_environment
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchord.cache import keys
-from torchord.cache.datasets.library import Datasets
+from torchord.cache.datasets.datasets import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput, RunNotFound
 from torchord.cache.settings import from_environment, located
 from torchord.coordinator.master.reports import TrainedModel

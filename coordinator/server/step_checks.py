@@ -17,6 +17,7 @@ from torch import Tensor
 from torchord.cache.errors import CacheError, Impure
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
+from torchord.coordinator.compute.model_state import same_bytes
 from torchord.coordinator.runtime.joining import CAUSES
 from torchord.coordinator.server.warm_run import WarmRun
 
@@ -68,8 +69,6 @@ def difference(slot: SlotRecord, check: SlotRecord, gradients: GradientStore) ->
 def _figures(slot: SlotRecord, check: SlotRecord) -> str:
     if slot.weight != check.weight:
         return f"the weight was {slot.weight!r} and then {check.weight!r} (None: the examples)"
-    if slot.weight != check.weight:
-        return f"the weight was {slot.weight!r} and then {check.weight!r}"
     one, other = slot.loss, check.loss
     if one == other or (math.isnan(one) and math.isnan(other)):
         return ""
@@ -117,7 +116,7 @@ def _apart(one: Any, other: Any) -> str:
     if one.dtype != other.dtype or one.shape != other.shape:
         return f"was {_kind(one)} and then {_kind(other)}"
     ours, theirs = one.contiguous(), other.contiguous()
-    if torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)):
+    if same_bytes(ours, theirs):
         return ""
     wide = torch.complex128 if one.is_complex() else torch.float64
     most = (ours.to(wide) - theirs.to(wide)).abs().max().item()

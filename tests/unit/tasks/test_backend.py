@@ -116,16 +116,22 @@ def test_celerys_way_and_ours_take_turns(app: Celery, client: Any, by: tuple[Any
     assert not callbacks(client)
 
 
-def test_what_the_short_way_has_counted_celery_does_not_count_too(
-    app: Celery, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would take five round trips to find that out."""
-    theirs: list[int] = []
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the parts that Celery's own way was given to count; it does nothing else."""
+    given: list[int] = []
     monkeypatch.setattr(
         RedisBackend,
         "on_chord_part_return",
-        lambda self, request, *_, **__: theirs.append(request.group_index),
+        lambda self, request, *_, **__: given.append(request.group_index),
     )
+    return given
+
+
+def test_what_the_short_way_has_counted_celery_does_not_count_too(
+    app: Celery, client: Any, theirs: list[int]
+) -> None:
+    """It would take five round trips to find that out."""
     first, second = launched(app, client, 1, shards=2)
     for request in (first, first, second, second):  # counted, counted before, called, called before
         ours(app, request, states.SUCCESS, receipt(request.group_index))
@@ -134,15 +140,9 @@ def test_what_the_short_way_has_counted_celery_does_not_count_too(
 
 
 def test_a_chord_that_somebody_else_joins_is_left_to_celery(
-    app: Celery, client: Any, monkeypatch: pytest.MonkeyPatch
+    app: Celery, client: Any, theirs: list[int]
 ) -> None:
     """Celery knows whether who claimed it is still at it."""
-    theirs: list[int] = []
-    monkeypatch.setattr(
-        RedisBackend,
-        "on_chord_part_return",
-        lambda self, request, *_, **__: theirs.append(request.group_index),
-    )
     first, second = launched(app, client, 1, shards=2)
     ours(app, first, states.SUCCESS, receipt(0))
     client.set(app.backend.get_key_for_group(first.group, ".c"), "a token", ex=60)

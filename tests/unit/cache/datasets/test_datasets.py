@@ -27,7 +27,7 @@ from torchord.cache import keys
 from torchord.cache.datasets.cache_place import CachePlace
 from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier, ReadCounters
 from torchord.cache.datasets.content import Bytes, Chunk, ContentStore
-from torchord.cache.datasets.library import Datasets, StoredDataset
+from torchord.cache.datasets.datasets import Datasets, StoredDataset
 from torchord.cache.datasets.place import place_of
 from torchord.cache.datasets.samples import DatasetManifest
 from torchord.cache.errors import (
