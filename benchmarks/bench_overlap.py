@@ -89,7 +89,7 @@ def mode(overlap: str, folder: str) -> Iterator[Mode]:
         LocalCluster(workers=0, env=env, checkpoint_dir=folder) as cluster,
         links(cluster.broker.port, CLIENTS + 1) as between,
     ):
-        urls = [f"redis://127.0.0.1:{port}/0" for port in between.ports]
+        urls = [cluster.url.replace(f":{cluster.broker.port}/", f":{port}/") for port in between.ports]
         cluster.add_worker("server", role="server", env={"TORCHORD_URL": urls[0]})
         for number, url in enumerate(urls[1:], start=1):
             cluster.add_worker(f"client{number}", env={"TORCHORD_URL": url})

@@ -6,7 +6,7 @@ Order of precedence everywhere: explicit argument, then environment, then defaul
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchord.cache.errors import InvalidInput
@@ -22,7 +22,7 @@ _ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "n
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the process was told through its environment.
+    """What the process was told through its environment. No `repr` shows its URLs, which may hold passwords.
 
     Attributes:
         url: Redis URL of broker, control plane and, by default, of the tensors.
@@ -47,8 +47,8 @@ class Settings:
         faults: plan of injected faults, for tests (see torchord.coordinator.runtime.faults); "" for none.
     """
 
-    url: str = DEFAULT_URL
-    cache_urls: tuple[str, ...] = ()
+    url: str = field(default=DEFAULT_URL, repr=False)
+    cache_urls: tuple[str, ...] = field(default=(), repr=False)
     cache_replicas: int = 0
     cache_weights: tuple[float, ...] = ()
     cache_connections: int = 1

@@ -132,12 +132,13 @@ def cluster(chosen: Options) -> Iterator[Master]:
     goes on, and `Run.wait` says how to come back to it.
     """
     from torchord import LocalCluster, Master
+    from torchord.cache.servers.address import masked
 
     chosen.folder.mkdir(parents=True, exist_ok=True)
     if chosen.url is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         master = Master(chosen.url)
-        print(f"Run {chosen.name} on the workers at {chosen.url}", flush=True)
+        print(f"Run {chosen.name} on the workers at {masked(chosen.url)}", flush=True)
         yield master
         return
     signal.signal(signal.SIGINT, _interrupt)
@@ -155,7 +156,7 @@ def cluster(chosen: Options) -> Iterator[Master]:
         with _flower(chosen, started.url, workers=len(started.processes)):
             yield Master(started.url, checkpoint_dir=str(chosen.checkpoints))
             if chosen.flower:
-                _stay(started.url)
+                _stay(chosen.folder / "url", started.url)
     except Interrupted:
         print("Interrupted; stopping the cluster.", file=sys.stderr, flush=True)
         raise
@@ -260,14 +261,21 @@ def _watches(page: str, url: str, workers: int) -> bool:
     return len(told or ()) >= workers
 
 
-def _stay(url: str) -> None:
-    print(
-        f"\nThe cluster stays up; Ctrl-C ends it. Submit more from another terminal:\n"
-        f"    export TORCHORD_URL={shlex.quote(url)}",
-        flush=True,
-    )
-    while True:
-        time.sleep(3600)
+def _stay(file: Path, url: str) -> None:
+    """Wait for Ctrl-C, with the server's URL in a file of this user: its password is not for the screen."""
+    file.unlink(missing_ok=True)
+    try:
+        file.touch(0o600, exist_ok=False)
+        file.write_text(url)
+        print(
+            f"\nThe cluster stays up; Ctrl-C ends it. Submit more from another terminal:\n"
+            f'    export TORCHORD_URL="$(cat {shlex.quote(str(file.absolute()))})"',
+            flush=True,
+        )
+        while True:
+            time.sleep(3600)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def redis_server() -> Iterator[EmbeddedServer]:
 @pytest.fixture
 def redis_url(redis_server: EmbeddedServer) -> Iterator[str]:
     """URL of a database that this test has for itself; its keys go when the test ends."""
-    url = f"redis://127.0.0.1:{redis_server.port}/{1 + next(_numbers) % (DATABASES - 1)}"
+    url = f"{redis_server.url.removesuffix('/0')}/{1 + next(_numbers) % (DATABASES - 1)}"
     yield url
     client = redis.Redis.from_url(url)
     client.flushdb()  # of the server that we started above

@@ -225,6 +225,10 @@ class LocalCluster:
         self._scratch: Path | None = None
         self._processes: dict[str, WorkerProcess] = {}
 
+    def __repr__(self) -> str:
+        names = ", ".join(self._processes) or "no worker"
+        return f"<{type(self).__name__} {'not started' if self._broker is None else self._broker!r}: {names}>"
+
     # --- life -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
@@ -266,7 +270,7 @@ class LocalCluster:
         assert self._scratch is not None
         if self._log_dir is None:
             return self._scratch
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self._log_dir
 
     def _start_server(self, guardian: Guardian, logs: Path) -> None:
@@ -311,7 +315,7 @@ class LocalCluster:
 
     @property
     def url(self) -> str:
-        """URL of the server: what `Master(...)` and `celery -b` take.
+        """URL of the server, with its password: what `Master(...)` and TORCHORD_URL take.
 
         Raises:
             NoWorker: the cluster is not started.

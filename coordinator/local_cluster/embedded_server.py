@@ -11,18 +11,24 @@ Which server, in this order:
 
 A server counts as started only when `PING` is answered and the `process_id` that it reports is the
 process that was started: another server on the same port is never mistaken for ours.
+
+It listens on loopback, where every user of the host can connect, so it asks for a password, made up for it
+alone. The server reads it from a file of its private directory, clients get it in `url`, and nothing else of
+this process shows it: no command line, no log, no `repr`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import secrets
 import shutil
 import signal
 import socket
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -134,6 +140,8 @@ class EmbeddedServer:
             after torchord's own and override them.
         log: file for the server's log; None keeps it until `stop`.
         guardian: the guardian that starts the server; None starts one for it alone.
+        password: whether clients must give the password that is in `url`; False lets in every user of this
+            host.
 
     Raises:
         InvalidInput: `url` together with an argument for a server to be started, or an option that
@@ -155,6 +163,7 @@ class EmbeddedServer:
         options: Mapping[str, str | int] | None = None,
         log: Path | None = None,
         guardian: Guardian | None = None,
+        password: bool = True,
     ) -> None:
         if url is not None and (persistence_dir or port or binary or options):
             raise InvalidInput("A server given by `url` takes no persistence_dir, port, binary or options")
@@ -173,6 +182,12 @@ class EmbeddedServer:
         self._scratch: Path | None = None
         self._child: Child | None = None
         self._port: int | None = None
+        self._asks = password
+        self._password = ""
+
+    def __repr__(self) -> str:
+        started = self._given_url is not None or self._port is not None
+        return f"{type(self).__name__}({masked(self.url)!r})" if started else f"{type(self).__name__}()"
 
     def __enter__(self) -> Self:
         self.start()
@@ -185,12 +200,15 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """URL of the server, database 0.
+        """URL of the server, database 0, with its password; it stays the same over `restart`.
 
         Raises:
             ServerNotFound: it has not been started.
         """
-        return self._given_url or f"redis://{HOST}:{self.port}/0"
+        return self._given_url or self._url(self.port)
+
+    def _url(self, port: int) -> str:
+        return f"redis://{f':{self._password}@' if self._password else ''}{HOST}:{port}/0"
 
     @property
     def port(self) -> int:
@@ -236,7 +254,7 @@ class EmbeddedServer:
     def _open(self) -> None:
         """The guardian, and a directory for what the server writes."""
         if self._persistence_dir is not None:
-            self._persistence_dir.mkdir(parents=True, exist_ok=True)
+            self._persistence_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._scratch is None:
             shared = self._shared_guardian
             above = None if shared is None else shared.scratch  # which that guardian removes
@@ -248,6 +266,8 @@ class EmbeddedServer:
         fixed = self._port or self._wanted_port
         for _ in range(1 if fixed else ATTEMPTS):
             port = fixed or free_port()
+            if self._port is None:  # a stranger who has just taken the port before learns a word without use
+                self._password = secrets.token_urlsafe(32) if self._asks else ""
             if self._started(program, port):
                 self._port = port
                 return
@@ -267,7 +287,7 @@ class EmbeddedServer:
         self._child = child
         deadline = time.monotonic() + START_SECONDS
         while child.poll() is None and time.monotonic() < deadline:
-            if process_id(f"redis://{HOST}:{port}/0") == child.pid:
+            if process_id(self._url(port)) == child.pid:
                 return True
             time.sleep(0.005)
         child.kill()
@@ -284,7 +304,19 @@ class EmbeddedServer:
             "dir": str(self._persistence_dir or self._scratch),
         }
         options |= self._options
-        return [program, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+        return [
+            program,
+            self._secrets(),
+            *(text for name, value in options.items() for text in (f"--{name}", str(value))),
+        ]
+
+    def _secrets(self) -> str:
+        """A file with the options that are not for `ps`, in a directory closed to other users."""
+        assert self._scratch is not None
+        file = self._scratch / "server.conf"
+        with open(file, "w", opener=partial(os.open, mode=0o600)) as written:
+            written.write(f"requirepass {self._password}\n" if self._password else "")
+        return str(file)
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """End the server that was started, and remove what it wrote outside `persistence_dir`. Idempotent.
@@ -301,6 +333,7 @@ class EmbeddedServer:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch = self._port = None
+        self._password = ""
 
     def kill(self) -> None:
         """SIGKILL: what is not yet in `persistence_dir` is lost. `restart` brings the server back."""

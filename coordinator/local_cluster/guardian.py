@@ -17,6 +17,8 @@ The invariant: no child outlives the parent by more than the grace and a second.
 - Grandchildren: every child leads a session and process group of its own; what is left in the
   group a moment after its leader has ended is killed.
 
+A child leaves no core dump: its memory holds the server's password.
+
 The file is run as a script (`python -I -S guardian.py PARENT_PID SCRATCH GRACE`) and imports the
 standard library alone, so it starts in about 30 ms. It stays single-threaded: PR_SET_PDEATHSIG
 follows the thread that forked.
@@ -27,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -85,6 +88,7 @@ class _Watch:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
             for name, value in changes.items():
                 os.unsetenv(name) if value is None else os.putenv(name, value)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             prepare(mine)
 
         try:
@@ -96,6 +100,7 @@ class _Watch:
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=in_child,
+                umask=0o077 if command["last"] else -1,  # the server: what it writes is its owner's
             )
         finally:
             os.close(log)

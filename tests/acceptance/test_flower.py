@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -132,6 +132,12 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
     assert ("step 0, shard 1, version 0, run shown", "written") in shown
     assert ("step 0, run shown", "committed") in shown
     assert all("{" not in row["result"] for row in table)
+
+    password = urlsplit(trained.url).password
+    assert password is not None
+    for page in ("broker", "workers", f"worker/{tasks[0]['worker']}", "api/workers", "api/tasks", "metrics"):
+        with urlopen(f"{flower}/{page}", timeout=PATIENCE_SECONDS) as reply:
+            assert password not in reply.read().decode(), page
 
 
 def rows_of_the_page(flower: str) -> list[dict[str, Any]]:

@@ -33,8 +33,8 @@ def answers(port: int, *words: str) -> str:
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[tuple[EmbeddedServer, int]]:
     """A primary with one replica, watched by one sentinel; gives the primary and the sentinel's port."""
-    primary = EmbeddedServer()
-    replica = EmbeddedServer()
+    primary = EmbeddedServer(password=False)
+    replica = EmbeddedServer(password=False)
     primary.start()
     replica.start()
     answers(replica.port, "REPLICAOF", "127.0.0.1", str(primary.port))

@@ -363,7 +363,7 @@ def fill(client: redis.Redis) -> None:
 
 
 def test_a_full_control_plane_is_said_and_can_still_be_read() -> None:
-    with EmbeddedServer() as server, redis.Redis(port=server.port) as client:
+    with EmbeddedServer() as server, redis.Redis.from_url(server.url) as client:
         master = Master(server.url)
         config = TrainingConfig(epochs=1, batch_size=8, shards=2)
         run = master.submit(models.mlp(size=16), config, name="before")
@@ -380,7 +380,7 @@ def test_a_full_control_plane_is_said_and_can_still_be_read() -> None:
 
 
 def test_a_control_plane_that_throws_keys_away_is_refused() -> None:
-    with EmbeddedServer() as server, redis.Redis(port=server.port) as client:
+    with EmbeddedServer() as server, redis.Redis.from_url(server.url) as client:
         master = Master(server.url)
         client.config_set("maxmemory-policy", "allkeys-lru")
         config = TrainingConfig(epochs=1, batch_size=8, shards=2)
@@ -406,8 +406,7 @@ def test_a_run_outlives_a_full_server_with_the_same_bits(
             if full:
                 assert not said(made, "maxmemory")
                 wait_until(lambda run=run: run.status().version >= 4, 30, "the fourth step")
-                port = tensors.port if plane == "data" else made.broker.port
-                with redis.Redis(port=port) as client:
+                with redis.Redis.from_url(tensors.url if plane == "data" else made.url) as client:
                     fill(client)
                     wait_until(lambda: said(made, "maxmemory"), 30, "the workers to say so")
                     assert run.status().state == "running"

@@ -207,7 +207,7 @@ def test_a_url_that_nobody_serves_starts_no_worker() -> None:
 
 
 def test_a_server_given_by_url_survives_the_cluster(stub: Start, redis_server: EmbeddedServer) -> None:
-    url = f"redis://127.0.0.1:{redis_server.port}/0"
+    url = redis_server.url
     cluster = stub(1, url=url)
     assert cluster.url == url and cluster.broker.pid is None
     assert add(url, 1, 2, GRADIENTS) == 3

@@ -130,7 +130,7 @@ def _started(config: Path, options: dict[str, Any]) -> Iterator[Member]:
     bus = free_port()
     own = {"cluster-config-file": str(config), "cluster-port": bus}
     with (
-        EmbeddedServer(options={**_OPTIONS, **own, **options}) as server,
+        EmbeddedServer(options={**_OPTIONS, **own, **options}, password=False) as server,
         redis.Redis(port=server.port) as client,
     ):
         name = client.execute_command("CLUSTER MYID")
