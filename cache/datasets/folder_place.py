@@ -27,6 +27,7 @@ import xxhash
 from torchord.cache.datasets.content import Bytes, Chunk
 from torchord.cache.datasets.record import Record, Verdict
 from torchord.cache.errors import CacheUnreachable, ChunkCorrupt, ChunkMissing, DatasetDamaged, InvalidInput
+from torchord.cache.servers.address import masked
 
 _SUFFIX = ".dataset.json"
 _log = logging.getLogger(__name__)
@@ -46,14 +47,15 @@ class FolderPlace:
         folder = os.path.expanduser(url)
         if "::" in url or ("://" not in url and not os.path.isabs(folder)):
             raise InvalidInput(
-                f"datasets cannot be kept at {url!r}: give one URL such as 's3://bucket/datasets', or an "
-                "absolute directory that every worker sees"
+                f"datasets cannot be kept at {masked(url)!r}: give one URL such as 's3://bucket/datasets', "
+                "or an absolute directory that every worker sees"
             )
-        self.label = folder.rstrip("/")
+        folder = folder.rstrip("/")
+        self.label = masked(folder) if "://" in folder else folder
         try:
-            self._files, self._base = fsspec.core.url_to_fs(self.label)
+            self._files, self._base = fsspec.core.url_to_fs(folder)
         except (ImportError, ValueError) as error:
-            raise InvalidInput(f"datasets cannot be kept at {url!r}: {error}") from error
+            raise InvalidInput(f"datasets cannot be kept at {masked(url)!r}: {error}") from error
         self._base = self._base.rstrip("/")
 
     def extend(self, chunks: Sequence[Chunk], ttl_seconds: int) -> list[bool]:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from torchord.cache.errors import CheckpointError
+from torchord.cache.servers.address import masked
 
 
 class Files(ABC):
@@ -118,9 +119,10 @@ class RemoteFiles(Files):
     def __init__(self, root: str, folder: str) -> None:
         import fsspec
 
-        self.path = "/".join(part for part in (root.rstrip("/"), folder) if part)
+        path = "/".join(part for part in (root.rstrip("/"), folder) if part)
+        self.path = masked(path)
         try:
-            self._filesystem, self._base = fsspec.core.url_to_fs(self.path)
+            self._filesystem, self._base = fsspec.core.url_to_fs(path)
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"cannot open {self.path}: {error}") from error
 

@@ -41,7 +41,9 @@ _SENTINEL_LOOKS = "a Sentinel URL looks like sentinel://HOST:26379,HOST:26379/SE
 _CLUSTER_LOOKS = (
     "a Redis Cluster URL looks like redis+cluster://HOST:PORT,HOST:PORT (or rediss+cluster:// for TLS)"
 )
-_SECRET_OPTION = re.compile(r"([?&]\w*password=)[^&#;]*")
+_SECRET_OPTION = re.compile(r"([?&]\w*(?:pas|pw|secret|token)\w*=)[^&#;]*", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z+]*:?//?|")  # one that lacks a sign, too
+_NO_PORT = re.compile(r":(?!\d+(?:,|$))[^,]+")  # a password, it may be, whose host was forgotten
 _NEXT_URL = re.compile(r";(?=[a-z+]+://)")  # Celery's spelling of several sentinels
 
 
@@ -345,9 +347,14 @@ def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
 
 
 def _masked(url: str) -> str:
-    scheme, slashes, rest = url.partition("://")
+    found = _SCHEME.match(url)
+    assert found is not None
+    scheme, rest = found[0], url[found.end() :]
     credentials, at, where = rest.rpartition("@")  # the last one: a password may hold others
     user, colon, _ = credentials.partition(":")
     if colon:
-        url = f"{scheme}{slashes}{user}:***{at}{where}"
+        url = f"{scheme}{user}:***{at}{where}"
+    elif not at and "[" not in rest:
+        hosts = re.split("[/?#]", rest, maxsplit=1)[0]
+        url = f"{scheme}{_NO_PORT.sub(':***', hosts)}{rest[len(hosts) :]}"
     return _SECRET_OPTION.sub(r"\1***", url)

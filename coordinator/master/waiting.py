@@ -19,6 +19,7 @@ from torchord.cache.errors import (
 )
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
+from torchord.cache.servers.address import masked
 from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
@@ -52,7 +53,7 @@ def detached(run: str, url: str) -> Detached:
     """Say how to come back to a run whose waiting was interrupted; returns what to raise."""
     sys.stderr.write(
         f"\nDetached. Run {run!r} goes on as long as its workers do; come back with\n"
-        f"    Master({url!r}).run({run!r}).wait(progress=True)\n"
+        f"    Master({masked(url)!r}).run({run!r}).wait(progress=True)\n"
     )
     if sys.excepthook is sys.__excepthook__:  # nobody else shows this program's errors
         sys.excepthook = _show_error

@@ -46,6 +46,7 @@ from torchord.cache.errors import (
     WaitTimeout,
 )
 from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.servers.address import masked
 from torchord.cache.settings import Settings
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 from torchord.coordinator.local_cluster.import_path import ROOT
@@ -228,7 +229,7 @@ def test_a_url_that_nobody_serves() -> None:
 def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(CacheUnreachable, match=r"cannot be used: .*; use redis://HOST:PORT/DB") as caught:
         Master(url)
-    assert url in str(caught.value)
+    assert masked(url) in str(caught.value)
 
 
 def test_a_server_that_is_no_redis() -> None:

@@ -22,6 +22,7 @@ from tests.support import models, recipes_more, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, Recipe, TrainingConfig
+from torchord.cache.servers.address import masked
 from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.spec.plan import Plan
@@ -135,7 +136,7 @@ def test_ctrl_c_detaches_and_the_run_goes_on(one: Fleet, program: Any, tmp_path:
         assert "left" in waiting.out.read_text()
         hint = waiting.err.read_text()
         assert "Detached. Run 'detached' goes on" in hint
-        assert f"Master({one.cluster.url!r}).run('detached').wait(progress=True)" in hint
+        assert f"Master({masked(one.cluster.url)!r}).run('detached').wait(progress=True)" in hint
         assert "Traceback" not in hint and hint.strip().endswith("wait(progress=True)")
         assert run.status().state == "running"
     finally:
