@@ -26,7 +26,8 @@ from celery.app.task import Context
 
 from torchord.cache import keys
 from torchord.cache.errors import CacheError
-from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.ledger.heartbeat import Heartbeat
+from torchord.cache.ledger.workers import new_info
 from torchord.cache.settings import Settings
 from torchord.coordinator.client.client import Client
 from torchord.coordinator.client.slot_lease import SlotTask

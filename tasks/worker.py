@@ -16,7 +16,8 @@ from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
 
 from torchord.cache.errors import CacheError, InvalidInput
-from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.ledger.heartbeat import Heartbeat
+from torchord.cache.ledger.workers import new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.coordinator.messages.broker import add
 from torchord.coordinator.messages.sender import Sender

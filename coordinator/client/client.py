@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchord.cache.ledger.workers import Heartbeat
+from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.coordinator.client.inference_task import InferenceTask
 from torchord.coordinator.client.partial_sum_task import PartialSumTask
 from torchord.coordinator.client.shard_task import ShardTask

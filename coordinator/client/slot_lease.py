@@ -24,8 +24,8 @@ from torchord.cache.errors import (
     VersionMissing,
 )
 from torchord.cache.ledger.answers import Begun
+from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.records import Head
-from torchord.cache.ledger.workers import Heartbeat
 from torchord.coordinator.messages.sender import Join, Sender
 from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import cache_report as tiers

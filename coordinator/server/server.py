@@ -22,10 +22,10 @@ from torchord.cache.errors import (
     TorchordError,
 )
 from torchord.cache.ledger.answers import Committed
+from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, SlotRecord
-from torchord.cache.ledger.workers import Heartbeat
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity

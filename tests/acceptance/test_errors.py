@@ -45,7 +45,8 @@ from torchord.cache.errors import (
     VersionMissing,
     WaitTimeout,
 )
-from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.ledger.heartbeat import Heartbeat
+from torchord.cache.ledger.workers import new_info
 from torchord.cache.servers.address import masked
 from torchord.cache.settings import Settings
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port

@@ -15,7 +15,8 @@ from tests.acceptance.test_lost_bytes import go_on
 from tests.support import models, reference, resting
 from tests.support.shuffle import Shuffle
 from torchord import Master, Recipe, Run, TrainingConfig
-from torchord.cache.ledger.workers import Heartbeat, new_info
+from torchord.cache.ledger.heartbeat import Heartbeat
+from torchord.cache.ledger.workers import new_info
 from torchord.cache.settings import Settings
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.runtime.context import Contexts

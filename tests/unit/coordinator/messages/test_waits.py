@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.support.control import SPEC, begin, record, slot, worker, write
+from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.workers import Heartbeat, StoreMemory, WorkerInfo
+from torchord.cache.ledger.workers import StoreMemory, WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
@@ -272,7 +273,7 @@ def test_a_heartbeat_says_since_when_the_loop_has_not_turned(
     lab: Laboratory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [50.0]
-    monkeypatch.setattr("torchord.cache.ledger.workers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchord.cache.ledger.heartbeat.time.monotonic", lambda: now[0])
     heartbeat = Heartbeat(lab.registry, lab.living["w0"])
     assert heartbeat._said().silent == 0.0, "nothing is known of it"
     heartbeat.turned()
