@@ -40,6 +40,7 @@ class Options:
         admit_skew: `resume --admit-skew`.
         admit_code: `resume --admit-code`.
         replay: steps of `verify --replay`.
+        live: `health --live`.
     """
 
     name: str = ""
@@ -49,6 +50,7 @@ class Options:
     admit_skew: bool = False
     admit_code: bool = False
     replay: tuple[int, ...] = ()
+    live: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,6 +127,11 @@ _REPLAY = click.Option(
     help="Also compute this step again here, from the nearest checkpoint, and compare bytes; "
     "may be given several times.",
 )
+_LIVE = click.Option(
+    ["--live"],
+    is_flag=True,
+    help="For whoever restarts what is not alive: that Redis is away is no fault of the worker's.",
+)
 
 
 def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
@@ -171,23 +178,28 @@ def _health(options: Options) -> int:
     from torchord.cache.ledger.workers import Registry
     from torchord.cache.servers.redis_client import connect
     from torchord.cache.settings import from_environment
-    from torchord.coordinator.messages.waits import DEAF_SECONDS
 
     url = options.url or from_environment().url
-    with connect(url) as client:
-        alive = Registry(client, url).alive().values()
+    try:
+        with connect(url) as client:
+            alive = Registry(client, url).alive().values()
+    except CacheUnreachable as error:
+        if not options.live:
+            raise
+        print(f"nothing is known of the worker, and that is no fault of its own: {error}", file=sys.stderr)
+        return OK
     node, here = options.name, socket.gethostname()
     ours = [info for info in alive if (info.node == node if node else info.host == here)]
-    hearing = [info for info in ours if info.task or info.silent <= DEAF_SECONDS]
+    deaf = [info for info in ours if info.deaf]
     if options.json:
         print(for_others([asdict(info) for info in ours]))
     else:
         for info in ours:
-            deaf = "" if info in hearing else f", has taken no messages for {info.silent:.0f} s"
-            print(f"{info.id}: {info.task or 'idle'}{deaf}")
+            said = f", has taken no messages for {info.silent:.0f} s" if info in deaf else ""
+            print(f"{info.id}: {info.task or 'idle'}{said}")
         if not ours:
             print(f"no worker of {f'node {node}' if node else f'host {here}'} lives", file=sys.stderr)
-    return OK if ours and len(hearing) == len(ours) else BAD
+    return OK if ours and not deaf else BAD
 
 
 def _list(master: Master, options: Options) -> int:
@@ -354,11 +366,13 @@ _torchord.add_command(
         params=[
             _URL,
             _JSON,
+            _LIVE,
             click.Argument(["name"], metavar="[NODE]", required=False, default=""),
         ],
         callback=lambda **typed: _guarded(_health, Options(**typed)),
         help="Whether the workers of this host live and take messages, or those of a node (NAME@HOST): "
-        "for health checks. Exit code 0 if all do, 1 if none lives or one is deaf.",
+        "for health checks. Exit code 0 if all do, 1 if none lives or one is deaf, 4 if Redis does not "
+        "answer (0 with --live).",
     )
 )
 _command("list", _list, "All runs, oldest first.")

@@ -17,7 +17,7 @@ from celery.utils.nodenames import gethostname
 
 from torchord.cache.errors import CacheError, InvalidInput
 from torchord.cache.ledger.heartbeat import Heartbeat
-from torchord.cache.ledger.workers import new_info
+from torchord.cache.ledger.workers import WorkerInfo, new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
 from torchord.coordinator.messages.broker import add
 from torchord.coordinator.messages.sender import Sender
@@ -25,6 +25,7 @@ from torchord.coordinator.messages.task_names import UPDATES, is_ours, private_q
 from torchord.coordinator.runtime import faults
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
+from torchord.tasks.renewal import Renewal, start_anew
 from torchord.tasks.start import announce, import_from_working_directory
 
 # What needs torch is imported where it is used: Flower and the `celery` commands load this module too.
@@ -54,7 +55,7 @@ class Process:
         fault = faults.hook(settings.faults)
         self.fault = fault
         self.sender = Sender(app, fault=fault if settings.faults else None)
-        self.heartbeat = _heartbeat(self.services, node, queues)
+        self.heartbeat = _heartbeat(self.services, node, queues, forks=False)
         self.contexts = Contexts(self.services)
         self.client = Client(self.contexts, self.heartbeat, self.sender, fault=fault)
         self.server = TrainingServer(self.contexts, self.heartbeat, self.sender, fault=fault)
@@ -84,8 +85,11 @@ class Process:
         self.services.close()
 
 
-def _heartbeat(services: Services, node: str, queues: tuple[str, ...]) -> Heartbeat:
+def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks: bool) -> Heartbeat:
     """The heartbeat of this process, not started yet.
+
+    Args:
+        forks: whether this is the parent of a prefork pool.
 
     Raises:
         InvalidInput: the workers that run store chunks elsewhere.
@@ -94,7 +98,13 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...]) -> Heartb
         services.registry.require_placement(services.placement, claim=True)
     except CacheError as error:  # gone again; the heartbeat will say so, too
         log.warning("placement: %s", error)
-    return Heartbeat(services.registry, new_info(node, queues, placement=services.placement))
+
+    def again(said: WorkerInfo, why: str) -> None:
+        start_anew(lambda: services.registry.leave(said), why, forks=forks, forked=_forked)
+
+    renewal = Renewal(lambda run: services.ledger(run).head().status, again)
+    info = new_info(node, queues, placement=services.placement)
+    return Heartbeat(services.registry, info, after=renewal)
 
 
 _QUEUES_SETTING = "torchord_queues"
@@ -102,6 +112,7 @@ _TURN_SECONDS = 1.0
 _node = gethostname()
 _queues: tuple[str, ...] = ()
 _process: Process | None = None
+_forked = False  # whether this is a process of a prefork pool
 _lock = threading.Lock()
 
 
@@ -158,7 +169,7 @@ class TorchordStep(bootsteps.StartStopStep):
         _look_at_prefetching(parent)
         try:
             if _forks(parent):
-                _supervise_from_parent()
+                self._tick(parent, _supervise_from_parent())
                 return
             parts = process()
         except InvalidInput as error:
@@ -205,22 +216,23 @@ _parent_heartbeat: Heartbeat | None = None
 _parent_services: Services | None = None
 
 
-def _supervise_from_parent() -> None:
+def _supervise_from_parent() -> Heartbeat:
     """The parent of a prefork pool speaks for the node: heartbeat with its queues, supervisor."""
     from torchord.coordinator.runtime.services import Services
     from torchord.coordinator.server.supervisor.supervisor import Supervisor
 
     global _parent_supervisor, _parent_heartbeat, _parent_services
     if _parent_heartbeat is not None:
-        return
+        return _parent_heartbeat
     services = _parent_services = Services(settings, patience_seconds=WORKER_PATIENCE_SECONDS)
-    _parent_heartbeat = _heartbeat(services, _node, _queues)
+    _parent_heartbeat = _heartbeat(services, _node, _queues, forks=True)
     _parent_heartbeat.start()
     if UPDATES in _queues:
         _parent_supervisor = Supervisor(
             services, _parent_heartbeat.info.id, Sender(app), report=_parent_heartbeat.discarded
         )
         _parent_supervisor.start()
+    return _parent_heartbeat
 
 
 app.steps["consumer"].add(TorchordStep)
@@ -292,7 +304,8 @@ def _restartable() -> None:
 @signals.worker_process_init.connect
 def _child_started(sender: str = "", **_: Any) -> None:
     """In a prefork child: it belongs to its parent's node, and child i takes device i."""
-    global _node, _queues
+    global _node, _queues, _forked
+    _forked = True
     _queues = _queues or tuple(current_app.conf.get(_QUEUES_SETTING) or ())
     if not _queues:
         return
@@ -339,7 +352,10 @@ def _stopping(**_: Any) -> None:
 def _hand_back() -> None:
     """What this process is at, or as the parent of a pool, what its children are at."""
     parts = _process
+    if _parent_heartbeat is not None:
+        _parent_heartbeat.rests()
     if parts is not None and parts.pid == os.getpid():
+        parts.heartbeat.rests()
         parts.client.lease.hand_back()
     elif _parent_services is not None:
         from torchord.coordinator.client.slot_lease import hand_back_node

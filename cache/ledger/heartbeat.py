@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from torchord.cache import keys
 from torchord.cache.errors import CacheError
+from torchord.cache.ledger.whereabouts import place_of
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 
 log = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 5
+PERIOD_SECONDS = keys.WORKER_LEASE_MS / 1000 / _BEATS_PER_LEASE
+LONG_SECONDS = 5.0  # after so long at one task, the beats say at which line it is
 _PACES_KEPT = 4  # runs
 
 
@@ -23,15 +27,19 @@ class Heartbeat:
     Args:
         registry: where to.
         info: what to say; `doing` changes it.
+        after: called from the thread with what a beat has said, once that has arrived.
     """
 
-    def __init__(self, registry: Registry, info: WorkerInfo) -> None:
+    def __init__(
+        self, registry: Registry, info: WorkerInfo, *, after: Callable[[WorkerInfo], None] | None = None
+    ) -> None:
         self.registry = registry
         self._info = info
-        self._doing: dict[int, str] = {}
+        self._after = after
+        self._doing: dict[int, tuple[str, float]] = {}  # thread -> task, since when by the monotonic clock
         self._since = 0.0
         self._worked: dict[str, tuple[float, ...]] = {}
-        self._turned: float | None = None  # monotonic clock
+        self._silent: float | None = None  # None: nobody says whether the loop turns
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchord-heartbeat", daemon=True)
@@ -45,9 +53,24 @@ class Heartbeat:
         """What the next beat says: made for each beat, since a task changes it several times."""
         with self._lock:
             pace = {name: min(seconds) for name, seconds in self._worked.items() if seconds}
-            doing = "; ".join(self._doing.values())
-            silent = 0.0 if self._turned is None else time.monotonic() - self._turned
-            return replace(self._info, task=doing, since=self._since, pace=pace, silent=silent)
+            doing = "; ".join(task for task, _ in self._doing.values())
+            return replace(
+                self._info,
+                task=doing,
+                since=self._since,
+                pace=pace,
+                silent=self._silent or 0.0,
+                where=self._where(),
+            )
+
+    def _where(self) -> dict[str, str]:
+        """At which line those threads are that have been at one task for long."""
+        now = time.monotonic()
+        return {
+            task: place
+            for thread, (task, began) in self._doing.items()
+            if now - began > LONG_SECONDS and (place := place_of(thread))
+        }
 
     def start(self) -> None:
         """Beat once, now, then from the thread."""
@@ -61,7 +84,7 @@ class Heartbeat:
         """Say what the calling thread is at; "" when idle. Sent with the next beat."""
         with self._lock:
             if task:
-                self._doing[threading.get_ident()] = task
+                self._doing[threading.get_ident()] = (task, time.monotonic())
             else:
                 self._doing.pop(threading.get_ident(), None)
             self._since = time.time()
@@ -70,7 +93,11 @@ class Heartbeat:
 
     def turned(self) -> None:
         """The event loop that takes this process's messages turns: called by it, once in a while."""
-        self._turned = time.monotonic()
+        self._silent = 0.0
+
+    def rests(self) -> None:
+        """This process is told to end: its event loop will not turn any more, and nobody looks after it."""
+        self._silent = self._after = None
 
     def worked(self, run: str, seconds: float) -> None:
         """Say what a shard of a run took here: who is idle can then tell how long this process will need.
@@ -117,9 +144,16 @@ class Heartbeat:
             log.debug("heartbeat: %s", error)
 
     def _run(self) -> None:
-        period = keys.WORKER_LEASE_MS / 1000 / _BEATS_PER_LEASE
-        while not self._stop.wait(period):
+        while not self._stop.wait(PERIOD_SECONDS):
             try:
-                self.registry.beat(self._said())
+                said = self._said()
+                self.registry.beat(said)
             except CacheError as error:
                 log.warning("heartbeat: %s", error)
+                continue
+            # In beats that arrived, not by the clock: a process that was stopped, or whose threads all waited
+            # for one of them or for Redis, has not been deaf meanwhile.
+            if self._silent is not None:
+                self._silent += PERIOD_SECONDS
+            if self._after is not None:
+                self._after(said)

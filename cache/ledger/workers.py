@@ -30,6 +30,7 @@ from torchord.cache.servers.redis_client import translated
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_SECONDS = 0.2
+DEAF_SECONDS = 15.0  # of an idle worker whose consumer's loop has not turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,9 @@ class WorkerInfo:
         started: since when it has that pid, so that a process beside it sees at once when it has ended
             (see `torchord.cache.ledger.process`); "" and 0 if unknown.
         placement: where it stores chunks (see `ChunkStore.placement`); "" if it stores none.
-        silent: seconds since the event loop that takes its messages last turned; 0.0 if that is not known.
+        silent: seconds in which it has seen that the event loop that takes its messages does not turn; 0.0
+            if that is not known.
+        where: task -> the line of code that it is at, of tasks that it has been at for some seconds.
     """
 
     id: str
@@ -70,6 +73,12 @@ class WorkerInfo:
     started: int = 0
     placement: str = ""
     silent: float = 0.0
+    where: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def deaf(self) -> bool:
+        """Whether it is alive, idle, and takes no messages. While it computes, its loop may rest."""
+        return not self.task and self.silent > DEAF_SECONDS
 
     @property
     def ended(self) -> bool:
@@ -121,7 +130,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "node", "host", "task", "environment", "place", "placement"), str),
     **dict.fromkeys(("pid", "started"), int),
     **dict.fromkeys(("since", "silent"), (int, float)),
-    **dict.fromkeys(("refuses", "discarded", "pace"), dict),
+    **dict.fromkeys(("refuses", "discarded", "pace", "where"), dict),
 }
 
 

@@ -18,8 +18,8 @@ from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.spec.plan import Plan
 
-DEAF_SECONDS = 15.0  # of an idle worker whose consumer's loop has not turned
 _SHOWN = 3
+_AGAIN = "a worker that then is still at it starts anew a minute later"
 
 
 class WaitKind(Enum):
@@ -129,24 +129,23 @@ class Waits:
         reasons = [f"{info.id}: {info.refuses[run]}" for info in serving if run in info.refuses]
         if len(reasons) < len(serving):
             return None
-        return Wait(
-            WaitKind.REFUSED,
-            f"a worker on queue {queue!r} that may work on it; all refuse ({_some(reasons)})",
-            "give them what the run was submitted with and restart them, or run.resume(admit_skew=True)",
-            since,
-        )
+        what = f"a worker on queue {queue!r} that may work on it; all refuse ({_some(reasons)})"
+        ends = "give them what the run was submitted with and restart them"
+        if any("admit_code" in reason for reason in reasons):
+            ends += ", or run.resume(admit_code=True) where the new code is right"
+        return Wait(WaitKind.REFUSED, what, f"{ends}, or run.resume(admit_skew=True)", since)
 
     def _odd(self, alive: Mapping[str, WorkerInfo], since: float) -> list[Wait]:
         """Workers that are there and of no use."""
-        deaf = [info for info in alive.values() if not info.task and info.silent > DEAF_SECONDS]
         found = [
             Wait(
                 WaitKind.DEAF,
                 f"worker {info.id}, which is alive and takes no messages",
-                f"restart it (process {info.pid} on {info.host})",
+                f"it starts anew by itself, else restart it (process {info.pid} on {info.host})",
                 self._clock() - info.silent,
             )
-            for info in deaf
+            for info in alive.values()
+            if info.deaf
         ]
         thrown = sorted({said for info in alive.values() for said in info.discarded.values()})
         ends = "stop whoever takes them"
@@ -156,12 +155,12 @@ class Waits:
         """Who is at what."""
         run, ledger = self._ledger.run, self._ledger
         owner = alive.get(head.owner)
-        busy = next((info for info in alive.values() if _does(info, activity.updates(run))), None)
-        if busy is not None:
-            made = head.total_steps is None
-            what = "which makes its first version" if made else f"which is at {busy.task}"
+        updating = [(info, task) for info in alive.values() for task in _does(info, activity.updates(run))]
+        if updating:
+            (busy, task), made = updating[0], head.total_steps is None
+            what = f"which {'makes its first version' if made else f'is at {task}'}{_at(busy, task)}"
             kind = WaitKind.START if made else WaitKind.UPDATE
-            ends = f"it ends by itself; else look at the log of {busy.node}"
+            ends = f"it ends by itself; else look at the log of {busy.node}, or run.cancel(): {_AGAIN}"
             return [Wait(kind, f"its training server {busy.id}, {what}", ends, busy.since)]
         if owner is None or head.total_steps is None:
             serving = [info for info in alive.values() if UPDATES in info.queues]
@@ -179,12 +178,13 @@ class Waits:
         if not missing:
             what = f"its training server {owner.id}, which is called"
             return [Wait(WaitKind.CALL, what, "it comes within seconds", since)]
-        return self._shards(head, alive, missing, since)
+        return self._shards(head, plan, alive, missing, since)
 
     def _shards(
-        self, head: Head, alive: Mapping[str, WorkerInfo], missing: list[int], since: float
+        self, head: Head, plan: Plan, alive: Mapping[str, WorkerInfo], missing: list[int], since: float
     ) -> list[Wait]:
-        leases = self._ledger.leases(head.version)
+        ledger = self._ledger
+        leases = ledger.leases(head.version)
         held = {
             slot: leases[slot]
             for slot in missing
@@ -192,9 +192,20 @@ class Waits:
         }
         found = []
         if held:
-            who = [f"slot {slot} at {lease.worker}, try {lease.attempt}" for slot, lease in held.items()]
+            run, config, partials = ledger.run, plan.config, plan.fan_in(head.version).partials
+            who = []
+            for slot, lease in held.items():
+                name = activity.partial_sum if slot in partials else activity.gradient
+                place = _at(alive[lease.worker], name(run, head.version, slot))
+                who.append(f"slot {slot} at {lease.worker}, try {lease.attempt}{place}")
             what = f"{len(held)} of the {len(missing)} missing slots of step {head.version} ({_some(who)})"
-            ends = "they end by themselves, or with shard_timeout_seconds"
+            limit = config.shard_timeout_seconds
+            ends = "they end by themselves, else "
+            ends += (
+                f"shard_timeout_seconds={limit:g} ends them: each gets {config.max_attempts} tries"
+                if limit is not None
+                else f"run.cancel() does, since the run has no shard_timeout_seconds: {_AGAIN}"
+            )
             found.append(Wait(WaitKind.SHARDS, what, ends, min(lease.since for lease in held.values())))
         if len(held) < len(missing):
             clients = [info for info in alive.values() if GRADIENTS in info.queues]
@@ -208,17 +219,25 @@ class Waits:
     def _evaluations(self, alive: Mapping[str, WorkerInfo], since: float) -> list[Wait]:
         run, found = self._ledger.run, []
         for version, parts in self._ledger.pending_evaluations().items():
-            at_it = [info.id for info in alive.values() if _does(info, activity.evaluations(run, version))]
+            prefix = activity.evaluations(run, version)
+            at_it = [f"{info.id}{_at(info, task)}" for info in alive.values() for task in _does(info, prefix)]
             there = len(self._ledger.parts_present(version))
             what = f"the evaluation of version {version}, of which {there} of {parts} parts are there"
             what += f" ({_some(at_it)})" if at_it else ""
-            ends = f"the Clients end it, or start more: {worker_command(GRADIENTS)}"
+            ends = f"the Clients do, or more of them: {worker_command(GRADIENTS)}; or run.cancel(): {_AGAIN}"
             found.append(Wait(WaitKind.EVALUATION, what, ends, since))
         return found
 
 
-def _does(info: WorkerInfo, prefix: str) -> bool:
-    return any(task.startswith(prefix) for task in info.tasks)
+def _does(info: WorkerInfo, prefix: str) -> list[str]:
+    """What a worker does that begins so."""
+    return [task for task in info.tasks if task.startswith(prefix)]
+
+
+def _at(info: WorkerInfo, task: str) -> str:
+    """At which line of code a worker's task is, if it has been for long."""
+    place = info.where.get(task)
+    return f", at {place}" if place else ""
 
 
 def _some(items: list[str]) -> str:

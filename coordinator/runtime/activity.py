@@ -36,3 +36,9 @@ def evaluations(run: str, version: int) -> str:
 def prediction(run: str, version: int, part: int) -> str:
     """A Client at one part of a prediction."""
     return f"{run}: prediction at version {version}, part {part}"
+
+
+def trained(task: str) -> str:
+    """The run that a task moves on, "" of a prediction: a run that is at rest has no use for it."""
+    run, _, what = task.rpartition(": ")
+    return "" if what.startswith("prediction") else run

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -72,3 +75,58 @@ class Slow(Dataset[tuple[Tensor, Tensor]]):
             return 0.0
         known = dict(line.split() for line in lines)
         return float(known.get(str(os.getpid()), known.get("*", 0.0)))
+
+
+class Stuck(Dataset[tuple[Tensor, Tensor]]):
+    """`models.points`, of which one sample is never read.
+
+    Args:
+        how: the method that is called in its place.
+    """
+
+    def __init__(self, how: str, at: int = 17, size: int = 40) -> None:
+        self.inner = models.points(size)
+        self.how, self.at = how, at
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.at:
+            getattr(self, self.how)()
+        sample: tuple[Tensor, Tensor] = self.inner[index]
+        return sample
+
+    def endless_loop(self) -> None:
+        while True:
+            pass
+
+    def deadlock(self) -> None:
+        with self.lock, self.lock:
+            pass
+
+    def ends_the_process(self) -> None:
+        os._exit(3)
+
+    def recursion(self) -> None:
+        self.recursion()
+
+    def out_of_memory(self) -> None:
+        self.kept = torch.ones(1 << 50)
+
+    def terminal(self) -> None:
+        input("continue? ")
+
+
+class StuckSGD(torch.optim.SGD):
+    """SGD whose first step takes for ever."""
+
+    def step(self, closure: Any = None) -> Any:
+        while True:
+            time.sleep(0.01)
+
+
+def stuck_metric(outputs: Tensor, targets: Tensor) -> float:
+    while True:
+        time.sleep(0.01)

@@ -297,6 +297,15 @@ def test_a_worker_that_takes_no_messages_is_not_healthy(idle: Shell, redis_url: 
         assert idle("health", "solo@here")[0] == 0
 
 
+def test_a_redis_that_is_away_makes_a_worker_unready_and_not_dead(idle: Shell, capsys: Any) -> None:
+    gone = ["--url", "redis://127.0.0.1:1/0"]
+    assert main(["health", *gone]) == 4
+    capsys.readouterr()
+    assert main(["health", "--live", *gone]) == 0
+    assert "nothing is known of the worker" in capsys.readouterr().err
+    assert idle("health", "--live", "nobody@nowhere")[0] == 1
+
+
 def test_health_does_without_torch(idle: Shell, redis_url: str) -> None:
     with connect(redis_url) as client:
         Registry(client, redis_url).beat(new_info("client1@here", ("q",)))

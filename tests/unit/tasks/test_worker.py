@@ -23,7 +23,9 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was handed back, and by whom: this process's own Client, or for the pool of a node."""
     found: list[str] = []
     own = SimpleNamespace(
-        pid=os.getpid(), client=SimpleNamespace(lease=SimpleNamespace(hand_back=lambda: found.append("own")))
+        pid=os.getpid(),
+        heartbeat=SimpleNamespace(rests=lambda: None),
+        client=SimpleNamespace(lease=SimpleNamespace(hand_back=lambda: found.append("own"))),
     )
     monkeypatch.setattr(worker, "_process", own)
     monkeypatch.setattr(worker, "_parent_services", None)

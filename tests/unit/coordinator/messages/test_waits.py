@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 
 from tests.support.control import SPEC, begin, record, slot, worker, write
-from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.workers import StoreMemory, WorkerInfo
+from torchord.cache.ledger.workers import DEAF_SECONDS, StoreMemory, WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.waiting import QUIET_SECONDS, SHOWN_SECONDS, Quiet
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
-from torchord.coordinator.messages.waits import DEAF_SECONDS, Wait, WaitKind, Waits, duration
+from torchord.coordinator.messages.waits import Wait, WaitKind, Waits, duration
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
@@ -33,6 +32,9 @@ class Laboratory:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.version = 0
+        self.memory: StoreMemory | None = None
+        self.away = False
         self.plane = MemoryPlane(clock=lambda: self.now)
         self.registry = MemoryRegistry(self.plane)
         self.ledger: Ledger = MemoryLedger(self.plane, RUN)
@@ -60,7 +62,7 @@ class Laboratory:
 
     @property
     def waits(self) -> Waits:
-        return Waits(self.ledger, lambda head: PLAN, clock=lambda: self.now)
+        return Waits(self.ledger, lambda head: PLAN, memory=lambda: self.memory, clock=lambda: self.now)
 
     def look(self) -> dict[WaitKind, Wait]:
         return {wait.kind: wait for wait in self.waits.look(self.ledger.head(), self.living)}
@@ -89,6 +91,9 @@ def test_all_that_serve_a_queue_refuse(lab: Laboratory) -> None:
         lab.say(id, refuses={RUN: f"{id} has another torch"})
     found = lab.the(WaitKind.REFUSED)
     assert "w0 has another torch" in found.what and "admit_skew=True" in found.ends
+    assert "admit_code" not in found.ends, "code is not the cause"
+    lab.say("w1", refuses={RUN: "other sources; run.resume(admit_code=True) where the new code is right"})
+    assert "or run.resume(admit_code=True) where the new code is right" in lab.the(WaitKind.REFUSED).ends
     lab.say("w1", refuses={"another": "run"})
     assert WaitKind.REFUSED not in lab.look()
 
@@ -147,6 +152,29 @@ def test_shards_wait_in_the_queue_or_are_computed(lab: Laboratory) -> None:
     assert "2 slots of step 0 that nobody has begun" in lab.look()[WaitKind.QUEUE].what
 
 
+LIMITED = Plan(
+    24, TrainingConfig(batch_size=8, shards=4, audit_fraction=0.0, shard_timeout_seconds=600, max_attempts=2)
+)
+
+
+def test_of_what_takes_long_it_is_said_where_it_is_and_who_can_end_it(lab: Laboratory) -> None:
+    place = "model.py:12 in forward"
+    lab.begun()
+    begin(lab.ledger, 0, 1, worker="w1", delivery="d1")
+    task = activity.gradient(RUN, 0, 1)
+    lab.say("w1", task=task, where={task: place, "another: task": "elsewhere.py:1 in f"})
+    shards = lab.look()[WaitKind.SHARDS]
+    assert f"(slot 1 at w1, try 1, at {place})" in shards.what
+    assert "run.cancel() does, since the run has no shard_timeout_seconds" in shards.ends
+    limited = Waits(lab.ledger, lambda head: LIMITED, clock=lambda: lab.now)
+    shards, *_ = limited.look(lab.ledger.head(), lab.living)
+    assert "shard_timeout_seconds=600 ends them: each gets 2 tries" in shards.ends
+    update = activity.update(RUN, 0)
+    lab.say("s0", task=f"another: task; {update}", where={update: place})
+    found = lab.look()[WaitKind.UPDATE]
+    assert f"update of step 0, at {place}" in found.what and "run.cancel()" in found.ends
+
+
 def test_a_shard_of_a_dead_worker_is_not_computed(lab: Laboratory) -> None:
     lab.begun()
     begin(lab.ledger, 0, 1, worker="w1", delivery="d1")
@@ -183,12 +211,6 @@ def test_what_people_read() -> None:
     assert wait.said(190.0) == "waits for a worker, since 1 min; start one"
     assert wait.said(50.0).startswith("waits for a worker, since 0 s"), "clocks may differ"
     assert [duration(s) for s in (0.4, 59.4, 61, 7300)] == ["0 s", "59 s", "1 min", "2 h 1 min"]
-
-
-def test_every_entry_is_in_the_table_for_people() -> None:
-    table = (ROOT / "docs" / "errors.md").read_text()
-    for kind in WaitKind:
-        assert f"| {kind.value} |" in table, kind
 
 
 # --- said once nothing happens -------------------------------------------------------------
@@ -264,20 +286,3 @@ def test_another_reason_is_said_as_well(watched: Watched) -> None:
 def test_a_redis_that_is_away_is_said(watched: Watched) -> None:
     watched.look(QUIET_SECONDS, away=True)
     assert watched.shown.lines[0].startswith("waits for Redis, which does not answer")
-
-
-# --- the loop that takes messages ------------------------------------------------------------
-
-
-def test_a_heartbeat_says_since_when_the_loop_has_not_turned(
-    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [50.0]
-    monkeypatch.setattr("torchord.cache.ledger.heartbeat.time.monotonic", lambda: now[0])
-    heartbeat = Heartbeat(lab.registry, lab.living["w0"])
-    assert heartbeat._said().silent == 0.0, "nothing is known of it"
-    heartbeat.turned()
-    now[0] += 7.0
-    assert heartbeat._said().silent == 7.0
-    heartbeat.turned()
-    assert heartbeat._said().silent == 0.0
