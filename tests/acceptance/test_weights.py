@@ -178,7 +178,7 @@ def test_what_no_weight_is_known_of_is_refused(name: str) -> None:
 def unseen() -> dict[str, tuple[Recipe, str]]:
     classes = recipes.classes
     return {
-        "noise in the model": (classes(step=recipes.evidence_mean, model=recipes.Autoencoder), "random"),
+        "noise of numpy in the model": (classes(model=recipes.Shaken), "random"),
         "noise in the collate": (recipes.language(collate=recipes.masked_at_random), "random"),
         "a detector": (classes(step=recipes.detect, model=recipes.Detector), "in training mode"),
         "no running statistics": (
@@ -410,7 +410,7 @@ def test_real_workers(cluster: Callable[..., LocalCluster]) -> None:
     config = TrainingConfig(epochs=2, batch_size=10, shards=7, fan_in=2, seed=2, checkpoint_every=3)
     run = master.submit(given, config, name="tokens")
     wrong = master.submit(recipes.language(recipes.masked_mean), config, name="wrong")
-    random = recipes.classes(step=recipes.evidence_mean, model=recipes.Autoencoder)
+    random = recipes.classes(model=recipes.Shaken)
     noisy = master.submit(random, TrainingConfig(batch_size=8, staleness=1, compression="int8"), name="noisy")
     trained = run.wait(timeout=120)
     _, model = start(given, config)
