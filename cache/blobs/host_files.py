@@ -1,4 +1,8 @@
-"""Files of the same-host tier: where they may lie, who holds a lock on one, and their memory."""
+"""Files of the same-host tier: where they may lie, who holds a lock on one, and their memory.
+
+A blob's bytes begin behind an empty page. They are whatever somebody stored, and the name of the file can be
+told in advance: without that page a blob could be a program, which a loader of libraries takes by its name.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ else:
     _HAS_FLOCK = True
 
 _SHARED_MEMORY = Path("/dev/shm")
+_LEAD_NBYTES = mmap.ALLOCATIONGRANULARITY
 _log = logging.getLogger(__name__)
 
 
@@ -58,10 +63,10 @@ def quarter(directory: Path | None) -> int:
 
 
 @contextmanager
-def closing(fd: int) -> Iterator[None]:
+def closing(fd: int) -> Iterator[int]:
     """Close a file at the end of the block."""
     try:
-        yield
+        yield fd
     finally:
         os.close(fd)
 
@@ -88,9 +93,30 @@ def still_at(fd: int, path: Path) -> bool:
         return False
 
 
+def opened(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file of the tier, closed to other users where it is made; links are not followed.
+
+    Raises:
+        PermissionError: it is a link, or no file of this user that is closed to others.
+        OSError: it cannot be opened.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        if _is_private(os.fstat(fd)):
+            return fd
+        os.close(fd)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    raise PermissionError(errno.EPERM, "it must be a file of this user, closed to others", str(path))
+
+
 def in_use(path: Path) -> bool:
     """Whether a process holds a lock on a file."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fd = opened(path)
+    except PermissionError:
+        return False  # none of ours
     with closing(fd):
         return not locked(fd)
 
@@ -98,21 +124,28 @@ def in_use(path: Path) -> bool:
 def remove_unused(path: Path) -> None:
     """Remove a file unless somebody holds a lock on it."""
     with contextlib.suppress(FileNotFoundError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = opened(path)
+        except PermissionError:  # none of ours
+            path.unlink()
+            return
         with closing(fd):
             if locked(fd) and still_at(fd, path):
                 path.unlink()
 
 
-def is_ours(fd: int, nbytes: int) -> bool:
-    """Whether a file is this user's, closed to others, and of this length."""
-    found = os.fstat(fd)
-    return (
-        stat.S_ISREG(found.st_mode)
-        and found.st_uid == os.geteuid()
-        and not found.st_mode & 0o077
-        and found.st_size == nbytes
-    )
+def blob_nbytes(found: os.stat_result) -> int:
+    """The length of the blob in a file."""
+    return max(0, found.st_size - _LEAD_NBYTES)
+
+
+def holds(fd: int, nbytes: int) -> bool:
+    """Whether a file has the length of a blob of so many bytes."""
+    return os.fstat(fd).st_size == _LEAD_NBYTES + nbytes
+
+
+def _is_private(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
 
 
 def map_private(fd: int, nbytes: int) -> Tensor:
@@ -123,29 +156,32 @@ def map_private(fd: int, nbytes: int) -> Tensor:
     """
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    memory = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY, offset=_LEAD_NBYTES)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def map_shared(fd: int, nbytes: int) -> mmap.mmap:
-    """Map a file of at least so many bytes, to be written to."""
+    """Map the blob of so many bytes in a file, to be written to."""
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    return mmap.mmap(fd, nbytes, flags=flags) if nbytes else mmap.mmap(-1, 1)
+    return mmap.mmap(fd, nbytes, flags=flags, offset=_LEAD_NBYTES) if nbytes else mmap.mmap(-1, 1)
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Give a file a length for which there is memory."""
+    """Give a file the length of a blob, for which there is memory."""
     os.ftruncate(fd, 0)
+    os.ftruncate(fd, _LEAD_NBYTES)
     if not nbytes:
         return
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, nbytes)
+        os.posix_fallocate(fd, _LEAD_NBYTES, nbytes)
     else:  # pragma: no cover  # macOS
         write_all(fd, memoryview(bytes(nbytes)))
 
 
 def write_all(fd: int, view: memoryview) -> None:
-    """Give a file its content."""
+    """Give a file a blob's bytes."""
     os.ftruncate(fd, 0)
+    os.ftruncate(fd, _LEAD_NBYTES)
     written = 0
     while written < len(view):
-        written += os.pwrite(fd, view[written:], written)
+        written += os.pwrite(fd, view[written:], _LEAD_NBYTES + written)

@@ -36,13 +36,15 @@ from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.host_files import (
+    blob_nbytes,
     closing,
+    holds,
     in_use,
-    is_ours,
     lock_shared,
     locked,
     map_private,
     map_shared,
+    opened,
     quarter,
     remove_unused,
     reserve,
@@ -279,7 +281,8 @@ class HostTier:
         try:
             with contextlib.suppress(FileExistsError):
                 temporary = self.directory / f"{_IDENTITY}.{uuid.uuid4().hex}"
-                temporary.write_text(uuid.uuid4().hex)
+                with closing(opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as fd:
+                    os.write(fd, uuid.uuid4().hex.encode())
                 try:
                     os.link(temporary, path)  # the first to link wins, with the file complete
                 finally:
@@ -307,16 +310,16 @@ class HostTier:
         """Map a complete file after checking whose it is and what it contains."""
         path = self._path(ref)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = opened(path)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            if error.errno == errno.ELOOP:  # a symbolic link; the next writer replaces it
-                path.unlink(missing_ok=True)
-            raise
+        except PermissionError as error:
+            _log.warning("%s is removed: %s", path, error)
+            path.unlink(missing_ok=True)
+            return None
         with closing(fd):
             lock_shared(fd)
-            tensor = map_private(fd, ref.nbytes) if is_ours(fd, ref.nbytes) else None
+            tensor = map_private(fd, ref.nbytes) if holds(fd, ref.nbytes) else None
             if tensor is not None and checksums(split(as_bytes(tensor), ref.chunk_nbytes)) == ref.checksums:
                 self._keep(fd, 0.0)
                 self.counters.hits += 1
@@ -329,7 +332,7 @@ class HostTier:
     def _lock_part(self, ref: BlobRef) -> int | None:
         """Open and lock the part; None if another process holds it or has just finished."""
         path = self._part(ref)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = opened(path, os.O_RDWR | os.O_CREAT)
         try:
             if locked(fd) and still_at(fd, path):
                 if not self._path(ref).exists():
@@ -417,8 +420,8 @@ class HostTier:
                 if path.suffix == _PART:
                     remove_unused(path)
                 elif not in_use(path):
-                    found = path.stat()
-                    yield found.st_mtime, found.st_size, path
+                    found = path.lstat()
+                    yield found.st_mtime, blob_nbytes(found), path
 
 
 def _drafts(directory: Path) -> Drafts:

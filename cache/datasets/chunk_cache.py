@@ -7,8 +7,10 @@ is ever out of date. A chunk that several threads want at once is fetched by one
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import stat
 import tempfile
 import threading
 from collections import OrderedDict
@@ -25,6 +27,7 @@ from torchord.cache.servers.fork import reset_after_fork
 
 Fetch = Callable[[Sequence[Chunk]], list[Bytes]]
 
+_LEAD = b"torchord chunk\n\0"  # a chunk's bytes are anybody's: a file that began with them could be a program
 _RESCAN_SHARE = 16  # look at the disk again after having written 1/16 of its bound
 _log = logging.getLogger(__name__)
 
@@ -168,11 +171,12 @@ class DiskTier:
     """Chunks as files below a directory that the processes of one host share.
 
     A file is checked when it is read, so a damaged or half-written one is no more than a miss.
-    A disk that cannot be written to is reported once and then left alone. The oldest files go
-    when the bound is passed; each process looks after having written a sixteenth of it.
+    A disk that cannot be written to is reported once and then left alone, and so is a directory that
+    other users can write to. The oldest files go when the bound is passed; each process looks after
+    having written a sixteenth of it.
 
     Args:
-        directory: created if need be, readable for this user only.
+        directory: of this user, closed to what others write; created, for this user only, if need be.
         nbytes: how much is kept, in bytes.
     """
 
@@ -188,7 +192,10 @@ class DiskTier:
         for chunk in chunks:
             path = self._path(chunk.address)
             try:
-                data = np.fromfile(path, dtype=np.uint8)
+                with open(path, "rb", opener=_own) as file:
+                    if file.read(len(_LEAD)) != _LEAD:
+                        continue
+                    data = np.fromfile(file, dtype=np.uint8)
                 if data.size == chunk.nbytes and xxhash.xxh3_64_hexdigest(data.data) == chunk.checksum:
                     found[chunk.address] = data
                     os.utime(path)
@@ -216,10 +223,13 @@ class DiskTier:
         if data.size > self.bound_nbytes:
             return
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.parent.mkdir(exist_ok=True)
+        if not _is_own(self.directory.stat()):
+            raise PermissionError(errno.EPERM, "it must be this user's, and closed to what others write")
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
+                file.write(_LEAD)
                 file.write(data.data)
             with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
                 os.replace(temporary, path)
@@ -241,3 +251,21 @@ class DiskTier:
             path.unlink(missing_ok=True)
             excess -= nbytes
         self._unseen_nbytes = 0
+
+
+def _own(path: str, flags: int) -> int:
+    """Open a file of this user that nobody else can write to, and no link.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and _is_own(found):
+        return fd
+    os.close(fd)
+    raise PermissionError(errno.EPERM, "it must be a file of this user, closed to what others write", path)
+
+
+def _is_own(found: os.stat_result) -> bool:
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022

@@ -32,6 +32,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -79,7 +80,7 @@ class _Watch:
         return json.dumps(reply).encode() + b"\n"
 
     def op_spawn(self, command: dict[str, Any]) -> dict[str, Any]:
-        log = os.open(command["log"] or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = _open_log(command["log"])
         changes: dict[str, str | None] = command["env"]
         mine, prepare = os.getpid(), self.prepare
 
@@ -170,6 +171,19 @@ class _Watch:
             if pid in self.running:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     send(pid, number)
+
+
+def _open_log(path: str | None) -> int:
+    """A log to append to: this user's own file and no link, which another user could have laid there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    if path is None:
+        return os.open(os.devnull, os.O_WRONLY)
+    log = os.open(path, flags, 0o600)
+    found = os.fstat(log)
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+        return log
+    os.close(log)
+    raise PermissionError(f"the log {path} is not a file of this user")
 
 
 def _parent_death_signal() -> Callable[[int], None]:
