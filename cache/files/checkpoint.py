@@ -177,6 +177,15 @@ class CheckpointStore:
         state = tree.unflatten(marker["state"], parts["state"])
         return Checkpoint(version, parts["tensors"], state, untagged(marker["meta"]))
 
+    def meta(self, version: int) -> dict[str, Any]:
+        """What `save` was given as `meta`; the tensors are not read.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or its marker is damaged.
+        """
+        found: dict[str, Any] = untagged(self._marker(version)["meta"])
+        return found
+
     def latest_version(self, at_most: int | None = None) -> int | None:
         """Return the newest version whose checkpoint is whole, every byte verified; None if none is.
 
@@ -283,11 +292,33 @@ class CheckpointStore:
             merged.update(entries)
         return [merged[version] for version in sorted(merged)]
 
-    def _segments(self) -> list[tuple[int, dict[int, str]]]:
-        """Return (sequence number, version -> entry) of each segment; a higher number was written later."""
+    def entries_between(self, first: int, last: int) -> dict[int, str]:
+        """The entries of versions `first` to `last`, each the latest written; other segments are not read.
+
+        Raises:
+            CheckpointError: a segment is damaged.
+        """
+        merged: dict[int, str] = {}
+        for _, entries in sorted(self._segments(first, last), key=lambda item: item[0]):
+            merged.update(entries)
+        return {version: text for version, text in merged.items() if first <= version <= last}
+
+    def last_entry(self) -> int:
+        """The newest version of which there is an entry, 0 if there is none."""
+        found = (_SEGMENT.fullmatch(name) for name in self._files.names())
+        return max((int(match[2]) for match in found if match), default=0)
+
+    def _segments(self, first: int = 0, last: int | None = None) -> list[tuple[int, dict[int, str]]]:
+        """Return (sequence number, version -> entry) of each segment; the higher number is the later.
+
+        Args:
+            first: what ends before this version is left out, and
+            last: what begins after this one.
+        """
         found = []
         for name in self._files.names():
-            if _SEGMENT.fullmatch(name):
+            match = _SEGMENT.fullmatch(name)
+            if match and int(match[2]) >= first and (last is None or int(match[1]) <= last):
                 where = self._files.where(name)
                 header, *lines = (
                     self._files.read(name).decode(errors="replace").removesuffix("\n").split("\n")
@@ -314,6 +345,15 @@ class CheckpointStore:
                 f"{_FORMAT}"
             )
         return marker
+
+
+def runs_in(root: str) -> list[str]:
+    """Names of the runs that have a folder under a checkpoint directory or URL.
+
+    Raises:
+        CheckpointError: it cannot be listed.
+    """
+    return open_folder(root, "").folders()
 
 
 # --- encoding ---------------------------------------------------------------------------

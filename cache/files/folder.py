@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 from torchord.cache.errors import CheckpointError
@@ -26,6 +27,10 @@ class Files(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """Return the names of all files; none if the folder does not exist."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Return the names of all folders in it; none if it does not exist."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -67,8 +72,15 @@ class LocalFiles(Files):
 
     def names(self) -> list[str]:
         """Return the names of all files; none if the folder does not exist."""
+        return self._listed(os.DirEntry.is_file)
+
+    def folders(self) -> list[str]:
+        """Return the names of all folders in it; none if it does not exist."""
+        return self._listed(os.DirEntry.is_dir)
+
+    def _listed(self, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
         try:
-            return sorted(entry.name for entry in os.scandir(self._directory) if entry.is_file())
+            return sorted(entry.name for entry in os.scandir(self._directory) if wanted(entry))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -128,6 +140,13 @@ class RemoteFiles(Files):
 
     def names(self) -> list[str]:
         """Return the names of all files; none if the folder does not exist."""
+        return self._listed("file")
+
+    def folders(self) -> list[str]:
+        """Return the names of all folders in it; none if it does not exist."""
+        return self._listed("directory")
+
+    def _listed(self, wanted: str) -> list[str]:
         try:
             self._filesystem.invalidate_cache()
             entries = self._filesystem.ls(self._base, detail=True)
@@ -135,7 +154,9 @@ class RemoteFiles(Files):
             return []
         except Exception as error:  # every driver has exceptions of its own
             raise CheckpointError(f"cannot list {self.path}: {error}") from error
-        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+        return sorted(
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == wanted
+        )
 
     def read(self, name: str) -> bytes:
         """Return a file's content."""

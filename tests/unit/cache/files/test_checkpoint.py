@@ -17,7 +17,7 @@ import torch
 
 from tests.support.inprocess import same
 from torchord.cache.errors import CheckpointError
-from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.files.checkpoint import CheckpointStore, runs_in
 from torchord.cache.tensors.codec import layout, pack, views
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(4)}
@@ -449,3 +449,29 @@ def test_a_save_killed_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path) ->
         assert ended.returncode == (9 if deadly < 7 else 0)
         found = CheckpointStore(str(root), "run").latest()
         assert found is not None and found.version == expected and found.skipped == ()
+
+
+def test_a_part_of_the_ledger_is_read_without_the_rest(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), "run-1")
+    assert (store.entries_between(1, 9), store.last_entry()) == ({}, 0)
+    store.append_ledger(entries(1, 3))
+    store.append_ledger(entries(4, 6))
+    store.append_ledger(entries(3, 5, "again"))
+    (tmp_path / "run-1" / "ledger-000000007-000000009.jsonl").write_text("[")
+    found = store.entries_between(2, 6)
+    assert list(found) == [2, 3, 4, 5, 6] and store.last_entry() == 9
+    assert ["again" in found[version] for version in range(2, 7)] == [False, True, True, True, False]
+    with pytest.raises(CheckpointError):
+        store.entries_between(6, 7)
+
+
+def test_the_runs_under_a_place_and_the_meta_of_a_checkpoint(tmp_path: Path) -> None:
+    assert runs_in(str(tmp_path / "nowhere")) == []
+    for name in ("two", "one"):
+        CheckpointStore(str(tmp_path), name).save(3, {}, {}, {"evaluations": {"3": {"loss": float("nan")}}})
+    (tmp_path / "file").touch()
+    assert runs_in(str(tmp_path)) == runs_in(f"file://{tmp_path}") == ["one", "two"]
+    elsewhere = f"memory://{uuid.uuid4().hex}"
+    CheckpointStore(elsewhere, "three").save_spec({})
+    assert runs_in(elsewhere) == ["three"]
+    assert str(CheckpointStore(str(tmp_path), "one").meta(3)) == "{'evaluations': {'3': {'loss': nan}}}"
