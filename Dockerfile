@@ -32,7 +32,6 @@ RUN useradd --create-home --uid 10001 torchord \
     && install -d -o torchord -g torchord /app /var/lib/torchord/checkpoints /var/lib/torchord/tensorboard
 WORKDIR /app
 COPY --chown=torchord:torchord examples /app/examples
-COPY --chown=torchord:torchord flowerconfig.py /app/
 USER torchord
 
 ENV TORCHORD_CHECKPOINT_DIR=/var/lib/torchord/checkpoints

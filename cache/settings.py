@@ -17,6 +17,9 @@ OVERLAPS = frozenset({"upload", "collect", "fetch"})
 """upload: gradients leave a Client while its backward runs. collect: the training server reads them while
 the step is computed. fetch: Clients read the next version while the training server stores it."""
 
+FLOWER_ALLOWS = frozenset({"pause", "resume", "cancel"})
+"""What Flower's pages about runs may do beside showing them: their buttons."""
+
 _ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "no", "false"})
 
 
@@ -144,6 +147,24 @@ def _overlap(name: str) -> frozenset[str]:
     if not words or words & _ON:
         return OVERLAPS
     return words & OVERLAPS
+
+
+def flower_allows(argument: str | None = None) -> frozenset[str]:
+    """What Flower's pages about runs may do, of `FLOWER_ALLOWS`; nothing unless somebody says so.
+
+    Args:
+        argument: words between commas, "on" or "off"; None: those of TORCHORD_FLOWER_ALLOWS.
+
+    Raises:
+        InvalidInput: a word is none of them.
+    """
+    given = os.environ.get("TORCHORD_FLOWER_ALLOWS", "") if argument is None else argument
+    words = frozenset(_words(given.lower()))
+    if unknown := words - FLOWER_ALLOWS - _ON - _OFF:
+        name = "TORCHORD_FLOWER_ALLOWS" if argument is None else "--runs-allow"
+        among = ", ".join(sorted(FLOWER_ALLOWS))
+        raise InvalidInput(f"{name} must be on, off, or some of {among} between commas, not {min(unknown)!r}")
+    return FLOWER_ALLOWS if words & _ON else words & FLOWER_ALLOWS
 
 
 def cublas_workspace() -> str:

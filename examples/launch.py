@@ -214,7 +214,7 @@ def _flower(chosen: Options, url: str, *, workers: int) -> Iterator[None]:
 
     port = FLOWER_PORT if _is_free(FLOWER_PORT) else free_port()
     page = f"http://127.0.0.1:{port}"
-    arguments = ["--address=127.0.0.1", f"--port={port}", f"--conf={ROOT / 'flowerconfig.py'}"]
+    arguments = ["--address=127.0.0.1", f"--port={port}"]
     guardian = Guardian()
     try:
         guardian.spawn(

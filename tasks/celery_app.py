@@ -22,6 +22,7 @@ from torchord.coordinator.messages.task_names import (
     QUEUES,
     UPDATES,
 )
+from torchord.tasks.flower_pages.start import show_runs
 from torchord.tasks.transport import Connection
 
 
@@ -150,3 +151,5 @@ app.conf.update(
     worker_redirect_stdouts=False,
     worker_hijack_root_logger=True,
 )
+
+show_runs(app, whole=True)

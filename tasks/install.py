@@ -12,6 +12,7 @@ from torchord.cache.servers.address import masked
 from torchord.coordinator.messages.broker import add, celery_url, same_server
 from torchord.coordinator.messages.task_names import GRADIENTS, QUEUES
 from torchord.tasks.celery_app import MODULES, ROUTES, settings
+from torchord.tasks.flower_pages.start import show_runs
 from torchord.tasks.registry import register
 
 
@@ -52,6 +53,7 @@ def install(app: Celery) -> Celery:
     from torchord.tasks.worker import TorchordStep
 
     app.steps["consumer"].add(TorchordStep)
+    show_runs(app, whole=False)
     return app
 
 

@@ -56,9 +56,9 @@ class MemoryVersions(MemoryControlPlane):
 
     def entries(self, first: int = 1, last: int | None = None) -> list[LedgerEntry]:
         """See `Ledger.entries`."""
-        found = [LedgerEntry.from_json(text) for text in self.plane.hash(self.keys.ledger).values()]
-        kept = [e for e in found if e.version >= first and (last is None or e.version <= last)]
-        return sorted(kept, key=lambda entry: entry.version)
+        found = {int(version): text for version, text in self.plane.hash(self.keys.ledger).items()}
+        wanted = sorted(v for v in found if v >= first and (last is None or v <= last))
+        return [LedgerEntry.from_json(found[version]) for version in wanted]
 
     def ledger_size(self) -> int:
         """See `Ledger.ledger_size`."""

@@ -24,7 +24,6 @@ from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import free_port
 from torchord.coordinator.spec.plan import Plan
 
-ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., LocalCluster]
 
 
@@ -42,8 +41,8 @@ def flower(trained: LocalCluster, tmp_path: Path) -> Iterator[str]:
     port = free_port()
     with (tmp_path / "flower.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "torchord", "flower", f"--port={port}"],
-            cwd=ROOT,
+            [str(Path(sys.executable).with_name("celery")), "-A", "torchord", "flower", f"--port={port}"],
+            cwd=tmp_path,  # where nothing of torchord's lies
             env=flower_environment(trained.url),
             stdout=log,
             stderr=log,
@@ -132,6 +131,9 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
     assert ("step 0, shard 1, version 0, run shown", "written") in shown
     assert ("step 0, run shown", "committed") in shown
     assert all("{" not in row["result"] for row in table)
+    shown_of = next(row["uuid"] for row in table if row["kwargs"] == "step 0, run shown")
+    with urlopen(f"{flower}/task/{shown_of}", timeout=PATIENCE_SECONDS) as reply:
+        assert 'href="/run/shown"' in reply.read().decode()
 
     password = urlsplit(trained.url).password
     assert password is not None
@@ -141,7 +143,7 @@ def test_flower_shows_every_task_in_words(trained: LocalCluster, flower: str) ->
 
 
 def rows_of_the_page(flower: str) -> list[dict[str, Any]]:
-    """What the page /tasks fetches for its table: columns and words are those of flowerconfig.py."""
+    """What the page /tasks fetches for its table: columns and words are torchord's."""
     with urlopen(f"{flower}/tasks", timeout=PATIENCE_SECONDS) as reply:
         page = reply.read().decode()
     assert 'data-column="kwargs"' in page and 'data-column="result"' in page

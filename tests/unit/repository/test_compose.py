@@ -264,7 +264,7 @@ def ignored(path: Path) -> bool:
 
 def test_everything_that_the_image_copies_is_in_its_build_context() -> None:
     sources = copied()
-    assert {ROOT / name for name in ("flowerconfig.py", "torchord", "pyproject.toml")} <= sources.keys()
+    assert {ROOT / name for name in ("torchord", "pyproject.toml")} <= sources.keys()
     for source in sources:
         assert source.exists(), f"the Dockerfile copies {source.name}, which is not there"
         assert not ignored(source), f".dockerignore leaves out {source.name}, which the Dockerfile copies"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -111,10 +112,16 @@ def test_every_package_and_its_data_is_in_a_wheel() -> None:
     for path in sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*")):
         if path.is_dir() or "__pycache__" in path.parts:
             continue
-        folder = path.parent.relative_to(ROOT).parts
+        home = (
+            path.parent
+            if path.suffix == ".py"
+            else next(p for p in path.parents if (p / "__init__.py").exists())
+        )
+        folder = home.relative_to(ROOT).parts
         package = ".".join(folder if folder[0] == "torchord" else ("torchord", *folder))
-        assert (path.parent / "__init__.py").exists(), f"{path} is in no package"
-        covered = path.suffix == ".py" or any(path.match(pattern) for pattern in data.get(package, []))
+        assert (home / "__init__.py").exists(), f"{path} is in no package"
+        inside = path.relative_to(home).as_posix()
+        covered = path.suffix == ".py" or any(fnmatch(inside, pattern) for pattern in data.get(package, []))
         assert covered, f"package-data lacks {path.relative_to(ROOT)}"
     assert settings["packages"]["find"]["include"] == ["torchord", "torchord.*"]
     for name in ("cache", "coordinator", "tasks"):

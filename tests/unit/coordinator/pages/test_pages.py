@@ -1,0 +1,167 @@
+"""What the pages ask for: every run has its line, whatever its records are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.support.control import SPEC, history
+from torchord.cache import keys
+from torchord.cache.errors import CacheUnreachable, InvalidInput, RunError, RunNotFound
+from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.servers.redis_client import connect
+from torchord.cache.settings import Settings
+from torchord.coordinator.pages.pages import Pages
+from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.recipe import Recipe
+
+ENTRIES = history(12, 2)
+
+
+def committed(
+    url: str, name: str, *, spec: dict[str, Any] = SPEC, status: str = "running", **head: Any
+) -> Ledger:
+    """A run with twelve of its twenty steps."""
+    made = Ledger(connect(url), url, name)
+    made.create(spec, incarnation="life")
+    client = redis.Redis.from_url(url)
+    client.hset(made.keys.ledger, mapping={str(each.version): each.to_json() for each in ENTRIES})
+    client.expire(made.keys.ledger, 60)
+    fields = {"status": status, "version": 12, "total_steps": 20, "committed_at": 1000.0, **head}
+    client.hset(made.keys.head, mapping=fields)
+    made.record_evaluation(10, {"loss": 0.4, "accuracy": 0.9})
+    client.close()
+    return made
+
+
+@pytest.fixture
+def pages(redis_url: str, tmp_path: Path) -> Pages:
+    return Pages(Settings(url=redis_url, checkpoint_dir=str(tmp_path / "checkpoints")))
+
+
+def lines(pages: Pages) -> dict[str, dict[str, Any]]:
+    return {line["name"]: line for line in pages.listed()["runs"]}
+
+
+def test_a_line_says_where_a_run_stands_and_what_it_waits_for(redis_url: str, pages: Pages) -> None:
+    committed(redis_url, "digits-01")
+    line = lines(pages)["digits-01"]
+    assert (line["state"], line["version"], line["total"]) == ("running", 12, 20)
+    assert line["left_seconds"] == pytest.approx(0.8) and line["rate"] == pytest.approx(80)
+    assert line["loss"] == 0.5 and line["workers"] == 1
+    assert line["metrics"] == {"loss": 0.4, "accuracy": 0.9} and line["evaluated"] == 10
+    assert [wait["what"] for wait in line["waits"]] == [
+        "a worker on queue 'torchord.updates': none lives",
+        "a worker on queue 'torchord.gradients': none lives",
+    ]
+    assert all(wait["since"] > 0 and "celery -A torchord worker" in wait["ends"] for wait in line["waits"])
+
+
+def test_what_has_ended_is_said_with_its_reason_and_goes_on_if_resumed(redis_url: str, pages: Pages) -> None:
+    made = committed(redis_url, "digits-01")
+    made.transition("failed", allowed=("running",), event="failed", error={"kind": "E", "message": "a NaN"})
+    line = lines(pages)["digits-01"]
+    assert (line["state"], line["error"], line["waits"], line["left_seconds"]) == (
+        "failed",
+        "a NaN",
+        [],
+        None,
+    )
+    assert lines(pages)["digits-01"] == line
+    made.transition("running", allowed=("failed",), event="resumed", error=None)
+    assert lines(pages)["digits-01"]["state"] == "running"
+
+
+def test_a_run_whose_records_are_none_hides_no_other(redis_url: str, pages: Pages) -> None:
+    names = keys.RunKeys
+    with redis.Redis.from_url(redis_url) as client:
+        for number, broken in enumerate(({"status": "running"}, {"version": "x"}, None)):
+            committed(redis_url, f"broken-{number}")
+            if broken is None:
+                client.hset(names(f"broken-{number}").ledger, "12", "<b>{")
+            else:
+                client.hset(names(f"broken-{number}").head, mapping={**broken, "submitted_at": "never"})
+        client.zadd(keys.RUNS, {"<script>alert(1)</script>": 1})
+        client.hset(names("<script>alert(1)</script>").head, "status", "running")
+        client.expire(names("<script>alert(1)</script>").head, 60)
+        client.expire(keys.RUNS, 60)
+        committed(redis_url, "whole")
+        found = lines(pages)
+        client.delete(keys.RUNS)
+    assert found["whole"]["state"] == "running"
+    assert {name for name, line in found.items() if line["state"] == "unreadable"} == found.keys() - {"whole"}
+    assert len(found) == 5 and all(line["error"] for name, line in found.items() if name != "whole")
+
+
+def test_a_run_that_redis_has_lost_is_found_on_disk(redis_url: str, pages: Pages, tmp_path: Path) -> None:
+    place = str(tmp_path / "checkpoints")
+    CheckpointStore(place, "lost").save_spec({**SPEC, "incarnation": "life"})
+    CheckpointStore(place, "lost", "life").append_ledger([each.to_json() for each in ENTRIES])
+    meta = {"chain": ENTRIES[7].chain, "evaluations": {"8": {"loss": 0.2}}}
+    CheckpointStore(place, "lost", "life").save(8, {}, {}, meta)
+    (tmp_path / "checkpoints" / "garbage").mkdir()
+    (tmp_path / "checkpoints" / "garbage" / "run.json").write_text("[")
+    (tmp_path / "checkpoints" / "empty").mkdir()
+    committed(redis_url, "known")
+    CheckpointStore(place, "known").save_spec({**SPEC, "incarnation": "life"})
+    found = lines(pages)
+    assert found.keys() == {"lost", "garbage", "known"}
+    assert (found["lost"]["state"], found["lost"]["version"]) == ("on disk", 12)
+    assert found["lost"]["metrics"] == {"loss": 0.2} and found["garbage"]["state"] == "unreadable"
+    assert found["known"]["state"] == "running"
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_server_that_is_away_is_said_within_seconds(tmp_path: Path) -> None:
+    with pytest.raises(CacheUnreachable, match="no Redis answers"):
+        Pages(Settings(url="redis://127.0.0.1:1/0", checkpoint_dir=str(tmp_path))).listed()
+
+
+def test_a_runs_page_says_what_happened_and_what_was_submitted(redis_url: str, pages: Pages) -> None:
+    made = committed(redis_url, "digits-01", duplicates=3)
+    reason = {"kind": "E", "message": "a NaN", "traceback": "model.py:3 in forward", "worker": "w0"}
+    made.transition("failed", allowed=("running",), event="failed", data={"message": "a NaN"}, error=reason)
+    found = pages.overview("digits-01")
+    assert found["failure"] == {"message": "a NaN", "traceback": "model.py:3 in forward", "worker": "w0"}
+    assert found["recipe"] == SPEC["recipe"] and found["config"] == SPEC["config"]
+    assert found["counted"]["duplicates ignored"] == 3 and found["evaluations"] == [
+        (10, {"loss": 0.4, "accuracy": 0.9})
+    ]
+    assert [event["type"] for event in found["events"]] == ["evaluation", "failed"]
+    assert [(one["worker"], one["shards"], one["alive"]) for one in found["crew"]] == [("w0", 24, False)]
+    assert (found["loaded"], found["steps_known"], found["problem"]) == (12, 12, "")
+
+
+def test_a_run_on_disk_has_its_page(pages: Pages, tmp_path: Path) -> None:
+    place = str(tmp_path / "checkpoints")
+    CheckpointStore(place, "lost").save_spec({**SPEC, "incarnation": "life"})
+    CheckpointStore(place, "lost", "life").append_ledger([each.to_json() for each in ENTRIES])
+    found = pages.overview("lost")
+    assert (found["state"], found["version"], found["steps_known"]) == ("on disk", 12, 12)
+    assert found["crew"] and found["recipe"] == SPEC["recipe"]
+    with pytest.raises(RunNotFound, match="neither in Redis nor under"):
+        pages.overview("nowhere")
+    with pytest.raises(InvalidInput, match="cannot be used"):
+        pages.overview("../etc")
+
+
+def test_a_run_is_paused_resumed_and_cancelled(redis_url: str, pages: Pages) -> None:
+    recipe = Recipe(
+        model="torch.nn:Identity",
+        dataset="nowhere:data",
+        optimizer="torch.optim:SGD",
+        loss="torch.nn:MSELoss",
+    )
+    committed(redis_url, "digits-01", spec={"recipe": recipe.to_spec(), "config": TrainingConfig().to_json()})
+    assert pages.act("digits-01", "pause") == {"state": "paused"}
+    with pytest.raises(RunNotFound):
+        pages.act("nowhere", "pause")
+    assert pages.act("digits-01", "resume") == {"state": "running"}
+    assert pages.act("digits-01", "cancel") == {"state": "cancelled"}
+    with pytest.raises(RunError, match="submit it under a new name"):
+        pages.act("digits-01", "resume")
