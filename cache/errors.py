@@ -45,6 +45,15 @@ class CacheError(TorchordError):
     """The cache could not do what was asked; see the message for the key and the node."""
 
 
+FULL = "it is full: raise its maxmemory, or let finished runs expire"
+"""What the message of a `CacheError` says of a server that has no room."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a server has no room."""
+    return isinstance(error, CacheError) and FULL in str(error)
+
+
 class CacheUnreachable(CacheError, ConnectionError):
     """No Redis-compatible server answers at that URL; start one or correct TORCHORD_URL."""
 
@@ -158,6 +167,10 @@ class Fenced(RunError):
 
 class CheckpointError(TorchordError):
     """A checkpoint could not be written or read; see the message for its path."""
+
+
+class CheckpointUnwritable(CheckpointError):
+    """The place of the checkpoints takes no file: it is full, away or not ours; mend it, the run tries again."""
 
 
 class ServerNotFound(TorchordError):

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
-from torchord.cache.errors import CheckpointError
+from torchord.cache.errors import CheckpointError, CheckpointUnwritable
 from torchord.cache.servers.address import masked
 
 
@@ -56,8 +56,8 @@ def open_folder(root: str, folder: str) -> Files:
     return RemoteFiles(root, folder) if "://" in root else LocalFiles(Path(root) / folder)
 
 
-def _cannot_write(where: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
+def _cannot_write(where: str, error: Exception) -> CheckpointUnwritable:
+    return CheckpointUnwritable(
         f"cannot write {where}: {error}. Give a checkpoint_dir that the training server can write to, or set "
         "TORCHORD_CHECKPOINT_DIR there"
     )

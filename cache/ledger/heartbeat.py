@@ -128,6 +128,13 @@ class Heartbeat:
             self._info = replace(self._info, refuses=refuses)
             return True
 
+    def hindered(self, run: str, reason: str | None) -> None:
+        """Say what keeps this process from a run's next move; None takes it back."""
+        with self._lock:
+            others = {name: why for name, why in self._info.hindered.items() if name != run}
+            hindered = others if reason is None else {**others, run: reason}
+            self._info = replace(self._info, hindered=hindered)
+
     def discarded(self, wrong: dict[str, str]) -> None:
         """Say in which queues messages are thrown away, as the supervisor found."""
         with self._lock:

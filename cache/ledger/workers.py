@@ -56,6 +56,7 @@ class WorkerInfo:
         silent: seconds in which it has seen that the event loop that takes its messages does not turn; 0.0
             if that is not known.
         where: task -> the line of code that it is at, of tasks that it has been at for some seconds.
+        hindered: run -> what failed when it made the run's next move, which it will try again.
     """
 
     id: str
@@ -74,6 +75,7 @@ class WorkerInfo:
     placement: str = ""
     silent: float = 0.0
     where: dict[str, str] = field(default_factory=dict)
+    hindered: dict[str, str] = field(default_factory=dict)
 
     @property
     def deaf(self) -> bool:
@@ -130,7 +132,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "node", "host", "task", "environment", "place", "placement"), str),
     **dict.fromkeys(("pid", "started"), int),
     **dict.fromkeys(("since", "silent"), (int, float)),
-    **dict.fromkeys(("refuses", "discarded", "pace", "where"), dict),
+    **dict.fromkeys(("refuses", "discarded", "pace", "where", "hindered"), dict),
 }
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import xxhash
 
-from torchord.cache.errors import CacheError, CacheUnreachable
+from torchord.cache.errors import FULL, CacheError, CacheUnreachable
 from torchord.cache.servers.address import Address
 from torchord.cache.servers.connection import (
     Connection,
@@ -34,7 +34,7 @@ _KEYS_AT_ONCE = 512
 
 _CLUSTER = "; it is part of a Redis Cluster: name it as redis+cluster://HOST:PORT"
 _HINTS = {
-    "OOM": "; it is full: raise its maxmemory, or let finished runs expire",
+    "OOM": f"; {FULL}",
     "READONLY": "; it is a replica: name the primary in the URL",
     "MOVED": _CLUSTER,
     "ASK": _CLUSTER,

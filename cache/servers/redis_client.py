@@ -22,7 +22,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelManagedConnection
 
-from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
+from torchord.cache.errors import FULL, CacheError, CacheUnreachable, InvalidInput
 from torchord.cache.servers.address import TIMEOUTS, Address, is_cluster, is_sentinel, masked
 
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -34,7 +34,7 @@ _BACKOFF_CAP_SECONDS = 1.0
 def hint_of(error: Exception) -> str:
     """What to do about an error of the server; "" if nothing is known. redis-py cuts the code OOM off."""
     full = "maxmemory" in str(error) or "OOM" in str(error)
-    return " (it is full: raise its maxmemory, or let finished runs expire)" if full else ""
+    return f" ({FULL})" if full else ""
 
 
 @contextmanager

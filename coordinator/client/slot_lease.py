@@ -31,6 +31,7 @@ from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.failures import Failure
+from torchord.coordinator.runtime.hindrances import Hindrances
 from torchord.coordinator.runtime.services import Services
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class SlotLease:
         self.services = contexts.services
         self.heartbeat = heartbeat
         self.sender = sender
+        self.hindrances = Hindrances(heartbeat)
         self._held: dict[int, SlotTask] = {}  # by thread
         self._refusals = 0
 
@@ -134,6 +136,8 @@ class SlotLease:
         try:
             done = compute(begun)
             written = done["status"] not in UNWRITTEN
+            if written:
+                self.hindrances.passed(run, "slot")
             return {**done, "tiers": tiers.since(before, self.services)}
         except (Skewed, ManifestMismatch) as error:
             self.end(task)
@@ -143,6 +147,7 @@ class SlotLease:
             log.warning("step %d slot %d of run %s goes back: %s", step, slot, run, error)
             if isinstance(error, LOSSES):
                 self.report_loss(run, step)
+            self.hindrances.met(ledger, "slot", (step,), error)
             return {**receipt, "status": "handed back", "error": str(error)}
         finally:
             self._held.pop(threading.get_ident(), None)

@@ -32,6 +32,7 @@ class WaitKind(Enum):
     CLIENT = "a worker on the queue of gradients"
     REFUSED = "a worker that may work on it: those that there are refuse"
     DEAF = "a worker that is alive and takes no messages"
+    HINDERED = "the success of what failed and is tried again"
     DISCARDED = "messages that somebody throws away"
     CALL = "a training server that takes it up"
     START = "its training server, which makes or restores it"
@@ -107,7 +108,9 @@ class Waits:
         """
         since = max(head.committed_at, head.submitted_at)
         if head.status == "paused":
-            return (Wait(WaitKind.PERSON, "a person: it is paused", "run.resume() goes on", since),)
+            why = (head.error or {}).get("message", "")
+            what = f"a person: it is paused{f' ({why})' if why else ''}"
+            return (Wait(WaitKind.PERSON, what, "run.resume() goes on", since),)
         if head.status not in ("pending", "running"):
             return ()
         memory = self._memory()
@@ -146,6 +149,12 @@ class Waits:
             )
             for info in alive.values()
             if info.deaf
+        ]
+        run, ends = self._ledger.run, "it goes on by itself once that passes, else the run is paused"
+        found += [
+            Wait(WaitKind.HINDERED, f"what {info.id} tries again, {info.hindered[run]}", ends, since)
+            for info in alive.values()
+            if run in info.hindered
         ]
         thrown = sorted({said for info in alive.values() for said in info.discarded.values()})
         ends = "stop whoever takes them"

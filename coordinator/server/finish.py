@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +24,23 @@ class Finish:
     Args:
         services: connections and stores of the process.
         sender: publishes evaluations.
-        upkeep: writes the last checkpoint.
+        upkeep: stores again what was lost.
+        checkpointed: writes the last checkpoint; False if that is to be tried again.
         fault: called with the name of each point of the protocol; tests use it to die there.
     """
 
-    def __init__(self, services: Services, sender: Sender, upkeep: Upkeep, fault: Hook) -> None:
+    def __init__(
+        self,
+        services: Services,
+        sender: Sender,
+        upkeep: Upkeep,
+        checkpointed: Callable[[WarmRun], bool],
+        fault: Hook,
+    ) -> None:
         self.services = services
         self.sender = sender
         self.upkeep = upkeep
+        self.checkpointed = checkpointed
         self.fault = fault
 
     def evaluate_if_due(self, warm: WarmRun) -> None:
@@ -59,8 +69,8 @@ class Finish:
                 if receipt["status"] == "waiting":  # somebody called for another reason than a commit
                     self.upkeep.keep_stored(warm)
                 return {**receipt, "status": "evaluating"}
-        if warm.spilled != version:
-            self.upkeep.checkpoint(warm)
+        if warm.spilled != version and not self.checkpointed(warm):
+            return {**receipt, "status": "checkpoint not written"}  # the supervisor calls again
         if warm.record.slots or warm.record.delta is not None:  # no slot and no Client has a next step
             kept, warm.record = warm.record, replace(warm.record, slots={}, delta=None)
             if not ledger.put_version(warm.record, token=warm.token):

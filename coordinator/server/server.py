@@ -16,6 +16,7 @@ from typing import Any
 
 from torchord.cache.errors import (
     CacheError,
+    CheckpointUnwritable,
     Fenced,
     RecordDamaged,
     Skewed,
@@ -33,6 +34,7 @@ from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.failures import Failure, contained, noted, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
+from torchord.coordinator.runtime.hindrances import Hindrances
 from torchord.coordinator.server.commit import StepCommit
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.takeover import TakeOver
@@ -41,6 +43,8 @@ from torchord.coordinator.server.warm_run import WarmRun, read_ahead
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT = "checkpoint"  # what is tried
+CHECKPOINT_SECONDS = 120.0  # for so long at least, before the run is paused
 _CALL_AGAIN_SECONDS = 5.0
 
 
@@ -71,8 +75,9 @@ class TrainingServer:
         self._tokens: dict[str, int] = {}
         self._called_again: dict[str, float] = {}
         self._lock = threading.RLock()
+        self.hindrances = Hindrances(heartbeat)
         self.upkeep = Upkeep(services, fault)
-        self.finish = Finish(services, sender, self.upkeep, fault)
+        self.finish = Finish(services, sender, self.upkeep, self._checkpointed, fault)
         self.commit = StepCommit(
             services, sender, self.upkeep, worker=heartbeat.info.id, queue=self.queue, fault=fault
         )
@@ -110,6 +115,7 @@ class TrainingServer:
                     done = self._advance(run, ledger, head, slots, called=step)
                 if done["status"] == "done":
                     self._warm.pop(run, None)
+                self.hindrances.passed(run, "move", moved=done.get("version") != head.version)
                 return {**done, "tiers": tiers.since(before, self.services)}
             except Skewed as error:
                 if self.heartbeat.refuse(run, str(error)):
@@ -123,6 +129,7 @@ class TrainingServer:
             except CacheError as error:
                 self._warm.pop(run, None)  # what was applied and not committed is computed again
                 log.warning("run %s: %s", run, error)
+                self.hindrances.met(ledger, "move", (head.version,), error, token=self._tokens.get(run))
                 self._call_again(run)
                 return {"run": run, "status": "cache error", "error": str(error)}
             except Exception as error:
@@ -227,12 +234,31 @@ class TrainingServer:
         self.services.gradients.delete([*warm.spent, *dropped])
         self.upkeep.retain(warm, warm.stored, warm.pinned)
         self.finish.evaluate_if_due(warm)
-        version, config = warm.version, warm.context.config
-        total = warm.context.plan().total_steps
-        if version % config.checkpoint_every == 0 and version < total:
-            self.upkeep.checkpoint(warm)
+        due = warm.version % warm.context.config.checkpoint_every == 0
+        if (due or self.hindrances.waits(warm.run, CHECKPOINT)) and (
+            warm.version < warm.context.plan().total_steps
+        ):
+            self._checkpointed(warm)
         if self.upkeep.state_due(warm):
             self.upkeep.publish_state(warm)
+
+    def _checkpointed(self, warm: WarmRun) -> bool:
+        """Write the present version's checkpoint; False if that failed, or is to be tried again later.
+
+        The run goes on meanwhile. It is paused where no try of some minutes goes well.
+        """
+        if not self.hindrances.due(warm.run, CHECKPOINT):
+            return False
+        try:
+            self.upkeep.checkpoint(warm)
+        except CheckpointUnwritable as error:
+            log.warning("run %s: the checkpoint of version %d: %s", warm.run, warm.version, error)
+            self.hindrances.met(
+                warm.ledger, CHECKPOINT, (), error, token=warm.token, seconds=CHECKPOINT_SECONDS
+            )
+            return False
+        self.hindrances.passed(warm.run, CHECKPOINT)
+        return True
 
     def _fail(self, ledger: Ledger, error: Exception, token: int | None) -> None:
         """Stop the run with the error as its reason, unless another server has taken it over."""

@@ -69,6 +69,7 @@ REACHED: dict[WaitKind, Callable[[Laboratory], None]] = {
     WaitKind.CLIENT: nobody("w0", "w1"),
     WaitKind.REFUSED: refused,
     WaitKind.DEAF: says("w0", silent=DEAF_SECONDS + 5),
+    WaitKind.HINDERED: says("s0", hindered={RUN: "try 3 of 10: cannot write /mnt: No space left on device"}),
     WaitKind.DISCARDED: says("s0", discarded={GRADIENTS: said_of(GRADIENTS)}),
     WaitKind.CALL: lambda lab: None,
     WaitKind.START: lambda lab: lab.say("s0", task=activity.update(RUN, 0)),
@@ -81,7 +82,7 @@ REACHED: dict[WaitKind, Callable[[Laboratory], None]] = {
 
 def table() -> dict[str, list[str]]:
     """What a run waits for -> the words that a person reads, of the table in docs/errors.md."""
-    text = ERRORS.read_text().partition("## What a run waits for")[2].partition("\n## ")[0]
+    text = ERRORS.read_text().partition("## What a run waits for")[2].partition("\n###")[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {row[0]: re.findall(r'"([^"]+)"', row[1]) for row in rows[2:]}
 

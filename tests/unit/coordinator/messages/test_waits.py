@@ -122,7 +122,13 @@ def test_redis_is_full(lab: Laboratory) -> None:
 
 def test_a_person_has_paused_it(lab: Laboratory) -> None:
     lab.begun().ledger.transition("paused", allowed=("running",), event="paused")
-    assert "resume()" in lab.the(WaitKind.PERSON).ends
+    assert "resume()" in lab.the(WaitKind.PERSON).ends and lab.the(WaitKind.PERSON).what.endswith("paused")
+
+
+def test_it_was_paused_for_a_reason(lab: Laboratory) -> None:
+    why = {"kind": "CacheError", "message": "this failed 10 times"}
+    lab.begun().ledger.transition("paused", allowed=("running",), event="paused", error=why)
+    assert lab.the(WaitKind.PERSON).what == "a person: it is paused (this failed 10 times)"
 
 
 def test_nobody_has_taken_it_up(lab: Laboratory) -> None:
