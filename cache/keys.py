@@ -80,12 +80,17 @@ def check_name(name: object, what: str = "run") -> str:
     Raises:
         InvalidInput: if it is not 1 to 100 letters, digits, dots, dashes or underscores.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not is_name(name):
         raise InvalidInput(
-            f"{what} name {name!r} cannot be used: give 1 to 100 letters, digits, '.', '_' or '-', "
+            f"{what} name {name!r:.120} cannot be used: give 1 to 100 letters, digits, '.', '_' or '-', "
             "starting with a letter or digit, such as 'digits-01'"
         )
     return name
+
+
+def is_name(name: object) -> bool:
+    """Whether `check_name` takes it."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def worker(worker_id: str) -> str:

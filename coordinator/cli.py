@@ -209,6 +209,12 @@ def _list(master: Master, options: Options) -> int:
             rows.append(_fields(master.run(name).status()))
         except RunNotFound:  # it expired meanwhile
             continue
+        except CacheUnreachable:
+            raise
+        except TorchordError as error:  # its records are none; the others' are
+            from torchord.coordinator.master.reports import RunStatus
+
+            rows.append(_fields(RunStatus(name, "unreadable", 0, None, None, str(error), "", 0.0, "")))
     if options.json:
         print(for_others(rows))
         return OK

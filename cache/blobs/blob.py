@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from torchord.cache.errors import ChunkCorrupt, InvalidInput
+from torchord.cache.reading import COUNT, FLAG, TEXT, Fields
 from torchord.cache.tensors.pieces import checksums, chunk_count, split
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_CHUNK_NBYTES = 512 << 20
+"""What a server takes as one value."""
+
+_REFERENCE = Fields(
+    "a blob reference",
+    {"key": TEXT, "nbytes": COUNT, "chunk_nbytes": COUNT, "checksums": TEXT},
+    {"data": TEXT, "local": FLAG},
+    open=True,
+    error=InvalidInput,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,7 @@ class BlobRef:
         Raises:
             InvalidInput: a field is missing, of the wrong type or at odds with the others.
         """
+        _REFERENCE.of(value)
         try:
             joined = str(value["checksums"])
             ref = cls(
@@ -89,6 +102,7 @@ class BlobRef:
             ref.nbytes < 0
             or ref.chunk_nbytes <= 0
             or len(joined) != 16 * chunk_count(ref.nbytes, ref.chunk_nbytes)
+            or ref.chunk_nbytes > MOST_CHUNK_NBYTES
         ):
             raise InvalidInput(
                 f"blob {ref.key!r}: {len(joined) // 16} checksums do not fit {ref.nbytes} bytes"

@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.blob import MOST_CHUNK_NBYTES, BlobRef
 from torchord.cache.errors import InvalidInput
+from torchord.cache.reading import FOREIGN, parsed
 from torchord.cache.tensors.pieces import chunk_count
 
 _DIGITS = 16
@@ -81,14 +82,16 @@ class Notice:
             InvalidInput: it is none.
         """
         try:
-            number, key, nbytes, chunk_nbytes, joined, stored = json.loads(text)
+            number, key, nbytes, chunk_nbytes, joined, stored = parsed(text, "it", error=InvalidInput)
+            if not all(type(each) is int and 0 <= each < 1 << 63 for each in (number, nbytes, chunk_nbytes)):
+                raise ValueError("a number is out of range")
             sums = [str(joined)[i : i + _DIGITS] for i in range(0, len(joined), _DIGITS)]
             found = tuple("" if checksum == _NOT_YET else checksum for checksum in sums)
             bits = int(stored, 16)
             made = cls(int(number), str(key), int(nbytes), int(chunk_nbytes), found, bits)
-        except (TypeError, ValueError) as error:
+        except FOREIGN as error:
             raise InvalidInput(f"this is not a notice of a blob ({error!r})") from error
-        if made.nbytes < 0 or made.chunk_nbytes < 1:
+        if made.nbytes < 0 or not 1 <= made.chunk_nbytes <= MOST_CHUNK_NBYTES:
             raise InvalidInput(f"a blob of {made.nbytes} bytes in chunks of {made.chunk_nbytes}")
         if len(found) != chunk_count(made.nbytes, made.chunk_nbytes):
             raise InvalidInput(f"{len(found)} checksums do not fit {made.nbytes} bytes")

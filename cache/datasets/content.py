@@ -20,11 +20,18 @@ from torchord.cache import keys
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.errors import ChunkMissing, InvalidInput
+from torchord.cache.reading import COUNT, FOREIGN, TEXT, Fields
 from torchord.cache.tensors.pieces import chunk_count
 
 Bytes = npt.NDArray[np.uint8]
 MOST_CHUNK_NBYTES = 64 << 20
 
+_STREAM = Fields(
+    "a list of chunks",
+    {"nbytes": COUNT, "chunk_nbytes": COUNT, "addresses": TEXT, "checksums": TEXT},
+    error=InvalidInput,
+)
+_HEX = frozenset("0123456789abcdef")
 _ADDRESS_DIGITS = 40
 _CHECKSUM_DIGITS = 16
 
@@ -103,16 +110,12 @@ class Stream:
             InvalidInput: a field is missing, of the wrong type or at odds with the others.
         """
         try:
-            stream = cls(
-                int(value["nbytes"]),
-                int(value["chunk_nbytes"]),
-                str(value["addresses"]),
-                str(value["checksums"]),
-            )
-            int(stream.addresses or "0", 16), int(stream.checksums or "0", 16)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"this is not a list of chunks ({error!r})") from error
-        if stream.nbytes < 0 or stream.chunk_nbytes < 1:
+            stream = cls(**_STREAM.of({name: value[name] for name in cls.__slots__}))
+        except FOREIGN as error:
+            raise InvalidInput(f"this is not a list of chunks ({error!r:.200})") from error
+        if not {*stream.addresses, *stream.checksums} <= _HEX:
+            raise InvalidInput("this is not a list of chunks (an address or checksum is not hexadecimal)")
+        if not 1 <= stream.chunk_nbytes <= MOST_CHUNK_NBYTES:
             raise InvalidInput(f"{stream.nbytes} bytes in chunks of {stream.chunk_nbytes}")
         count = len(stream)
         if (

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torchord.cache import keys
 from torchord.cache.datasets.content import Stream
 from torchord.cache.errors import DatasetDamaged, InvalidInput
+from torchord.cache.reading import COUNT, FINITE, FOREIGN, OBJECT, TEXT, Fields, parsed
 
 Verdict = Literal["written", "same", "exists"]
 
 _FORMAT = 1
+_FORMATTED = Fields("it", {"format": COUNT}, open=True, error=InvalidInput)
+_RECORD = Fields(
+    "it",
+    {
+        "name": TEXT,
+        "digest": TEXT,
+        "samples": COUNT,
+        "nbytes": COUNT,
+        "chunk_nbytes": COUNT,
+        "ttl_seconds": COUNT,
+        "created_at": FINITE,
+        "structure": TEXT,
+        "manifest": OBJECT,
+    },
+    open=True,
+    error=InvalidInput,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +73,13 @@ class Record:
             DatasetDamaged: it is not a record that this version of torchord can read.
         """
         try:
-            value: Mapping[str, Any] = json.loads(text)
+            value = _FORMATTED.of(parsed(text, "it", error=InvalidInput))
             if value["format"] != _FORMAT:
                 raise ValueError(f"format {value['format']}, this version of torchord reads {_FORMAT}")
-            return cls(
-                name=str(value["name"]),
-                digest=str(value["digest"]),
-                samples=int(value["samples"]),
-                nbytes=int(value["nbytes"]),
-                chunk_nbytes=int(value["chunk_nbytes"]),
-                ttl_seconds=int(value["ttl_seconds"]),
-                created_at=float(value["created_at"]),
-                structure=str(value["structure"]),
-                manifest=Stream.from_json(value["manifest"]),
-            )
-        except (KeyError, TypeError, ValueError, InvalidInput) as error:
+            _RECORD.of(value)
+            known = {name: value[name] for name in cls.__slots__}
+            return cls(**{**known, "manifest": Stream.from_json(value["manifest"])})
+        except (InvalidInput, *FOREIGN) as error:
             raise DatasetDamaged(f"the record of a dataset at {where} cannot be read: {error}") from error
 
 

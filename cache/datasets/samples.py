@@ -9,6 +9,7 @@ reads or writes anything, and nothing is ever executed to read a column.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from torchord.cache.datasets.content import Bytes, Stream
 from torchord.cache.errors import DatasetDamaged, InvalidInput, TorchordError
-from torchord.cache.tensors.codec import dtype_name, dtype_of, memory
+from torchord.cache.reading import FOREIGN, parsed
+from torchord.cache.tensors.codec import MOST_DIMENSIONS, dtype_name, dtype_of, memory
 
 _PLAIN = {"int": ("<q", "int64"), "float": ("<d", "float64"), "bool": ("<?", "bool")}
 _TEXT = ("str", "bytes")
 _NESTS: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict}
 _KINDS = ("tensor", "array", "scalar", *_PLAIN, *_TEXT)
+_MOST_DTYPE = 40  # signs
 _NUMPY_KINDS = "biufcmMSU"  # numbers, dates and fixed-length strings; no objects, no records
 
 
@@ -87,7 +90,7 @@ class Column:
     def value_nbytes(self) -> int:
         """Bytes of each value, if they are all of one shape."""
         assert self.shape is not None
-        return int(np.prod(self.shape, dtype=np.int64)) * self.leaf.itemsize
+        return math.prod(self.shape) * self.leaf.itemsize
 
     def streams(self) -> Iterator[Stream]:
         """The streams that there are."""
@@ -133,12 +136,12 @@ class DatasetManifest:
             DatasetDamaged: a part is missing, unknown or at odds with another.
         """
         try:
-            value = json.loads(text)
+            value = parsed(text, "it", error=InvalidInput)
             columns = tuple(_column(column) for column in value["columns"])
-            manifest = cls(int(value["samples"]), value["skeleton"], columns)
+            manifest = cls(_count(value["samples"]), value["skeleton"], columns)
             _validate(manifest)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TorchordError) as error:
-            raise DatasetDamaged(f"the manifest cannot be used: {error!r}") from error
+        except (TorchordError, *FOREIGN) as error:
+            raise DatasetDamaged(f"the manifest cannot be used: {error!r:.300}") from error
         return manifest
 
     def streams(self) -> Iterator[Stream]:
@@ -381,7 +384,9 @@ def assemble(skeleton: Any, columns: Sequence[Sequence[Any]], count: int) -> lis
 
 
 def _column(value: Mapping[str, Any]) -> Column:
-    shape = None if value["shape"] is None else tuple(int(extent) for extent in value["shape"])
+    shape = None if value["shape"] is None else tuple(map(_count, value["shape"]))
+    if shape is not None and len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions")
     ends, shapes = value["ends"], value["shapes"]
     return Column(
         Leaf(str(value["path"]), str(value["kind"]), str(value["dtype"])),
@@ -403,12 +408,18 @@ def _validate(manifest: DatasetManifest) -> None:
         _check_column(column, manifest.samples)
 
 
+def _count(value: Any) -> int:
+    if type(value) is int and 0 <= value < 1 << 63:
+        return value
+    raise ValueError(f"{value!r:.60} is no count")
+
+
 def _check_skeleton(node: Any, numbers: list[int]) -> None:
     if node is None:
         return
     ((tag, body),) = node.items()
     if tag == "leaf":
-        numbers.append(int(body))
+        numbers.append(_count(body))
     elif tag == "dict":
         for key, inner in body:
             if type(key) not in (str, int):
@@ -423,6 +434,8 @@ def _check_skeleton(node: Any, numbers: list[int]) -> None:
 
 def _check_column(column: Column, samples: int) -> None:
     leaf = column.leaf
+    if len(leaf.dtype) > _MOST_DTYPE:
+        raise ValueError(f"unknown dtype {leaf.dtype!r:.60}")
     if leaf.kind not in _KINDS:
         raise ValueError(f"unknown kind {leaf.kind!r}")
     if leaf.kind in ("array", "scalar") and np.dtype(leaf.dtype).kind not in _NUMPY_KINDS:

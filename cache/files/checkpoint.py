@@ -36,6 +36,7 @@ from torchord.cache.errors import CheckpointError, ManifestMismatch
 from torchord.cache.files.folder import open_folder
 from torchord.cache.ledger.figures import tagged, untagged
 from torchord.cache.ledger.incarnation import life
+from torchord.cache.reading import ANY, COUNT, FOREIGN, OBJECT, TEXT, TEXTS, Fields, parsed
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import dtype_name, dtype_of
 
@@ -46,6 +47,15 @@ _MARKER = re.compile(r"version-(\d+)\.json")
 _FILE = re.compile(r"version-(\d+)\.(?:tensors|state)\.safetensors")
 _SEGMENT = re.compile(r"ledger-(\d+)-(\d+)\.jsonl")
 _SPEC = "run.json"
+_FILE_ENTRY = Fields(
+    "the entry of a file",
+    {"name": TEXT, "nbytes": COUNT, "xxh3_128": TEXT, "order": TEXTS, "raw": OBJECT},
+    open=True,
+    error=CheckpointError,
+)
+_MARKER_FIELDS = Fields(
+    "it", {"state": ANY, "meta": OBJECT, "files": OBJECT}, open=True, error=CheckpointError
+)
 _COMMON = frozenset(
     {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
     | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -339,11 +349,18 @@ class CheckpointStore:
         marker = _parse(self._files.read(name), self._files.where(name))
         if not isinstance(marker, dict) or marker.pop("checksum", None) != _checksum(marker):
             raise CheckpointError(f"{self._files.where(name)} is damaged: its checksum differs")
-        if marker["format"] != _FORMAT:
+        where = self._files.where(name)
+        if marker.get("format") != _FORMAT:
             raise CheckpointError(
-                f"{self._files.where(name)} has format {marker['format']}, this version of torchord reads "
-                f"{_FORMAT}"
+                f"{where} has format {marker.get('format')!r:.20}, this version of torchord reads {_FORMAT}"
             )
+        try:
+            for part in ("tensors", "state"):
+                entry = _FILE_ENTRY.of(_MARKER_FIELDS.of(marker)["files"].get(part))
+                if entry["name"] != f"version-{version:09d}.{part}.safetensors":
+                    raise CheckpointError(f"it names {entry['name']!r:.99}")
+        except CheckpointError as error:
+            raise CheckpointError(f"{where} is damaged: {error}") from None
         return marker
 
 
@@ -376,10 +393,7 @@ def _integer_in(text: str, key: str, where: str) -> int:
 
 
 def _parse(data: bytes | str, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is damaged: {error}") from error
+    return parsed(data, f"{where} is damaged: it", error=CheckpointError)
 
 
 def _to_safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
@@ -412,5 +426,5 @@ def _from_safetensors(data: bytes, index: Mapping[str, Any], where: str) -> dict
         for name, (dtype, shape) in index["raw"].items():
             found[name] = found[name].view(dtype_of(dtype)).reshape(shape)
         return {name: found[name] for name in index["order"]}
-    except (SafetensorError, KeyError, ValueError, RuntimeError, ManifestMismatch) as error:
+    except (SafetensorError, RuntimeError, ManifestMismatch, *FOREIGN) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from error

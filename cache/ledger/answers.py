@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
+from torchord.cache.errors import TorchordError
+from torchord.cache.ledger.fields import LEASE
 from torchord.cache.ledger.records import VersionRecord
+
+log = logging.getLogger(__name__)
 
 BeginVerdict = Literal["compute", "duplicate", "late", "early", "held", "stopped", "skewed"]
 SlotVerdict = Literal["written", "group", "spare", "duplicate", "divergent", "late", "early", "stopped"]
@@ -36,6 +41,15 @@ class Lease:
     since: float = 0.0
     backups: int = 0
     asked: float = 0.0
+
+    @classmethod
+    def from_json(cls, text: str, shard: int = -1) -> Lease:
+        """A lease as its hash has it: who reads it knows its shard.
+
+        Raises:
+            RecordDamaged: it is none; the message names the field.
+        """
+        return cls(shard=shard, **LEASE.read(text))
 
 
 class Group(NamedTuple):
@@ -85,8 +99,17 @@ class Committed:
             frozenset(int(v) for v in reply[first + 1 : second]),
             launched=reply[1] == "1",
             incarnation=reply[2],
-            dropped=tuple(VersionRecord.from_json(text) for text in reply[second + 1 :]),
+            dropped=tuple(readable(reply[second + 1 :])),
         )
+
+
+def readable(texts: Iterable[str]) -> Iterator[VersionRecord]:
+    """The records of versions among these texts; one that is none is logged and left out."""
+    for text in texts:
+        try:
+            yield VersionRecord.from_json(text)
+        except TorchordError as error:
+            log.error("the record of a version is passed over: %s", error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from torchord.cache.ledger.answers import (
 )
 from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.figures import to_text
+from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import (
-    Launch,
     LedgerEntry,
     VersionRecord,
 )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
 from torchord.cache import keys
-from torchord.cache.errors import RecordDamaged, TorchordError
+from torchord.cache.errors import InvalidInput, RecordDamaged, TorchordError
+from torchord.cache.reading import FOREIGN, number_of
 from torchord.cache.servers.fast_client import Command, Lane, LaneClosed, script_command, script_text
 from torchord.cache.servers.redis_client import translated
+
+log = logging.getLogger(__name__)
+
+_Record = TypeVar("_Record")
 
 
 class ControlPlane:
@@ -38,13 +44,46 @@ class ControlPlane:
         try:
             with translated(self.url, doing):
                 yield
+        except (RecordDamaged, InvalidInput) as error:
+            raise self._damaged(doing, str(error)) from error
         except TorchordError:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise RecordDamaged(
-                f"cannot {doing}: what is stored there is no record ({type(error).__name__}: "
-                f"{error!s:.200}); look at what else writes to this Redis"
-            ) from error
+        except FOREIGN as error:
+            raise self._damaged(doing, f"{type(error).__name__}: {error!s:.200}") from error
+
+    def _damaged(self, doing: str, why: str) -> RecordDamaged:
+        return RecordDamaged(
+            f"cannot {doing}: what is stored there is no record ({why}); look at what else writes to the "
+            f"keys {self.keys.root}:* of this Redis"
+        )
+
+    def _sound(
+        self,
+        found: Any,
+        read: Callable[[str], _Record],
+        *names: str,
+        number_in: Callable[[_Record], int] | None = None,
+    ) -> dict[int, _Record]:
+        """Read a hash of records by number.
+
+        What is none is deleted and logged: nobody of ours wrote it, and what it stands for is computed anew.
+
+        Args:
+            names: keys from which it is deleted.
+            number_in: the number that a record itself says it has.
+        """
+        sound: dict[int, _Record] = {}
+        for number, text in sorted(pairs(found).items()):
+            try:
+                record, place = read(text), number_of(number, "its number")
+                if number_in is not None and number_in(record) != place:
+                    raise RecordDamaged(f"it says that it is number {number_in(record)}")
+                sound[place] = record
+            except (TorchordError, *FOREIGN) as error:
+                log.error("%s: field %.99r is no record: deleted (%.300s)", names[0], number, error)
+                for name in names:
+                    self.client.hdel(name, number)
+        return sound
 
     def _call(self, *commands: Command) -> list[Any]:
         """Send commands that may be sent twice, and return their answers, in one round trip by the lane."""

@@ -7,8 +7,14 @@ import time
 from typing import Any, cast
 
 from torchord.cache import keys
+from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger.control_plane import ControlPlane
-from torchord.cache.ledger.figures import from_text, to_text
+from torchord.cache.ledger.fields import METRICS, OUTPUT, PART
+from torchord.cache.ledger.figures import figures_in, from_text, to_text
+from torchord.cache.ledger.records import StateRecord
+from torchord.cache.reading import number_of
+
+MOST_PARTS = 1 << 20
 
 
 class Evaluations(ControlPlane):
@@ -17,14 +23,20 @@ class Evaluations(ControlPlane):
     def write_part(
         self, version: int, part: int, value: dict[str, Any], *, parts: int
     ) -> tuple[str, list[Any]]:
-        """Write one part of an evaluation once: see scripts/write_part.lua."""
+        """Write one part of an evaluation once: see scripts/write_part.lua.
+
+        Where a part that is none was among them all, it is deleted, to be computed anew, and the verdict is
+        "damaged".
+        """
         with self._during(f"write part {part} of the evaluation of version {version}"):
             reply = self._script(
                 "write_part",
                 [self.keys.parts(version), self.keys.evaluations],
                 [part, to_text(value), parts, keys.WORK_TTL_SECONDS, version],
             )
-            return reply[0], [from_text(text) for text in reply[1:]]
+            texts = {str(number): text or "" for number, text in enumerate(reply[1:])}
+            found = self._sound(texts, _part, self.keys.parts(version))
+            return reply[0] if len(found) == len(texts) else "damaged", [found[n] for n in sorted(found)]
 
     def drop_part(self, version: int, part: int) -> None:
         """Forget one part of an evaluation, because what it kept is lost: it is computed again."""
@@ -34,7 +46,8 @@ class Evaluations(ControlPlane):
     def parts_present(self, version: int) -> set[int]:
         """Which parts of an evaluation are written."""
         with self._during(f"count the parts of the evaluation of version {version}"):
-            return {int(part) for part in cast(list[str], self.client.hkeys(self.keys.parts(version)))}
+            found = cast(list[str], self.client.hkeys(self.keys.parts(version)))
+            return set(self._sound(dict.fromkeys(found, ""), str, self.keys.parts(version)))
 
     def record_evaluation(self, version: int, metrics: dict[str, Any]) -> bool:
         """Record the metrics of a version once; True if this call did."""
@@ -95,15 +108,13 @@ class Evaluations(ControlPlane):
         """Evaluations under way: version -> number of parts."""
         with self._during("list the evaluations under way"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.pending_evaluations))
-            return {int(version): int(parts) for version, parts in found.items()}
+            return self._sound(found, _parts, self.keys.pending_evaluations)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Metrics by version, in order."""
         with self._during("read the evaluations"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
-            return {
-                int(v): from_text(text) for v, text in sorted(found.items(), key=lambda item: int(item[0]))
-            }
+            return dict(sorted(self._sound(found, _metrics, self.keys.evaluations).items()))
 
     def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
         """Write one part of a prediction once; True if this call did."""
@@ -118,9 +129,29 @@ class Evaluations(ControlPlane):
         """The parts of a prediction that are written."""
         with self._during("read a prediction"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.predict(request)))
-            return {int(part): json.loads(text) for part, text in found.items()}
+            return self._sound(found, OUTPUT.read, self.keys.predict(request))
 
     def drop_outputs(self, request: str) -> None:
         """Delete what a prediction left."""
         with self._during("delete a prediction"):
             self.client.delete(self.keys.predict(request))
+
+
+def _part(text: str) -> dict[str, Any]:
+    """A part of an evaluation."""
+    found = PART.read(text, figures_in(text))
+    if "states" in found:
+        StateRecord.from_dict(found["states"])
+    return found
+
+
+def _parts(text: str) -> int:
+    """How many parts an evaluation has."""
+    if not 1 <= (parts := number_of(text, "the number of its parts")) <= MOST_PARTS:
+        raise RecordDamaged(f"an evaluation of {parts} parts")
+    return parts
+
+
+def _metrics(text: str) -> dict[str, float]:
+    """The figures of an evaluation."""
+    return cast(dict[str, float], METRICS.of({"metrics": from_text(text)})["metrics"])

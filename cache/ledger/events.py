@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torchord.cache import keys
+from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger.answers import (
     Event,
 )
 from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.fields import EVENT, EVENT_DATA
 from torchord.cache.ledger.figures import from_text, to_text
 
 
@@ -34,4 +36,13 @@ class Events(ControlPlane):
             block = None if block_seconds <= 0 else max(1, int(block_seconds * 1000))
             reply = cast(list[Any], self.client.xread({self.keys.events: after}, count=count, block=block))
             found = reply[0][1] if reply else []
-            return [Event(id, fields["type"], from_text(fields["data"])) for id, fields in found]
+            return [_event(id, fields) for id, fields in found]
+
+
+def _event(id: str, fields: dict[str, str]) -> Event:
+    """An event; of what is none, one that says so: who follows the stream goes on from its id."""
+    try:
+        read = EVENT.of(fields)
+        return Event(id, read["type"], EVENT_DATA.of(from_text(read["data"])))
+    except RecordDamaged as error:
+        return Event(id, "unreadable", {"message": f"an event that is none: {error}"})

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torchord.cache.reading import parsed
+
 _TAG = "figure"
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _strict = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
@@ -33,10 +35,14 @@ def from_text(text: str | bytes) -> Any:
     """The inverse of `to_text`; reads Python's NaN and Infinity, too, which older records have.
 
     Raises:
-        ValueError: it is not JSON.
+        RecordDamaged: it is not JSON, or nests too deep.
     """
-    hook = _untag if (_TAG if isinstance(text, str) else _TAG.encode()) in text else None  # type: ignore[operator]
-    return json.loads(text, object_hook=hook)
+    return parsed(text, "a record", hook=figures_in(text))
+
+
+def figures_in(text: str | bytes) -> Callable[[dict[str, Any]], Any] | None:
+    """What gives the figures of JSON text back as it is parsed; None if it has none."""
+    return _untag if (_TAG if isinstance(text, str) else _TAG.encode()) in text else None  # type: ignore[operator]
 
 
 def for_others(value: Any) -> str:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.ledger.figures import from_text, to_text
+from torchord.cache.errors import RecordDamaged
+from torchord.cache.ledger import fields as known
+from torchord.cache.ledger.figures import figures_in, to_text
 from torchord.cache.ledger.rest_record import RestRecord
+from torchord.cache.reading import number_of
 
 GENESIS = "0" * 32
 
@@ -85,12 +88,11 @@ class SumRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SumRecord:
         """The inverse of `as_dict`."""
-        return cls(
-            receipts=tuple(SlotReceipt(**receipt) for receipt in fields["receipts"]),
-            sums=tuple(SlotReceipt(**receipt) for receipt in fields["sums"]),
-            nonfinite=tuple(fields["nonfinite"]),
-            notes=fields["notes"],
+        receipts, sums = (
+            tuple(SlotReceipt(**known.RECEIPT.of(each)) for each in known.SUM.of(fields)[name])
+            for name in ("receipts", "sums")
         )
+        return cls(receipts, sums, tuple(fields["nonfinite"]), fields["notes"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +151,11 @@ class SlotRecord:
 
     @classmethod
     def from_json(cls, text: str) -> SlotRecord:
-        """The inverse of `to_json`."""
-        fields = from_text(text)
+        """The inverse of `to_json`; raises RecordDamaged or InvalidInput, which name the field."""
+        fields = known.SLOT.read(text, figures_in(text))
         fields["blob"] = BlobRef.from_json(fields["blob"])
         fields["buffers"] = tuple(fields["buffers"])
-        fields["state"] = None if fields["state"] is None else StateRecord.from_dict(fields["state"])
+        fields["state"] = StateRecord.from_dict(fields["state"]) if fields.get("state") else None
         fields["total"] = SumRecord.from_dict(fields["total"]) if fields.get("total") else None
         return cls(**fields)
 
@@ -194,7 +196,7 @@ class StateRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> StateRecord:
         """The inverse of `as_dict`."""
-        blob = fields["blob"]
+        blob = known.STATE.of(fields)["blob"]
         return cls(fields["skeleton"], fields["manifest"], None if blob is None else BlobRef.from_json(blob))
 
     def blobs(self) -> list[BlobRef]:
@@ -228,7 +230,7 @@ class DeltaRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> DeltaRecord:
         """The inverse of `as_dict`."""
-        blob = BlobRef.from_json(fields["blob"])
+        blob = BlobRef.from_json(known.DELTA.of(fields)["blob"])
         return cls(**{**fields, "buffers": tuple(fields["buffers"]), "blob": blob})
 
 
@@ -288,8 +290,8 @@ class VersionRecord:
 
     @classmethod
     def from_json(cls, text: str) -> VersionRecord:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
+        """The inverse of `to_json`; errors as for `SlotRecord.from_json`."""
+        fields = known.VERSION.read(text)
         state = fields["state"]
         return cls(
             version=fields["version"],
@@ -297,7 +299,10 @@ class VersionRecord:
             blob=BlobRef.from_json(fields["blob"]),
             chain=fields["chain"],
             state=None if state is None else StateRecord.from_dict(state),
-            slots={int(shard): StateRecord.from_dict(value) for shard, value in fields["slots"].items()},
+            slots={
+                number_of(shard, "a slot"): StateRecord.from_dict(value)
+                for shard, value in fields["slots"].items()
+            },
             delta=DeltaRecord.from_dict(fields["delta"]) if "delta" in fields else None,
             rest=RestRecord.from_dict(fields["rest"]) if "rest" in fields else None,
         )
@@ -374,10 +379,11 @@ class LedgerEntry:
 
     @classmethod
     def from_json(cls, text: str) -> LedgerEntry:
-        """The inverse of `to_json`."""
-        fields = from_text(text)
-        fields["slots"] = tuple(SlotReceipt(**slot) for slot in fields["slots"])
+        """The inverse of `to_json`; errors as for `SlotRecord.from_json`."""
+        fields = known.ENTRY.read(text, figures_in(text))
+        fields["slots"] = tuple(SlotReceipt(**known.RECEIPT.of(slot)) for slot in fields["slots"])
         fields["lr"] = tuple(fields["lr"])
+        known.NOTES.of(fields.get("notes", {}))
         return cls(**fields)
 
 
@@ -431,63 +437,53 @@ class Head:
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
-        """Read the head hash."""
+        """Read the head hash; raises RecordDamaged, which names the field."""
+        if lacking := _HEAD_NEEDS - fields.keys():
+            raise RecordDamaged(f"a run's head has no field {min(lacking)!r}")
 
         def integer(name: str) -> int | None:
             value = fields.get(name)
-            return int(value) if value else None
+            return number_of(value, f"field {name!r} of a run's head") if value else None
+
+        def seconds(name: str) -> float:
+            try:
+                return float(fields[name])
+            except ValueError:
+                raise RecordDamaged(
+                    f"field {name!r} of a run's head is {fields[name]:.60}, no time"
+                ) from None
 
         return cls(
             status=fields["status"],
-            version=int(fields["version"]),
+            version=integer("version") or 0,
             total_steps=integer("total_steps"),
             dataset_size=integer("dataset_size"),
             dataset_digest=fields.get("dataset_digest", ""),
             evaluation_size=integer("evaluation_size"),
             incarnation=fields["incarnation"],
             chain=fields["chain"],
-            token=int(fields["token"]),
+            token=integer("token") or 0,
             owner=fields.get("owner", ""),
             node=fields.get("node", ""),
             queue=fields.get("queue", ""),
             launched=integer("launched"),
             shared=fields.get("shared") == "1",
-            submitted_at=float(fields["submitted_at"]),
-            committed_at=float(fields["committed_at"]),
+            submitted_at=seconds("submitted_at"),
+            committed_at=seconds("committed_at"),
             duplicates=integer("duplicates") or 0,
             late=integer("late") or 0,
             divergent=integer("divergent") or 0,
             replayed=integer("replayed") or 0,
-            error=from_text(fields["error"]) if fields.get("error") else None,
+            error=known.ERROR.read(text, figures_in(text)) if (text := fields.get("error")) else None,
             backups=integer("backups") or 0,
-            reached=int(fields.get("reached", -1)),
+            reached=-1 if fields.get("reached", "-1") == "-1" else integer("reached") or 0,
             environment=fields.get("environment", ""),
             server_environment=fields.get("server_environment", ""),
             skew=fields.get("skew", ""),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """The messages of one step's chord, to be published in the transaction that makes it possible.
-
-    Attributes:
-        step: the step.
-        incarnation: what they were made for; under another one nothing is published.
-        size_key: where Celery keeps the chord's size.
-        size: how many tasks the chord has: these, and those that are published later.
-        size_ttl_seconds: lifetime of that.
-        queue: the list that is the broker's queue.
-        messages: one a shard.
-    """
-
-    step: int
-    incarnation: str
-    size_key: str
-    size: int
-    size_ttl_seconds: int
-    queue: str
-    messages: tuple[bytes, ...]
+_HEAD_NEEDS = {"status", "version", "incarnation", "chain", "token", "submitted_at", "committed_at"}
 
 
 def combined_digest(digest: str, state: StateRecord) -> str:

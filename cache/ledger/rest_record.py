@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import hexdigits
 from typing import Any
 
 from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.errors import RecordDamaged
+from torchord.cache.ledger.fields import REST
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,5 +30,12 @@ class RestRecord:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RestRecord:
-        """The inverse of `as_dict`."""
-        return cls(BlobRef.from_json(fields["blob"]), int(fields["tensors"], 16))
+        """The inverse of `as_dict`.
+
+        Raises:
+            RecordDamaged, InvalidInput: it is none.
+        """
+        tensors = REST.of(fields)["tensors"]
+        if not set(tensors) <= set(hexdigits) or not tensors:
+            raise RecordDamaged(f"field 'tensors' of what versions share is {tensors:.60}, not hexadecimal")
+        return cls(BlobRef.from_json(fields["blob"]), int(tensors, 16))

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from torchord.cache import keys
 from torchord.cache.errors import RunNotFound
 from torchord.cache.ledger.control_plane import ControlPlane, pairs
+from torchord.cache.ledger.fields import SPEC
 from torchord.cache.ledger.figures import to_text
 from torchord.cache.ledger.records import (
     GENESIS,
@@ -61,7 +62,7 @@ class RunLife(ControlPlane):
                     spec.get("config", {}).get("skew", "admit"),
                 ],
             )
-            return None if verdict == "created" else cast(dict[str, Any], json.loads(text))
+            return None if verdict == "created" else SPEC.read(text)
 
     def spec(self) -> dict[str, Any]:
         """Recipe and config as submitted.
@@ -75,7 +76,7 @@ class RunLife(ControlPlane):
                 raise RunNotFound(
                     f"no run {self.run!r} is known at {keys.PREFIX} on this server; see Master.runs()"
                 )
-            return cast(dict[str, Any], json.loads(cast(str, text)))
+            return SPEC.read(cast(str, text))
 
     def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
         """Replace the spec of a run that stands still.

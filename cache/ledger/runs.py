@@ -32,7 +32,7 @@ class Runs:
 
     def known(self) -> list[str]:
         """Names of the runs that are there, oldest first; those that have expired leave the registry."""
-        names = self.listed()
+        names = [name for name in self.listed() if keys.is_name(name)]
         if not names:
             return []
         with translated(self.url, "list the runs"):

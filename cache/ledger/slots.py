@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torchord.cache import keys
 from torchord.cache.blobs.notice import Notice, notices
@@ -15,22 +13,13 @@ from torchord.cache.ledger.answers import (
     Finished,
     Group,
     Lease,
+    readable,
 )
-from torchord.cache.ledger.control_plane import ControlPlane, pairs
+from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.incarnation import revision
-from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
+from torchord.cache.ledger.records import Head, SlotRecord
 from torchord.cache.ledger.run_life import head_of
 from torchord.cache.servers.fast_client import Command, script_command
-
-log = logging.getLogger(__name__)
-
-
-def _lease(text: str) -> Lease:
-    """A lease as its hash has it: who reads it knows its shard."""
-    return Lease(shard=-1, **json.loads(text))
-
-
-_Record = TypeVar("_Record")
 
 BACKUP_FACTOR = 1.5  # a holder may keep an idle worker waiting for so many of the idle one's shards,
 BACKUP_SECONDS = 0.05  # and so much longer: what a backup costs, and what a machine's hiccups are
@@ -74,7 +63,7 @@ class Slots(ControlPlane):
             (verdict, attempt, incarnation, *memory), *found = self._call(*commands)
             if verdict != "compute":
                 return Begun(verdict, int(attempt), incarnation)
-            record = VersionRecord.from_json(found[0]) if found and found[0] is not None else None
+            record = next(readable(text for text in found if text is not None), None)
             return Begun(verdict, int(attempt), incarnation, record, *memory)
 
     def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
@@ -187,8 +176,9 @@ class Slots(ControlPlane):
             pipe.hmget(self.keys.slots(step), [str(number) for number in wanted])
             pipe.hlen(self.keys.slots(step))
             texts, present = cast(tuple[list[str | None], int], pipe.execute())
-            found = {n: SlotRecord.from_json(text) for n, text in zip(wanted, texts, strict=True) if text}
-            return found, int(present)
+            written = {str(number): text for number, text in zip(wanted, texts, strict=True) if text}
+            found = self._slots(step, written)
+            return found, int(present) - len(written) + len(found)
 
     def slots_present(self, step: int) -> set[int]:
         """Which shards of a step are written."""
@@ -200,7 +190,7 @@ class Slots(ControlPlane):
         """Who is at which shard of a step."""
         with self._during(f"read the leases of step {step}"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.leases(step)))
-            leases = self._sound(found, _lease, self.keys.leases(step))
+            leases = self._sound(found, Lease.from_json, self.keys.leases(step))
             return {shard: replace(lease, shard=shard) for shard, lease in leases.items()}
 
     def drop_slot(
@@ -260,23 +250,5 @@ class Slots(ControlPlane):
             return bool(self.client.hget(self.keys.head, "called") == str(step))
 
     def _slots(self, step: int, found: Any) -> dict[int, SlotRecord]:
-        return self._sound(found, SlotRecord.from_json, self.keys.slots(step), self.keys.leases(step))
-
-    def _sound(self, found: Any, read: Callable[[str], _Record], *names: str) -> dict[int, _Record]:
-        """Read a hash of records by number.
-
-        What is none is deleted and logged: nobody of ours wrote it, and what it stands for is computed anew.
-
-        Args:
-            names: keys from which it is deleted.
-        """
-        sound: dict[int, _Record] = {}
-        for number, text in sorted(pairs(found).items()):
-            try:
-                sound[int(number)] = read(text)
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-                kind = type(error).__name__
-                log.error("%s: field %.99r is no record: deleted (%s: %.200s)", names[0], number, kind, error)
-                for name in names:
-                    self.client.hdel(name, number)
-        return sound
+        names = self.keys.slots(step), self.keys.leases(step)
+        return self._sound(found, SlotRecord.from_json, *names, number_in=lambda slot: slot.shard)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from typing import Any, cast
 
 from torchord.cache import keys
-from torchord.cache.errors import CacheError
+from torchord.cache.errors import CacheError, RecordDamaged
 from torchord.cache.ledger.control_plane import ControlPlane
+from torchord.cache.ledger.fields import MANIFEST
 from torchord.cache.ledger.records import (
     LedgerEntry,
     VersionRecord,
@@ -31,19 +31,24 @@ class Versions(ControlPlane):
                 raise CacheError(
                     f"run {self.run!r} has no parameters yet; a training server must start it first"
                 )
-            return cast(dict[str, Any], json.loads(cast(str, text)))
+            return MANIFEST.read(cast(str, text))
 
     def version(self, version: int) -> VersionRecord | None:
         """Where a version is stored, None if it is not (any more)."""
         with self._during(f"look up version {version}"):
             text = self.client.hget(self.keys.versions, str(version))
-            return None if text is None else VersionRecord.from_json(cast(str, text))
+            record = None if text is None else VersionRecord.from_json(cast(str, text))
+            if record is not None and record.version != version:
+                raise RecordDamaged(f"it says that it is version {record.version}")
+            return record
 
     def versions(self) -> dict[int, VersionRecord]:
         """All stored versions."""
         with self._during("list the versions"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
-            return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
+            return self._sound(
+                found, VersionRecord.from_json, self.keys.versions, number_in=lambda record: record.version
+            )
 
     def put_version(self, record: VersionRecord, *, token: int) -> bool:
         """Record or replace a stored version (its state was published after the commit).

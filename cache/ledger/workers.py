@@ -21,8 +21,19 @@ from typing import cast
 import redis
 
 from torchord.cache import keys
-from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput
+from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RecordDamaged
 from torchord.cache.ledger import process
+from torchord.cache.reading import (
+    COUNT,
+    FINITE,
+    FOREIGN,
+    NAMED_FIGURES,
+    NAMED_TEXTS,
+    TEXT,
+    TEXTS,
+    Fields,
+    Kind,
+)
 from torchord.cache.scripts import source
 from torchord.cache.servers.address import masked
 from torchord.cache.servers.redis_client import translated
@@ -31,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_SECONDS = 0.2
 DEAF_SECONDS = 15.0  # of an idle worker whose consumer's loop has not turned
+_MOST_ARGUMENTS = 1 << 16  # signs of a task's arguments, as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,23 +129,27 @@ def read(text: str) -> WorkerInfo:
         ValueError: it is none.
     """
     try:
-        fields = json.loads(text)
-        fields["queues"] = tuple(fields["queues"])
-        found = WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"a heartbeat that is none: {type(error).__name__}: {error}") from None
-    for name, kind in _KINDS.items():
-        if not isinstance(getattr(found, name), kind):
-            raise ValueError(f"a heartbeat whose {name!r} is a {type(getattr(found, name)).__name__}")
-    return found
+        fields = _HEARTBEAT.read(text)
+    except RecordDamaged as error:
+        raise ValueError(f"{error}") from None
+    fields["queues"] = tuple(fields["queues"])
+    return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("id", "node", "host", "task", "environment", "place", "placement"), str),
-    **dict.fromkeys(("pid", "started"), int),
-    **dict.fromkeys(("since", "silent"), (int, float)),
-    **dict.fromkeys(("refuses", "discarded", "pace", "where", "hindered"), dict),
-}
+_MOST_PROCESS = 1 << 31
+_PROCESS = Kind(COUNT.types, lambda value: 0 <= value < _MOST_PROCESS, "the id of a process")
+_HEARTBEAT = Fields(
+    "a heartbeat",
+    {"id": TEXT, "node": TEXT, "host": TEXT, "pid": _PROCESS, "queues": TEXTS},
+    {
+        **dict.fromkeys(("task", "environment", "place", "placement"), TEXT),
+        **dict.fromkeys(("since", "silent"), FINITE),
+        **dict.fromkeys(("refuses", "discarded", "where", "hindered"), NAMED_TEXTS),
+        "pace": NAMED_FIGURES,
+        "started": COUNT,
+    },
+    open=True,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +335,9 @@ class Registry:
         found = []
         for text in texts:
             try:
-                arguments = ast.literal_eval(json.loads(text)["headers"]["kwargsrepr"])
-            except (ValueError, KeyError, SyntaxError, TypeError):
+                written = json.loads(text)["headers"]["kwargsrepr"]
+                arguments = ast.literal_eval(written) if len(written) <= _MOST_ARGUMENTS else None
+            except (SyntaxError, MemoryError, *FOREIGN):
                 continue
             if isinstance(arguments, dict):
                 found.append(arguments)

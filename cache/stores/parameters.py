@@ -23,7 +23,14 @@ from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.notice import Notice
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.tiered_store import TieredStore
-from torchord.cache.errors import CacheError, ChunkLost, ChunkMissing, ManifestMismatch, VersionMissing
+from torchord.cache.errors import (
+    CacheError,
+    ChunkLost,
+    ChunkMissing,
+    ManifestMismatch,
+    RecordDamaged,
+    VersionMissing,
+)
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import DeltaRecord, StateRecord, VersionRecord
 from torchord.cache.ledger.rest_record import RestRecord
@@ -213,7 +220,10 @@ class ParameterCache:
         Raises:
             VersionMissing: it is not stored (any more); the message lists which are.
         """
-        record = ledger.version(version)
+        try:
+            record = ledger.version(version)
+        except RecordDamaged as error:  # its training server writes it again, or goes back
+            raise VersionMissing(str(error)) from error
         if record is None:
             raise VersionMissing(
                 f"version {version} of run {ledger.run!r} is not in the cache; stored: "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchord.cache.errors import InvalidInput, ManifestMismatch
+from torchord.cache.reading import FOREIGN
 from torchord.cache.tensors.pinned import host_memory
 
 ALIGNMENT_NBYTES = 64
@@ -27,6 +28,9 @@ ALIGNMENT_NBYTES = 64
 It suits any vector load, and torch's own allocators keep it. Products of matrices give other bits on some
 processors (AMD with AVX-512) where their operands start elsewhere or have other strides.
 """
+
+MOST_DIMENSIONS = 64
+"""Of a tensor: torch itself takes no more in most operations."""
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -88,14 +92,11 @@ class Manifest:
                 tensors overlap or reach beyond the buffer.
         """
         try:
-            specs = tuple(
-                TensorSpec(str(name), tuple(int(n) for n in shape), str(dtype), int(offset), int(nbytes))
-                for name, shape, dtype, offset, nbytes in value["tensors"]
-            )
-            manifest = cls(specs, int(value["nbytes"]))
-        except (KeyError, TypeError, ValueError) as error:
+            specs = tuple(map(_row, value["tensors"]))
+            manifest = cls(specs, _count(value["nbytes"]))
+        except FOREIGN as error:
             raise ManifestMismatch(
-                f"this is not a manifest ({error!r}); was it written by torchord?"
+                f"this is not a manifest ({error!r:.200}); was it written by torchord?"
             ) from error
         _validate(manifest)
         return manifest
@@ -395,6 +396,23 @@ def _require_buffer(buffer: Tensor, nbytes: int) -> None:
         raise InvalidInput("the buffer must start at a multiple of 64 bytes; allocate it with torch.empty")
 
 
+def _row(row: Any) -> TensorSpec:
+    """One row of a manifest; bounds first: the product of sixty thousand extents takes half a minute."""
+    name, shape, dtype, offset, nbytes = row
+    if type(name) is not str or type(dtype) is not str or type(shape) not in (list, tuple):
+        raise TypeError("a row is no [name, shape, dtype, offset, length]")
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"tensor {name!r:.60} has {len(shape)} dimensions, more than {MOST_DIMENSIONS}")
+    return TensorSpec(name, tuple(map(_count, shape)), dtype, _count(offset), _count(nbytes))
+
+
+def _count(value: Any) -> int:
+    if type(value) is int and 0 <= value < 1 << 63:
+        return value
+    shown = value if type(value) in (int, float) and abs(value) < 1e300 else type(value).__name__
+    raise ValueError(f"{shown} is no count")
+
+
 def _validate(manifest: Manifest) -> None:
     end = 0
     seen: set[str] = set()
@@ -403,7 +421,7 @@ def _validate(manifest: Manifest) -> None:
             raise ManifestMismatch(f"the manifest names tensor {spec.name!r} twice")
         seen.add(spec.name)
         expected = math.prod(spec.shape) * dtype_of(spec.dtype).itemsize
-        if any(extent < 0 for extent in spec.shape) or spec.nbytes != expected:
+        if spec.nbytes != expected:
             raise ManifestMismatch(
                 f"tensor {spec.name!r}: {spec.nbytes} bytes do not make {spec.shape} {spec.dtype}"
             )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchord.cache.errors import CheckpointError
+from torchord.cache.reading import FOREIGN
 
 _NONFINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _DICTS: dict[type, str] = {dict: "dict", OrderedDict: "ordered", Counter: "counter"}
@@ -55,8 +56,10 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     """
     try:
         return _unflatten(skeleton, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the saved state is damaged: {type(error).__name__}: {error}") from error
+    except FOREIGN as error:
+        raise CheckpointError(
+            f"the saved state is damaged: {type(error).__name__}: {error!s:.200}"
+        ) from error
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 from torchord.cache import keys
 from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.incarnation import revised
-from torchord.cache.ledger.records import Launch, LedgerEntry, VersionRecord
+from torchord.cache.ledger.launch import Launch
+from torchord.cache.ledger.records import LedgerEntry, VersionRecord
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
 
 

@@ -15,6 +15,7 @@ import torch
 from torchord.cache.errors import (
     CacheError,
     CacheUnreachable,
+    CheckpointError,
     ChunkCorrupt,
     ChunkMissing,
     ManifestMismatch,
@@ -131,12 +132,13 @@ class InferenceTask:
         for part, value in enumerate(values):
             try:
                 states = self.services.evaluations.get(_record_of(value)) if "states" in value else {}
-            except (ChunkMissing, ChunkCorrupt) as error:
+                measured = Measured(value["examples"], value["metrics"], states, value.get("weights", {}))
+            except (ChunkMissing, ChunkCorrupt, ManifestMismatch, CheckpointError, KeyError) as error:
                 log.warning("part %d of the evaluation of run %s goes back: %s", part, context.run, error)
                 context.ledger.drop_part(version, part)
                 self.sender.evaluation(context.run, version, [part], len(values))
                 return None
-            found.append(Measured(value["examples"], value["metrics"], states, value.get("weights", {})))
+            found.append(measured)
         try:
             with contained(), context.lock:
                 return inference.combine(found, context.recipe, context.config)

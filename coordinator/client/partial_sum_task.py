@@ -19,7 +19,7 @@ from torchord.cache.errors import CacheError, ChunkCorrupt, ChunkMissing
 from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotReceipt, SlotRecord, SumRecord
 from torchord.cache.tensors.codec import Manifest
-from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
+from torchord.coordinator.client.slot_lease import NO_SUCH_SLOT, SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.compute.buffer_rules import Rule
 from torchord.coordinator.compute.determinism import pinned
@@ -146,9 +146,10 @@ class PartialSumTask:
         step, slot = task.step, task.slot
         context = self.contexts.of(task.run, begun.incarnation)
         context.require_same_code()
-        # The inputs, and their sum.
+        if not context.plan().has(step, slot):
+            return {**receipt, "status": NO_SUCH_SLOT}
         tree = context.plan().fan_in(step)
-        wanted = tree.inputs(slot) if slot in tree.partials else range(0)
+        wanted = tree.inputs(slot)
         found, _ = context.ledger.some_slots(step, wanted)
         if not wanted or len(found) < len(wanted):
             return {**receipt, "status": "early"}  # sent again by whoever writes the last input

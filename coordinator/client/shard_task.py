@@ -22,7 +22,7 @@ from torchord.cache.stores.gradients import StoredGradient
 from torchord.coordinator.client.check_turn import CheckTurns
 from torchord.coordinator.client.fresh_copy import FreshCopies
 from torchord.coordinator.client.gradient_upload import GradientUploads, Outgoing
-from torchord.coordinator.client.slot_lease import SlotLease, SlotTask
+from torchord.coordinator.client.slot_lease import NO_SUCH_SLOT, SlotLease, SlotTask
 from torchord.coordinator.client.slot_writer import SlotWriter
 from torchord.coordinator.client.version_download import VersionDownload
 from torchord.coordinator.compute.gradient import unwatched
@@ -116,6 +116,8 @@ class ShardTask:
         context.require_same_code()
         toolchain = context.require_same_toolchain()
         self.lease.heartbeat.refuse(task.run, None)
+        if not context.plan().has(task.step, task.slot):
+            return {**receipt, "status": NO_SUCH_SLOT}
         shard = context.plan().fan_in(task.step).shard_of(task.slot)
         checks = {} if shard == task.slot else {"check of": shard}
         if checks and self.turns.left(context, task, shard):

@@ -16,8 +16,11 @@ from typing import Any
 from torchord.cache.errors import (
     CacheError,
     ChunkLost,
+    ConfigError,
     Impure,
+    InvalidInput,
     ManifestMismatch,
+    RecordDamaged,
     RunNotFound,
     ShardFailed,
     Skewed,
@@ -36,12 +39,14 @@ from torchord.coordinator.runtime.services import Services
 
 log = logging.getLogger(__name__)
 
-UNWRITTEN = ("early", "input lost", "overtaken", "left to another")
+NO_SUCH_SLOT = "no such slot"
+UNWRITTEN = ("early", "input lost", "overtaken", "left to another", NO_SUCH_SLOT)
 """Statuses of a receipt when there was nothing to write yet."""
 
 LOSSES = (VersionMissing, ChunkLost)
 """Errors that mean that bytes which were committed cannot be had."""
 
+_MOST_LAUNCHED = 1024  # steps at once, by staleness
 _REFUSAL_SECONDS = (0.25, 2.0)  # how long a refused worker steps back, at first and at most
 
 
@@ -142,6 +147,12 @@ class SlotLease:
         except (Skewed, ManifestMismatch) as error:
             self.end(task)
             return self.refuse(receipt, str(error))
+        except (RecordDamaged, ConfigError, InvalidInput) as error:
+            # Nobody can compute from what is stored: the run ends with the reason.
+            found = Failure(type(error).__name__, str(error), {"worker": self.worker, "step": step})
+            found.stop(ledger, incarnation=begun.incarnation)
+            self.contexts.forget(run)
+            return {**receipt, "status": "failed", "error": str(error)}
         except CacheError as error:
             # Not the recipe's fault: the slot goes back at once and the supervisor sends it again.
             log.warning("step %d slot %d of run %s goes back: %s", step, slot, run, error)
@@ -266,12 +277,13 @@ def hand_back_node(services: Services, node: str) -> None:
     registry = services.registry
     ours = {info.id for info in registry.alive().values() if info.node == node}
     for run in registry.active_runs():
-        ledger = services.ledger(run)
         try:
+            ledger = services.ledger(run)
             head = ledger.head()
-        except RunNotFound:
+        except (RunNotFound, RecordDamaged, InvalidInput):  # the others are handed back
             continue
-        for step in range(head.version, max(head.version, head.launched or 0) + 1):
+        launched = min(head.launched or 0, head.version + _MOST_LAUNCHED)
+        for step in range(head.version, max(head.version, launched) + 1):
             for lease in ledger.leases(step).values():
                 if lease.open and lease.worker in ours:
                     log.info(

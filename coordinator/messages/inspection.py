@@ -99,8 +99,9 @@ def _fault_of_body(body: Any, encoding: Any) -> str | None:
     if not isinstance(keywords.get("run"), str):
         return "its arguments name no run"
     for name in _NUMBERS:
-        if name in keywords and not isinstance(keywords[name], (int, *_NOTHING)):
-            return f"its argument {name!r} is no number"
+        value = keywords.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < 1 << 53):
+            return f"its argument {name!r} is no number from 0 on"
     chord = embedded.get("chord")
     if isinstance(chord, dict) and not (
         isinstance(chord.get("task"), str)

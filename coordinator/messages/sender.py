@@ -13,7 +13,7 @@ from celery import Celery, chord
 from kombu.exceptions import OperationalError
 
 from torchord.cache.errors import CacheError, CacheUnreachable
-from torchord.cache.ledger.records import Launch
+from torchord.cache.ledger.launch import Launch
 from torchord.cache.servers.address import masked
 from torchord.cache.servers.redis_client import hint_of
 from torchord.coordinator.messages import task_names

@@ -13,9 +13,11 @@ from torch import Tensor
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
+from torchord.cache.ledger.fields import SWITCH
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import VersionRecord
+from torchord.cache.reading import number_of
 from torchord.cache.tensors.codec import Manifest
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
@@ -383,7 +385,9 @@ class RunContext:
 
 def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The live switches of a run: step -> config fields that change from it on."""
-    return {int(step): dict(fields) for step, fields in spec.get("switches", {}).items()}
+    return {
+        number_of(step, "a switch"): SWITCH.of(fields) for step, fields in spec.get("switches", {}).items()
+    }
 
 
 def recorded_visits(ledger: Ledger, spec: Mapping[str, Any]) -> Visits | None:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from torchord.cache.errors import CacheError, Impure, Skewed
 from torchord.cache.ledger import process
+from torchord.cache.ledger.fields import DIGESTS, FIRST
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import UNLIKE
 from torchord.coordinator.compute.first_shard import FirstShard, first_shard
@@ -61,8 +62,8 @@ def join(context: RunContext, worker: str) -> None:
         "found": asdict(found),
     }
     name = f"first {revision(context.incarnation)}"
-    first = json.loads(context.ledger.claim(name, json.dumps(said))[name])
-    what = found.difference(FirstShard(**first["found"]))
+    first = FIRST.read(context.ledger.claim(name, json.dumps(said))[name])
+    what = found.difference(FirstShard(**DIGESTS.of(first["found"])))
     if not what:
         context.joined = True
         return
@@ -92,7 +93,7 @@ def compare_server(context: RunContext, worker: str) -> None:
     claimed = context.ledger.claims().get(f"first {revision(context.incarnation)}")
     if claimed is None:
         return
-    first = json.loads(claimed)
+    first = FIRST.read(claimed)
     if first["worker"] == worker or first["seconds"] > _SERVER_SECONDS:
         return
     if (first["place"], first["environment"]) != (process.place(), environment()):
@@ -100,7 +101,7 @@ def compare_server(context: RunContext, worker: str) -> None:
     if context.config.compile or spare_memory_nbytes() < used_memory_nbytes():
         return
     found = _found(context, apart=True)
-    if found is not None and (what := found.difference(FirstShard(**first["found"]))):
+    if found is not None and (what := found.difference(FirstShard(**DIGESTS.of(first["found"])))):
         raise Impure(_told(context, first["worker"], worker, what))
 
 

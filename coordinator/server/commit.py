@@ -15,10 +15,10 @@ from typing import Any
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import ChunkCorrupt, ChunkMissing, Fenced, ManifestMismatch, NonFinite, RunError
 from torchord.cache.ledger.answers import Committed
+from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import (
     CHECKS,
     PARTIAL_SUMS,
-    Launch,
     LedgerEntry,
     SlotRecord,
     StateRecord,
@@ -39,6 +39,7 @@ from torchord.coordinator.server.step_slots import (
     needed,
     needed_slots,
     nonfinite,
+    own,
     receipts_of,
     send_missing,
 )
@@ -111,6 +112,8 @@ class StepCommit:
         step, tree = warm.version, warm.context.plan().fan_in(warm.version)
         if present is None:
             present = needed_slots(warm.ledger, step, tree)
+        else:
+            present = own(warm.ledger, step, tree, present)
         if present is None or not needed(tree) <= present.keys():
             return None
         slots = [present[root] for root in tree.roots]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torchord.coordinator.compute.shares import mean_loss
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.spec.sum_tree import FanIn
 
+log = logging.getLogger(__name__)
+
 
 def needed(tree: FanIn) -> set[int]:
     """The slots whose records an update reads: the roots, the checks, and what these are compared with."""
@@ -21,11 +24,22 @@ def needed(tree: FanIn) -> set[int]:
 def needed_slots(ledger: Ledger, step: int, tree: FanIn) -> dict[int, SlotRecord] | None:
     """The slots of a step that its update reads, None while any slot of the step is missing."""
     if not tree.partials:
-        found = ledger.slots(step)
+        found = own(ledger, step, tree, ledger.slots(step))
         return found if len(found) >= tree.total else None
     wanted = needed(tree)
     found, present = ledger.some_slots(step, sorted(wanted))
+    if present > tree.total:
+        own(ledger, step, tree, ledger.slots(step))
     return found if present >= tree.total and len(found) == len(wanted) else None
+
+
+def own(ledger: Ledger, step: int, tree: FanIn, found: dict[int, SlotRecord]) -> dict[int, SlotRecord]:
+    """The slots that the step has; others, which nobody of ours writes, are deleted: no commit would pass."""
+    if len(found) > tree.total or max(found, default=0) >= tree.total:
+        for number in [number for number in found if number >= tree.total]:
+            log.error("run %s: step %d has no slot %d: deleted", ledger.run, step, number)
+            ledger.drop_slot(step, number, nonce=found.pop(number).nonce, token=None)
+    return found
 
 
 def receipts_of(roots: Sequence[SlotRecord]) -> tuple[list[SlotReceipt], list[list[Any]]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from torchord.cache import keys
-from torchord.cache.errors import CacheError, ChunkLost, Fenced
+from torchord.cache.errors import CacheError, ChunkLost, Fenced, RecordDamaged
 from torchord.cache.ledger.records import StateRecord
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
@@ -101,6 +101,7 @@ class Upkeep:
             CacheError: what else the steps under way are computed from is lost, of which nobody has a copy:
                 the run has to be restored.
         """
+        self._keep_recorded(warm)
         try:
             for blob in (warm.record.blob, *warm.record.shared_blobs()):
                 self.services.chunks.require_stored(blob)
@@ -114,6 +115,16 @@ class Upkeep:
             warm.record, warm.state_version = record, NEVER
         if warm.version < warm.context.plan().total_steps:
             self._require_others(warm)
+
+    def _keep_recorded(self, warm: WarmRun) -> None:
+        """Write the present version's record again where there is none, or something that is none."""
+        try:
+            if warm.ledger.version(warm.version) is not None:
+                return
+        except RecordDamaged as error:
+            log.warning("run %s: version %d is recorded again: %s", warm.run, warm.version, error)
+        if not warm.ledger.put_version(warm.record, token=warm.token):
+            raise Fenced(f"run {warm.run!r}: overtaken while recording version {warm.version}")
 
     def _require_others(self, warm: WarmRun) -> None:
         """Make sure of what the steps under way need beside the present version's parameters.

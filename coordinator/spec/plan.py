@@ -269,6 +269,10 @@ class Plan:
             self._trees[step] = tree
         return tree
 
+    def has(self, step: int, slot: int) -> bool:
+        """Return whether the run has such a step, and the step such a slot: a message may ask for any."""
+        return 0 <= step < self.total_steps and 0 <= slot < self.fan_in(step).total
+
     def checked(self, step: int) -> tuple[int, ...]:
         """Return the shards of the step that are computed twice, in order; mostly none.
 

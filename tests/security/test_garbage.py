@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.support import models
+from tests.support import models, reference
 from tests.support.shuffle import Shuffle
 from tests.support.waiting import wait_until
 from torchord import LocalCluster, Master, TrainingConfig
@@ -22,11 +22,13 @@ from torchord.cache.errors import CacheError, RecordDamaged, RunFailed
 from torchord.cache.ledger.workers import Registry, new_info, read
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.settings import Settings
+from torchord.coordinator import cli
 from torchord.coordinator.client.slot_lease import SlotTask
 from torchord.coordinator.messages.inspection import fault_of
 from torchord.coordinator.messages.task_names import COMPUTE_GRADIENT, EVALUATE, GRADIENTS
 
 CONFIG = TrainingConfig(batch_size=8, shards=2, seed=3, audit_fraction=0.0)
+RECIPE = models.mlp(evaluation=None)
 
 # --- queues -----------------------------------------------------------------------------------
 
@@ -91,6 +93,9 @@ GARBAGE: dict[str, Any] = {
     "no run": message(body=body(keywords={"step": 0})),
     "a run that is a number": message(body=body(keywords={"run": 5})),
     "a step that is a text": message(body=body(keywords={"run": "x", "step": "zero"})),
+    "a step that is true": message(body=body(keywords={"run": "x", "step": True})),
+    "a step below 0": message(body=body(keywords={"run": "x", "step": -1})),
+    "a shard without end": message(body=body(keywords={"run": "x", "shard": 10**30})),
     "an embedded number": message(body=body(embedded=5)),
     "a chord that is none": message(body=body(embedded={"chord": {"task": 5}})),
     "callbacks that are none": message(body=body(embedded={"callbacks": "x"})),
@@ -149,6 +154,11 @@ HEARTBEATS = {
     "a number": "5",
     "deep": '{"queues":' + "[" * 50_000 + "]" * 50_000 + "}",
     "an id that is a number": json.dumps({"id": 5, "node": "n", "host": "h", "pid": 1, "queues": []}),
+    "a process without end": json.dumps({"id": "i", "node": "n", "host": "h", "pid": 1 << 70, "queues": []}),
+    "queues that are numbers": json.dumps({"id": "i", "node": "n", "host": "h", "pid": 1, "queues": [1]}),
+    "a pace that is a text": json.dumps(
+        {"id": "i", "node": "n", "host": "h", "pid": 1, "queues": [], "pace": {"run": "fast"}}
+    ),
     "refusals that are a text": json.dumps(
         {"id": "i", "node": "n", "host": "h", "pid": 1, "queues": [], "refuses": "x"}
     ),
@@ -181,7 +191,7 @@ def test_a_heartbeat_that_is_none_hides_no_other(
 @pytest.fixture
 def lab(redis_url: str, tmp_path: Path) -> Shuffle:
     """A run whose first step is launched, and none of its shards computed."""
-    run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(models.mlp(), CONFIG, name="damaged")
+    run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(RECIPE, CONFIG, name="damaged")
     found = Shuffle(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
     found.server.advance(run.name)
     return found
@@ -191,19 +201,40 @@ RECORDS: dict[str, Callable[[Any, Any], Any]] = {
     "a slot that is no JSON": lambda client, own: client.hset(own.slots(0), "1", "garbage"),
     "a slot without fields": lambda client, own: client.hset(own.slots(0), "1", "{}"),
     "a slot whose number is none": lambda client, own: client.hset(own.slots(0), "x", "{}"),
+    "a slot that nests": lambda client, own: client.hset(own.slots(0), "1", "[" * 5000 + "]" * 5000),
+    "a slot that says another number": lambda client, own: client.hset(
+        own.slots(0), "1", client.hget(own.slots(0), "0") or "{}"
+    ),
+    "a slot of another step's number": lambda client, own: client.hset(
+        own.slots(0), "77", (client.hget(own.slots(0), "0") or "{}").replace('"shard":0', '"shard":77')
+    ),
     "slots that are no hash": lambda client, own: (
         client.delete(own.slots(0)),
         client.set(own.slots(0), "x", ex=9),
     ),
     "a version that is no JSON": lambda client, own: client.hset(own.versions, "0", "garbage"),
     "a version without fields": lambda client, own: client.hset(own.versions, "0", "{}"),
+    "a version that says another number": lambda client, own: client.hset(
+        own.versions, "0", client.hget(own.versions, "0").replace('"version":0', '"version":3')
+    ),
     "a head whose version is none": lambda client, own: client.hset(own.head, "version", "x"),
+    "a head without an incarnation": lambda client, own: client.hdel(own.head, "incarnation"),
+    "a head whose time is none": lambda client, own: client.hset(own.head, "committed_at", "noon"),
+    "a spec without a recipe": lambda client, own: client.set(own.spec, '{"config": {}}', keepttl=True),
+    "a lease whose attempt is a text": lambda client, own: client.hset(
+        own.leases(0), "0", '{"worker": "w", "attempt": "1", "open": true}'
+    ),
+    "an evaluation that is a list": lambda client, own: client.hset(own.evaluations, "0", "[1]"),
+    "an evaluation of a text": lambda client, own: client.hset(own.evaluations, "0", '{"loss": "low"}'),
+    "an evaluation under way that is none": lambda client, own: client.hset(
+        own.pending_evaluations, "0", "many"
+    ),
     "a spec that is no JSON": lambda client, own: client.set(own.spec, "garbage", keepttl=True),
     "a lease that is no JSON": lambda client, own: client.hset(own.leases(0), "0", "garbage"),
     "an evaluation that is no JSON": lambda client, own: client.hset(own.evaluations, "0", "garbage"),
     "an entry that is no JSON": lambda client, own: client.hset(own.ledger, "1", "garbage"),
 }
-LOOKS = ("head", "spec", "entries", "evaluations", "versions")
+LOOKS = ("head", "spec", "entries", "evaluations", "versions", "pending_evaluations")
 
 
 @pytest.mark.parametrize("kind", RECORDS)
@@ -233,9 +264,13 @@ def test_a_slot_or_lease_that_is_none_is_computed_anew(
         lab.clients[0].shards.compute_gradient(SlotTask(lab.run.name, 0, shard, 0, f"d{shard}"))
     RECORDS[kind](ledger.client, ledger.keys)
     present = ledger.slots_present(0)
-    assert present <= {0, 1}
+    assert present <= {0, 1, 77}
     ledger.leases(0)
     found = ledger.slots(0)
+    if 77 in found:  # a record, of a slot that the step does not have
+        lab.server.advance(lab.run.name)
+        assert lab.run.status().version == 1 and "step 0 has no slot 77: deleted" in caplog.text
+        return
     assert "is no record: deleted" in caplog.text
     caplog.clear()
     assert ledger.slots(0) == found and ledger.leases(0).keys() <= {0, 1} and caplog.text == "", "said once"
@@ -245,7 +280,25 @@ def test_a_slot_or_lease_that_is_none_is_computed_anew(
     assert lab.run.status().version == 1
 
 
-@pytest.mark.parametrize("kind", ["a spec that is no JSON", "a version without fields"])
+@pytest.mark.parametrize("kind", [kind for kind in RECORDS if kind.startswith("a version")])
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_version_that_is_none_is_written_or_computed_anew(lab: Shuffle, kind: str, warm: bool) -> None:
+    """By the server that holds it, else by the one that takes the run over."""
+    lab.train()
+    expected = lab.run.status().version
+    settings, name = lab.run._services.settings, lab.run.name + "-again"
+    run = Master(settings.url, checkpoint_dir=settings.checkpoint_dir).submit(RECIPE, CONFIG, name=name)
+    again = Shuffle(settings, run, None)
+    again.server.advance(name)
+    RECORDS[kind](run._ledger.client, run._ledger.keys)
+    if not warm:
+        again.server.leave()
+    again.train()
+    assert run.status().version == expected
+    assert reference.bits(run.model()) == reference.bits(lab.run.model())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RECORDS if kind.startswith("a spec")])
 def test_a_record_that_cannot_be_made_anew_ends_its_run_with_the_reason(lab: Shuffle, kind: str) -> None:
     ledger = lab.run._ledger
     RECORDS[kind](ledger.client, ledger.keys)
@@ -258,6 +311,47 @@ def test_a_record_that_cannot_be_made_anew_ends_its_run_with_the_reason(lab: Shu
     assert status.state == "failed" and "what is stored there is no record" in str(status.error)
     with pytest.raises(RunFailed, match="no record"):
         lab.run.wait(timeout=20)
+
+
+def test_a_client_that_cannot_read_what_it_computes_from_ends_the_run(lab: Shuffle) -> None:
+    ledger = lab.run._ledger
+    RECORDS["a spec without a recipe"](ledger.client, ledger.keys)
+    receipt = lab.clients[0].shards.compute_gradient(SlotTask(lab.run.name, 0, 0, 0, "d"))
+    assert receipt["status"] == "failed"
+    assert "has no field 'recipe'" in str(lab.run.status().error)
+
+
+@pytest.mark.parametrize(("step", "slot"), [(0, 2), (0, 10**9), (10**12, 0), (1, 5)])
+def test_a_message_for_a_slot_that_there_is_not_changes_nothing(lab: Shuffle, step: int, slot: int) -> None:
+    task = SlotTask(lab.run.name, step, slot, 0, "forged")
+    assert lab.clients[0].shards.compute_gradient(task)["status"] == "no such slot"
+    assert lab.clients[0].sums.partial_sum(task)["status"] == "no such slot"
+    lab.train()
+    assert lab.run.status().state == "done"
+
+
+def test_an_event_that_is_none_is_told_and_passed(lab: Shuffle) -> None:
+    ledger = lab.run._ledger
+    first = ledger.read_events()
+    ledger.client.xadd(ledger.keys.events, {"type": "step", "data": "garbage"})
+    ledger.client.xadd(ledger.keys.events, {"type": "step"})
+    ledger.emit("fine", {"n": 1})
+    told = ledger.read_events(first[-1].id)
+    assert [event.type for event in told] == ["unreadable", "unreadable", "fine"]
+    assert "is no JSON" in told[0].data["message"] and "'data'" in told[1].data["message"]
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(lab: Shuffle, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = lab.run._ledger
+    settings = lab.run._services.settings
+    master = Master(settings.url, checkpoint_dir=settings.checkpoint_dir)
+    master.submit(models.mlp(), CONFIG, name="fine")
+    RECORDS["a head whose version is none"](ledger.client, ledger.keys)
+    ledger.client.zadd(keys.RUNS, {"../no name": 0, "": 1})
+    assert master.runs() == ["damaged", "fine"]
+    assert cli.main(["list", "--url", settings.url]) == 0
+    shown = capsys.readouterr().out
+    assert "fine" in shown and "unreadable" in shown and "field 'version' of a run's head is x" in shown
 
 
 def test_the_message_for_evaluations_is_read_as_well() -> None:

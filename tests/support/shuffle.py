@@ -14,7 +14,7 @@ from tests.support import reference
 from tests.support.fleet import finished
 from torchord import Run
 from torchord.cache.ledger.heartbeat import Heartbeat
-from torchord.cache.ledger.records import Launch
+from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.workers import new_info
 from torchord.cache.settings import Settings
 from torchord.coordinator.client.client import Client

@@ -143,5 +143,5 @@ def test_a_heartbeat_says_where_in_its_json() -> None:
     )
     assert info.where == {"task": "a.py:1 in f"}
     assert beats.heartbeat._said().where == {}
-    with pytest.raises(ValueError, match="'where' is a list"):
+    with pytest.raises(ValueError, match="field 'where' of a heartbeat is list"):
         workers.read('{"id": "w", "node": "n", "host": "h", "pid": 1, "queues": [], "where": []}')

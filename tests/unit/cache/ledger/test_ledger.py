@@ -41,8 +41,9 @@ from torchord.cache.blobs.notice import Notice
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
 from torchord.cache.ledger.answers import Finished, Group
 from torchord.cache.ledger.heartbeat import Heartbeat
+from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import GENESIS, Head, Launch, LedgerEntry
+from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.cache.servers.fast_client import Lane
 from torchord.cache.servers.redis_client import connect
