@@ -6,14 +6,14 @@ forward, past autograd or past torch's count of writes (`.data`), a parameter pu
 or buffer made by the first batch. So the first shard that does one of these stops the run.
 
 The module tree, torch's counts of writes and the places of all parameters are compared each time, which
-costs microseconds. The parameters' bytes are compared on a schedule (`due`), and each time once a write was
-counted: writing the bytes that are there already is no write.
+costs microseconds. The parameters' bytes are compared on a schedule (`due`), each time where they are few,
+and each time once a write was counted: writing the bytes that are there already is no write.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ from torchord.coordinator.spec.plan import derive_seed
 
 _DENSE = 4  # so many steps at a run's start are looked at whole
 _SELDOM = 64  # and one shard of so many later on
+_FEW = 16  # so many parameters of a few bytes are compared each time, which costs some ten microseconds
+_FEW_BYTES = 2**18
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -98,6 +100,7 @@ class ForwardWatch:
         self._tree: list[Any] = []
         self._state = _places(model)
         self._known = {id(tensor) for tensor in self._state.values()}
+        self._few = _are_few(parameters.values())
         self._extra: dict[str, nn.Module] = {}
         self._looked: _Looked | None = None
         self._forwards = 0
@@ -107,12 +110,12 @@ class ForwardWatch:
         """Note how the model is, right before a forward.
 
         Args:
-            whole: whether the parameters' bytes are to be compared, see `due`.
+            whole: whether the parameters' bytes are to be compared, see `due`; few are anyway.
         """
         whole = whole or self.whole
         self._looked = _Looked(
             marks(self._parameters.values()),
-            _digests(self._parameters) if whole else None,
+            _digests(self._parameters) if whole or self._few else None,
             {path: copy.deepcopy(m.get_extra_state()) for path, m in self._extra.items()} if whole else {},
         )
 
@@ -267,6 +270,15 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
 def _persistent(model: nn.Module, place: str) -> bool:
     path, _, name = place.rpartition(".")
     return name not in getattr(model.get_submodule(path), "_non_persistent_buffers_set", ())
+
+
+def _are_few(parameters: Collection[Tensor]) -> bool:
+    """Whether parameters are compared in next to no time: a few, of few bytes, on the CPU."""
+    return (
+        len(parameters) <= _FEW
+        and all(parameter.is_cpu for parameter in parameters)
+        and sum(parameter.nbytes for parameter in parameters) <= _FEW_BYTES
+    )
 
 
 def _has_extra_state(module: nn.Module) -> bool:

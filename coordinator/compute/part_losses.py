@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -151,6 +153,11 @@ class PartLosses:
         """The loss of some examples, in a draw of all random numbers."""
         return self._measure(examples, draw)[0]
 
+    def draws(self) -> bool:
+        """Whether the loss of all examples is made with random numbers."""
+        self.loss(self.all)
+        return moved(derive_seed(self._config.seed, "probe", 0), self._replica.device)
+
     def parts(self, sizes: Sequence[int], draw: int = 0) -> list[Measured]:
         """What the parts of all examples have, one after the other.
 
@@ -263,6 +270,18 @@ class PartLosses:
             f"comes to {joined:.6g}, so no step would be that of the whole batch; "
             f"{_SUM if summed else _WAYS_OUT}"
         )
+
+
+def moved(seed: int, device: torch.device) -> bool:
+    """Whether the process's generators have given something since they were seeded; they are seeded anew."""
+
+    def following() -> tuple[float, ...]:
+        places = {torch.device("cpu"), device}
+        return (*(float(torch.rand((), device=each)) for each in places), np.random.rand(), random.random())
+
+    after = following()
+    seed_everything(seed)
+    return after != following()
 
 
 def scale_of(parts: Sequence[Measured]) -> float:

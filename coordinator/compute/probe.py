@@ -21,13 +21,11 @@ be at first, would make all examples alike: then it is looked a second time with
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from statistics import fmean, variance
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,6 +42,7 @@ from torchord.coordinator.compute.part_losses import (
     PartsRaise,
     averaged,
     looking,
+    moved,
     scale_of,
 )
 from torchord.coordinator.compute.replica import Replica
@@ -148,7 +147,7 @@ class _Trial:
         self._replica = replica
         self._batch_of = batch_of
         self._sizes = sizes
-        # A Keras layer has no mode of its own within a model: its statistics and chance cannot be held still
+        # A Keras layer has no mode of its own within a model: statistics and chance cannot be held still
         self._keras = any("_torch_params" in name for name in replica.parameters)
 
     def compare(self) -> str:
@@ -159,7 +158,7 @@ class _Trial:
         whole = losses.first()
         if self._changes(whole, draw=0):
             raise CannotLook("with the same samples and seeds it changes from call to call")  # not pure
-        if self._changes(whole, draw=1):
+        if self._is_random(whole):
             self._look_at_chance()
         else:
             self._look(whole)
@@ -182,6 +181,10 @@ class _Trial:
         """Whether all examples have another loss than that now."""
         losses = self._losses
         return losses.apart(loss, losses.loss(losses.all, draw)) > losses.rounding / 10
+
+    def _is_random(self, loss: float) -> bool:
+        """Whether random numbers go into the loss of all examples, even if they make no difference."""
+        return self._changes(loss, draw=1) or self._draws_in_data() or self._losses.draws()
 
     def _even(self) -> list[int]:
         """Sizes of parts that are about equal."""
@@ -238,7 +241,7 @@ class _Trial:
             trained = losses.loss(losses.all)
             if self._changes(trained, draw=0):
                 return  # not pure
-            if self._changes(trained, draw=1):
+            if self._is_random(trained):
                 try:
                     self._look_at_chance()
                 except ByChance:
@@ -303,9 +306,7 @@ class _Trial:
         seed_everything(0)
         with looking():
             self._batch_of(self._losses.all)
-        after = _drawn()
-        seed_everything(0)
-        return after != _drawn()
+        return moved(0, self._replica.device)
 
     def _by_pairs(self, sizes: Sequence[int], allowed: float) -> bool:
         """Compare whole and parts draw by draw; whether they agree exactly in the first draws.
@@ -349,12 +350,7 @@ class _Trial:
         if abs(fmean(wholes) - fmean(joined)) > by_chance:
             whole, parts = averaged(found)
             scale = max(abs(fmean(wholes)), abs(fmean(joined)))
-            losses.refuse_beyond(by_chance / scale, whole, sizes, parts)
-
-
-def _drawn() -> tuple[float, float, float]:
-    """What the process's generators give next."""
-    return float(torch.rand(())), float(np.random.rand()), random.random()
+            losses.refuse_beyond(max(by_chance / scale, losses.rounding), whole, sizes, parts)
 
 
 _RANDOM = "it is random, so that only what chance does not explain would have been seen"

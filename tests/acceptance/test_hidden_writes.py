@@ -18,6 +18,7 @@ from torchord import Recipe, TrainingConfig
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.compute import inner_steps
 from torchord.coordinator.compute.batch import open_dataset
+from torchord.coordinator.compute.forward_watch import due
 from torchord.coordinator.compute.gradient import resizing
 from torchord.coordinator.compute.inference import evaluate, predict
 from torchord.coordinator.compute.probe import probe
@@ -91,6 +92,13 @@ def test_what_no_version_holds_is_refused_by_name(kind: str) -> None:
     with pytest.raises(InvalidInput, match=named) as caught:
         run(made, CONFIG)
     assert any(word in str(caught.value) for word in way_out.split("|"))
+
+
+@pytest.mark.parametrize("step", [5, 11, 13, 20])
+def test_a_small_model_is_watched_in_every_step(step: int) -> None:
+    assert not due((step, 0))
+    with pytest.raises(InvalidInput, match="trained parameter 'bias'"):
+        run(recipe(partial(hidden.Once, step)), TrainingConfig(epochs=8, batch_size=16, shards=4, seed=1))
 
 
 def test_a_buffer_that_cannot_be_resized_where_it_lies_is_named() -> None:

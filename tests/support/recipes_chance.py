@@ -55,6 +55,8 @@ class Perturbed(nn.Module):
             return hidden * (torch.rand(hidden.shape) > 0.3)
         if self.way == "depth":  # by example
             return hidden * torch.bernoulli(torch.full((len(hidden), 1), 0.7)) / 0.7
+        if self.way == "rarely":  # two draws are likely to be alike
+            return hidden * torch.bernoulli(torch.full((len(hidden), 1), 0.95)) / 0.95
         if self.way == "layer":  # by batch
             return hidden * (1.0 if random.random() < 0.7 else 0.5)
         if self.way == "weight":

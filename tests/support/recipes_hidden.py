@@ -54,6 +54,23 @@ class Bounded(nn.Linear):
         return super().forward(inputs)
 
 
+class Once(nn.Linear):
+    """Writes through `.data` in one step alone, long after the first."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(FEATURES, CLASSES)
+        self.step = step
+        self.count: Tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            if int(self.count) == self.step:
+                self.bias.data.mul_(2.0)
+            self.count += 1
+        return super().forward(inputs)
+
+
 class RowBound(nn.Module):
     """The parametrization that a bounded weight is to be written with."""
 

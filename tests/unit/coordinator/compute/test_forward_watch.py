@@ -20,8 +20,9 @@ def test_bytes_are_compared_densely_at_first_then_seldom_and_never_no_more() -> 
     assert all(local[:5]) and sum(local) < 50
 
 
-def watch() -> tuple[nn.Linear, ForwardWatch]:
-    layer = nn.Linear(2, 2)
+def watch(features: int = 300) -> tuple[nn.Linear, ForwardWatch]:
+    """A layer, by default one that is too large to be compared each time."""
+    layer = nn.Linear(features, features)
     return layer, ForwardWatch(layer, dict(layer.named_parameters()), {})
 
 
@@ -54,6 +55,14 @@ def test_a_write_past_the_count_is_found_where_bytes_are_compared_and_a_move_eac
     looking.begin(whole=False)
     layer.bias.data = layer.bias.data + 1
     with pytest.raises(CacheError, match="'bias'"):
+        looking.end()
+
+
+def test_few_bytes_are_compared_each_time() -> None:
+    layer, looking = watch(2)
+    looking.begin(whole=False)
+    layer.weight.data.mul_(2.0)
+    with pytest.raises(InvalidInput, match="trained parameter 'weight'"):
         looking.end()
 
 
