@@ -208,6 +208,10 @@ def test_the_training_server_shows_what_differs_by_process(one: Fleet, kind: str
     assert said in unlike(run)
 
 
+def test_arguments_of_the_command_line_are_the_workers(one: Fleet) -> None:
+    one.train(recipes_impure.recipe(dataset=recipes_impure.of_the_command_line), CONFIG, "arguments")
+
+
 def test_a_client_that_dies_in_a_check_leaves_the_same_bits(one: Fleet, tmp_path: Path) -> None:
     """The check is sent again like any shard."""
     one.resize(2)

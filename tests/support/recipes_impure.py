@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 import time
 from functools import partial
 from typing import Any, ClassVar
@@ -114,6 +115,11 @@ class Ordered(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         sample: tuple[Tensor, Tensor] = self.inner[int(self.names[index].rpartition("-")[2])]
         return sample
+
+
+def of_the_command_line(size: int = 64) -> Any:
+    """As many points as the command line of `celery worker` says."""
+    return models.points(size if "worker" in sys.argv else 0)
 
 
 def split(size: int = 80) -> Any:
