@@ -2,12 +2,14 @@
 
     python -m benchmarks.chaos --kills 100 --seed 1
     python -m benchmarks.chaos --kills 30 --seed 2 --apart
+    python -m benchmarks.chaos --kills 30 --seed 3 --faults
 
 Claim: real processes (three Clients, a training server, a standby, Redis with `appendfsync always`) are
 killed in the middle of one run, at random moments: Clients, the training server, the holder of the
 supervisor's lease, Redis itself; now and then one is only stopped and goes on later. Each is started
 again at once, as an init system would. The run ends by itself, with the same bits as a run that
-nothing disturbed, and a clean audit.
+nothing disturbed, and a clean audit. With `--faults` what operators do comes on top: workers get SIGTERM or
+SIGHUP, and Redis is full, read-only or slow for some seconds.
 
 Figures: *recovery* is the time from a kill to the next commit, less the undisturbed median step.
 *Stall* is stricter: the longest wait between two commits from a kill to the next one, less the same; a
@@ -23,7 +25,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -56,6 +60,14 @@ CALM_STEPS = 30
 VICTIMS = {"client": 50, "server": 22, "supervisor": 14, "redis": 14}
 """How often each kind is struck, in relation."""
 PAUSE_SHARE = 0.2
+FAULT_SHARE = 0.4  # of what is no kill, with --faults
+FAULTS = {"TERM": signal.SIGTERM, "HUP": signal.SIGHUP}
+TROUBLES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "FULL": (("CONFIG", "SET", "maxmemory", 1), ("CONFIG", "SET", "maxmemory", 0)),
+    "READONLY": (("REPLICAOF", "127.0.0.1", 9), ("REPLICAOF", "NO", "ONE")),
+    "SLOW": (("DEBUG", "SLEEP", 2), ("PING",)),
+}
+"""How Redis gets into trouble, and out of it."""
 PATIENCE_SECONDS = 180.0
 
 
@@ -79,11 +91,11 @@ class Strike:
     Attributes:
         kind: what was meant: client, server, supervisor or redis.
         victim: name of the process.
-        signal: "KILL" or "STOP".
+        signal: "KILL" or "STOP"; with faults also "TERM", "HUP", or what Redis is (`TROUBLES`).
         at: Unix time (s).
         step: the head's version then.
         spare: whether another process of the kind was ready to go on.
-        pause_seconds: until SIGCONT, for "STOP".
+        pause_seconds: until SIGCONT, for "STOP"; until Redis is well again.
         recovery_seconds: until the next commit, less the undisturbed median step.
         stall_seconds: longest wait between commits until the next strike, less the same.
     """
@@ -110,6 +122,7 @@ class Storm:
         median: seconds of an undisturbed step.
         calm: most commits between two strikes.
         chance: source of all decisions.
+        faults: whether it also does what operators do.
         say: prints a line of progress.
     """
 
@@ -123,7 +136,10 @@ class Storm:
         calm: int,
         chance: random.Random,
         say: Callable[[str], None],
+        *,
+        faults: bool = False,
     ) -> None:
+        self.faults = faults
         self.cluster = cluster
         self.server = server
         self.master = master
@@ -144,7 +160,7 @@ class Storm:
             waited = self._await_commit(strike.at)
             strike.recovery_seconds = max(0.0, waited - self.median)
             self.say(
-                f"[{done:3}/{kills}] step {strike.step:5}  SIG{strike.signal:<4} {strike.kind:<10} "
+                f"[{done:3}/{kills}] step {strike.step:5}  {strike.signal:<8} {strike.kind:<10} "
                 f"({strike.victim}{'' if strike.spare else ', no spare'})  next commit after {waited:.2f} s"
             )
         return self.strikes
@@ -174,6 +190,11 @@ class Storm:
         role = worker.role
         others = [w for w in self.cluster.processes.values() if w.role == role and w.name != worker.name]
         spare = any(other.poll() is None and other.ready() for other in others)
+        if self.faults and self.chance.random() < FAULT_SHARE:
+            name = self.chance.choice(list(FAULTS))
+            strike = Strike(kind, worker.name, name, time.time(), version, spare)
+            os.kill(worker.pid, FAULTS[name])
+            return strike
         if self.chance.random() < PAUSE_SHARE:
             pause = self.chance.uniform(0.3, 4.0)
             strike = Strike(kind, worker.name, "STOP", time.time(), version, spare, pause)
@@ -186,6 +207,14 @@ class Storm:
         return strike
 
     def _strike_redis(self, version: int) -> Strike:
+        if self.faults and self.chance.random() < FAULT_SHARE:
+            name, pause = self.chance.choice(list(TROUBLES)), self.chance.uniform(0.3, 4.0)
+            strike = Strike("redis", "redis", name, time.time(), version, False, pause)
+            with redis.Redis.from_url(self.server.url) as client:
+                client.execute_command(*TROUBLES[name][0])
+                time.sleep(pause)
+                client.execute_command(*TROUBLES[name][1])
+            return strike
         if self.chance.random() < PAUSE_SHARE:
             pause = self.chance.uniform(0.3, 3.0)
             strike = Strike("redis", "redis", "STOP", time.time(), version, False, pause)
@@ -271,6 +300,7 @@ def storm(
     standby: int = 1,
     calm: int = 10,
     apart: bool = False,
+    faults: bool = False,
 ) -> dict[str, Any]:
     """Train undisturbed, train under strikes, compare.
 
@@ -282,6 +312,7 @@ def storm(
         clients, standby: size of the fleet.
         calm: most commits between two strikes.
         apart: no process sees another's end, as on different machines.
+        faults: workers are also told to end or to start anew, and Redis is full, read-only or slow.
 
     Returns:
         Figures and verdicts: see the module.
@@ -295,7 +326,7 @@ def storm(
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
     )
     checkpoints = str(folder / "checkpoints")
-    durable = {"appendfsync": "always"}
+    durable = {"appendfsync": "always", "enable-debug-command": "local"}
     with (
         EmbeddedServer(persistence_dir=folder / "redis", options=durable, log=folder / "redis.log") as server,
         LocalCluster(
@@ -317,7 +348,9 @@ def storm(
         say(f"undisturbed: {total} steps in {smooth[0]:.0f} s, {median * 1000:.0f} ms a step (median)")
         with _timed() as rough:
             run = master.submit(recipe, config, name="disturbed")
-            raging = Storm(cluster, server, master, run, median, calm, random.Random(seed), say)
+            raging = Storm(
+                cluster, server, master, run, median, calm, random.Random(seed), say, faults=faults
+            )
             strikes = raging.rage(kills)
             say("no more strikes; the rest of the run is left alone")
             while not raging._over():
@@ -337,6 +370,7 @@ def storm(
             "disturbed_seconds": rough[0],
             "kills": dict(Counter(s.kind for s in strikes if s.signal == "KILL")),
             "pauses": dict(Counter(s.kind for s in strikes if s.signal == "STOP")),
+            "faults": dict(Counter(s.signal for s in strikes if s.signal not in ("KILL", "STOP"))),
             "state": run.status().state,
             "bits_equal": run.status().state == "done" and digest(run) == digest(undisturbed),
             "audit_clean": audit.ok and not audit.divergent,
@@ -413,7 +447,8 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 def report(found: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [
-        f"kills: {sum(found['kills'].values())} {found['kills']}, pauses: {found['pauses']}; "
+        f"kills: {sum(found['kills'].values())} {found['kills']}, pauses: {found['pauses']}, "
+        f"faults: {found['faults']}; "
         f"{found['training_servers']} training servers took turns",
         f"{found['steps']} steps: undisturbed {found['undisturbed_seconds']:.0f} s "
         f"({found['median_step_seconds'] * 1000:.0f} ms a step), disturbed "
@@ -438,14 +473,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="keep the logs in this directory")
     parser.add_argument("--apart", action="store_true", help="as if each process had its own machine")
+    parser.add_argument("--faults", action="store_true", help="SIGTERM, SIGHUP and a troubled Redis as well")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="torchord-chaos-") as scratch:
         folder = options.logs or Path(scratch)
-        found = storm(options.kills, options.seed, folder, partial(print, flush=True), apart=options.apart)
+        found = storm(
+            options.kills,
+            options.seed,
+            folder,
+            partial(print, flush=True),
+            apart=options.apart,
+            faults=options.faults,
+        )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / ("chaos-apart.json" if options.apart else "chaos.json")).write_text(
-        json.dumps(found, indent=1) + "\n"
-    )
+    (
+        RESULTS / f"chaos{'-apart' if options.apart else ''}{'-faults' if options.faults else ''}.json"
+    ).write_text(json.dumps(found, indent=1) + "\n")
     print(report(found))
     if sum(found["kills"].values()) < options.kills:
         print(f"the run was over before {options.kills} kills", file=sys.stderr)

@@ -169,8 +169,8 @@ class CheckpointError(TorchordError):
     """A checkpoint could not be written or read; see the message for its path."""
 
 
-class CheckpointUnwritable(CheckpointError):
-    """The place of the checkpoints takes no file: it is full, away or not ours; mend it, the run tries again."""
+class CheckpointsUnavailable(CheckpointError):
+    """The place of the checkpoints is full, away or not ours; mend that, the run tries again."""
 
 
 class ServerNotFound(TorchordError):

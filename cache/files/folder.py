@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
-from torchord.cache.errors import CheckpointError, CheckpointUnwritable
+from torchord.cache.errors import CheckpointError, CheckpointsUnavailable
 from torchord.cache.servers.address import masked
 
 
@@ -56,8 +56,8 @@ def open_folder(root: str, folder: str) -> Files:
     return RemoteFiles(root, folder) if "://" in root else LocalFiles(Path(root) / folder)
 
 
-def _cannot_write(where: str, error: Exception) -> CheckpointUnwritable:
-    return CheckpointUnwritable(
+def _cannot_write(where: str, error: Exception) -> CheckpointsUnavailable:
+    return CheckpointsUnavailable(
         f"cannot write {where}: {error}. Give a checkpoint_dir that the training server can write to, or set "
         "TORCHORD_CHECKPOINT_DIR there"
     )
@@ -84,7 +84,7 @@ class LocalFiles(Files):
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(f"cannot list {self.path}: {error}") from error
+            raise CheckpointsUnavailable(f"cannot list {self.path}: {error}") from error
 
     def read(self, name: str) -> bytes:
         """Return a file's content."""
@@ -153,7 +153,7 @@ class RemoteFiles(Files):
         except FileNotFoundError:
             return []
         except Exception as error:  # every driver has exceptions of its own
-            raise CheckpointError(f"cannot list {self.path}: {error}") from error
+            raise CheckpointsUnavailable(f"cannot list {self.path}: {error}") from error
         return sorted(
             entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == wanted
         )

@@ -27,6 +27,7 @@ from torchord.cache.servers.address import TIMEOUTS, Address, is_cluster, is_sen
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 CLIENT_PATIENCE_SECONDS = 2.0
+PERSON_TIMEOUT_SECONDS = 3.0  # three tries of a server that takes connections and answers nothing: 10 s
 WORKER_PATIENCE_SECONDS = 90.0
 _BACKOFF_CAP_SECONDS = 1.0
 
@@ -96,7 +97,7 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
     found = _parsed(url)
     tcp: dict[str, Any] = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "socket_keepalive": True}
     timeouts = {
-        "socket_timeout": max(5.0, CONNECT_TIMEOUT_SECONDS),
+        "socket_timeout": 5.0 if patience_seconds > CLIENT_PATIENCE_SECONDS else PERSON_TIMEOUT_SECONDS,
         "health_check_interval": 30,
         **({} if found.path else tcp),
         **{name: seconds for name, seconds in found.timeouts if name in _waits_of(found)},

@@ -107,7 +107,8 @@ class Quiet:
             return
         self._shown.quiet(f"waits for {waits[0].kind.value}")
         kinds = [wait.kind for wait in waits]
-        if now - self._since >= QUIET_SECONDS and kinds != self._logged:
+        patience = QUIET_SECONDS if head is not None else SHOWN_SECONDS  # asking took ten seconds as it was
+        if now - self._since >= patience and kinds != self._logged:
             self._logged = kinds
             for wait in waits:
                 self._shown.say(wait.said(time.time()))

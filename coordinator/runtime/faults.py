@@ -9,6 +9,7 @@ COUNT is the pass at which the fault fires, counted by each process. ACTION is o
 
     kill       SIGKILL to the process itself
     stop       SIGSTOP to it: a hang, or a partition that keeps its connections
+    term, hup  SIGTERM or SIGHUP to it: it is told to end, or to start anew
     raise      an error of the store, as when Redis goes away in the middle
     sleep=S    S seconds of doing nothing
 
@@ -70,7 +71,8 @@ POINTS = (
     "client.after_part",
     "supervisor.before_look",  # elected, about to look
 )
-ACTIONS = ("kill", "stop", "raise", "sleep")
+_SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "hup": "SIGHUP"}
+ACTIONS = (*_SIGNALS, "raise", "sleep")
 
 Hook = Callable[[str], None]
 
@@ -210,4 +212,4 @@ def _act(fault: Fault) -> None:
     elif fault.action == "raise":
         raise CacheUnreachable(f"injected fault at {fault.point}: the store is away")
     else:
-        os.kill(os.getpid(), signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP)
+        os.kill(os.getpid(), getattr(signal, _SIGNALS[fault.action]))

@@ -16,7 +16,7 @@ from typing import Any
 
 from torchord.cache.errors import (
     CacheError,
-    CheckpointUnwritable,
+    CheckpointsUnavailable,
     Fenced,
     RecordDamaged,
     Skewed,
@@ -251,7 +251,7 @@ class TrainingServer:
             return False
         try:
             self.upkeep.checkpoint(warm)
-        except CheckpointUnwritable as error:
+        except CheckpointsUnavailable as error:
             log.warning("run %s: the checkpoint of version %d: %s", warm.run, warm.version, error)
             self.hindrances.met(
                 warm.ledger, CHECKPOINT, (), error, token=warm.token, seconds=CHECKPOINT_SECONDS

@@ -1,15 +1,25 @@
-"""A path through which a worker reaches its server, and that can forget its connections as a NAT does."""
+"""A path through which a worker reaches its server, and that can be made worse in the ways of networks.
+
+It can forget its connections as a NAT does, let nothing through one way, take its time, and lose packets: TCP
+sends those again, so what is lost comes later, and what follows waits for it.
+"""
 
 from __future__ import annotations
 
+import random
 import selectors
 import socket
 import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 _CHUNK_NBYTES = 1 << 16
 _PAUSE_SECONDS = 0.02
+_RETRANSMISSION_SECONDS = 0.3
 
 
 class Relay:
@@ -17,7 +27,10 @@ class Relay:
 
     Attributes:
         port: where to connect to, on 127.0.0.1.
-        swallowed: bytes of forgotten connections that went nowhere.
+        swallowed: bytes that went nowhere.
+        delay_seconds: that a packet takes, each way.
+        loss: share of the packets that are lost and sent again.
+        closed: ways on which nothing passes: "to the server", "to the client".
     """
 
     def __init__(self, server_port: int) -> None:
@@ -31,6 +44,12 @@ class Relay:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.port: int = self._listener.getsockname()[1]
         self.swallowed = 0
+        self.delay_seconds = 0.0
+        self.loss = 0.0
+        self.closed: frozenset[str] = frozenset()
+        self._upward: set[socket.socket] = set()  # those of clients
+        self._late: dict[socket.socket, deque[tuple[float, bytes]]] = {}  # receiver -> (when, what)
+        self._random = random.Random(0)
 
     def __enter__(self) -> Self:
         self._listener.setblocking(False)
@@ -60,9 +79,23 @@ class Relay:
             self._forgotten |= fresh
         return len(fresh) // 2
 
+    @contextmanager
+    def worse(
+        self, *, delay_seconds: float = 0.0, loss: float = 0.0, closed: tuple[str, ...] = ()
+    ) -> Iterator[None]:
+        """A worse path for the block; what was closed meanwhile knows nothing of its connections after it."""
+        self.delay_seconds, self.loss, self.closed = delay_seconds, loss, frozenset(closed)
+        try:
+            yield
+        finally:
+            self.delay_seconds, self.loss, self.closed = 0.0, 0.0, frozenset()
+            if closed:
+                self.forget()
+
     def _run(self) -> None:
         while not self._stop.is_set():
-            for key, _ in self._selector.select(_PAUSE_SECONDS):
+            self._deliver()
+            for key, _ in self._selector.select(_PAUSE_SECONDS if not self._late else 0.001):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
@@ -71,7 +104,12 @@ class Relay:
 
     def _accept(self) -> None:
         here, _ = self._listener.accept()
-        there = socket.create_connection(("127.0.0.1", self._server_port))
+        try:
+            there = socket.create_connection(("127.0.0.1", self._server_port))
+        except OSError:
+            here.close()
+            return
+        self._upward.add(here)
         for one, other in ((here, there), (there, here)):
             with self._lock:
                 self._peers[one] = other
@@ -80,14 +118,40 @@ class Relay:
     def _pass_on(self, one: socket.socket) -> None:
         try:
             data = one.recv(_CHUNK_NBYTES)
-            if data and one in self._forgotten:
+            if (data and one in self._forgotten) or (
+                data and ("to the server" if one in self._upward else "to the client") in self.closed
+            ):
                 self.swallowed += len(data)
             elif data:
-                self._peers[one].sendall(data)
+                self._send(self._peers[one], data)
         except OSError:
             data = b""
         if not data:
             self._close(one)
+
+    def _send(self, other: socket.socket, data: bytes) -> None:
+        """Pass on what has come, or keep it until it is due."""
+        late = self._late.get(other)
+        seconds = self.delay_seconds + (_RETRANSMISSION_SECONDS if self._random.random() < self.loss else 0.0)
+        if not seconds and not late:
+            other.sendall(data)
+            return
+        if late is None:
+            late = self._late[other] = deque()
+        before = late[-1][0] if late else 0.0
+        late.append((max(before, time.monotonic() + seconds), data))
+
+    def _deliver(self) -> None:
+        """Pass on what is due."""
+        now = time.monotonic()
+        for other, late in list(self._late.items()):
+            try:
+                while late and late[0][0] <= now:
+                    other.sendall(late.popleft()[1])
+            except OSError:
+                late.clear()
+            if not late:
+                del self._late[other]
 
     def _close(self, one: socket.socket) -> None:
         with self._lock:
@@ -97,5 +161,7 @@ class Relay:
             with self._lock:
                 self._peers.pop(end, None)
                 self._forgotten.discard(end)
+            self._upward.discard(end)
+            self._late.pop(end, None)
             self._selector.unregister(end)
             end.close()
