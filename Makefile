@@ -75,7 +75,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "torchord: installing torchord with its test and lint tools into $(VENV) (once; a few minutes) ..."
-	@$(INSTALL) -e '.[demo,dev,images,models]'
+	@$(INSTALL) -e '.[demo,dev,images,keys,models]'
 	@touch $@ $(VENV)/.installed-demo
 
 # pip is the last thing that venv writes: an interrupted or failed attempt is made again.

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "straggler": "what a worker that is ten times slower costs a run",
     "tree": "what the training server reads a step, with partial sums and without",
     "rest": "what a step moves of a model that is mostly frozen",
+    "security": "what keys and digests cost a step",
     "scale": "2 to 256 simulated Clients: what a step costs, and what gives out first",
     "gpu": "one GPU, one and two workers beside the plain loop; skipped where there is none",
     "codecs": "bytes, accuracy and seconds of each gradient codec",

@@ -117,6 +117,21 @@ def _rest(found: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def _security(found: dict[str, Any]) -> Iterator[Row]:
+    for case, modes in found["milliseconds"].items():
+        anchor = statistics.median(modes["no keys"])
+        for mode, times in modes.items():
+            if mode != "no keys":
+                median = statistics.median(times)
+                yield Row(
+                    "security",
+                    f"{case}: {mode}",
+                    f"{median:.2f} ms, {median / anchor:.2f} times",
+                    f"{max(times):.2f} ms",
+                    f"no keys {anchor:.2f} ms",
+                )
+
+
 def _scale(found: dict[str, Any]) -> Iterator[Row]:
     for row in found["rows"]:
         step = row["step"]
@@ -264,6 +279,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "accuracy": _accuracy,
     "tree": _tree,
     "rest": _rest,
+    "security": _security,
     "scale": _scale,
     "straggler": _straggler,
     "flat": _flat,

@@ -125,6 +125,10 @@ class RecordDamaged(RunError):
     """A record of the run in Redis cannot be read; look at what else writes there, and resume from a checkpoint."""
 
 
+class NotAuthentic(RecordDamaged):
+    """A record has no seal of a key that this process trusts; see docs/keys.md for what to do."""
+
+
 class RunFailed(RunError):
     """The run stopped on an error; correct the cause, then call run.resume()."""
 

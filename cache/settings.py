@@ -47,6 +47,8 @@ class Settings:
         dataset_disk_bytes: how much they keep there.
         task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
         overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
+        keys: file of the keys that records are sealed and opened with; "" for those of a local cluster, if it
+            is one's; "off" for none.
         faults: plan of injected faults, for tests (see torchord.coordinator.runtime.faults); "" for none.
     """
 
@@ -66,6 +68,7 @@ class Settings:
     dataset_disk_bytes: int = 16 << 30
     task_log: bool = True
     overlap: frozenset[str] = OVERLAPS
+    keys: str = ""
     faults: str = ""
 
 
@@ -167,6 +170,10 @@ def flower_allows(argument: str | None = None) -> frozenset[str]:
     return FLOWER_ALLOWS if words & _ON else words & FLOWER_ALLOWS
 
 
+def _keys(text: str) -> str:
+    return "off" if text.lower() in _OFF else located(text) if text else ""
+
+
 def cublas_workspace() -> str:
     """The workspaces that cuBLAS is told to use, "" if it may choose: then its results can vary."""
     return os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
@@ -200,5 +207,6 @@ def from_environment() -> Settings:
         dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),
         task_log=_on("TORCHORD_TASK_LOG"),
         overlap=_overlap("TORCHORD_OVERLAP"),
+        keys=_keys(env.get("TORCHORD_KEYS", "").strip()),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

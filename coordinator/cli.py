@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ import click
 from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
 from torchord.cache.ledger.figures import for_others
 from torchord.cache.servers.address import masked
+from torchord.coordinator.key_commands import keys
 
 if TYPE_CHECKING:
     from torchord.coordinator.master.master import Master
@@ -41,6 +43,7 @@ class Options:
         admit_code: `resume --admit-code`.
         replay: steps of `verify --replay`.
         live: `health --live`.
+        statement, model: files of `verify --statement --model`.
     """
 
     name: str = ""
@@ -51,6 +54,8 @@ class Options:
     admit_code: bool = False
     replay: tuple[int, ...] = ()
     live: bool = False
+    statement: Path | None = None
+    model: Path | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,6 +139,20 @@ _LIVE = click.Option(
 )
 
 
+_STATEMENT = click.Option(
+    ["--statement"],
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Check the seal of a finished run's statement, with the keys of TORCHORD_KEYS; needs no Redis.",
+)
+_MODEL = click.Option(
+    ["--model"],
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With --statement: also that the weights of this safetensors file are the ones that it names.",
+)
+
+
 def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
     """Names of runs that begin with what was typed; none if the server does not answer."""
     from torchord.cache.ledger.runs import Runs
@@ -152,9 +171,14 @@ def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -
 def _command(name: str, perform: Callable[[Master, Options], int], text: str, *more: click.Option) -> None:
     parameters: list[click.Parameter] = [_URL, _CHECKPOINTS, _JSON, *more]
     if name != "list":
-        parameters.append(click.Argument(["name"], shell_complete=_run_names))
+        alone = name == "verify"  # a statement names its run
+        parameters.append(click.Argument(["name"], required=not alone, default="", shell_complete=_run_names))
 
     def run(**typed: Any) -> int:
+        if typed.get("statement") is not None:
+            return _guarded(_verify_statement, Options(**typed))
+        if name != "list" and not typed["name"]:
+            raise click.UsageError("name a run, or a --statement")
         return _perform(perform, Options(**typed))
 
     _torchord.add_command(click.Command(name, params=parameters, callback=run, help=text))
@@ -320,6 +344,33 @@ def _verify(master: Master, options: Options) -> int:
     return OK if found.ok else BAD
 
 
+def _verify_statement(options: Options) -> int:
+    """Check a statement of a run that is done."""
+    from torchord.cache.keyring import keyring
+    from torchord.cache.settings import from_environment
+    from torchord.coordinator.runtime.statement import checked
+
+    settings = from_environment()
+    assert options.statement is not None
+    said = checked(options.statement, keyring(settings.keys, options.url or settings.url), options.model)
+    if options.json:
+        print(for_others(said))
+    else:
+        print(f"the seal holds: run {said['run']}, {said['version']} steps, chain {said['chain']}")
+        like = "" if options.model is None else ", as in the file"
+        print(f"  weights      sha256 {said['weights_sha256']}{like}")
+    return OK
+
+
+def _statement(master: Master, options: Options) -> int:
+    text = master.run(options.name).statement()
+    if text is None:
+        print(f"{options.name} has no statement: it is not done, or there are no keys", file=sys.stderr)
+        return BAD
+    print(text)
+    return OK
+
+
 # --- words --------------------------------------------------------------------------------
 
 
@@ -393,4 +444,6 @@ _command(
     _ADMIT_CODE,
 )
 _command("cancel", _cancel, "End a run for good.")
-_command("verify", _verify, "Audit a run's ledger.", _REPLAY)
+_command("verify", _verify, "Audit a run's ledger, or check a statement.", _REPLAY, _STATEMENT, _MODEL)
+_command("statement", _statement, "Print the sealed statement of a run that is done.")
+_torchord.add_command(keys)

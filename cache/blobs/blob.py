@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from torchord.cache.blobs.content_digest import require_content
 from torchord.cache.errors import ChunkCorrupt, InvalidInput
 from torchord.cache.reading import COUNT, FLAG, TEXT, Fields
 from torchord.cache.tensors.pieces import checksums, chunk_count, split
@@ -40,6 +41,7 @@ class BlobRef:
         data: the bytes themselves in base64, for a small blob that travels in its reference and is
             stored nowhere else; "" for all others.
         local: whether it was shown to one host alone, and the chunk store has nothing of it.
+        content: digest of all its bytes, see `content_digest`; "" where the checksums are to do.
     """
 
     key: str
@@ -48,6 +50,7 @@ class BlobRef:
     checksums: tuple[str, ...]
     data: str = ""
     local: bool = False
+    content: str = ""
 
     @classmethod
     def of(cls, key: str, view: memoryview, chunk_nbytes: int) -> BlobRef:
@@ -76,6 +79,8 @@ class BlobRef:
             fields["data"] = self.data
         if self.local:
             fields["local"] = True
+        if self.content:
+            fields["content"] = self.content
         return fields
 
     @classmethod
@@ -95,6 +100,7 @@ class BlobRef:
                 tuple(joined[i : i + 16] for i in range(0, len(joined), 16)),
                 str(value.get("data", "")),
                 value.get("local") is True,
+                str(value.get("content", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"this is not a blob reference ({error!r})") from error
@@ -108,6 +114,15 @@ class BlobRef:
                 f"blob {ref.key!r}: {len(joined) // 16} checksums do not fit {ref.nbytes} bytes"
             )
         return ref
+
+    def require_content(self, view: memoryview) -> None:
+        """Refuse other bytes than those that the reference's digest is of.
+
+        Raises:
+            ChunkCorrupt: they are others.
+        """
+        if self.content:
+            require_content(f"blob {self.key}", self.content, view)
 
     def require_length(self, buffer: Tensor | memoryview) -> None:
         """Refuse memory of another length than the blob's.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef, inlined, unpacked
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, Chunks
+from torchord.cache.blobs.content_digest import ContentDigest, content_digest
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.blobs.upload import Upload
@@ -114,6 +115,7 @@ class TieredStore:
         ttl_seconds: int,
         inline: bool = False,
         shown: bool = True,
+        digest: ContentDigest = "",
         tell: Callable[[BlobRef, Iterable[int]], None] | None = None,
     ) -> BlobRef:
         """Store a blob for everybody, and show it to this host.
@@ -121,17 +123,19 @@ class TieredStore:
         Args:
             tell: called by another thread each time that more is stored, with the blob's reference and the
                 numbers of the chunks that are.
+            digest: of the content that the reference is to have.
             shown: False for what hardly anybody will read, such as what a successor would start from.
             inline: a small blob may travel inside the reference and is then stored nowhere else; for
                 callers whose references live in the control plane.
         """
         if inline and 0 < len(view := as_bytes(buffer)) <= INLINE_NBYTES:
-            return inlined(key, view, CHUNK_NBYTES)
+            return _with_content(inlined(key, view, CHUNK_NBYTES), digest, view)
         try:
             if tell is None or not isinstance(buffer, Tensor):
                 ref = self.chunks.put(key, buffer, ttl_seconds=ttl_seconds)
             else:
                 ref = self._put_telling(key, buffer, ttl_seconds, tell)
+            ref = _with_content(ref, digest, buffer)
             self._count(written_nbytes=ref.nbytes)
             if shown and self.host is not None and self.tiered(ref.nbytes):
                 self._show(ref, buffer)
@@ -198,7 +202,9 @@ class TieredStore:
             return self.host.show(ref, buffer, keep_seconds=keep_seconds)
         return self.host.publish(ref, buffer, keep_seconds=keep_seconds)
 
-    def put_local(self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int) -> BlobRef:
+    def put_local(
+        self, key: str, buffer: Tensor | memoryview, *, ttl_seconds: int, digest: ContentDigest = ""
+    ) -> BlobRef:
         """Show a blob to this host alone; stored for everybody if the host's tier cannot take it.
 
         For what can be computed again, such as a gradient whose reader is on this host. It is kept for
@@ -209,10 +215,11 @@ class TieredStore:
             view = as_bytes(buffer)
             parts = split(view, CHUNK_NBYTES)
             ref = BlobRef(key, len(view), CHUNK_NBYTES, checksums(parts), local=True)
+            ref = _with_content(ref, digest, buffer)
             if self._show(ref, buffer, _LOCAL_KEEP_SECONDS):
                 self._count(local_nbytes=ref.nbytes)
                 return ref
-        return self.put(key, buffer, ttl_seconds=ttl_seconds)
+        return self.put(key, buffer, ttl_seconds=ttl_seconds, digest=digest)
 
     def get(self, ref: BlobRef, out: Tensor | None = None) -> Tensor:
         """Read a blob: the first part of what `get_from` returns."""
@@ -244,6 +251,7 @@ class TieredStore:
             nonlocal downloaded
             downloaded = True
             self.chunks.read_into(ref, view)
+            ref.require_content(view)
 
         found = None
         if self.host is not None and self.tiered(ref.nbytes):
@@ -257,6 +265,8 @@ class TieredStore:
             self._count(ahead_nbytes=0 if found is None else min(read, ref.nbytes))
         if found is None:
             found = self.chunks.get(ref, out)
+        if not downloaded:
+            ref.require_content(as_bytes(found))
         self._count(store_reads=1, store_nbytes=ref.nbytes, store_seconds=time.perf_counter() - began)
         return found, "store"
 
@@ -278,7 +288,7 @@ class TieredStore:
         if ref.data:
             unpacked(ref)
         else:
-            self.chunks.get(ref)
+            ref.require_content(as_bytes(self.chunks.get(ref)))
 
     def read_into(self, ref: BlobRef, view: memoryview) -> None:
         """Read a blob into memory of the caller's."""
@@ -288,6 +298,7 @@ class TieredStore:
         found = None if self.host is None or not self.tiered(ref.nbytes) else self.host.get(ref)
         if found is None:
             self.chunks.read_into(ref, view)
+            ref.require_content(view)
         else:
             view[:] = as_bytes(found)
 
@@ -311,3 +322,8 @@ class TieredStore:
         if self.host is not None:
             self.host.close()
         self.chunks.close()
+
+
+def _with_content(ref: BlobRef, digest: ContentDigest, buffer: Tensor | memoryview) -> BlobRef:
+    """A reference that proves the content, if that is wanted."""
+    return replace(ref, content=content_digest(digest, as_bytes(buffer))) if digest else ref

@@ -11,8 +11,9 @@ import redis
 from torchord.cache import keys
 from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.datasets.content import Bytes, Chunk, ContentStore
-from torchord.cache.datasets.record import Record, Verdict, renewal_seconds
+from torchord.cache.datasets.record import Record, Verdict, renewal_seconds, require_address
 from torchord.cache.errors import DatasetDamaged
+from torchord.cache.keyring import keyring
 from torchord.cache.scripts import source
 from torchord.cache.servers.redis_client import CLIENT_PATIENCE_SECONDS, Clients, translated
 from torchord.cache.settings import Settings
@@ -37,6 +38,7 @@ class CachePlace:
         self._patience_seconds = patience_seconds
         self._clients = Clients()
         self._store = ContentStore(ChunkStore.of(settings))
+        self._keyring = keyring(settings.keys, settings.url)
 
     @property
     def label(self) -> str:
@@ -57,7 +59,11 @@ class CachePlace:
 
     def read(self, chunks: Sequence[Chunk]) -> list[Bytes]:
         """See `ContentStore.read`."""
-        return self._store.read(chunks)
+        found = self._store.read(chunks)
+        if self._keyring and not self._keyring.local:
+            for chunk, data in zip(chunks, found, strict=True):
+                require_address(chunk, data.data, f"chunk {chunk.address} in {self.label}")
+        return found
 
     def mark(self, chunks: Sequence[Chunk]) -> None:
         """See `ContentStore.let_go`."""
@@ -76,7 +82,7 @@ class CachePlace:
         key = keys.dataset(name)
         with translated(self._url, f"look up dataset {name!r}"):
             text = cast("str | None", self._client.hget(key, "record"))
-        return None if text is None else Record.from_json(text, f"key {key}")
+        return None if text is None else self._opened(name, text)
 
     def records(self) -> list[Record]:
         """All records, by time of their put; one that cannot be read is logged and left out.
@@ -96,7 +102,7 @@ class CachePlace:
                 self._drop(name, delete=False)
                 continue
             try:
-                found.append(Record.from_json(text, f"key {keys.dataset(name)}"))
+                found.append(self._opened(name, text))
             except DatasetDamaged as error:
                 _log.warning("%s", error)
         return found
@@ -118,14 +124,14 @@ class CachePlace:
                 args=[
                     record.name,
                     record.digest,
-                    record.to_json(),
+                    record.sealed(self._keyring),
                     record.ttl_seconds,
                     record.created_at,
                     int(replace),
                 ],
             )
         try:
-            return verdict, Record.from_json(before, f"key {key}") if before else None
+            return verdict, self._opened(record.name, before) if before else None
         except DatasetDamaged:
             return verdict, None  # then its chunks are left to expire
 
@@ -159,6 +165,9 @@ class CachePlace:
         present = self._store.extend(list(chunks()), record.ttl_seconds)
         if not all(present):
             _log.warning("dataset %r has lost %d chunks", record.name, present.count(False))
+
+    def _opened(self, name: str, text: str) -> Record:
+        return Record.opened(name, text, f"key {keys.dataset(name)}", self._keyring)
 
     def _drop(self, name: str, *, delete: bool) -> None:
         with translated(self._url, f"delete dataset {name!r}"):

@@ -25,8 +25,9 @@ import numpy as np
 import xxhash
 
 from torchord.cache.datasets.content import Bytes, Chunk
-from torchord.cache.datasets.record import Record, Verdict
+from torchord.cache.datasets.record import Record, Verdict, require_address
 from torchord.cache.errors import CacheUnreachable, ChunkCorrupt, ChunkMissing, DatasetDamaged, InvalidInput
+from torchord.cache.keyring import NO_KEYS, AnyKeyring
 from torchord.cache.servers.address import masked
 
 _SUFFIX = ".dataset.json"
@@ -38,12 +39,14 @@ class FolderPlace:
 
     Args:
         url: fsspec URL such as "s3://bucket/datasets", or an absolute directory, which may begin with `~`.
+        keyring: seals and opens the records; with keys a chunk's address is looked at, too.
 
     Raises:
         InvalidInput: a relative directory, a chain of URLs, or no driver for the protocol.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, keyring: AnyKeyring = NO_KEYS) -> None:
+        self._keyring = keyring
         folder = os.path.expanduser(url)
         if "::" in url or ("://" not in url and not os.path.isabs(folder)):
             raise InvalidInput(
@@ -103,7 +106,7 @@ class FolderPlace:
         """
         path = f"{self._base}/{name}{_SUFFIX}"
         try:
-            return Record.from_json(self._files.cat_file(path), path)
+            return Record.opened(name, self._files.cat_file(path), path, self._keyring)
         except FileNotFoundError:
             return None
         except DatasetDamaged:
@@ -144,7 +147,7 @@ class FolderPlace:
             before = None
         if before is not None and before.digest != record.digest and not replace:
             return "exists", before
-        self._put(f"{self._base}/{record.name}{_SUFFIX}", record.to_json().encode())
+        self._put(f"{self._base}/{record.name}{_SUFFIX}", record.sealed(self._keyring).encode())
         return ("same" if before is not None and before.digest == record.digest else "written"), before
 
     def remove(self, name: str) -> None:
@@ -167,6 +170,8 @@ class FolderPlace:
             raise _cannot("read", path, data) from data
         if len(data) != chunk.nbytes or xxhash.xxh3_64_hexdigest(data) != chunk.checksum:
             raise ChunkCorrupt(f"{where} is not what was written")
+        if self._keyring:
+            require_address(chunk, data, where)
         return np.frombuffer(data, dtype=np.uint8)
 
     def _length(self, path: str) -> int | None:

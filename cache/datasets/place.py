@@ -17,6 +17,7 @@ from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier
 from torchord.cache.datasets.content import Bytes, Chunk
 from torchord.cache.datasets.folder_place import FolderPlace
 from torchord.cache.datasets.record import Record, Verdict
+from torchord.cache.keyring import keyring
 from torchord.cache.servers.fork import reset_after_fork
 from torchord.cache.settings import Settings
 
@@ -72,14 +73,14 @@ class _Shared:
     def reset(self) -> None:
         """Start with a lock of its own in a forked child; what the parent has kept is kept."""
         self._lock = threading.Lock()
-        self._places: dict[Settings | str, Place] = getattr(self, "_places", {})
+        self._places: dict[Settings | tuple[str, str], Place] = getattr(self, "_places", {})
         self._caches: dict[tuple[int, str, int], ChunkCache] = getattr(self, "_caches", {})
 
     def place(self, settings: Settings, url: str | None) -> Place:
-        key = settings if url is None else url
+        key = settings if url is None else (url, settings.keys)
         with self._lock:
             if key not in self._places:
-                self._places[key] = CachePlace(settings) if url is None else FolderPlace(url)
+                self._places[key] = _made(settings, url)
             return self._places[key]
 
     def chunks(self, settings: Settings) -> ChunkCache:
@@ -93,6 +94,12 @@ class _Shared:
                 )
                 self._caches[key] = ChunkCache(settings.dataset_memory_bytes, disk=disk)
             return self._caches[key]
+
+
+def _made(settings: Settings, url: str | None) -> Place:
+    if url is None:
+        return CachePlace(settings)
+    return FolderPlace(url, keyring(settings.keys or "off", ""))
 
 
 _shared = _Shared()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchord.cache import keys
-from torchord.cache.datasets.content import Stream
-from torchord.cache.errors import DatasetDamaged, InvalidInput
+from torchord.cache.datasets.content import Chunk, Stream, address_of
+from torchord.cache.errors import ChunkCorrupt, DatasetDamaged, InvalidInput, NotAuthentic
+from torchord.cache.keyring import AnyKeyring
 from torchord.cache.reading import COUNT, FINITE, FOREIGN, OBJECT, TEXT, Fields, parsed
 
 Verdict = Literal["written", "same", "exists"]
@@ -65,6 +66,22 @@ class Record:
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "manifest"}
         return json.dumps({"format": _FORMAT, **fields, "manifest": self.manifest.to_json()})
 
+    def sealed(self, keyring: AnyKeyring) -> str:
+        """The record's text with the seal of whoever puts the dataset."""
+        return keyring.sealed("submit", _place(self.name), self.to_json())
+
+    @classmethod
+    def opened(cls, name: str, text: str | bytes, where: str, keyring: AnyKeyring) -> Record:
+        """Rebuild a record that `sealed` produced for this name.
+
+        Raises:
+            DatasetDamaged: it has no seal that the keyring trusts, or see `from_json`.
+        """
+        try:
+            return cls.from_json(keyring.opened("submit", _place(name), _text(text)), where)
+        except (NotAuthentic, UnicodeDecodeError) as error:
+            raise DatasetDamaged(f"the record of a dataset at {where} cannot be believed: {error}") from error
+
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Record:
         """Rebuild a record that `to_json` produced, trusting nothing in it.
@@ -81,6 +98,24 @@ class Record:
             return cls(**{**known, "manifest": Stream.from_json(value["manifest"])})
         except (InvalidInput, *FOREIGN) as error:
             raise DatasetDamaged(f"the record of a dataset at {where} cannot be read: {error}") from error
+
+
+def require_address(chunk: Chunk, data: memoryview | bytes, where: str) -> None:
+    """Refuse bytes that a chunk's address is not of, though its checksum may be.
+
+    Raises:
+        ChunkCorrupt: they are such.
+    """
+    if address_of(data) != chunk.address:
+        raise ChunkCorrupt(f"{where} is not what was written: somebody has changed it on purpose")
+
+
+def _place(name: str) -> str:
+    return f"the record of dataset {name}"
+
+
+def _text(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode()
 
 
 def renewal_seconds(ttl_seconds: int) -> int:

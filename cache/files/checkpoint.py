@@ -14,6 +14,7 @@ and below that, in a folder named by the incarnation:
     version-000000100.tensors.safetensors   parameters and buffers of version 100
     version-000000100.state.safetensors     tensors of optimizer and scheduler
     version-000000100.json                  the marker: everything else, and checksums
+    statement.json                          of a run that is done, where there are keys: what it has made
     ledger-000000001-000000100.jsonl        ledger entries of versions 1 to 100, one JSON object a line
 """
 
@@ -32,8 +33,16 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from torchord.cache.errors import CheckpointError, ManifestMismatch
+from torchord.cache.blobs.content_digest import content_digest, require_content
+from torchord.cache.errors import (
+    CheckpointError,
+    ChunkCorrupt,
+    InvalidInput,
+    ManifestMismatch,
+    NotAuthentic,
+)
 from torchord.cache.files.folder import open_folder
+from torchord.cache.keyring import NO_KEYS, AnyKeyring, Places
 from torchord.cache.ledger.figures import tagged, untagged
 from torchord.cache.ledger.incarnation import life
 from torchord.cache.reading import ANY, COUNT, FOREIGN, OBJECT, TEXT, TEXTS, Fields, parsed
@@ -47,6 +56,7 @@ _MARKER = re.compile(r"version-(\d+)\.json")
 _FILE = re.compile(r"version-(\d+)\.(?:tensors|state)\.safetensors")
 _SEGMENT = re.compile(r"ledger-(\d+)-(\d+)\.jsonl")
 _SPEC = "run.json"
+_STATEMENT = "statement.json"
 _FILE_ENTRY = Fields(
     "the entry of a file",
     {"name": TEXT, "nbytes": COUNT, "xxh3_128": TEXT, "order": TEXTS, "raw": OBJECT},
@@ -92,6 +102,7 @@ class CheckpointStore:
         incarnation: id of this life of the name, the folder below that: a run submitted anew under a
             name that was used before must not find the other's checkpoints. Its revisions share the
             folder. None keeps the files in the run's own folder.
+        keyring: seals markers, which then name a digest of each file that proves it, and opens them.
         fault: called before a marker is written; tests use it to die there.
 
     Raises:
@@ -104,11 +115,14 @@ class CheckpointStore:
         run: str,
         incarnation: str | None = None,
         *,
+        keyring: AnyKeyring = NO_KEYS,
         fault: Callable[[str], None] = lambda point: None,
     ) -> None:
         self.run = run
+        self._keyring = keyring
+        self._life = "" if incarnation is None else life(incarnation)
         self._home = open_folder(root, run)
-        self._files = self._home if incarnation is None else open_folder(root, f"{run}/{life(incarnation)}")
+        self._files = self._home if incarnation is None else open_folder(root, f"{run}/{self._life}")
         self._sequence: int | None = None
         self._fault = fault
 
@@ -156,14 +170,16 @@ class CheckpointStore:
                 "name": name,
                 "nbytes": len(data),
                 "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+                **({"content": content_digest("blake3", data)} if self._keyring else {}),
                 **index,
             }
             nbytes += len(data)
         try:
             marker["checksum"] = _checksum(marker)
-            data = json.dumps(marker, allow_nan=False).encode()
+            text = json.dumps(marker, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's meta is not JSON-able: {error}") from error
+        data = self._keyring.sealed("server", self._place(version), text).encode()
         self._fault("server.mid_checkpoint")
         self._files.write(_marker_name(version), data)
         return nbytes + len(data)
@@ -271,6 +287,18 @@ class CheckpointStore:
         found: dict[str, Any] = _parse(self._home.read(_SPEC), self._home.where(_SPEC))
         return found
 
+    def save_statement(self, text: str) -> None:
+        """Write what is stated of the run that is done, sealed."""
+        self._files.write(
+            _STATEMENT, self._keyring.sealed("server", Places(self.run).statement(), text).encode()
+        )
+
+    def load_statement(self) -> str | None:
+        """Return what `save_statement` wrote, seal and all; None if there is nothing."""
+        if _STATEMENT not in self._files.names():
+            return None
+        return self._files.read(_STATEMENT).decode(errors="replace")
+
     def append_ledger(self, entries: Sequence[str]) -> None:
         """Write entries of consecutive versions as one more segment of the ledger.
 
@@ -342,11 +370,24 @@ class CheckpointStore:
         data = self._files.read(entry["name"])
         if len(data) != entry["nbytes"] or xxhash.xxh3_128_hexdigest(data) != entry["xxh3_128"]:
             raise CheckpointError(f"{self._files.where(entry['name'])} is damaged: its checksum differs")
+        if self._keyring:
+            try:
+                require_content(self._files.where(entry["name"]), str(entry.get("content") or "none"), data)
+            except (ChunkCorrupt, InvalidInput) as error:
+                raise CheckpointError(str(error)) from error
         return data
+
+    def _place(self, version: int) -> str:
+        return Places(self.run).checkpoint(version, self._life)
 
     def _marker(self, version: int) -> dict[str, Any]:
         name = _marker_name(version)
-        marker = _parse(self._files.read(name), self._files.where(name))
+        try:
+            text = self._files.read(name).decode()
+            text = self._keyring.opened("server", self._place(version), text)
+        except (UnicodeDecodeError, NotAuthentic) as error:
+            raise CheckpointError(f"{self._files.where(name)} cannot be believed: {error}") from error
+        marker = _parse(text, self._files.where(name))
         if not isinstance(marker, dict) or marker.pop("checksum", None) != _checksum(marker):
             raise CheckpointError(f"{self._files.where(name)} is damaged: its checksum differs")
         where = self._files.where(name)

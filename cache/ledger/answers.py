@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 from torchord.cache.errors import TorchordError
+from torchord.cache.keyring import bare
 from torchord.cache.ledger.fields import LEASE
 from torchord.cache.ledger.records import VersionRecord
 
@@ -107,7 +108,7 @@ def readable(texts: Iterable[str]) -> Iterator[VersionRecord]:
     """The records of versions among these texts; one that is none is logged and left out."""
     for text in texts:
         try:
-            yield VersionRecord.from_json(text)
+            yield VersionRecord.from_json(bare(text))
         except TorchordError as error:
             log.error("the record of a version is passed over: %s", error)
 

@@ -71,9 +71,9 @@ class Commits(ControlPlane):
                     [self.keys.head, self.keys.manifest, self.keys.versions, self.keys.events],
                     [
                         token,
-                        json.dumps(manifest),
+                        self._sealed("server", self.places.manifest, text=json.dumps(manifest)),
                         record.version,
-                        record.to_json(),
+                        self._sealed_version(record),
                         dataset_size,
                         total_steps,
                         keys.RUN_TTL_SECONDS,
@@ -137,8 +137,9 @@ class Commits(ControlPlane):
                     step,
                     token,
                     shards,
-                    entry.to_json(),
-                    record.to_json(),
+                    # Bound to its place by its chain, which outlives a life of the name.
+                    self.keyring.sealed("server", self.places.entry(entry.version), entry.to_json()),
+                    self._sealed_version(record),
                     record.chain,
                     now,
                     keys.RUN_TTL_SECONDS,

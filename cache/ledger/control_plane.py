@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 
 from torchord.cache import keys
-from torchord.cache.errors import InvalidInput, RecordDamaged, TorchordError
+from torchord.cache.blobs.content_digest import chosen
+from torchord.cache.errors import InvalidInput, NotAuthentic, RecordDamaged, TorchordError
+from torchord.cache.keyring import NO_KEYS, AnyKeyring, Places, Role
+from torchord.cache.ledger.incarnation import life
+from torchord.cache.ledger.records import VersionRecord
 from torchord.cache.reading import FOREIGN, number_of
 from torchord.cache.servers.fast_client import Command, Lane, LaneClosed, script_command, script_text
 from torchord.cache.servers.redis_client import translated
@@ -28,14 +32,84 @@ class ControlPlane:
         url: its URL, for messages.
         run: the run's name.
         lane: a shorter way to the same server; None: everything goes over `client`.
+        keyring: seals what is written, and opens what is read.
+
+    Attributes:
+        digest: of the content of what is stored for the run, as its config has it.
     """
 
-    def __init__(self, client: redis.Redis, url: str, run: str, *, lane: Lane | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        url: str,
+        run: str,
+        *,
+        lane: Lane | None = None,
+        keyring: AnyKeyring = NO_KEYS,
+    ) -> None:
         self.client = client
         self.url = url
         self.lane = lane
+        self.keyring = keyring
         self.run = keys.check_name(run)
         self.keys = keys.RunKeys(run)
+        self.places = Places(run)
+        self.digest = chosen("auto", keyed=bool(keyring) and not keyring.local)
+        self._incarnation = ""  # as it was last seen; asked only where there are keys
+
+    def _sealed(self, role: Role, place: Callable[..., str], *where: object, text: str) -> str:
+        """A record to write, bound to its place in the present life of the run.
+
+        Args:
+            place: of `self.places`; its last argument is the life.
+            where: its other arguments but the run.
+        """
+        if not self.keyring:
+            return text
+        return self.keyring.sealed(role, place(*where, life(self._incarnation or self._look())), text)
+
+    def _opened(self, role: Role, place: Callable[..., str], *where: object, text: str) -> str:
+        """A record that was read, if it is one of this place in the present life; arguments as `_sealed`."""
+        return self._opened_for(life, role, place, *where, text=text)
+
+    def _opened_for(
+        self,
+        part: Callable[[str], str],
+        role: Role,
+        place: Callable[..., str],
+        *where: object,
+        text: str,
+    ) -> str:
+        """`_opened`, of the part of the incarnation (`life`, `revision`) that the seal is bound to."""
+        if not self.keyring:
+            return self.keyring.opened(role, "", text)
+        seen = self._incarnation or self._look()
+        try:
+            return self.keyring.opened(role, place(*where, part(seen)), text)
+        except NotAuthentic:
+            if part(self._look()) == part(seen):
+                raise
+            return self.keyring.opened(role, place(*where, part(self._incarnation)), text)
+
+    def _opened_version(self, version: int, text: str) -> str:
+        return self._opened("server", self.places.version, version, text=text)
+
+    def _version(self, version: int, text: str) -> VersionRecord:
+        """The record of a version, as its hash has it."""
+        record = VersionRecord.from_json(self._opened_version(version, text))
+        if record.version != version:
+            raise RecordDamaged(f"it says that it is version {record.version}")
+        return record
+
+    def _sealed_version(self, record: VersionRecord) -> str:
+        """What `_version` reads."""
+        return self._sealed("server", self.places.version, record.version, text=record.to_json())
+
+    def _look(self) -> str:
+        """Ask which incarnation is in force."""
+        found = self.client.hget(self.keys.head, "incarnation")
+        self._incarnation = cast(str | None, found) or ""
+        return self._incarnation
 
     @contextmanager
     def _during(self, what: str, link: str = " of") -> Iterator[None]:
@@ -44,6 +118,8 @@ class ControlPlane:
         try:
             with translated(self.url, doing):
                 yield
+        except NotAuthentic:
+            raise
         except (RecordDamaged, InvalidInput) as error:
             raise self._damaged(doing, str(error)) from error
         except TorchordError:
@@ -56,6 +132,23 @@ class ControlPlane:
             f"cannot {doing}: what is stored there is no record ({why}); look at what else writes to the "
             f"keys {self.keys.root}:* of this Redis"
         )
+
+    def _believed(self, found: Any, opened: Callable[[int, str], str], *names: str) -> dict[str, str]:
+        """Open the records of a hash by number; one that we do not believe is logged and left out.
+
+        Args:
+            opened: takes the seal off a record.
+            names: keys from which it is deleted, where what it stands for is computed anew.
+        """
+        believed: dict[str, str] = {}
+        for number, text in pairs(found).items():
+            try:
+                believed[number] = opened(number_of(number, "its number"), text)
+            except TorchordError as error:
+                log.error("of run %s, field %.99r is left out: %s", self.run, number, error)
+                for name in names:
+                    self.client.hdel(name, number)
+        return believed
 
     def _sound(
         self,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import Any, cast
 
 from torchord.cache import keys
-from torchord.cache.errors import RecordDamaged
+from torchord.cache.errors import NotAuthentic, RecordDamaged
+from torchord.cache.keyring import Role
 from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.fields import METRICS, OUTPUT, PART
 from torchord.cache.ledger.figures import figures_in, from_text, to_text
@@ -15,6 +17,9 @@ from torchord.cache.ledger.records import StateRecord
 from torchord.cache.reading import number_of
 
 MOST_PARTS = 1 << 20
+
+_MEASURING: tuple[Role, ...] = ("worker", "submit", "server")
+"""Who records metrics: the Client with the last part, or whoever restores a run from its checkpoint."""
 
 
 class Evaluations(ControlPlane):
@@ -32,10 +37,22 @@ class Evaluations(ControlPlane):
             reply = self._script(
                 "write_part",
                 [self.keys.parts(version), self.keys.evaluations],
-                [part, to_text(value), parts, keys.WORK_TTL_SECONDS, version],
+                [
+                    part,
+                    self._sealed("worker", self.places.part, version, part, text=to_text(value)),
+                    parts,
+                    keys.WORK_TTL_SECONDS,
+                    version,
+                ],
             )
             texts = {str(number): text or "" for number, text in enumerate(reply[1:])}
-            found = self._sound(texts, _part, self.keys.parts(version))
+            names = (self.keys.parts(version),)
+            believed = self._believed(
+                texts,
+                lambda number, text: self._opened("worker", self.places.part, version, number, text=text),
+                *names,
+            )
+            found = self._sound(believed, _part, *names)
             return reply[0] if len(found) == len(texts) else "damaged", [found[n] for n in sorted(found)]
 
     def drop_part(self, version: int, part: int) -> None:
@@ -64,7 +81,7 @@ class Evaluations(ControlPlane):
                     ],
                     [
                         version,
-                        to_text(metrics),
+                        self._sealed_metrics(version, metrics),
                         to_text({"version": version, "metrics": metrics}),
                         keys.RUN_TTL_SECONDS,
                         keys.EVENTS_KEPT,
@@ -114,14 +131,28 @@ class Evaluations(ControlPlane):
         """Metrics by version, in order."""
         with self._during("read the evaluations"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
-            return dict(sorted(self._sound(found, _metrics, self.keys.evaluations).items()))
+            believed = self._believed(found, self._opened_metrics)
+            return dict(sorted(self._sound(believed, _metrics, self.keys.evaluations).items()))
+
+    def _sealed_metrics(self, version: int, metrics: dict[str, Any]) -> str:
+        """Metrics as they are stored: by the Client with the last part, or by who restores a run."""
+        role = next((role for role in _MEASURING if self.keyring.signs(role)), _MEASURING[0])
+        return self._sealed(role, self.places.metrics, version, text=to_text(metrics))
+
+    def _opened_metrics(self, version: int, text: str) -> str:
+        """The text of metrics that somebody has sealed who may record them."""
+        for role in _MEASURING[1:]:
+            with suppress(NotAuthentic):
+                return self._opened(role, self.places.metrics, version, text=text)
+        return self._opened(_MEASURING[0], self.places.metrics, version, text=text)
 
     def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
         """Write one part of a prediction once; True if this call did."""
         key = self.keys.predict(request)
         with self._during(f"write part {part} of a prediction"):
             pipe = self.client.pipeline(transaction=True)
-            pipe.hsetnx(key, str(part), json.dumps(answer))
+            place = self.places.output(request, part)
+            pipe.hsetnx(key, str(part), self.keyring.sealed("worker", place, json.dumps(answer)))
             pipe.expire(key, keys.PREDICT_TTL_SECONDS)
             return bool(pipe.execute()[0])
 
@@ -129,7 +160,18 @@ class Evaluations(ControlPlane):
         """The parts of a prediction that are written."""
         with self._during("read a prediction"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.predict(request)))
-            return self._sound(found, OUTPUT.read, self.keys.predict(request))
+            name = self.keys.predict(request)
+            believed = self._believed(
+                found,
+                lambda part, text: self.keyring.opened("worker", self.places.output(request, part), text),
+                name,
+            )
+            return self._sound(believed, OUTPUT.read, name)
+
+    def drop_output(self, request: str, part: int) -> None:
+        """Forget one part of a prediction, which is none of what was asked for."""
+        with self._during(f"drop part {part} of a prediction"):
+            self.client.hdel(self.keys.predict(request), str(part))
 
     def drop_outputs(self, request: str) -> None:
         """Delete what a prediction left."""

@@ -25,6 +25,8 @@ PARTIAL_SUMS = "partial_sums"
 CHECKS = "checks"
 """In the notes of a ledger entry: [shard, worker that computed it again, compared] of each check."""
 
+CONTENT = "content"  # in the notes of a ledger entry: digests of the version's blobs
+
 UNLIKE = "unlike "
 """How claims begin that say why a worker, whose id follows, is not like the run's first Client."""
 

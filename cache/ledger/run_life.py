@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from torchord.cache import keys
 from torchord.cache.errors import RunNotFound
+from torchord.cache.keyring import bare
 from torchord.cache.ledger.control_plane import ControlPlane, pairs
 from torchord.cache.ledger.fields import SPEC
 from torchord.cache.ledger.figures import to_text
@@ -29,6 +30,7 @@ class RunLife(ControlPlane):
         incarnation: str,
         version: int = 0,
         chain: str = GENESIS,
+        sealed: str | None = None,
     ) -> dict[str, Any] | None:
         """Create the run, once.
 
@@ -37,6 +39,7 @@ class RunLife(ControlPlane):
             incarnation: unique id of this life of the name; caches are keyed by it.
             version: head to start from (above 0 when restored from a checkpoint).
             chain: chain of that version.
+            sealed: the spec as it was stored before, by whoever had submitted it; None: it is sealed here.
 
         Returns:
             None if this call created it, else the spec of the run that is there.
@@ -53,7 +56,7 @@ class RunLife(ControlPlane):
                 ],
                 [
                     self.run,
-                    json.dumps(spec),
+                    self._sealed_spec(spec, incarnation) if sealed is None else sealed,
                     time.time(),
                     keys.RUN_TTL_SECONDS,
                     incarnation,
@@ -62,21 +65,39 @@ class RunLife(ControlPlane):
                     spec.get("config", {}).get("skew", "admit"),
                 ],
             )
-            return None if verdict == "created" else SPEC.read(text)
+            return None if verdict == "created" else SPEC.read(bare(text))
+
+    def _sealed_spec(self, spec: dict[str, Any], incarnation: str) -> str:
+        return self.keyring.sealed("submit", self.places.spec(incarnation), json.dumps(spec))
 
     def spec(self) -> dict[str, Any]:
         """Recipe and config as submitted.
 
         Raises:
             RunNotFound: if no run of that name is known here.
+            NotAuthentic: this process has keys, and none that it trusts has sealed it for this run.
         """
         with self._during("read the spec"):
-            text = self.client.get(self.keys.spec)
+            text, incarnation = self._stored_spec()
+            opened = self.keyring.opened("submit", self.places.spec(incarnation), text)
+            return SPEC.read(opened)
+
+    def sealed_spec(self) -> str:
+        """The spec as it is stored, for `create`."""
+        return self._stored_spec()[0]
+
+    def _stored_spec(self) -> tuple[str, str]:
+        """The spec as it is stored, and the incarnation that it is of."""
+        with self._during("read the spec"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.get(self.keys.spec)
+            pipe.hget(self.keys.head, "incarnation")
+            text, incarnation = cast(tuple[str | None, str | None], tuple(pipe.execute()))
             if text is None:
                 raise RunNotFound(
                     f"no run {self.run!r} is known at {keys.PREFIX} on this server; see Master.runs()"
                 )
-            return SPEC.read(cast(str, text))
+            return text, incarnation or ""
 
     def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
         """Replace the spec of a run that stands still.
@@ -94,7 +115,7 @@ class RunLife(ControlPlane):
                 self._script(
                     "respec",
                     [self.keys.spec, self.keys.head, self.keys.expected],
-                    [json.dumps(spec), keys.RUN_TTL_SECONDS, incarnation, skew],
+                    [self._sealed_spec(spec, incarnation), keys.RUN_TTL_SECONDS, incarnation, skew],
                 )
             )
 
@@ -123,7 +144,7 @@ class RunLife(ControlPlane):
                     "switch",
                     [self.keys.spec, self.keys.head, self.keys.events],
                     [
-                        json.dumps(spec),
+                        self._sealed_spec(spec, following),
                         step,
                         incarnation,
                         following,

@@ -63,7 +63,10 @@ class Slots(ControlPlane):
             (verdict, attempt, incarnation, *memory), *found = self._call(*commands)
             if verdict != "compute":
                 return Begun(verdict, int(attempt), incarnation)
-            record = next(readable(text for text in found if text is not None), None)
+            self._incarnation = incarnation
+            stored = {str(wanted): text for text in found if text is not None}
+            believed = self._believed(stored, self._opened_version)
+            record = next(readable(believed.values()), None)
             return Begun(verdict, int(attempt), incarnation, record, *memory)
 
     def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
@@ -105,7 +108,7 @@ class Slots(ControlPlane):
         arguments = [
             step,
             slot.shard,
-            slot.to_json(),
+            self._sealed_slot(step, slot, incarnation),
             slot.nonce,
             slot.digest,
             keys.WORK_TTL_SECONDS,
@@ -123,11 +126,28 @@ class Slots(ControlPlane):
             commands.append(script_command("late_shard", *self._late(step, *idle, slot=slot)))
         with self._during(f"write slot {slot.shard} of step {step}"):
             (verdict, present), called, *answers = self._call(*commands)
+            if verdict in ("duplicate", "divergent") and self._stands_no_more(step, slot.shard):
+                before = verdict
+                (verdict, present), called, *answers = self._call(*commands)
+                if verdict in ("written", "group", "spare"):
+                    self._uncount(before)
             late = -1 if idle is None else int(answers.pop())
             answer = answers[0] if answers else None
             return Finished(
                 verdict, int(present), called == str(step), answer, late=None if late < 0 else late
             )
+
+    def _stands_no_more(self, step: int, number: int) -> bool:
+        """Whether what stood in a slot's place is gone, or was none of ours and is deleted."""
+        if not self.keyring:
+            return False
+        text = cast(str | None, self.client.hget(self.keys.slots(step), str(number)))
+        return text is None or not self._slots(step, {str(number): text})
+
+    def _uncount(self, verdict: str) -> None:
+        """Take back what was counted of a slot that was none."""
+        for name in ("duplicates", *(("divergent",) if verdict == "divergent" else ())):
+            self.client.hincrby(self.keys.head, name, -1)
 
     def late_shard(self, step: int, *, shards: int, seconds: float) -> int | None:
         """Ask, with nothing else to do, for a shard that its holder takes far too long for.
@@ -159,8 +179,10 @@ class Slots(ControlPlane):
             RunNotFound: if no run of that name is known here.
         """
         with self._during(f"read the slots of step {step}"):
-            head, slots = self._call(("HGETALL", self.keys.head), ("HGETALL", self.keys.slots(step)))
-            return head_of(self.run, head), self._slots(step, slots)
+            found, slots = self._call(("HGETALL", self.keys.head), ("HGETALL", self.keys.slots(step)))
+            head = head_of(self.run, found)
+            self._incarnation = head.incarnation
+            return head, self._slots(step, slots)
 
     def slots(self, step: int) -> dict[int, SlotRecord]:
         """The slots that are written, by shard."""
@@ -249,6 +271,17 @@ class Slots(ControlPlane):
         with self._during(f"read the callback of step {step}"):
             return bool(self.client.hget(self.keys.head, "called") == str(step))
 
+    def _sealed_slot(self, step: int, slot: SlotRecord, incarnation: str | None) -> str:
+        text = slot.to_json()
+        if not self.keyring:
+            return text
+        bound = revision(incarnation or self._incarnation or self._look())
+        return self.keyring.sealed("worker", self.places.slot(step, slot.shard, bound), text)
+
     def _slots(self, step: int, found: Any) -> dict[int, SlotRecord]:
+        def opened(number: int, text: str) -> str:
+            return self._opened_for(revision, "worker", self.places.slot, step, number, text=text)
+
         names = self.keys.slots(step), self.keys.leases(step)
-        return self._sound(found, SlotRecord.from_json, *names, number_in=lambda slot: slot.shard)
+        believed = self._believed(found, opened, *names)
+        return self._sound(believed, SlotRecord.from_json, *names, number_in=lambda slot: slot.shard)

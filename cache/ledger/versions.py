@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torchord.cache import keys
-from torchord.cache.errors import CacheError, RecordDamaged
+from torchord.cache.errors import CacheError
+from torchord.cache.keyring import bare
 from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.fields import MANIFEST
 from torchord.cache.ledger.records import (
@@ -31,23 +32,21 @@ class Versions(ControlPlane):
                 raise CacheError(
                     f"run {self.run!r} has no parameters yet; a training server must start it first"
                 )
-            return MANIFEST.read(cast(str, text))
+            return MANIFEST.read(self._opened("server", self.places.manifest, text=cast(str, text)))
 
     def version(self, version: int) -> VersionRecord | None:
         """Where a version is stored, None if it is not (any more)."""
         with self._during(f"look up version {version}"):
             text = self.client.hget(self.keys.versions, str(version))
-            record = None if text is None else VersionRecord.from_json(cast(str, text))
-            if record is not None and record.version != version:
-                raise RecordDamaged(f"it says that it is version {record.version}")
-            return record
+            return None if text is None else self._version(version, cast(str, text))
 
     def versions(self) -> dict[int, VersionRecord]:
         """All stored versions."""
         with self._during("list the versions"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
+            believed = self._believed(found, self._opened_version)
             return self._sound(
-                found, VersionRecord.from_json, self.keys.versions, number_in=lambda record: record.version
+                believed, VersionRecord.from_json, self.keys.versions, number_in=lambda record: record.version
             )
 
     def put_version(self, record: VersionRecord, *, token: int) -> bool:
@@ -60,7 +59,7 @@ class Versions(ControlPlane):
             reply = self._script(
                 "put_version",
                 [self.keys.head, self.keys.versions],
-                [token, record.version, record.to_json(), keys.RUN_TTL_SECONDS],
+                [token, record.version, self._sealed_version(record), keys.RUN_TTL_SECONDS],
             )
         return bool(reply == "ok")
 
@@ -83,17 +82,23 @@ class Versions(ControlPlane):
             pipe.execute()
 
     def entries(self, first: int = 1, last: int | None = None) -> list[LedgerEntry]:
-        """Ledger entries still in Redis, versions `first` to `last`, in order."""
+        """Ledger entries still in Redis, versions `first` to `last`, in order; seals are left to an audit."""
+        texts = self.entry_texts(first, last)
+        with self._during("read the ledger"):
+            return [LedgerEntry.from_json(bare(text)) for text in texts.values()]
+
+    def entry_texts(self, first: int = 1, last: int | None = None) -> dict[int, str]:
+        """The entries of `entries` as they are stored, seals and all, by version."""
         with self._during("read the ledger"):
             if last is None:
-                texts = cast(dict[str, str], self.client.hgetall(self.keys.ledger)).values()
-                found = [LedgerEntry.from_json(text) for text in texts]
-                return sorted((e for e in found if e.version >= first), key=lambda entry: entry.version)
-            if last < first:
-                return []
-            wanted = [str(version) for version in range(first, last + 1)]
-            listed = cast(list[str | None], self.client.hmget(self.keys.ledger, wanted))
-            return [LedgerEntry.from_json(text) for text in listed if text is not None]
+                found = cast(dict[str, str], self.client.hgetall(self.keys.ledger))
+                numbered = sorted((int(version), text) for version, text in found.items())
+                return {version: text for version, text in numbered if version >= first}
+            wanted = list(range(first, last + 1))
+            if not wanted:
+                return {}
+            listed = cast(list[str | None], self.client.hmget(self.keys.ledger, list(map(str, wanted))))
+            return {n: text for n, text in zip(wanted, listed, strict=True) if text is not None}
 
     def ledger_size(self) -> int:
         """How many entries Redis holds."""

@@ -30,7 +30,8 @@ class EvaluationStore:
     def put(self, ledger: Ledger, version: int, part: int, states: dict[str, Any]) -> StateRecord:
         """Store the states of one part: a tree as for `torchord.cache.tensors.tree.flatten`."""
         key = ledger.keys.evaluation_blob(version, part)
-        return put_tree(states, partial(self.chunks.put, key, ttl_seconds=keys.WORK_TTL_SECONDS))
+        life = keys.WORK_TTL_SECONDS
+        return put_tree(states, partial(self.chunks.put, key, ttl_seconds=life, digest=ledger.digest))
 
     def get(self, record: StateRecord) -> dict[str, Any]:
         """The states of one part, as they were given.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from torchord.cache import keys
 from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.content_digest import ContentDigest, content_digest
 from torchord.cache.blobs.notice import Notice
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CacheError, ManifestMismatch
@@ -23,7 +24,17 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import SlotRecord, StateRecord
 from torchord.cache.stores.damage import require_fitting, telling
 from torchord.cache.stores.trees import get_tree, put_tree
-from torchord.cache.tensors.codec import Manifest, TensorSpec, copy_bits, gaps, layout, pack, same_bits, views
+from torchord.cache.tensors.codec import (
+    Manifest,
+    TensorSpec,
+    as_bytes,
+    copy_bits,
+    gaps,
+    layout,
+    pack,
+    same_bits,
+    views,
+)
 from torchord.cache.tensors.pieces import chunk_count
 
 
@@ -55,6 +66,7 @@ class GradientUpload:
         expected: the tensors that are expected, from the start of the buffer on.
         buffer: uint8, 1-D, to be laid out and sent from; not to be used by others before `finish`.
         tell: as for `Upload`.
+        digest: as for `TieredStore.put`.
     """
 
     def __init__(
@@ -65,8 +77,10 @@ class GradientUpload:
         expected: Sequence[TensorSpec],
         buffer: torch.Tensor,
         tell: Callable[[Mapping[int, str]], None] | None = None,
+        digest: ContentDigest = "",
     ) -> None:
         self.buffer = buffer
+        self._digest = digest
         self.nbytes = expected[-1].end
         self._chunks = chunks
         self._nonce = nonce
@@ -125,7 +139,9 @@ class GradientUpload:
             elif not same_bits(target, source):  # written once more after its hook, say
                 copy_bits(target, source)
                 self._upload.changed(spec.offset, spec.nbytes)
-        blob = self._upload.finish(manifest.nbytes)
+        blob = replace(
+            self._upload.finish(manifest.nbytes), content=content_digest(self._digest, as_bytes(flat))
+        )
         self._chunks.uploaded(blob)
         return StoredGradient(self._nonce, blob, manifest.to_json(), blob.digest, early=early)
 
@@ -169,9 +185,11 @@ class GradientStore:
         near = for_server and self.near(ledger, manifest.nbytes, server_memory)
         packed = pack(tensors, manifest, self.chunks.draft(manifest.nbytes))
         if near:
-            blob = self.chunks.put_local(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS)
+            blob = self.chunks.put_local(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, digest=ledger.digest)
         else:
-            blob = self.chunks.put(key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True)
+            blob = self.chunks.put(
+                key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True, digest=ledger.digest
+            )
         return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
 
     def near(self, ledger: Ledger, nbytes: int, server_memory: str | None = None) -> bool:
@@ -208,12 +226,15 @@ class GradientStore:
             notice = Notice.of(step, key, buffer.numel(), size, early)
             ledger.announce(keys.slot_underway(shard), notice)
 
-        return GradientUpload(self.chunks, key, nonce, expected, buffer, tell if announced else None)
+        told = tell if announced else None
+        return GradientUpload(self.chunks, key, nonce, expected, buffer, told, ledger.digest)
 
     def put_state(self, ledger: Ledger, step: int, shard: int, state: Any) -> StateRecord:
         """Store the tree that a slot keeps for its next step."""
         key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
-        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True)
+        put = partial(
+            self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, digest=ledger.digest
+        )
         return put_tree(state, put, self.chunks.draft)
 
     def get_state(self, state: StateRecord) -> Any:

@@ -108,7 +108,12 @@ class ParameterCache:
             ledger.announce(keys.PARAMETERS_UNDERWAY, Notice.all_of(version, ref, list(stored)))
 
         blob = self.chunks.put(
-            key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, tell=tell if announced else None
+            key,
+            flat,
+            ttl_seconds=keys.BLOB_TTL_SECONDS,
+            inline=True,
+            digest=ledger.digest,
+            tell=tell if announced else None,
         )
         return VersionRecord(version, blob.digest if digest is None else digest, blob, chain, rest=rest)
 
@@ -133,7 +138,8 @@ class ParameterCache:
             except ChunkLost:
                 pass
         key = ledger.keys.rest_blob(digest)
-        return RestRecord(self.chunks.put(key, buffer, ttl_seconds=keys.BLOB_TTL_SECONDS), tensors)
+        blob = self.chunks.put(key, buffer, ttl_seconds=keys.BLOB_TTL_SECONDS, digest=ledger.digest)
+        return RestRecord(blob, tensors)
 
     def publish_delta(
         self,
@@ -155,7 +161,8 @@ class ParameterCache:
         if not 0 < manifest.nbytes < record.blob.nbytes:
             return record
         key = ledger.keys.delta_blob(record.version, uuid.uuid4().hex[:12])
-        blob = self.chunks.put(key, pack(tensors, manifest), ttl_seconds=keys.BLOB_TTL_SECONDS)
+        flat = pack(tensors, manifest)
+        blob = self.chunks.put(key, flat, ttl_seconds=keys.BLOB_TTL_SECONDS, digest=ledger.digest)
         delta = DeltaRecord(before.digest, compression, manifest.to_json(), tuple(buffers), blob)
         return replace(record, delta=delta)
 
@@ -196,7 +203,14 @@ class ParameterCache:
     def publish_state(self, ledger: Ledger, record: VersionRecord, state: Any) -> VersionRecord:
         """Store the tree of the optimizer's state beside a version and return the record that names it."""
         key = ledger.keys.state_blob(record.version, uuid.uuid4().hex[:12])
-        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, shown=False)
+        put = partial(
+            self.chunks.put,
+            key,
+            ttl_seconds=keys.BLOB_TTL_SECONDS,
+            inline=True,
+            shown=False,
+            digest=ledger.digest,
+        )
         return replace(record, state=put_tree(state, put))
 
     def fetch_state(self, state: StateRecord) -> Any:
@@ -206,7 +220,8 @@ class ParameterCache:
     def publish_start(self, ledger: Ledger, weights: Mapping[str, torch.Tensor]) -> StateRecord:
         """Store the weights that a run is to start from, until it ends."""
         key = ledger.keys.start_blob(uuid.uuid4().hex[:12])
-        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, shown=False)
+        life = keys.BLOB_TTL_SECONDS
+        put = partial(self.chunks.put, key, ttl_seconds=life, shown=False, digest=ledger.digest)
         return put_tree(dict(weights), put)
 
     def fetch_start(self, start: StateRecord) -> dict[str, torch.Tensor]:

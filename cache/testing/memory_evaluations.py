@@ -98,6 +98,10 @@ class MemoryEvaluations(MemoryControlPlane):
         found = self.plane.hash(self.keys.predict(request))
         return {int(part): json.loads(text) for part, text in found.items()}
 
+    def drop_output(self, request: str, part: int) -> None:
+        """See `Ledger.drop_output`."""
+        self.plane.hdel(self.keys.predict(request), part)
+
     def drop_outputs(self, request: str) -> None:
         """See `Ledger.drop_outputs`."""
         self.plane.delete(self.keys.predict(request))

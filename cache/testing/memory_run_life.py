@@ -25,6 +25,7 @@ class MemoryRunLife(MemoryControlPlane):
         incarnation: str,
         version: int = 0,
         chain: str = GENESIS,
+        sealed: str | None = None,
     ) -> dict[str, Any] | None:
         """See `Ledger.create`."""
         plane, names = self.plane, self.keys
@@ -58,6 +59,10 @@ class MemoryRunLife(MemoryControlPlane):
         if text is None:
             raise RunNotFound(f"no run {self.run!r} is known in memory")
         return cast(dict[str, Any], json.loads(text))
+
+    def sealed_spec(self) -> str:
+        """See `Ledger.sealed_spec`."""
+        return json.dumps(self.spec())
 
     def respec(self, spec: dict[str, Any], *, incarnation: str, skew: str) -> bool:
         """See `Ledger.respec`."""

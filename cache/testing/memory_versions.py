@@ -60,6 +60,10 @@ class MemoryVersions(MemoryControlPlane):
         wanted = sorted(v for v in found if v >= first and (last is None or v <= last))
         return [LedgerEntry.from_json(found[version]) for version in wanted]
 
+    def entry_texts(self, first: int = 1, last: int | None = None) -> dict[int, str]:
+        """See `Ledger.entry_texts`."""
+        return {entry.version: entry.to_json() for entry in self.entries(first, last)}
+
     def ledger_size(self) -> int:
         """See `Ledger.ledger_size`."""
         return len(self.plane.hash(self.keys.ledger))

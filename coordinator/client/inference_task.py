@@ -240,7 +240,8 @@ class InferenceTask:
             answer = f"part {part} failed on worker {receipt['worker']}: {kind}: {error}{noted(error)}"
         finally:
             self.heartbeat.doing("")
-        predictions.answer(ledger, request, part, answer)
+        asked = predictions.question(version, inputs, samples)
+        predictions.answer(ledger, request, part, answer, asked=asked)
         return {**receipt, "status": "failed" if isinstance(answer, str) else "written"}
 
 

@@ -24,6 +24,7 @@ from types import MappingProxyType, TracebackType
 from typing import Literal, Self
 
 from torchord.cache.errors import InvalidInput, NoWorker
+from torchord.cache.keyring import local_path, write_local
 from torchord.cache.settings import located
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, tail
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
@@ -171,6 +172,8 @@ class LocalCluster:
         wait_ready: whether `start` also waits until every worker takes tasks.
         grace_seconds: time that workers have between SIGTERM and SIGKILL.
         app: Celery application of the workers, as for `celery -A`.
+        keys: whether its server gets keys of its own, by which forged records are told (docs/keys.md); with
+            `url` the keys are that server's.
 
     Raises:
         InvalidInput: an argument is out of range.
@@ -198,6 +201,7 @@ class LocalCluster:
         wait_ready: bool = False,
         grace_seconds: float = GRACE_SECONDS,
         app: str = "torchord",
+        keys: bool = False,
     ) -> None:
         if workers < 0 or standby < 0 or (concurrency is not None and concurrency < 1):
             raise InvalidInput("workers and standby must be 0 or more, concurrency 1 or more")
@@ -223,6 +227,8 @@ class LocalCluster:
         self._guardian: Guardian | None = None
         self._broker: EmbeddedServer | None = None
         self._scratch: Path | None = None
+        self._sealed = keys and url is None
+        self._keys: Path | None = None  # what seals the records of the runs on its server
         self._processes: dict[str, WorkerProcess] = {}
 
     def __repr__(self) -> str:
@@ -281,6 +287,10 @@ class LocalCluster:
             guardian=guardian,
         )
         self._broker.start()
+        if self._sealed and (place := local_path(self._broker.url)) is not None:
+            self._keys = place
+            lasting = self._persistence_dir
+            write_local(place, None if lasting is None else Path(located(lasting)) / "keys.json")
 
     def _plan(self) -> list[tuple[str, Role]]:
         if self._workers == 0:
@@ -301,6 +311,8 @@ class LocalCluster:
             guardian.close(self._grace_seconds)
         if self._broker is not None:
             self._broker.stop()
+        if self._keys is not None:
+            self._keys.unlink(missing_ok=True)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch = self._broker = None

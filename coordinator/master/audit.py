@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torchord.cache.errors import Impure
+from torchord.cache.errors import Impure, NotAuthentic, RecordDamaged
+from torchord.cache.keyring import bare
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import CHECKS, GENESIS, PARTIAL_SUMS, Head, LedgerEntry, VersionRecord
 from torchord.coordinator.spec.plan import Plan
+
+if TYPE_CHECKING:
+    from torchord.cache.files.checkpoint import CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,44 @@ def audit(
         partial_sums=sums,
         checked=checked,
     )
+
+
+def entry_texts(ledger: Ledger, version: int, disk: Callable[[], CheckpointStore]) -> dict[int, str]:
+    """The ledger's entries up to a version as they are stored: those on disk, overridden by those in Redis.
+
+    Args:
+        disk: the run's checkpoints, asked where Redis has not all.
+    """
+    found = ledger.entry_texts()
+    if len(found) < version:
+        for text in disk().read_ledger():
+            found.setdefault(LedgerEntry.from_json(bare(text)).version, text)
+    return {number: found[number] for number in sorted(found) if number <= version}
+
+
+def opened(ledger: Ledger, texts: Mapping[int, str], version: int) -> tuple[VersionRecord | None, list[str]]:
+    """Look at the seals of what an audit reads, where this process has keys.
+
+    Args:
+        texts: the ledger's entries as they are stored, by version.
+        version: whose record is to be read, too.
+
+    Returns:
+        (record of the version, None if there is none that can be believed; what is not authentic).
+    """
+    problems: list[str] = []
+    if ledger.keyring.local:  # what lies on disk has no seal of such keys
+        stored = ledger.entry_texts()
+        texts = {number: text for number, text in texts.items() if number in stored}
+    for number, text in texts.items():
+        try:
+            ledger.keyring.opened("server", ledger.places.entry(number), text)
+        except NotAuthentic as error:
+            problems.append(str(error))
+    try:
+        return ledger.version(version), problems
+    except RecordDamaged as error:
+        return None, [*problems, str(error)]
 
 
 def _entry_problems(entry: LedgerEntry, chain: str, plan: Plan | None) -> list[str]:

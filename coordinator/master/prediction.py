@@ -80,11 +80,13 @@ class _Part:
         batch: its inputs.
         record: where they are stored.
         kwargs: the message's.
+        question: a digest of what it asks for.
     """
 
     batch: Any
     record: StateRecord
     kwargs: dict[str, Any]
+    question: str
 
 
 class Prediction:
@@ -170,7 +172,8 @@ class Prediction:
             kwargs = {"run": self._ledger.run, "version": self._version, "request": self._request}
             kwargs |= {"part": self._number, "inputs": record.as_dict()}
             kwargs |= {"samples": True} if samples else {}
-            self._sent[self._number] = _Part(batch, record, kwargs)
+            question = self._store.question(self._version, record.as_dict(), samples)
+            self._sent[self._number] = _Part(batch, record, kwargs, question)
             self._send(kwargs)
             self._number += 1
 
@@ -179,7 +182,8 @@ class Prediction:
 
     def _collect(self) -> None:
         """Fetch the outputs that are there."""
-        for number, answer in self._store.answers(self._ledger, self._request).items():
+        asked = {number: part.question for number, part in self._sent.items()}
+        for number, answer in self._store.answers(self._ledger, self._request, asked).items():
             if number not in self._sent:
                 continue
             if isinstance(answer, str):

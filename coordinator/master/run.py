@@ -13,16 +13,17 @@ from torchord.cache.errors import (
     RunError,
     RunNotFound,
 )
+from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import UNLIKE, Head, LedgerEntry
 from torchord.coordinator.master.admitting import respecify
-from torchord.coordinator.master.audit import Audit, audit
+from torchord.coordinator.master.audit import Audit, audit, entry_texts, opened
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel, state_of
-from torchord.coordinator.master.stored_version import manifest_of, stored_tensors
+from torchord.coordinator.master.stored_version import manifest_of, statement_of, stored_tensors
 from torchord.coordinator.master.switching import SWITCHABLE, plan_of, switch
 from torchord.coordinator.master.waiting import (
     POLL_SECONDS,
@@ -264,6 +265,14 @@ class Run:
             )
         return switch(self._ledger, fields)
 
+    def statement(self) -> str | None:
+        """What the training server states of the run, sealed (docs/keys.md); None if it does not.
+
+        Raises:
+            NotAuthentic: this process has keys, and the seal is none that they trust.
+        """
+        return statement_of(self._services.keyring, self._checkpoints(self._ledger.head().incarnation))
+
     # --- using ---------------------------------------------------------------------------
 
     def verify(
@@ -280,10 +289,12 @@ class Run:
             InvalidInput: a step of `reexecute` is not committed.
         """
         head = self._ledger.head()
-        entries, plan = self._entries(head), self._plan(head)
+        texts, plan = self._entry_texts(head), self._plan(head)
+        entries = [LedgerEntry.from_json(bare(text)) for text in texts.values()]
         claims = self._ledger.claims().items()
         unlike = [text for what, text in claims if what.startswith(UNLIKE)]
-        found = audit(head, entries, plan, self._ledger.version(head.version), unlike)
+        stored, forged = opened(self._ledger, texts, head.version)
+        found = audit(head, entries, plan, stored, [*forged, *unlike])
         steps = tuple(reexecute)
         if not steps or plan is None:
             return found
@@ -413,16 +424,17 @@ class Run:
     def _checkpoints(self, incarnation: str | None) -> Any:
         from torchord.cache.files.checkpoint import CheckpointStore
 
-        return CheckpointStore(self._services.settings.checkpoint_dir, self.name, incarnation)
+        services = self._services
+        return CheckpointStore(
+            services.settings.checkpoint_dir, self.name, incarnation, keyring=services.file_keyring
+        )
 
     def _entries(self, head: Head) -> list[LedgerEntry]:
         """All entries up to the head: those on disk, overridden by those in Redis."""
-        found = {entry.version: entry for entry in self._ledger.entries()}
-        if len(found) < head.version:
-            for text in self._checkpoints(head.incarnation).read_ledger():
-                entry = LedgerEntry.from_json(text)
-                found.setdefault(entry.version, entry)
-        return [found[version] for version in sorted(found) if version <= head.version]
+        return [LedgerEntry.from_json(bare(text)) for text in self._entry_texts(head).values()]
+
+    def _entry_texts(self, head: Head) -> dict[int, str]:
+        return entry_texts(self._ledger, head.version, lambda: self._checkpoints(head.incarnation))
 
     def _wanted(self, head: Head, version: int | None) -> int:
         """The version that is asked for, None being the newest."""

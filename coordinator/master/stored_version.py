@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchord.cache.errors import VersionMissing
+from torchord.cache.keyring import AnyKeyring, Places
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 from torchord.coordinator.runtime.services import Services
@@ -12,6 +13,7 @@ from torchord.coordinator.runtime.services import Services
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from torchord.cache.files.checkpoint import CheckpointStore
     from torchord.cache.tensors.codec import Manifest
 
 
@@ -47,9 +49,23 @@ def checkpointed_tensors(
     """
     from torchord.cache.files.checkpoint import CheckpointStore
 
-    store = CheckpointStore(services.settings.checkpoint_dir, run, head.incarnation)
+    store = CheckpointStore(
+        services.settings.checkpoint_dir, run, head.incarnation, keyring=services.file_keyring
+    )
     if version not in store.versions():
         raise VersionMissing(
             f"{missing}; checkpoints hold {store.versions()}. Ask for one of these, or for the newest"
         ) from missing
     return store.load(version).tensors
+
+
+def statement_of(keyring: AnyKeyring, checkpoints: CheckpointStore) -> str | None:
+    """The statement beside a run's checkpoints, seal and all; None if there is none.
+
+    Raises:
+        NotAuthentic: this process has keys, and none that it trusts has sealed it.
+    """
+    text = checkpoints.load_statement()
+    if text is not None:
+        keyring.opened("server", Places(checkpoints.run).statement(), text)
+    return text

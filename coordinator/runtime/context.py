@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.content_digest import chosen
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
 from torchord.cache.ledger.fields import SWITCH
@@ -131,12 +132,18 @@ class RunContext:
                 self._spec = self.ledger.spec()
             return self._spec
 
+    def saved_spec(self) -> dict[str, Any]:
+        """The spec as it is kept beside the checkpoints, from which a run can be created again."""
+        sealed = {"sealed": self.ledger.sealed_spec()} if self.services.file_keyring else {}
+        return {**self.spec, "incarnation": self.incarnation, **sealed}
+
     @property
     def config(self) -> TrainingConfig:
         """The run's configuration."""
         with self.lock:
             if self._config is None:
                 self._config = TrainingConfig.from_json(self.spec["config"])
+                self.ledger.digest = chosen(self._config.digest, keyed=bool(self.services.file_keyring))
             return self._config
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from torchord.cache.errors import RunNotFound
 from torchord.cache.ledger.records import GENESIS
 from torchord.coordinator.runtime.services import Services
@@ -30,11 +32,14 @@ def recreate(services: Services, run: str) -> int:
             f"run {run!r} is neither in Redis nor under {place}; set TORCHORD_CHECKPOINT_DIR to where its "
             "checkpoints are"
         )
-    incarnation = str(spec.pop("incarnation"))
-    latest = CheckpointStore(place, run, incarnation).latest()
+    incarnation, sealed = str(spec.pop("incarnation")), str(spec.pop("sealed", ""))
+    keyring, ledger = services.file_keyring, services.ledger(run)
+    if keyring:  # the file is no proof of what was submitted, its seal is
+        spec = json.loads(keyring.opened("submit", ledger.places.spec(incarnation), sealed))
+    latest = CheckpointStore(place, run, incarnation, keyring=keyring).latest()
     version, chain = (0, GENESIS) if latest is None else (latest.version, str(latest.meta["chain"]))
-    ledger = services.ledger(run)
-    if ledger.create(spec, incarnation=incarnation, version=version, chain=chain) is None:
+    text = sealed if keyring else None
+    if ledger.create(spec, incarnation=incarnation, version=version, chain=chain, sealed=text) is None:
         evaluations = {} if latest is None else latest.meta.get("evaluations", {})
         for evaluated, metrics in evaluations.items():
             ledger.record_evaluation(int(evaluated), metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchord.cache.blobs.chunk_store import ChunkStore
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.keyring import NO_KEYS, keyring
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.runs import Runs
 from torchord.cache.ledger.workers import Registry
@@ -28,10 +29,14 @@ class Services:
 
     Attributes:
         placement: see `ChunkStore`; the same in every process of the fleet.
+        keyring: the process's keys.
+        file_keyring: those of them that hold for files, too.
     """
 
     def __init__(self, settings: Settings, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> None:
         self.settings = settings
+        self.keyring = keyring(settings.keys, settings.url)
+        self.file_keyring = NO_KEYS if self.keyring.local else self.keyring
         self.patience_seconds = patience_seconds
         self._clients = Clients()
         self.lane = Lane(settings.url)
@@ -77,7 +82,7 @@ class Services:
         if found is None or found.client is not client:
             if len(self._ledgers) >= _LEDGERS_KEPT:
                 self._ledgers.clear()
-            found = self._ledgers[run] = Ledger(client, url, run, lane=self.lane)
+            found = self._ledgers[run] = Ledger(client, url, run, lane=self.lane, keyring=self.keyring)
         return found
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import (
     CHECKS,
+    CONTENT,
     PARTIAL_SUMS,
     LedgerEntry,
     SlotRecord,
@@ -190,6 +191,7 @@ class StepCommit:
                 **({"switch": plan.switches[step]} if step in plan.switches else {}),
                 **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
                 **checks,
+                **_proof(draft),
             },
         ).sealed()
 
@@ -345,6 +347,12 @@ def _refusal(warm: WarmRun, verdict: str) -> RunError | Fenced:
         f"run {warm.run!r}: commit of version {warm.version + 1} was {verdict}; another server or a person "
         "acted"
     )
+
+
+def _proof(record: VersionRecord) -> dict[str, Any]:
+    """For an entry's notes: the digests that prove a version's bytes, where the run has such."""
+    found = [blob.content for blob in (record.blob, *record.shared_blobs())]
+    return {CONTENT: found} if all(found) else {}
 
 
 def _origin(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torchord.cache.ledger.records import StateRecord
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.runtime.statement import statement
 from torchord.coordinator.server.upkeep import Upkeep
 from torchord.coordinator.server.warm_run import WarmRun
 
@@ -77,6 +79,8 @@ class Finish:
                 raise Fenced(f"run {warm.run!r}: overtaken at its end")
             left = warm.record.blobs()
             self.services.gradients.delete(blob for blob in kept.blobs() if blob not in left)
+        if self.services.file_keyring:
+            self._state(warm)
         self.fault("server.before_finish")
         done, _ = ledger.transition(
             "done", allowed=("running",), event="done", data={"version": version}, token=warm.token
@@ -90,6 +94,18 @@ class Finish:
                 self.services.chunks.delete(StateRecord.from_dict(start["weights"]).blobs())
         self.fault("server.after_finish")
         return {**receipt, "status": "done", "version": version}
+
+    def _state(self, warm: WarmRun) -> None:
+        """Seal a statement of what the run has made, beside its checkpoints."""
+        made = statement(
+            warm.run,
+            warm.context.spec,
+            version=warm.version,
+            chain=warm.chain,
+            tensors={name: tensor.cpu() for name, tensor in warm.trainer.replica.state_tensors().items()},
+            finished_at=time.time(),
+        )
+        warm.checkpoints.save_statement(made)
 
 
 def evaluation_parts(size: int, shards: int) -> int:

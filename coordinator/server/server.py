@@ -223,7 +223,7 @@ class TrainingServer:
         if revision(incarnation) != revision(warm.context.incarnation):
             raise Fenced(f"run {warm.run!r}: its recipe was corrected meanwhile")
         warm.context = self.contexts.of(warm.run, incarnation)
-        warm.checkpoints.save_spec({**warm.context.spec, "incarnation": incarnation})
+        warm.checkpoints.save_spec(warm.context.saved_spec())
         log.info("run %s: config switched: %s", warm.run, warm.context.switches)
 
     # --- beside the steps -------------------------------------------------------------------

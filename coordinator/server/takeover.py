@@ -57,7 +57,11 @@ class TakeOver:
         self.ledger: Ledger = services.ledger(context.run)
         self._writer: VersionWriter | None = None  # that has stored the version that was taken over
         self.checkpoints = CheckpointStore(
-            services.settings.checkpoint_dir, context.run, context.incarnation, fault=fault
+            services.settings.checkpoint_dir,
+            context.run,
+            context.incarnation,
+            keyring=services.file_keyring,
+            fault=fault,
         )
 
     def warm(self, head: Head) -> WarmRun:
@@ -100,7 +104,7 @@ class TakeOver:
         context, ledger = self.context, self.ledger
         plan = context.first_plan()
         evaluation_size, evaluation_seed = context.first_evaluation()
-        self.checkpoints.save_spec({**context.spec, "incarnation": context.incarnation})
+        self.checkpoints.save_spec(context.saved_spec())
         if head.version:
             trainer, record = self._from_checkpoint(head.version)
         else:

@@ -145,8 +145,8 @@ class Upkeep:
         """Write the present version to disk and spill the ledger's older entries beside it."""
         self.fault("server.before_checkpoint")
         config = warm.context.config
-        entries = warm.ledger.entries(warm.spilled + 1, warm.version)
-        warm.checkpoints.append_ledger([entry.to_json() for entry in entries])
+        entries = warm.ledger.entry_texts(warm.spilled + 1, warm.version)
+        warm.checkpoints.append_ledger(list(entries.values()))
         meta = {
             "run": warm.run,
             "incarnation": warm.context.incarnation,

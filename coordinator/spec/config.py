@@ -16,6 +16,7 @@ from torchord.cache.errors import ConfigError
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _MEMORY_FORMATS = ("contiguous", "channels_last")
+_DIGESTS = ("auto", "xxh3", "blake3", "sha256")
 _NONFINITE = ("stop", "skip")
 _SKEW = ("refuse", "admit")
 _MAX_SEED = (1 << 63) - 1
@@ -77,6 +78,10 @@ class TrainingConfig:
         shuffle: whether each epoch visits the dataset in another order; False: always from the first
             example to the last. A recipe with an `order` or `batches` says it itself.
         drop_last: whether the last batch of an epoch is left out where it is smaller than batch_size.
+        digest: by what the content of what is stored is known, beside the checksums: "blake3" or "sha256",
+            of which nobody can make a second content, so that a sealed record proves the bytes; "xxh3":
+            by the checksums alone, which tell damage and no intent; "auto": "blake3" in processes that have
+            keys (docs/keys.md), else "xxh3". It changes no bit of a run and no chain.
         probe: whether the run's first four shards are looked at for whether the losses of parts have the loss
             of the whole as their mean, so that each step is the whole batch's; if they have not, the run is
             refused. It costs about nine forwards of each, once. See `torchord.coordinator.compute.probe`.
@@ -130,6 +135,7 @@ class TrainingConfig:
     drop_last: bool = False
     audit_fraction: float = 0.004
     probe: bool = True
+    digest: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "shards", "local_steps", "threads"):
@@ -148,6 +154,7 @@ class TrainingConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._choice("nonfinite", _NONFINITE)
+        self._choice("digest", _DIGESTS)
         self._choice("skew", _SKEW)
         self._choice("precision", _PRECISIONS)
         self._choice("memory_format", _MEMORY_FORMATS)

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from torchord.cache.blobs.tiered_store import TieredStore
+from torchord.cache.keyring import NO_KEYS
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.cache.settings import Settings
@@ -157,6 +158,8 @@ class Fleet:
                 gradients=GradientStore(chunks),
                 ledger=lambda run: ledger,
                 registry=SimpleNamespace(alive=self._alive),
+                keyring=NO_KEYS,
+                file_keyring=NO_KEYS,
             ),
         )
         self.ledger: Ledger = ledger

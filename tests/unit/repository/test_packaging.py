@@ -63,8 +63,8 @@ def foreign_imports(*folders: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (PACKAGES, ()),
-        (("tests", "benchmarks", ".ci"), ("demo", "dev", "images", "models")),
+        (PACKAGES, ("keys",)),
+        (("tests", "benchmarks", ".ci"), ("demo", "dev", "images", "keys", "models")),
     ],
 )
 def test_every_import_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:

@@ -1440,6 +1440,7 @@ def test_reading_events_waits_for_the_first(plane: Plane) -> None:
 CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "create": lambda ledger, token: ledger.create(SPEC, incarnation="again"),
     "spec": lambda ledger, token: ledger.spec(),
+    "sealed_spec": lambda ledger, token: ledger.sealed_spec(),
     "respec": lambda ledger, token: ledger.respec(SPEC, incarnation="life.1", skew="admit"),
     "switch": lambda ledger, token: ledger.switch(
         SPEC, step=9, incarnation="life", following="life+1", total_steps=9, data={}
@@ -1483,6 +1484,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "drop_versions": lambda ledger, token: ledger.drop_versions([0], token=token),
     "pin": lambda ledger, token: ledger.pin(0, seconds=60),
     "entries": lambda ledger, token: ledger.entries(),
+    "entry_texts": lambda ledger, token: ledger.entry_texts(),
     "ledger_size": lambda ledger, token: ledger.ledger_size(),
     "trim_entries": lambda ledger, token: ledger.trim_entries([1]),
     "write_part": lambda ledger, token: ledger.write_part(1, 0, {"loss": 1.0}, parts=2),
@@ -1495,6 +1497,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "evaluations": lambda ledger, token: ledger.evaluations(),
     "write_output": lambda ledger, token: ledger.write_output("q", 0, {}),
     "outputs": lambda ledger, token: ledger.outputs("q"),
+    "drop_output": lambda ledger, token: ledger.drop_output("q", 0),
     "drop_outputs": lambda ledger, token: ledger.drop_outputs("q"),
     "emit": lambda ledger, token: ledger.emit("tick", {}),
     "read_events": lambda ledger, token: ledger.read_events(),
@@ -1604,7 +1607,7 @@ def test_every_operation_leaves_only_keys_with_a_ttl(redis_url: str, name: str) 
     try:
         CALLS[name](real.ledger("run-3"), 0)
     except (CacheError, RunNotFound):
-        assert name in ("spec", "head", "head_and_slots", "manifest", "commit")
+        assert name in ("spec", "sealed_spec", "head", "head_and_slots", "manifest", "commit")
     client.close()
 
 
@@ -1613,7 +1616,7 @@ def test_no_operation_leaves_half_a_head(redis_url: str) -> None:
     client = connect(redis_url)
     for name, call in CALLS.items():
         ledger = Ledger(client, redis_url, "gone")
-        if name not in ("create", "commit", "spec", "head", "head_and_slots", "manifest"):
+        if name not in ("create", "commit", "spec", "sealed_spec", "head", "head_and_slots", "manifest"):
             call(ledger, 0)
             with pytest.raises(RunNotFound):
                 ledger.head()
