@@ -31,9 +31,14 @@ class AlignedChance:
     """The random operations of one forward, by their place in it.
 
     A forward of all examples and one of some tell where they have the examples; then comes `settle`.
+
+    Attributes:
+        whole: whether no forward so far drew anything by another shape than that of all examples, but for
+            their number: an example of a batch that is padded to another length draws other numbers.
     """
 
     def __init__(self) -> None:
+        self.whole = True
         self._seen: list[tuple[int, list[_Shape]]] = []
         self._dims: list[int | None] = []
 
@@ -51,6 +56,16 @@ class AlignedChance:
             yield
         if len(self._seen) < 2:
             self._seen.append((len(examples), drawing.shapes))
+        else:
+            self.whole = self.whole and self._fits(len(examples), drawing.shapes)
+
+    def _fits(self, examples: int, shapes: list[_Shape]) -> bool:
+        count, whole = self._seen[0]
+        expected = [
+            shape if dim is None else (*shape[:dim], shape[dim] // count * examples, *shape[dim + 1 :])
+            for shape, dim in zip(whole, self._dims, strict=False)
+        ]
+        return shapes[: len(whole)] == expected
 
 
 def _grown(whole: _Shape, part: _Shape, examples: int, fewer: int) -> int | None:

@@ -237,27 +237,45 @@ class _Trial:
         if self._keras:
             losses.mode = MODES[1]
         elif losses.mode != before:
-            losses.chance = None
+            in_evaluation, losses.chance = losses.chance is not None, None
             trained = losses.loss(losses.all)
             if self._changes(trained, draw=0):
                 return  # not pure
             if self._is_random(trained):
-                try:
-                    self._look_at_chance()
-                except ByChance:
-                    losses.chance, losses.mode = None, MODES[1]  # its chance would hide the gradients
-                    with suppress(CannotLook):
-                        losses.compare_gradients(self._even())
-                    raise
-            elif losses.apart(trained, evaluated) > losses.rounding:
+                self._look_at_random_training(in_evaluation)
+                return
+            if losses.apart(trained, evaluated) > losses.rounding:
                 try:
                     self._look(trained)
                 except PartsRaise:
                     raise
                 except CannotLook:
                     pass
-        with suppress(CannotLook):
-            losses.compare_gradients(self._even())
+        self._look_at_gradients()
+
+    def _look_at_random_training(self, in_evaluation: bool) -> None:
+        """Look at a loss that is random in training mode, and at the gradients where its chance is held.
+
+        Args:
+            in_evaluation: whether it is random in evaluation mode as well; else gradients can be had there.
+        """
+        losses, unseen = self._losses, None
+        try:
+            self._look_at_chance()
+        except ByChance as reason:
+            unseen = reason
+        if not in_evaluation and (losses.chance is None or not losses.chance.whole):
+            losses.chance, losses.mode = None, MODES[1]
+        if losses.chance is not None or not in_evaluation:
+            self._look_at_gradients()
+        if unseen is not None:
+            raise unseen
+
+    def _look_at_gradients(self) -> None:
+        chance = self._losses.chance
+        if chance is None or chance.whole:
+            with suppress(CannotLook):
+                self._losses.compare_gradients(self._even())
 
     # --- chance -----------------------------------------------------------------------------
 
@@ -279,6 +297,7 @@ class _Trial:
             with suppress(CannotLook):
                 self._by_pairs(sizes, allowed)
         if not exact:
+            losses.chance = None
             raise ByChance(_RANDOM)
 
     def _align(self) -> float | None:

@@ -53,6 +53,9 @@ PASSING = {
     "a diffusion model": chance(recipes.Denoiser, recipes.denoised),
     "packed sequences": chance(recipes.Recurrent, dataset=recipes.Sequences, collate=recipes.packed),
     "padded sequences": chance(recipes.Summed, dataset=recipes.Sequences, collate=recipes.padded),
+    "attention over padded sequences": chance(
+        recipes.Attending, dataset=recipes.Sequences, collate=recipes.padded
+    ),
     "mixup in collate": chance(partial(Perturbed, "dropout"), recipes.mixed_loss, collate=recipes.mixed_up),
 }
 

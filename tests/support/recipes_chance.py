@@ -195,6 +195,24 @@ class Summed(nn.Module):
         return self.last(torch.tanh(F.dropout(self.first(inputs), 0.3, self.training)).sum(1))
 
 
+class Attending(nn.Module):
+    """Attention with dropout over a padded batch: only the gradient of small weights shows its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, HIDDEN)
+        self.inner = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        nn.init.normal_(self.inner.weight, std=1e-6)
+        self.last = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        known = inputs.ne(0).any(-1)
+        tokens = torch.tanh(self.first(inputs))
+        scores = (tokens @ tokens.mT).masked_fill(~known[:, None], -1e9)
+        mixed = F.dropout(scores.softmax(-1), 0.3, self.training) @ self.inner(tokens)
+        return self.last(tokens[:, 0] + (mixed * known[..., None]).sum(1))
+
+
 def mixed_up(samples: list[Any]) -> Any:
     """Mixup, within what is collated together."""
     inputs, targets = default_collate(samples)
