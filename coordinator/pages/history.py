@@ -6,18 +6,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from torchord.cache.errors import CheckpointError
+from torchord.cache.errors import CheckpointError, RecordDamaged
+from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.incarnation import life
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import LedgerEntry
+from torchord.cache.reading import FOREIGN
 from torchord.coordinator.pages.columns import Columns
 
 BATCH = 500
 EVENTS_KEPT = 1000
 _READ_SECONDS = 1.0  # of one look, then it answers with what it has
 
-_NO_RECORD = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+_NO_RECORD = (RecordDamaged, *FOREIGN)
 
 OnDisk = Callable[[str, int, int], dict[int, str]]
 """(incarnation, first version, last version) -> the entries on disk, as text by version."""
@@ -99,7 +101,7 @@ class History:
             try:
                 for version, text in self._on_disk(incarnation, lacking[0], lacking[-1]).items():
                     if version not in found:
-                        found[version] = LedgerEntry.from_json(text)
+                        found[version] = LedgerEntry.from_json(bare(text))
             except (CheckpointError, *_NO_RECORD) as error:
                 self.problem = f"entries {lacking[0]} to {lacking[-1]} cannot be read from disk: {error}"
         for version in sorted(found):

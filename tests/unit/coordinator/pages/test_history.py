@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tests.support.control import SPEC, history
 from torchord.cache.errors import CheckpointError
+from torchord.cache.keyring import Keyring, write_local
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.pages.history import BATCH, History
@@ -60,6 +62,15 @@ def test_what_redis_has_no_more_comes_from_disk() -> None:
     found = of(ledger(range(6, 13)), disk)
     found.look("life", 12)
     assert list(found.columns.versions) == list(range(1, 13)) and disk.asked == [(1, 5)]
+
+
+def test_entries_on_disk_may_have_seals(tmp_path: Path) -> None:
+    write_local(tmp_path / "keys.json")
+    keys, disk = Keyring(tmp_path / "keys.json"), Disk(range(1, 13))
+    disk.entries = {at: keys.sealed("server", "an entry", text) for at, text in disk.entries.items()}
+    found = of(ledger(range(0)), disk)
+    found.look("life", 12)
+    assert list(found.columns.versions) == list(range(1, 13)) and not found.problem
 
 
 def test_a_long_history_comes_in_several_looks() -> None:
