@@ -38,6 +38,10 @@ class InvalidInput(TorchordError, ValueError):
     """The argument cannot be used as it is; see the message for the accepted forms."""
 
 
+class NoKey(InvalidInput):
+    """This process has no key of the role that a record is written by; point TORCHORD_KEYS at a file that has one."""
+
+
 # --- the store ------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torchord.cache.errors import InvalidInput, NotAuthentic
+from torchord.cache.errors import InvalidInput, NoKey, NotAuthentic
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,10 @@ class _Keys:
     trusted: Mapping[str, Mapping[str, Verify]]
     stamp: tuple[int, int, int]
 
+    def verify(self, role: str, name: str) -> Verify | None:
+        """What looks at seals of a key; None of one that is not believed in that role."""
+        return self.trusted.get(role, {}).get(name)
+
 
 class Keyring:
     """The keys of one process, read again when their file has changed.
@@ -97,18 +101,6 @@ class Keyring:
         """Whether this process holds a key of that role."""
         return role in self._current().own
 
-    def require(self, role: Role, doing: str) -> None:
-        """Refuse what takes a key that is not here.
-
-        Raises:
-            InvalidInput: names the file and the role.
-        """
-        if not self.signs(role):
-            raise InvalidInput(
-                f"{doing} takes a key of the role {role!r}, and {self.path} has none: point TORCHORD_KEYS at "
-                f"the file {role}.json that `torchord keys new` has made"
-            )
-
     def sealed(self, role: Role, place: str, text: str) -> str:
         """A record's text with a seal.
 
@@ -117,10 +109,15 @@ class Keyring:
             text: of a JSON object, as it will be stored.
 
         Raises:
-            InvalidInput: this process has no key of the role.
+            NoKey: this process has no key of the role.
         """
-        self.require(role, f"writing {place}")
-        name, sign = self._current().own[role]
+        key = self._current().own.get(role)
+        if key is None:
+            raise NoKey(
+                f"writing {place} takes a key of the role {role!r}, and {self.path} has none: point "
+                f"TORCHORD_KEYS at the file {role}.json that `torchord keys new` has made"
+            )
+        name, sign = key
         seal = base64.b64encode(sign(_message(role, place, text))).decode()
         return f'{{"sealed":"{name} {seal}"{"" if text == "{}" else ","}{text[1:]}'
 
@@ -134,9 +131,7 @@ class Keyring:
         if found is None:
             raise NotAuthentic(f"{place} has no seal: whoever wrote it has no key; see docs/keys.md")
         name, seal, inner = found[1], found[2], "{" + text[found.end() :]
-        verify = self._current().trusted.get(role, {}).get(name) or self._current(anew=True).trusted.get(
-            role, {}
-        ).get(name)
+        verify = self._current().verify(role, name) or self._current(anew=True).verify(role, name)
         if verify is None:
             raise NotAuthentic(
                 f"{place} is sealed by the key {name:.16}, which {self.path} does not trust as {role!r}"

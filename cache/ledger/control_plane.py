@@ -11,7 +11,7 @@ import redis
 
 from torchord.cache import keys
 from torchord.cache.blobs.content_digest import chosen
-from torchord.cache.errors import InvalidInput, NotAuthentic, RecordDamaged, TorchordError
+from torchord.cache.errors import InvalidInput, NoKey, NotAuthentic, RecordDamaged, TorchordError
 from torchord.cache.keyring import NO_KEYS, AnyKeyring, Places, Role
 from torchord.cache.ledger.incarnation import life
 from torchord.cache.ledger.records import VersionRecord
@@ -118,7 +118,7 @@ class ControlPlane:
         try:
             with translated(self.url, doing):
                 yield
-        except NotAuthentic:
+        except (NotAuthentic, NoKey):
             raise
         except (RecordDamaged, InvalidInput) as error:
             raise self._damaged(doing, str(error)) from error
@@ -133,29 +133,14 @@ class ControlPlane:
             f"keys {self.keys.root}:* of this Redis"
         )
 
-    def _believed(self, found: Any, opened: Callable[[int, str], str], *names: str) -> dict[str, str]:
-        """Open the records of a hash by number; one that we do not believe is logged and left out.
-
-        Args:
-            opened: takes the seal off a record.
-            names: keys from which it is deleted, where what it stands for is computed anew.
-        """
-        believed: dict[str, str] = {}
-        for number, text in pairs(found).items():
-            try:
-                believed[number] = opened(number_of(number, "its number"), text)
-            except TorchordError as error:
-                log.error("of run %s, field %.99r is left out: %s", self.run, number, error)
-                for name in names:
-                    self.client.hdel(name, number)
-        return believed
-
     def _sound(
         self,
         found: Any,
         read: Callable[[str], _Record],
         *names: str,
         number_in: Callable[[_Record], int] | None = None,
+        opened: Callable[[int, str], str] | None = None,
+        forged_stay: bool = False,
     ) -> dict[int, _Record]:
         """Read a hash of records by number.
 
@@ -164,17 +149,22 @@ class ControlPlane:
         Args:
             names: keys from which it is deleted.
             number_in: the number that a record itself says it has.
+            opened: takes the seal off a record; None: they have none.
+            forged_stay: whether a record whose seal we do not believe is left out and not deleted.
         """
         sound: dict[int, _Record] = {}
         for number, text in sorted(pairs(found).items()):
             try:
-                record, place = read(text), number_of(number, "its number")
+                place = number_of(number, "its number")
+                record = read(text if opened is None else opened(place, text))
                 if number_in is not None and number_in(record) != place:
                     raise RecordDamaged(f"it says that it is number {number_in(record)}")
                 sound[place] = record
             except (TorchordError, *FOREIGN) as error:
-                log.error("%s: field %.99r is no record: deleted (%.300s)", names[0], number, error)
-                for name in names:
+                stays = forged_stay and isinstance(error, NotAuthentic)
+                said = "left out" if stays else "deleted"
+                log.error("%s: field %.99r is no record: %s (%.300s)", names[0], number, said, error)
+                for name in () if stays else names:
                     self.client.hdel(name, number)
         return sound
 

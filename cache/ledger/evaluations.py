@@ -46,13 +46,14 @@ class Evaluations(ControlPlane):
                 ],
             )
             texts = {str(number): text or "" for number, text in enumerate(reply[1:])}
-            names = (self.keys.parts(version),)
-            believed = self._believed(
+            found = self._sound(
                 texts,
-                lambda number, text: self._opened("worker", self.places.part, version, number, text=text),
-                *names,
+                _part,
+                self.keys.parts(version),
+                opened=lambda number, text: self._opened(
+                    "worker", self.places.part, version, number, text=text
+                ),
             )
-            found = self._sound(believed, _part, *names)
             return reply[0] if len(found) == len(texts) else "damaged", [found[n] for n in sorted(found)]
 
     def drop_part(self, version: int, part: int) -> None:
@@ -131,8 +132,10 @@ class Evaluations(ControlPlane):
         """Metrics by version, in order."""
         with self._during("read the evaluations"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.evaluations))
-            believed = self._believed(found, self._opened_metrics)
-            return dict(sorted(self._sound(believed, _metrics, self.keys.evaluations).items()))
+            read = self._sound(
+                found, _metrics, self.keys.evaluations, opened=self._opened_metrics, forged_stay=True
+            )
+            return dict(sorted(read.items()))
 
     def _sealed_metrics(self, version: int, metrics: dict[str, Any]) -> str:
         """Metrics as they are stored: by the Client with the last part, or by who restores a run."""
@@ -159,14 +162,16 @@ class Evaluations(ControlPlane):
     def outputs(self, request: str) -> dict[int, dict[str, Any]]:
         """The parts of a prediction that are written."""
         with self._during("read a prediction"):
-            found = cast(dict[str, str], self.client.hgetall(self.keys.predict(request)))
-            name = self.keys.predict(request)
-            believed = self._believed(
+            key = self.keys.predict(request)
+            found = cast(dict[str, str], self.client.hgetall(key))
+            return self._sound(
                 found,
-                lambda part, text: self.keyring.opened("worker", self.places.output(request, part), text),
-                name,
+                OUTPUT.read,
+                key,
+                opened=lambda part, text: self.keyring.opened(
+                    "worker", self.places.output(request, part), text
+                ),
             )
-            return self._sound(believed, OUTPUT.read, name)
 
     def drop_output(self, request: str, part: int) -> None:
         """Forget one part of a prediction, which is none of what was asked for."""

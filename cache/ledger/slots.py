@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from torchord.cache import keys
 from torchord.cache.blobs.notice import Notice, notices
+from torchord.cache.errors import TorchordError
 from torchord.cache.ledger.answers import (
     Begun,
     Finished,
     Group,
     Lease,
-    readable,
 )
 from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import Head, SlotRecord
 from torchord.cache.ledger.run_life import head_of
 from torchord.cache.servers.fast_client import Command, script_command
+
+log = logging.getLogger(__name__)
 
 BACKUP_FACTOR = 1.5  # a holder may keep an idle worker waiting for so many of the idle one's shards,
 BACKUP_SECONDS = 0.05  # and so much longer: what a backup costs, and what a machine's hiccups are
@@ -64,9 +67,12 @@ class Slots(ControlPlane):
             if verdict != "compute":
                 return Begun(verdict, int(attempt), incarnation)
             self._incarnation = incarnation
-            stored = {str(wanted): text for text in found if text is not None}
-            believed = self._believed(stored, self._opened_version)
-            record = next(readable(believed.values()), None)
+            record = None
+            if found and found[0] is not None:
+                try:
+                    record = self._version(wanted, found[0])
+                except TorchordError as error:
+                    log.error("the record of version %d is passed over: %s", wanted, error)
             return Begun(verdict, int(attempt), incarnation, record, *memory)
 
     def end_lease(self, step: int, shard: int, *, worker: str, delivery: str, counts: bool = False) -> bool:
@@ -283,5 +289,6 @@ class Slots(ControlPlane):
             return self._opened_for(revision, "worker", self.places.slot, step, number, text=text)
 
         names = self.keys.slots(step), self.keys.leases(step)
-        believed = self._believed(found, opened, *names)
-        return self._sound(believed, SlotRecord.from_json, *names, number_in=lambda slot: slot.shard)
+        return self._sound(
+            found, SlotRecord.from_json, *names, number_in=lambda slot: slot.shard, opened=opened
+        )

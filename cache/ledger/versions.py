@@ -44,9 +44,13 @@ class Versions(ControlPlane):
         """All stored versions."""
         with self._during("list the versions"):
             found = cast(dict[str, str], self.client.hgetall(self.keys.versions))
-            believed = self._believed(found, self._opened_version)
             return self._sound(
-                believed, VersionRecord.from_json, self.keys.versions, number_in=lambda record: record.version
+                found,
+                VersionRecord.from_json,
+                self.keys.versions,
+                number_in=lambda record: record.version,
+                opened=self._opened_version,
+                forged_stay=True,
             )
 
     def put_version(self, record: VersionRecord, *, token: int) -> bool:

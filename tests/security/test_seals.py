@@ -169,7 +169,7 @@ def test_a_version_that_the_server_has_not_sealed_is_nobodys(
     fleet: Fleet, attacker: redis.Redis, honest: Run
 ) -> None:
     run, trained = fleet.train(RECIPE, CONFIG, "versions")
-    last = str(run.status().version)
+    last, ours = str(run.status().version), trained.module.state_dict()
     theirs = attacker.hget("torchord:{versions}:versions", last)
     record = VersionRecord.from_json(bare(theirs))
     for forged in (
@@ -179,14 +179,16 @@ def test_a_version_that_the_server_has_not_sealed_is_nobodys(
     ):
         attacker.hset("torchord:{versions}:versions", last, forged)
         with pytest.raises(NotAuthentic, match=f"record of version {last} of run versions"):
-            run.state_dict(version=int(last))
+            run._ledger.version(int(last))
+        loaded = run.state_dict(version=int(last))  # from the checkpoint, which has a seal
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.items())
         audit = run.verify()
         assert not audit.ok
         assert "seal" in audit.problems[0]
     attacker.hset("torchord:{versions}:versions", last, theirs)
     assert run.verify().ok
     for name, tensor in run.state_dict().items():
-        assert torch.equal(tensor, trained.module.state_dict()[name])
+        assert torch.equal(tensor, ours[name])
 
 
 def test_an_altered_entry_of_the_ledger_is_found(fleet: Fleet, attacker: redis.Redis) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torchord.cache.errors import InvalidInput, NotAuthentic
+from torchord.cache.errors import InvalidInput, NoKey, NotAuthentic
 from torchord.cache.keyring import (
     ALGORITHMS,
     NO_KEYS,
@@ -75,7 +75,7 @@ def test_an_empty_record_can_be_sealed(fleet: Path) -> None:
 
 
 def test_who_has_no_key_of_a_role_is_told_which_file_has_one(fleet: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"role 'server'.*server\.json"):
+    with pytest.raises(NoKey, match=r"role 'server'.*server\.json"):
         Keyring(fleet / "worker.json").sealed("server", "here", TEXT)
 
 
