@@ -121,7 +121,7 @@ class Versions:
     """The ledger as far as a fetch asks it, and a training server that fills it."""
 
     def __init__(self, count: int) -> None:
-        self.run, self.keys = "run-1", RunKeys("run-1")
+        self.run, self.keys, self.digest = "run-1", RunKeys("run-1"), ""
         self.cache = ParameterCache(TieredStore(MemoryChunkStore(), None))
         self.trainer = trainer_of()
         self.flats = [self.trainer.replica.pack()]
