@@ -46,7 +46,6 @@ from torchord.coordinator.compute.part_losses import (
     scale_of,
 )
 from torchord.coordinator.compute.replica import Replica
-from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan, derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
@@ -107,7 +106,8 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
             seed_everything(derive_seed(config.seed, "data", step, shard))
             with looking():
                 batch_of = read_samples(dataset, samples, resolved.collate)
-            return _Trial(replica, resolved, config, batch_of, len(samples), sizes).compare()
+            losses = PartLosses(replica, resolved, config, batch_of, len(samples))
+            return _Trial(losses, replica, batch_of, sizes).compare()
 
         with pinned(config.threads, config.deterministic, replica.device):
             try:
@@ -129,21 +129,20 @@ class _Trial:
     """The first examples of a run, and what is to be seen of them.
 
     Args:
-        batch_of: (numbers of some of the examples, in order) -> their batch, fresh each time.
-        examples: how many there are.
+        losses: of parts of them.
+        replica: what computes these.
+        batch_of: as for `PartLosses`.
         sizes: of their parts; None: even ones.
     """
 
     def __init__(
         self,
+        losses: PartLosses,
         replica: Replica,
-        resolved: ResolvedRecipe,
-        config: TrainingConfig,
         batch_of: Callable[[list[int]], Batch],
-        examples: int,
         sizes: list[int] | None = None,
     ) -> None:
-        self._losses = PartLosses(replica, resolved, config, batch_of, examples)
+        self._losses = losses
         self._replica = replica
         self._batch_of = batch_of
         self._sizes = sizes
