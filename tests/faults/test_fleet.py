@@ -42,7 +42,7 @@ def test_a_leaving_worker_hands_its_shard_back_at_once(
     pids = {worker.pid: worker.name for worker in lab.clients()}
     lab.slow(HOURS)
     run = lab.submit(ONE_SHARD)
-    lease = wait_until(lambda: run._ledger.leases(0), message="the shard to be begun")[0]
+    lease = wait_until(lambda: run._ledger.leases(0).get(0), message="the shard to be begun")
     pid = next(pid for pid in pids if f"/{pid}-" in lease.worker)
     leaver = lab.cluster.processes[pids[pid]]
     lab.slow(HOURS, leaver.name)
@@ -61,7 +61,7 @@ def test_a_leaving_pool_hands_back_what_its_processes_are_at(tmp_path: Path) -> 
         reference = lab.undisturbed(ONE_SHARD)
         lab.slow(HOURS)
         run = lab.submit(ONE_SHARD)
-        lease = wait_until(lambda: run._ledger.leases(0), message="the shard to be begun")[0]
+        lease = wait_until(lambda: run._ledger.leases(0).get(0), message="the shard to be begun")
         child = wait_until(
             lambda: lab.master._services.registry.worker(lease.worker), message="its heartbeat"
         )
