@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from celery import Celery
+from kombu.utils.url import parse_url
 
 from torchord.cache.errors import TorchordError
 from torchord.cache.settings import Settings, from_environment
@@ -89,6 +90,8 @@ app.amqp.autoexchange = nameless_exchange
 
 app.conf.update(
     broker_url=_URL,
+    # What the URL says of TLS, for Flower's queue lengths, which do not read it there.
+    broker_use_ssl=parse_url(_URL).get("ssl", False),
     # One server: the chord counts its parts where the messages are.
     result_backend=_URL,
     # JSON only, in and out: a worker that accepts pickle runs whatever reaches its queue.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import cast
 
 import redis
+from redis.exceptions import NoPermissionError
 
 from torchord.cache import keys
 from torchord.cache.servers.redis_client import translated
@@ -41,5 +43,6 @@ class Runs:
                 pipe.exists(keys.RunKeys(name).head)
             there = dict(zip(names, pipe.execute(), strict=True))
             if gone := [name for name in names if not there[name]]:
-                self.client.zrem(keys.RUNS, *gone)
+                with contextlib.suppress(NoPermissionError):  # who may only read leaves it to others
+                    self.client.zrem(keys.RUNS, *gone)
         return [name for name in names if there[name]]

@@ -7,6 +7,7 @@ paused finds out by the verdicts of the scripts; nothing that it then sends is a
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import cast
 
 import redis
+from redis.exceptions import NoPermissionError
 
 from torchord.cache import keys
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RecordDamaged
@@ -41,6 +43,7 @@ from torchord.cache.servers.redis_client import translated
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_SECONDS = 0.2
+_FORGOTTEN_MS = 60_000  # after its last beat
 DEAF_SECONDS = 15.0  # of an idle worker whose consumer's loop has not turned
 _MOST_ARGUMENTS = 1 << 16  # signs of a task's arguments, as text
 
@@ -190,11 +193,13 @@ class Registry:
         self.url = url
 
     def beat(self, info: WorkerInfo) -> None:
-        """Renew one worker's lease."""
+        """Renew one worker's lease; those that are long gone are forgotten."""
         with translated(self.url, f"renew the lease of worker {info.id}"):
             pipe = self.client.pipeline(transaction=False)
             pipe.set(keys.worker(info.id), json.dumps(asdict(info)), px=keys.WORKER_LEASE_MS)
-            pipe.zadd(keys.WORKERS, {info.id: int(time.time() * 1000)})
+            now = int(time.time() * 1000)
+            pipe.zadd(keys.WORKERS, {info.id: now})
+            pipe.zremrangebyscore(keys.WORKERS, "-inf", now - _FORGOTTEN_MS)
             pipe.expire(keys.WORKERS, keys.WORKER_INDEX_TTL_SECONDS)
             if info.placement:
                 pipe.set(keys.PLACEMENT, info.placement, nx=True, px=keys.WORKER_LEASE_MS)
@@ -210,16 +215,12 @@ class Registry:
             pipe.execute()
 
     def alive(self) -> dict[str, WorkerInfo]:
-        """Every worker whose lease is in force, by id; forgets those long gone."""
+        """Every worker whose lease is in force, by id."""
         with translated(self.url, "list the workers"):
             ids = cast(list[str], self.client.zrange(keys.WORKERS, 0, -1))
             if not ids:
                 return {}
             texts = cast(list[str | None], self.client.mget([keys.worker(id) for id in ids]))
-            gone = [id for id, text in zip(ids, texts, strict=True) if text is None]
-            if gone:
-                stale = int(time.time() * 1000) - 60_000
-                self.client.zremrangebyscore(keys.WORKERS, "-inf", stale)
         return {
             info.id: info
             for id, text in zip(ids, texts, strict=True)
@@ -232,7 +233,8 @@ class Registry:
             return read(text)
         except ValueError as error:
             log.error("worker %.100r in the registry is passed over: %s", id, error)
-            self.client.zrem(keys.WORKERS, id)  # a worker that lives comes back with its next beat
+            with contextlib.suppress(NoPermissionError):  # who may only read leaves it to others
+                self.client.zrem(keys.WORKERS, id)  # a worker that lives comes back with its next beat
             return None
 
     def worker(self, id: str) -> WorkerInfo | None:
