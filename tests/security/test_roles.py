@@ -23,7 +23,9 @@ from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import LocalCluster, Master, TrainingConfig, stored_dataset
 from torchord.cache import keys
 from torchord.cache.errors import CacheUnreachable, RunFailed
+from torchord.coordinator import cli
 from torchord.coordinator.local_cluster.embedded_server import free_port
+from torchord.coordinator.runtime import key_files
 
 NO_RIGHT = re.compile("permission|NOPERM|ACL")
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,55 @@ def store() -> Iterator[Guarded]:
     with guarded() as made:
         yield made
 
+
+SELDOM = {
+    "asking": "a Redis Cluster's server sends its reader on",
+    "cluster|slots": "nodes of tensors that are a Redis Cluster",
+    "select": "nodes of tensors in a database other than 0",
+    "unlink": "a blob that nobody wants",
+    "llen": "a queue is looked at that has stood still",
+    "punsubscribe": "a process ends in order",
+}
+SELDOM_OF = {
+    "submit": {
+        "hexists": "a run that failed is taken up again",
+        "hincrby": "it is rolled back before",
+        "hlen": "a ledger of more entries than one look takes",
+        "hmget": "likewise",
+    },
+    "worker": {
+        "ltrim": "what is no message goes into quarantine",
+        "incr": "behind Sentinel: Celery counts a chord's parts by itself",
+        "hincrby": "a shard arrives twice",
+        "hmget": "a worker that adds parts up looks which are there",
+        "lpush": "a message is put back",
+        "zadd": "likewise",
+    },
+    # A worker on both queues has this role, and does what a Client does.
+    "server": dict.fromkeys(
+        ("hincrby", "incr", "ltrim", "rpush", "setex", "sismember", "zcard", "zcount"), "as a Client"
+    ),
+    "monitor": {
+        "hkeys": "evaluations of a run that has some",
+        "hlen": "a ledger of more entries than one look takes",
+        "info": "how full a store is for which a run waits",
+        "zrem": "kombu forgets a reply's queue that nobody has read",
+    },
+}
+"""What is given and is not always used in one life of some runs -> when it is."""
+
+PAGES = (
+    "workers",
+    "tasks",
+    "broker",
+    "runs",
+    "runs/lines",
+    "run/tree",
+    "run/tree/overview",
+    "metrics",
+    "api/workers?refresh=1",
+    "api/queues/length",
+)
 
 # --- sufficient -----------------------------------------------------------------------
 
@@ -92,12 +143,16 @@ def watched(url: str, log: Path, look: Callable[[str], None]) -> None:
 
 
 @pytest.mark.slow
-def test_everybody_does_his_work_over_tls(tmp_path: Path) -> None:
+def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The life of several runs, each process under its role, with a client certificate: nothing is denied."""
     folder = certificates(tmp_path)
+    key_files.new(tmp_path / "keys", "ed25519")
+    monkeypatch.setenv("TORCHORD_KEYS", str(tmp_path / "keys/submit.json"))
     with (
         guarded() as store,
         guarded() as tensors,
+        store.heard() as used,
+        tensors.heard() as used_of_tensors,
         tls_front(store.server.port, folder) as port,
         tls_front(tensors.server.port, folder) as node,
     ):
@@ -112,12 +167,17 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path) -> None:
                 made.add_worker(
                     name,
                     role="server" if role == "server" else "client",
-                    env={**env, "TORCHORD_HOST_CACHE": "off"},
+                    env={
+                        **env,
+                        "TORCHORD_KEYS": f"{tmp_path}/keys/{role}.json",
+                        "TORCHORD_HOST_CACHE": "off",
+                    },
                 )
             made.wait_ready()
             master = Master(urls["submit"], cache_urls=[nodes["submit"]], checkpoint_dir=made.checkpoint_dir)
             work(master, made)
             made.wait_ready()
+            monkeypatch.setenv("TORCHORD_KEYS", str(tmp_path / "keys/monitor.json"))
             look(urls["monitor"], tmp_path)
             for worker in made.processes.values():
                 worker.terminate()
@@ -127,6 +187,10 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path) -> None:
         stranger = store.url("worker", port=port, tls=options(folder, "stranger"))
         with pytest.raises(CacheUnreachable):
             Master(stranger).runs()
+    for role in ROLES:
+        given = {word.removeprefix("+") for word in rules()[role] if word.startswith("+")}
+        found = used[role] | used_of_tensors[role] | used[""] | used_of_tensors[""]
+        assert given - found <= set(SELDOM) | set(SELDOM_OF.get(role, ())), role
 
 
 def work(master: Master, made: LocalCluster) -> None:
@@ -139,7 +203,8 @@ def work(master: Master, made: LocalCluster) -> None:
     run.model(version=5)
     points = models.points(40)
     master.datasets.put("points", points.tensors)
-    stored = models.mlp(size=40, dataset=partial(stored_dataset, "points"))
+    wide = partial(models.Mlp, hidden=600)  # too large to travel inside a record
+    stored = models.mlp(size=40, model=wide, dataset=partial(stored_dataset, "points"))
     config = TrainingConfig(epochs=40, batch_size=8, shards=2, compression="topk:0.2", checkpoint_every=5)
     run = master.submit(stored, config, name="stored")
     wait_until(lambda: run.status().version >= 4, message="the fourth step")
@@ -164,11 +229,13 @@ def look(url: str, folder: Path) -> None:
     assert set(master.runs()) == {"tree", "stored", "broken"}
     assert master.run("tree").status().state == "done" and len(master.run("tree").history()) == 10
     assert next(iter(master.run("tree").events())).type == "started"
+    assert master.run("tree").verify().ok
+    assert cli.main(["health", "--url", url, "--json"]) == 0
     for words in (("inspect", "ping"), ("inspect", "stats"), ("inspect", "active"), ("status",)):
         assert celery(url, *words).count("@") >= 3, words
 
     def pages(page: str) -> None:
-        for name in ("workers", "tasks", "broker", "api/workers?refresh=1", "api/queues/length"):
+        for name in PAGES:
             with urlopen(f"{page}/{name}", timeout=PATIENCE_SECONDS) as reply:
                 assert reply.status == 200
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,49 @@ class Guarded:
         entries: Any = self.owner.acl_log(128)
         self.owner.acl_log_reset()
         return [f"{e['username']}: {e['reason']} {e['object']} ({e['context']})" for e in entries]
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[dict[str, set[str]]]:
+        """Fills, at its end, a table: role -> the commands that it sent, those of its scripts included."""
+        lines: list[tuple[str, str]] = []  # (address of the client, command)
+        users: dict[str, str] = {}
+        used: dict[str, set[str]] = defaultdict(set)
+        ear = redis.Redis.from_url(self.server.url, socket_timeout=None)
+
+        def listen() -> None:
+            with ear.monitor() as monitor:
+                ready.set()
+                while not ended.is_set():
+                    said = monitor.next_command()
+                    words = said["command"].lower().split(" ", 2)
+                    lua = said["client_type"] == "lua"
+                    where = "lua" if lua else f"{said['client_address']}:{said['client_port']}"
+                    lines.append((where, "|".join(words[: 2 if words[0] in _HAVE_PARTS else 1])))
+
+        def name() -> None:
+            while not ended.wait(0.01):
+                users.update((client["addr"], client["user"]) for client in self.owner.client_list())
+
+        ready, ended = threading.Event(), threading.Event()
+        threads = [threading.Thread(target=work, daemon=True) for work in (listen, name)]
+        for thread in threads:
+            thread.start()
+        assert ready.wait(10)
+        try:
+            yield used
+        finally:
+            ended.set()
+            self.owner.ping()  # the line at which the ear wakes up
+            for thread in threads:
+                thread.join(10)
+            ear.close()
+        caller = ""
+        for where, command in lines:
+            caller = caller if where == "lua" else where
+            used[users.get(caller, "")].add(command)
+
+
+_HAVE_PARTS = frozenset({"client", "script", "cluster", "acl", "config"})
 
 
 @contextlib.contextmanager
