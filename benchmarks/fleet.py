@@ -68,7 +68,7 @@ class Fleet:
         from torchord.tasks.celery_app import app
 
         self.app: Any = app
-        self.services = Services(Settings(url=url, host_cache=False))
+        self.services = Services(Settings(url=url, host_cache=False, allowed_modules=("*",)))
         self.contexts = Contexts(self.services)
         self.redis = self.services.ledger("any").client
         self.sender = Sender(app)

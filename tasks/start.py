@@ -25,6 +25,8 @@ def import_from_working_directory() -> None:
 def announce(settings: Settings) -> None:
     """Print which recipes the worker admits, where it looks for their modules, and whom it serves: two lines.
 
+    And a third where it was started in a directory that vouches for nothing.
+
     To where Celery prints its banner, which follows.
     """
     admission = Admission(settings.allowed_modules)
@@ -34,5 +36,6 @@ def announce(settings: Settings) -> None:
             f"torchord: serves {masked(settings.url)}; recipes may use {admission.describe()} "
             f"(TORCHORD_ALLOWED_MODULES={','.join(admission.listed)})\n"
             f"torchord: besides what is installed, modules are looked for in {places or 'no directory'}\n"
+            + (f"torchord: {admission.warning}\n" if admission.warning else "")
         )
         sys.__stdout__.flush()

@@ -27,6 +27,7 @@ from tests.support.processes import guardian_pid, responds
 from tests.support.times import table_of_times
 from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
+from torchord.coordinator.spec import start_place
 
 DATABASES = 1024
 _numbers = itertools.count(1)
@@ -39,6 +40,9 @@ def neutral_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("TORCHORD_", "CELERY_")) and name != "TORCHORD_TEST_MARK":
                 patch.delenv(name)
+        # Workers that tests have in this process admit the tests' recipes, as if they were named.
+        others = tuple(name for name in start_place.OWN_FOLDERS if name != "tests")
+        patch.setattr(start_place, "OWN_FOLDERS", others)
         yield
 
 
@@ -76,6 +80,8 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
     def start(workers: int = 2, **arguments: Any) -> LocalCluster:
         folder = tmp_path / f"cluster{len(clusters)}"
         defaults = {"log_dir": folder / "logs", "checkpoint_dir": folder / "checkpoints", "wait_ready": True}
+        if "url" in arguments:  # such workers admit a checkout's tests only where they are named
+            arguments["env"] = {"TORCHORD_ALLOWED_MODULES": ".,torch,tests", **arguments.get("env", {})}
         started = LocalCluster(workers, **{**defaults, **arguments})
         clusters.append(started)
         started.start()

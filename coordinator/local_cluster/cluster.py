@@ -25,10 +25,10 @@ from typing import Literal, Self
 
 from torchord.cache.errors import InvalidInput, NoWorker
 from torchord.cache.keyring import local_path, write_local
-from torchord.cache.settings import located
+from torchord.cache.settings import from_environment, located
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, tail
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
-from torchord.coordinator.local_cluster.import_path import for_workers
+from torchord.coordinator.local_cluster.import_path import allow_list, for_workers
 from torchord.coordinator.local_cluster.starting import forget, register
 
 READY_SECONDS = 60.0
@@ -399,7 +399,7 @@ class LocalCluster:
         launch = _Launch(
             argv=self._argv(name, role, queues),
             queues=None if queues is None else frozenset(queues.split(",")),
-            env={**_environment(url, self._checkpoint_dir), **self._env, **(env or {})},
+            env={**self._environment(url), **self._env, **(env or {})},
             cwd=Path.cwd(),
             log=self._logs() / f"{name}.log",
         )
@@ -418,6 +418,21 @@ class LocalCluster:
         forget([worker])
         worker._child.stop(self._grace_seconds)
         return self._spawn(name, worker.role, worker._launch)
+
+    def _environment(self, url: str) -> dict[str, str | None]:
+        """Changes to the environment that make a worker serve this cluster and import what we can import."""
+        changes: dict[str, str | None] = dict.fromkeys(FOREIGN)
+        changes |= {
+            "TORCHORD_URL": url,
+            "PYTHONPATH": os.pathsep.join(map(str, for_workers())),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self._url is None and from_environment().allowed_modules is None:
+            # Nobody but this program's user submits to its server.
+            changes["TORCHORD_ALLOWED_MODULES"] = ",".join(allow_list(Path.cwd()))
+        if self._checkpoint_dir is not None:
+            changes["TORCHORD_CHECKPOINT_DIR"] = self._checkpoint_dir
+        return changes
 
     def _free_name(self, stem: str) -> str:
         return next(name for i in range(1, 1 << 30) if (name := f"{stem}{i}") not in self._processes)
@@ -459,16 +474,3 @@ class LocalCluster:
 def _report(worker: WorkerProcess, what: str) -> str:
     log = f"The end of its log ({worker.log}):\n{worker.tail()}"
     return f"Worker {worker.name!r} {what}.\n  Command: {worker.command}\n  {log}"
-
-
-def _environment(url: str, checkpoint_dir: str | None) -> dict[str, str | None]:
-    """Changes to the environment that make a worker serve this cluster and import what we can import."""
-    changes: dict[str, str | None] = dict.fromkeys(FOREIGN)
-    changes |= {
-        "TORCHORD_URL": url,
-        "PYTHONPATH": os.pathsep.join(map(str, for_workers())),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if checkpoint_dir is not None:
-        changes["TORCHORD_CHECKPOINT_DIR"] = checkpoint_dir
-    return changes

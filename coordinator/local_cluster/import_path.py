@@ -29,6 +29,24 @@ def for_workers() -> list[Path]:
     return list(dict.fromkeys((*beyond_installation(), Path.cwd(), *root)))
 
 
+def allow_list(directory: Path, given: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """What a program admits, and its workers whose server nobody else submits to.
+
+    That is what is given, else what lies where it was started, wherever that is; in torchord's checkout its
+    tests and examples, too.
+    """
+    if given is not None:
+        return given
+    own = ("tests", "benchmarks", "examples") if is_checkout(directory) else ()
+    return (".", "torch", *own)
+
+
+def is_checkout(root: Path) -> bool:
+    """Whether a directory is a checkout of torchord."""
+    marks = ("torchord/doors.py", "coordinator/spec/admission.py", "pyproject.toml")
+    return all((root / mark).is_file() for mark in marks)
+
+
 def _installed() -> set[Path]:
     return {
         Path(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchord.cache.errors import (
@@ -17,6 +18,7 @@ from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import UNLIKE, Head, LedgerEntry
+from torchord.coordinator.local_cluster.import_path import allow_list
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit, entry_texts, opened
 from torchord.coordinator.master.fleet import Fleet
@@ -410,9 +412,9 @@ class Run:
         return self._ledger.spec()
 
     def _recipe(self) -> ResolvedRecipe:
-        # What this very process submitted it may import; any other run's modules must be allowed.
-        allowed = ("*",) if self._trusted else self._services.settings.allowed_modules
-        return resolve(self._spec()["recipe"], allowed=allowed)
+        # This very process's own may be anything; other runs' modules are as its user's directory has them.
+        given = ("*",) if self._trusted else self._services.settings.allowed_modules
+        return resolve(self._spec()["recipe"], allowed=allow_list(Path.cwd(), given))
 
     def _plan(self, head: Head) -> Plan | None:
         if self._planned is not None and self._planned[0] == head.incarnation:

@@ -22,13 +22,14 @@ from typing import Any
 from torchord.cache.errors import NotAllowed, RecipeError
 from torchord.coordinator.spec.building_blocks import admitted, wanted
 from torchord.coordinator.spec.default_dtype import imported
+from torchord.coordinator.spec.start_place import doubt, is_torchords_own, others_write
 
 HERE = "."
 """The word of an allow-list for the modules whose file lies under the directory that the worker was
 started in and belongs to no installed package."""
 
 DEFAULT_ALLOWED = (HERE, "torch")
-"""The allow-list of a worker that was given none."""
+"""The allow-list of a worker that was given none, in a directory that nobody else writes to."""
 
 START_DIRECTORY = Path.cwd().resolve()
 """The directory that the process was started in, as seen when this module was first imported."""
@@ -105,7 +106,7 @@ class Admission:
         allowed: module prefixes that may be imported, each with what lies below it ("." means
             modules whose file lies under `directory` and is no installed package, "torch" means
             `TORCH_MODULES`, "*" means anything, for a process that wrote the recipe itself);
-            None: `DEFAULT_ALLOWED`.
+            None: `DEFAULT_ALLOWED`, but for "." in directories of which `start_place.doubt` says why.
         directory: where the worker was started; consulted only if "." is allowed.
         needs: all targets of the recipe, so that a refusal can say at once what it takes to admit it.
     """
@@ -117,7 +118,24 @@ class Admission:
     @property
     def listed(self) -> tuple[str, ...]:
         """The allow-list in force."""
-        return DEFAULT_ALLOWED if self.allowed is None else self.allowed
+        if self.allowed is not None:
+            return self.allowed
+        return ("torch",) if self.doubt else DEFAULT_ALLOWED
+
+    @functools.cached_property
+    def doubt(self) -> str:
+        """Why nothing of the directory is admitted unasked, in words; "" if something is."""
+        return doubt(self.directory) if self.allowed is None else ""
+
+    @property
+    def warning(self) -> str:
+        """What to tell whoever starts the worker in a directory that vouches for nothing; "" for nothing."""
+        if not self.doubt:
+            return ""
+        return (
+            f"{self.directory} {self.doubt}, so no module in it is admitted: start the worker in a directory "
+            "of your own, or name the modules in TORCHORD_ALLOWED_MODULES (. stands for all that lies there)"
+        )
 
     def describe(self) -> str:
         """What is admitted, in words: "modules under /home/me/project and the building blocks of torch"."""
@@ -243,7 +261,11 @@ class Admission:
             return True
         if within(name, "torchord"):  # in its own checkout it lies under the directory, and is no recipe
             return False
-        return HERE in self.listed and file is not None and _is_project_file(Path(file), self.directory)
+        if HERE not in self.listed or file is None or not _is_project_file(Path(file), self.directory):
+            return False
+        if is_torchords_own(Path(file).resolve(), self.directory.resolve()):
+            return False
+        return self.allowed is not None or not _is_open(Path(file), self.directory)
 
     def _names(self, name: str) -> bool:
         """Whether the allow-list itself names the module (for torch: a part of it)."""
@@ -257,9 +279,10 @@ class Admission:
     def _refusal(self, name: str, target: str) -> NotAllowed:
         others = (_prefix(module) for module in map(_module, self.needs) if self._would_refuse(module))
         missing = dict.fromkeys((_prefix(name), *others))
+        why = f"; {self.directory} {self.doubt}" if self.doubt else ""
         return NotAllowed(
             f"this worker may not import {name!r}, which the recipe needs for {target!r} (it admits "
-            f"{self.describe()}); to allow it, start the worker with "
+            f"{self.describe()}{why}); to allow it, start the worker with "
             f"TORCHORD_ALLOWED_MODULES={','.join(dict.fromkeys((*self.listed, *missing)))}"
         )
 
@@ -313,6 +336,13 @@ def _is_project_file(file: Path, directory: Path) -> bool:
         return False
     between = [parent for parent in file.parents if parent != directory and parent.is_relative_to(directory)]
     return not any((parent / "pyvenv.cfg").is_file() for parent in between)
+
+
+def _is_open(file: Path, directory: Path) -> bool:
+    """Whether others can write to a file, or put another into one of the folders above it."""
+    file, directory = file.resolve(), directory.resolve()
+    below = [parent for parent in file.parents if parent != directory and parent.is_relative_to(directory)]
+    return any(map(others_write, (file, *below)))
 
 
 def _interpreter_places(directory: Path) -> Iterator[Path]:
