@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ MOST_DEPTH = 64
 """How deep JSON may nest."""
 
 _NOT_BRACKETS = bytes(sign for sign in range(256) if sign not in b"[]{}")
+_SQUARE = bytes.maketrans(b"{}", b"[]")
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What code raises that meets values of another kind than it expects."""
@@ -45,29 +49,31 @@ def parsed(
     try:
         if nested(text):
             raise error(f"{what} nests deeper than {MOST_DEPTH} levels")
+        if isinstance(text, bytes):
+            text = text.decode()
+        if _SURROGATE.search(text):  # half a sign, which no server takes and no file has: a ValueError
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
         return json.loads(text, object_hook=hook)
     except (ValueError, RecursionError) as failure:
         raise error(f"{what} is no JSON ({type(failure).__name__}: {failure!s:.100})") from None
 
 
 def nested(text: str | bytes) -> bool:
-    """Whether JSON nests deeper than `MOST_DEPTH`, found without building anything.
-
-    Brackets inside of texts can hide some levels from it; the parser's own bound is behind it.
-    """
+    """Whether JSON nests deeper than `MOST_DEPTH`, found without building anything."""
     if isinstance(text, str):
         if text.count("[") + text.count("{") <= MOST_DEPTH:
             return False
         text = text.encode("utf-8", "surrogatepass")
     elif text.count(b"[") + text.count(b"{") <= MOST_DEPTH:
         return False
-    left = text.translate(None, _NOT_BRACKETS)
-    for _ in range(MOST_DEPTH):  # each round takes the innermost level away
-        shorter = left.replace(b"[]", b"").replace(b"{}", b"")
+    outside = _TEXTS.sub(b"", text) if b"\\" in text else b"".join(text.split(b'"')[::2])
+    left = outside.translate(_SQUARE, _NOT_BRACKETS)
+    for _ in range(MOST_DEPTH):
+        shorter = left.replace(b"[]", b"")  # the innermost level is gone
         if len(shorter) == len(left):
-            break
+            return left.startswith(b"[" * MOST_DEPTH)  # no JSON: the parser finds that out, if it may try
         left = shorter
-    return len(left) > MOST_DEPTH
+    return bool(left)
 
 
 class Kind(NamedTuple):

@@ -45,6 +45,8 @@ class Settings:
         dataset_disk: directory in which the processes of this host keep chunks of stored
             datasets; "" for none.
         dataset_disk_bytes: how much they keep there.
+        dataset_urls: schemes and places at which stored datasets may lie outside of the cache; None means
+            directories and object stores (`torchord.cache.datasets.allowed_urls`).
         task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
         overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
         keys: file of the keys that records are sealed and opened with; "" for those of a local cluster, if it
@@ -66,6 +68,7 @@ class Settings:
     dataset_memory_bytes: int = 256 << 20
     dataset_disk: str = ""
     dataset_disk_bytes: int = 16 << 30
+    dataset_urls: tuple[str, ...] | None = None
     task_log: bool = True
     overlap: frozenset[str] = OVERLAPS
     keys: str = ""
@@ -205,6 +208,7 @@ def from_environment() -> Settings:
         dataset_memory_bytes=_whole("TORCHORD_DATASET_MEMORY_BYTES", 256 << 20),
         dataset_disk=located(disk) if (disk := env.get("TORCHORD_DATASET_DISK")) else "",
         dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),
+        dataset_urls=None if (urls := env.get("TORCHORD_DATASET_URLS")) is None else _words(urls),
         task_log=_on("TORCHORD_TASK_LOG"),
         overlap=_overlap("TORCHORD_OVERLAP"),
         keys=_keys(env.get("TORCHORD_KEYS", "").strip()),

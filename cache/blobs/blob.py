@@ -17,8 +17,11 @@ from torchord.cache.tensors.pieces import checksums, chunk_count, split
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_CHUNK_NBYTES = 512 << 20
-"""What a server takes as one value."""
+MOST_CHUNK_NBYTES = 4 << 20
+"""Of a reference that somebody else wrote: each checksum in it stands for so much memory at most.
+
+Torchord's own chunks have had 256 KiB to 1 MiB.
+"""
 
 _REFERENCE = Fields(
     "a blob reference",
@@ -112,6 +115,10 @@ class BlobRef:
         ):
             raise InvalidInput(
                 f"blob {ref.key!r}: {len(joined) // 16} checksums do not fit {ref.nbytes} bytes"
+            )
+        if ref.data and len(ref.data) != 4 * -(-ref.nbytes // 3):
+            raise InvalidInput(
+                f"blob {ref.key!r:.200}: {len(ref.data)} signs are not {ref.nbytes} bytes in base64"
             )
         return ref
 

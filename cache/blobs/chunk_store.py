@@ -59,7 +59,9 @@ class Chunks(Protocol):
         """Fetch and verify a blob, into any writable memory."""
         ...
 
-    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
+    def read_parts(
+        self, key: str, view: memoryview, sums: Mapping[int, str], chunk_nbytes: int | None = None
+    ) -> None:
         """Fetch and verify some chunks of a blob."""
         ...
 
@@ -238,15 +240,18 @@ class ChunkStore:
             parts = Cut(partial(as_bytes, buffer), ref.nbytes, ref.chunk_nbytes)
             self._patiently(self._rounds.load, _keys(ref), parts, ref.checksums)
 
-    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
+    def read_parts(
+        self, key: str, view: memoryview, sums: Mapping[int, str], chunk_nbytes: int | None = None
+    ) -> None:
         """Fetch some chunks of a blob into its memory and verify them; errors as for `get`.
 
         Args:
             key: prefix of the chunk keys.
             view: memory of the whole blob; of it, these chunks' are written to.
             sums: number of each wanted chunk -> its xxh3_64; at least one.
+            chunk_nbytes: length of the blob's chunks; None: as long as this store writes them.
         """
-        size, prefix = self.chunk_nbytes, key.encode()
+        size, prefix = chunk_nbytes or self.chunk_nbytes, key.encode()
         numbers = sorted(sums)  # only the last one may be shorter
         parts = [view[i * size : (i + 1) * size] for i in numbers]
         names = [b"%s:%d" % (prefix, i) for i in numbers]

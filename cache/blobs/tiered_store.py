@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef, inlined, unpacked
+from torchord.cache.blobs.bounds import require_plausible
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES, Chunks
 from torchord.cache.blobs.content_digest import ContentDigest, content_digest
 from torchord.cache.blobs.host_tier import HostTier
@@ -254,6 +255,8 @@ class TieredStore:
             ref.require_content(view)
 
         found = None
+        if out is None and ahead is None and not (self.host is not None and self.host.has(ref)):
+            require_plausible(ref, self.chunks)
         if self.host is not None and self.tiered(ref.nbytes):
             found = self.host.fetch(ref, download)
         if found is not None and not downloaded:
@@ -288,6 +291,7 @@ class TieredStore:
         if ref.data:
             unpacked(ref)
         else:
+            require_plausible(ref, self.chunks)
             ref.require_content(as_bytes(self.chunks.get(ref)))
 
     def read_into(self, ref: BlobRef, view: memoryview) -> None:
@@ -295,6 +299,7 @@ class TieredStore:
         if ref.data:
             view[:] = unpacked(ref)
             return
+        ref.require_length(view)
         found = None if self.host is None or not self.tiered(ref.nbytes) else self.host.get(ref)
         if found is None:
             self.chunks.read_into(ref, view)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from torchord.cache.datasets.allowed_urls import require_allowed
 from torchord.cache.datasets.cache_place import CachePlace
 from torchord.cache.datasets.chunk_cache import ChunkCache, DiskTier
 from torchord.cache.datasets.content import Bytes, Chunk
@@ -77,6 +78,8 @@ class _Shared:
         self._caches: dict[tuple[int, str, int], ChunkCache] = getattr(self, "_caches", {})
 
     def place(self, settings: Settings, url: str | None) -> Place:
+        if url is not None:
+            require_allowed(url, settings.dataset_urls)
         key = settings if url is None else (url, settings.keys)
         with self._lock:
             if key not in self._places:
@@ -109,7 +112,7 @@ def place_of(settings: Settings, url: str | None) -> Place:
     """The place that settings (and, for a folder, its fsspec URL) mean; one per process.
 
     Raises:
-        InvalidInput: the URL cannot be used.
+        InvalidInput: the URL cannot be used, or this process opens none there.
     """
     return _shared.place(settings, url)
 

@@ -34,7 +34,7 @@ from torchord.cache.errors import (
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import DeltaRecord, StateRecord, VersionRecord
 from torchord.cache.ledger.rest_record import RestRecord
-from torchord.cache.stores.damage import telling
+from torchord.cache.stores.damage import require_fitting, telling
 from torchord.cache.stores.trees import get_tree, put_tree
 from torchord.cache.tensors.codec import Manifest, as_bytes, layout, pack, views
 from torchord.cache.tensors.halves import Halves, Rest, VersionBytes
@@ -192,7 +192,11 @@ class ParameterCache:
     def fetch_delta(self, delta: DeltaRecord) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(difference as the codec wrote it, buffers) of a version, as views of one received buffer."""
         began = time.perf_counter()
-        tensors = views(self.chunks.get(delta.blob), Manifest.from_json(delta.manifest))
+        manifest = Manifest.from_json(delta.manifest)
+        require_fitting("the difference of two versions", delta.blob, manifest)
+        tensors = views(self.chunks.get(delta.blob), manifest)
+        if not set(delta.buffers) <= tensors.keys():
+            raise ManifestMismatch("the difference of two versions names buffers that it has not")
         buffers = {name: tensors.pop(name) for name in delta.buffers}
         with self._lock:
             c = self._counters

@@ -52,9 +52,11 @@ class MemoryChunkStore:
         ref.require_length(buffer)
         self._read(ref.key, as_bytes(buffer), dict(enumerate(ref.checksums)), ref.chunk_nbytes)
 
-    def read_parts(self, key: str, view: memoryview, sums: Mapping[int, str]) -> None:
+    def read_parts(
+        self, key: str, view: memoryview, sums: Mapping[int, str], chunk_nbytes: int | None = None
+    ) -> None:
         """As `ChunkStore.read_parts`."""
-        self._read(key, view, sums, self.chunk_nbytes)
+        self._read(key, view, sums, chunk_nbytes or self.chunk_nbytes)
 
     def delete(self, refs: Iterable[BlobRef]) -> None:
         """As `ChunkStore.delete`."""

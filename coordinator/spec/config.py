@@ -19,7 +19,11 @@ _MEMORY_FORMATS = ("contiguous", "channels_last")
 _DIGESTS = ("auto", "xxh3", "blake3", "sha256")
 _NONFINITE = ("stop", "skip")
 _SKEW = ("refuse", "admit")
+_MAX_TASKS = 1 << 20
+_MAX_THREADS = 1024  # more than any machine has; a process that asks for 100,000 is ended by its system
+_MAX_STALENESS = 1024
 _MAX_SEED = (1 << 63) - 1
+_MAX_COUNT = (1 << 53) - 1  # what a script of the control plane can count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the dataset, at least 1.
         batch_size: examples in one global step over all shards together, at least 1.
-        shards: gradient tasks in one step, at least 1; a step with fewer examples than this
+        shards: gradient tasks in one step, 1 to 2**20; a step with fewer examples than this
             (the ragged end of an epoch, or a small batch) has one shard per example instead.
             The bits of a run depend on it, on the number of workers they do not.
         fan_in: tensors that are summed in one place, at least 2. A step with more shards has them
@@ -37,11 +41,11 @@ class TrainingConfig:
             training server reads at most this many tensors. The bits of a run with more shards than
             this depend on it. See docs/protocol.md, "Partial sums".
         seed: root of all randomness of the run, 0 to 2**63 - 1.
-        local_steps: optimizer steps that a shard takes by itself between two aggregations, each
-            on its part of a batch; 1 is exact synchronous SGD. See
+        local_steps: optimizer steps that a shard takes by itself between two aggregations, 1 to 2**20,
+            each on its part of a batch; 1 is exact synchronous SGD. See
             `torchord.coordinator.compute.inner_steps`.
-        staleness: versions by which a gradient may lag the head: so many further steps are under
-            way beside the present one. The lag is exact, not an upper bound, so that the bits
+        staleness: versions by which a gradient may lag the head, 0 to 1024: so many further steps are
+            under way beside the present one. The lag is exact, not an upper bound, so that the bits
             do not depend on who is fast.
         compression: how gradients travel: "none", or a codec with error feedback such as "fp16",
             "int8", "topk:0.01" or "powersgd:2". See docs/compression.md.
@@ -53,7 +57,7 @@ class TrainingConfig:
             "fp16" the loss is scaled; see `torchord.coordinator.compute.loss_scale` and docs/precision.md.
         clip_norm: largest global L2 norm of the averaged gradient, greater than 0; None: no
             clipping.
-        threads: intra-op threads of torch while a shard is computed, at least 1. Another count
+        threads: intra-op threads of torch while a shard is computed, 1 to 1024. Another count
             gives other bits, hence it belongs to the run and not to the machine.
         checkpoint_every: global steps between two checkpoints, at least 1.
         keep_checkpoints: newest checkpoints that are kept, at least 1; beside the one of version 0 that a
@@ -138,14 +142,17 @@ class TrainingConfig:
     digest: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "shards", "local_steps", "threads"):
+        for name in ("epochs", "batch_size"):
             self._integer(name, minimum=1)
+        for name in ("shards", "local_steps"):
+            self._integer(name, minimum=1, maximum=_MAX_TASKS)
+        self._integer("threads", minimum=1, maximum=_MAX_THREADS)
         for name in ("checkpoint_every", "keep_checkpoints", "max_attempts", "loss_scale_interval"):
             self._integer(name, minimum=1)
         self._integer("fan_in", minimum=2)
         self._integer("evaluate_every", minimum=1, optional=True)
         self._integer("seed", minimum=0, maximum=_MAX_SEED)
-        self._integer("staleness", minimum=0)
+        self._integer("staleness", minimum=0, maximum=_MAX_STALENESS)
         self._positive("clip_norm", optional=True)
         self._positive("shard_timeout_seconds", optional=True)
         self._positive("loss_scale")
@@ -167,13 +174,11 @@ class TrainingConfig:
                 except ConfigError as error:
                     raise ConfigError(str(error).replace("compression", name, 1)) from None
 
-    def _integer(
-        self, name: str, *, minimum: int, maximum: int | None = None, optional: bool = False
-    ) -> None:
+    def _integer(self, name: str, *, minimum: int, maximum: int = _MAX_COUNT, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
-        limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        limit = f"at least {minimum}" if maximum == _MAX_COUNT else f"from {minimum} to {maximum}"
         accepted = f"an integer, {limit}" + (", or None" if optional else "")
         try:
             if isinstance(value, bool):
@@ -181,8 +186,9 @@ class TrainingConfig:
             number = operator.index(value)
         except TypeError:
             raise ConfigError(f"{name} must be {accepted}, not {value!r}") from None
-        if number < minimum or (maximum is not None and number > maximum):
-            raise ConfigError(f"{name} must be {accepted}, not {value!r}")
+        if not minimum <= number <= maximum:
+            shown = repr(value) if abs(number) < 1 << 200 else f"a number of {number.bit_length()} bits"
+            raise ConfigError(f"{name} must be {accepted}, not {shown}")
         object.__setattr__(self, name, number)
 
     def _positive(self, name: str, *, optional: bool = False) -> None:
@@ -192,6 +198,8 @@ class TrainingConfig:
         accepted = "a finite number greater than 0" + (", or None" if optional else "")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{name} must be {accepted}, not {value!r}")
+        if isinstance(value, int) and abs(value) >= 1 << 200:
+            raise ConfigError(f"{name} must be {accepted}, not one of {value.bit_length()} bits")
         if not math.isfinite(value) or value <= 0:
             raise ConfigError(f"{name} must be {accepted}, not {value!r}")
         object.__setattr__(self, name, float(value))
@@ -199,7 +207,8 @@ class TrainingConfig:
     def _fraction(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ConfigError(f"{name} must be a number from 0 to 1, not {value!r}")
+            shown = f"{value!r:.60}" if not isinstance(value, int) or abs(value) < 1 << 200 else "that"
+            raise ConfigError(f"{name} must be a number from 0 to 1, not {shown}")
         object.__setattr__(self, name, float(value))
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:

@@ -934,8 +934,9 @@ def test_damage_in_a_folder_is_named_and_repaired(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["relative/folder", "zip://a::file:///b.zip", "nosuch://bucket/x"])
 def test_a_folder_must_be_one_that_workers_can_find(url: str) -> None:
+    everywhere = Settings(dataset_urls=("/", "zip://", "nosuch://"))
     with pytest.raises(InvalidInput, match="datasets cannot be kept at"):
-        Datasets(Settings()).list(url=url)
+        Datasets(everywhere).list(url=url)
 
 
 # --- in a recipe ------------------------------------------------------------------------

@@ -35,8 +35,8 @@ class Counting(MemoryChunkStore):
         super().__init__(chunk_nbytes=SIZE)
         self.read: list[str] = []
 
-    def read_parts(self, key: str, view: memoryview, sums: Any) -> None:
-        super().read_parts(key, view, sums)
+    def read_parts(self, key: str, view: memoryview, sums: Any, size: int | None = None) -> None:
+        super().read_parts(key, view, sums, size)
         self.read += [f"{key}:{i}" for i in sums]
 
 

@@ -33,9 +33,9 @@ class Counting(MemoryChunkStore):
         super().__init__(chunk_nbytes=SIZE)
         self.read: list[str] = []
 
-    def read_parts(self, key: str, view: memoryview, sums: Any) -> None:
+    def read_parts(self, key: str, view: memoryview, sums: Any, size: int | None = None) -> None:
         self.read += [f"{key}:{i}" for i in sums]
-        super().read_parts(key, view, sums)
+        super().read_parts(key, view, sums, size)
 
 
 def stored(store: MemoryChunkStore, key: str = "k", value: torch.Tensor = BYTES) -> BlobRef:
