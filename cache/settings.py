@@ -17,8 +17,8 @@ OVERLAPS = frozenset({"upload", "collect", "fetch"})
 """upload: gradients leave a Client while its backward runs. collect: the training server reads them while
 the step is computed. fetch: Clients read the next version while the training server stores it."""
 
-FLOWER_ALLOWS = frozenset({"pause", "resume", "cancel"})
-"""What Flower's pages about runs may do beside showing them: their buttons."""
+FLOWER_ALLOWS = frozenset({"pause", "resume", "cancel", "download"})
+"""What Flower's pages about runs may do beside showing them: buttons, and handing out a run's weights."""
 
 _ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "no", "false"})
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
-from torchord.cache.errors import CacheUnreachable, CheckpointError, TorchordError
+from torchord.cache.errors import CacheUnreachable, CheckpointError, InvalidInput, TorchordError
 from torchord.cache.settings import Settings
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.pages import rows
+from torchord.coordinator.pages.comparing import differences
+from torchord.coordinator.pages.curves import curves
 from torchord.coordinator.pages.overview import overview
 from torchord.coordinator.pages.subject import Subject
+from torchord.coordinator.pages.timeline import timeline
 from torchord.coordinator.runtime.services import Services
 
 _SUBJECTS_KEPT = 32
 _ROWS_KEPT = 2000
 _DISK_SECONDS = 30.0  # between two looks at the checkpoint directory
 _DISK_RUNS_MOST = 500
+_PROBLEMS_SHOWN = 50
+COMPARED_MOST = 8
 
 
 class Pages:
@@ -102,6 +108,22 @@ class Pages:
             self._disk = (time.monotonic(), found)
         return found
 
+    def compared(self, names: Sequence[str]) -> dict[str, Any]:
+        """The lines of some runs, and the entries of recipe and config in which they differ.
+
+        Raises:
+            RunNotFound: one is not known.
+            InvalidInput: there are more than `COMPARED_MOST`.
+        """
+        if len(names) > COMPARED_MOST:
+            raise InvalidInput(f"{len(names)} runs are too many to compare; choose at most {COMPARED_MOST}")
+        seen = [self._subject(name).seen() for name in names]
+        lines = [
+            self._row(name) if one.head else rows.disk_row(name, one)
+            for name, one in zip(names, seen, strict=True)
+        ]
+        return {"now": time.time(), "runs": lines, "differences": differences([one.spec for one in seen])}
+
     # --- one run ------------------------------------------------------------------------
 
     def overview(self, name: str) -> dict[str, Any]:
@@ -116,6 +138,81 @@ class Pages:
         with subject.lock:
             subject.history.look(seen.incarnation, seen.version)
             return overview(subject, seen, line, self._services.registry.alive())
+
+    def curves(
+        self, name: str, *, points: int, first: int = 0, last: int | None = None, have: str = ""
+    ) -> dict[str, Any]:
+        """A run's curves (see `curves`), and how far they are read.
+
+        Args:
+            have: the mark of the curves that the asker has; while they are the same, no curve is told.
+
+        Raises:
+            RunNotFound: neither Redis nor the checkpoint directory knows the run.
+        """
+        subject = self._subject(name)
+        seen = subject.seen()
+        with subject.lock:
+            history = subject.history
+            history.look(seen.incarnation, seen.version)
+            stamp = (seen.incarnation, history.loaded, len(history.columns), len(seen.evaluations), points)
+            mark = ".".join(map(str, (*stamp, first, last)))
+            told = {"mark": mark, "loaded": history.loaded, "version": seen.version, "now": time.time()}
+            if mark == have:
+                return told
+            found = curves(history.columns, seen.evaluations, points=points, first=first, last=last)
+            return {**told, **found}
+
+    def timeline(self, name: str, *, first: int | None = None, last: int | None = None) -> dict[str, Any]:
+        """Who computed which shard when: see `timeline`.
+
+        Raises:
+            RunNotFound: neither Redis nor the checkpoint directory knows the run.
+        """
+        subject = self._subject(name)
+        seen = subject.seen()
+        moving = seen.head is not None and seen.head.status not in rows.ENDED
+        alive = self._services.registry.alive()
+        with subject.lock:
+            history = subject.history
+            history.look(seen.incarnation, seen.version)
+            found = timeline(history.columns, history.events, alive, first=first, last=last)
+        return {**found, "moving": moving, "newest": history.columns.last}
+
+    def audit(self, name: str) -> dict[str, Any]:
+        """The audit of a run's ledger, as `Run.verify` makes it; takes as long as the run has steps.
+
+        Raises:
+            RunNotFound: Redis does not know the run.
+        """
+        found = self._subject(name).run.verify()
+        problems = list(found.problems)
+        return {
+            "ok": found.ok,
+            "said": str(found),
+            "problems": problems[:_PROBLEMS_SHOWN],
+            "left_out": max(0, len(problems) - _PROBLEMS_SHOWN),
+        }
+
+    def write_weights(self, name: str, path: str) -> int:
+        """Write the newest version's weights, as `Run.model` gives them, as a safetensors file; its version.
+
+        Raises:
+            VersionMissing: no version is stored.
+            RunNotFound: Redis does not know the run.
+        """
+        from safetensors.torch import save_file
+
+        from torchord.coordinator.compute.averaging import ENTRY
+
+        version, tensors = self._subject(name).run.tensors()
+        kept = {
+            entry: tensors.get(f"{ENTRY}/{entry}", tensor).clone()
+            for entry, tensor in tensors.items()
+            if "/" not in entry  # what has one is no parameter and no buffer
+        }
+        save_file(kept, path, metadata={"run": name, "version": str(version)})
+        return version
 
     def act(self, name: str, verb: str) -> dict[str, Any]:
         """Do to a run what a person has asked for; its state afterwards.

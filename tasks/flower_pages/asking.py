@@ -34,19 +34,26 @@ class Asking:
     def __init__(self, make: Callable[[], Pages] | None = None) -> None:
         self._make = make or _from_environment
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="torchord-pages")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="torchord-pages-slow")
         self._lock = threading.Lock()
         self._pages: Pages | None = None
         self._waiting = 0
         self._answers: dict[tuple[Any, ...], tuple[float, Future[Any]]] = {}
 
     async def ask(
-        self, question: Callable[[Pages], Any], *, key: tuple[Any, ...] = (), seconds: float = 0.0
+        self,
+        question: Callable[[Pages], Any],
+        *,
+        key: tuple[Any, ...] = (),
+        seconds: float = 0.0,
+        slow: bool = False,
     ) -> Any:
         """The answer to a question, which blocks and so is put in a thread.
 
         Args:
             key: names the question, so that whoever asks the same shares the answer; () for nobody.
             seconds: how long an answer is good.
+            slow: it takes long, so it waits for others of its kind and they for it.
 
         Raises:
             Busy: too many questions wait.
@@ -57,7 +64,7 @@ class Asking:
         if self._waiting >= _WAITING_MOST:
             raise Busy(f"{self._waiting} questions wait for an answer; ask again in a while")
         self._waiting += 1
-        future = self._threads.submit(self._answer, question)
+        future = (self._slow if slow else self._threads).submit(self._answer, question)
         if key:
             self._forget_old()
             self._answers[key] = (time.monotonic() + seconds, future)

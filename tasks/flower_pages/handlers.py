@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,14 @@ from urllib.parse import urlsplit
 from flower.views import BaseHandler
 from tornado.web import HTTPError, RequestHandler, StaticFileHandler, authenticated, url
 
-from torchord.cache.errors import CacheUnreachable, InvalidInput, RunError, RunNotFound, TorchordError
+from torchord.cache.errors import (
+    CacheUnreachable,
+    InvalidInput,
+    RunError,
+    RunNotFound,
+    TorchordError,
+    VersionMissing,
+)
 from torchord.cache.ledger.figures import for_others
 from torchord.tasks.flower_pages.asking import Asking, Busy
 
@@ -23,8 +31,10 @@ STATIC = Path(__file__).parent / "static"
 VERBS = ("pause", "resume", "cancel")
 _LIST_SECONDS = 1.0
 _RUN_SECONDS = 0.5
+_CHUNK_NBYTES = 1 << 20
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (RunNotFound, 404),
+    (VersionMissing, 404),
     (InvalidInput, 400),
     (CacheUnreachable, 503),
     (Busy, 503),
@@ -62,7 +72,7 @@ class RunsHandler(BaseHandler):
         try:
             found = await self.asking.ask(lambda pages: for_others(question(pages)), **sharing)
         except Exception as error:  # whatever it is, the page says so and asks again
-            self.set_status(next((code for kind, code in _STATUS if isinstance(error, kind)), 500))
+            self.set_status(_code(error))
             if not isinstance(error, TorchordError):
                 log.exception("a page about runs got no answer")
             said = str(error) if isinstance(error, TorchordError) else f"{type(error).__name__}: {error}"
@@ -90,6 +100,27 @@ class RunsLines(RunsHandler):
         await self.answer(lambda pages: pages.listed(), key=("listed",), seconds=_LIST_SECONDS)
 
 
+class ComparePage(RunsHandler):
+    """Several runs beside one another."""
+
+    @authenticated
+    def get(self) -> None:
+        """The page, which asks for what it shows itself."""
+        self.page("torchord-compare.html", names=self.get_arguments("run"))
+
+
+class CompareLines(RunsHandler):
+    """In what several runs differ."""
+
+    @authenticated
+    async def get(self) -> None:
+        """See `Pages.compared`."""
+        names = tuple(dict.fromkeys(self.get_arguments("run")))
+        await self.answer(
+            lambda pages: pages.compared(names), key=("compared", *names), seconds=_LIST_SECONDS
+        )
+
+
 class RunPage(RunsHandler):
     """One run."""
 
@@ -97,7 +128,7 @@ class RunPage(RunsHandler):
     def get(self, name: str) -> None:
         """The page, which asks for what it shows itself."""
         verbs = [] if self.application.options.read_only else [verb for verb in VERBS if verb in self.allows]
-        self.page("torchord-run.html", name=name, verbs=verbs)
+        self.page("torchord-run.html", name=name, verbs=verbs, download="download" in self.allows)
 
 
 class RunOverview(RunsHandler):
@@ -107,6 +138,70 @@ class RunOverview(RunsHandler):
     async def get(self, name: str) -> None:
         """See `Pages.overview`."""
         await self.answer(lambda pages: pages.overview(name), key=("overview", name), seconds=_RUN_SECONDS)
+
+
+class RunCurves(RunsHandler):
+    """A run's curves."""
+
+    @authenticated
+    async def get(self, name: str) -> None:
+        """See `Pages.curves`."""
+        points = self.get_argument("points", "800", type=int)
+        first, last = self.get_argument("first", "0", type=int), self.get_argument("last", None, type=int)
+        have = self.get_argument("have", "", escape=False)
+        await self.answer(
+            lambda pages: pages.curves(name, points=points, first=first, last=last, have=have),
+            key=("curves", name, points, first, last, have),
+            seconds=_RUN_SECONDS,
+        )
+
+
+class RunTimeline(RunsHandler):
+    """Who computed which shard when."""
+
+    @authenticated
+    async def get(self, name: str) -> None:
+        """See `Pages.timeline`."""
+        first, last = (self.get_argument(word, None, type=int) for word in ("first", "last"))
+        await self.answer(
+            lambda pages: pages.timeline(name, first=first, last=last),
+            key=("timeline", name, first, last),
+            seconds=_RUN_SECONDS,
+        )
+
+
+class RunAudit(RunsHandler):
+    """The audit of a run's ledger."""
+
+    @authenticated
+    async def get(self, name: str) -> None:
+        """See `Pages.audit`."""
+        await self.answer(
+            lambda pages: pages.audit(name), key=("audit", name), seconds=_LIST_SECONDS, slow=True
+        )
+
+
+class RunWeights(RunsHandler):
+    """A run's newest weights, where Flower was started so that it hands them out."""
+
+    @authenticated
+    async def get(self, name: str) -> None:
+        """See `Pages.write_weights`."""
+        if "download" not in self.allows:
+            raise HTTPError(403, "start Flower with --runs-allow=download, or set TORCHORD_FLOWER_ALLOWS")
+        with tempfile.TemporaryDirectory(prefix="torchord-pages-") as folder:
+            path = Path(folder) / "model.safetensors"
+            try:
+                version = await self.asking.ask(lambda pages: pages.write_weights(name, str(path)), slow=True)
+            except TorchordError as error:
+                raise HTTPError(_code(error), "%s", error) from error
+            self.set_header("Content-Type", "application/octet-stream")
+            self.set_header("Content-Length", path.stat().st_size)
+            self.set_header("Content-Disposition", f'attachment; filename="{name}-{version}.safetensors"')
+            with path.open("rb") as file:
+                while data := file.read(_CHUNK_NBYTES):
+                    self.write(data)
+                    await self.flush()
 
 
 class RunAct(RunsHandler):
@@ -139,6 +234,11 @@ class RunAct(RunsHandler):
         self.finish(for_others({"error": message}))
 
 
+def _code(error: Exception) -> int:
+    """The status of an answer that is an error."""
+    return next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+
+
 @cache
 def _version(name: str) -> str:
     """What makes a browser fetch a file anew once it is another."""
@@ -151,8 +251,14 @@ def handlers(asking: Asking, allows: frozenset[str]) -> list[url]:
     return [
         url(r"/runs", RunsPage, given, name="torchord_runs"),
         url(r"/runs/lines", RunsLines, given),
+        url(r"/runs/compare", ComparePage, given, name="torchord_compare"),
+        url(r"/runs/compare/lines", CompareLines, given),
         url(r"/run/([^/]+)", RunPage, given, name="torchord_run"),
         url(r"/run/([^/]+)/overview", RunOverview, given),
+        url(r"/run/([^/]+)/curves", RunCurves, given),
+        url(r"/run/([^/]+)/timeline", RunTimeline, given),
+        url(r"/run/([^/]+)/audit", RunAudit, given),
+        url(r"/run/([^/]+)/model.safetensors", RunWeights, given),
         url(rf"/run/([^/]+)/({'|'.join(VERBS)})", RunAct, given),
         url(r"/runs/static/(.+)", StaticFileHandler, {"path": str(STATIC)}, name="torchord_static"),
     ]

@@ -26,7 +26,7 @@ class RunsOption(click.Option):
             metavar="WORDS",
             expose_value=False,
             callback=self._asked,
-            help="What the pages about runs may do: on, off, or some of pause, resume, cancel "
+            help="What the pages about runs may do: on, off, or some of pause, resume, cancel, download "
             "between commas. [default: TORCHORD_FLOWER_ALLOWS, else off]",
         )
         self._whole = whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 import redis
 
+from tests.support.browser import ABSENT, PROGRAM, Browser, Page
 from tests.support.control import SPEC, history
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord.cache import keys
@@ -24,7 +26,7 @@ from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
 pytestmark = pytest.mark.slow
-RUNS = 200
+RUNS, OTHER, FAILED = 200, 4, 3
 PASSWORD = "user:secret"
 
 
@@ -58,16 +60,23 @@ class Site:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[EmbeddedServer]:
-    """A Redis with many runs, none of which ever had a worker."""
+    """A Redis with many runs, none of which ever had a worker: one is broken, one another, one has failed."""
     with EmbeddedServer() as started:
         client = redis.Redis.from_url(started.url)
         entries = {str(entry.version): entry.to_json() for entry in history(12, 2)}
+        other = {**SPEC, "config": {**SPEC["config"], "epochs": 5}}
+        reason = {"kind": "E", "message": "a NaN", "traceback": "model.py:3 in forward", "worker": "w0"}
         for number in range(RUNS):
             ledger = Ledger(connect(started.url), started.url, f"run-{number:03d}")
-            ledger.create(SPEC, incarnation="life")
+            ledger.create(other if number == OTHER else SPEC, incarnation="life")
             client.hset(ledger.keys.ledger, mapping=entries)
             fields = {"status": "running", "version": 12, "total_steps": 20, "committed_at": 1000.0}
             client.hset(ledger.keys.head, mapping=fields)
+            if number == FAILED:
+                ledger.record_evaluation(10, {"loss": 0.4, "accuracy": 0.9})
+                ledger.transition(
+                    "failed", allowed=("running",), event="failed", data={"message": "a NaN"}, error=reason
+                )
         client.hset(keys.RunKeys("run-007").head, "version", "<script>alert(1)</script>")
         client.close()
         yield started
@@ -116,23 +125,38 @@ def test_the_tab_is_on_flowers_own_pages(site: Site) -> None:
     for path in ("/workers", "/tasks", "/broker", "/runs"):
         body = site.ask(path)[1]
         assert 'href="/watch/runs"' in body, path
-    _, body, headers = site.ask("/runs")
-    assert "script-src 'self'" in headers["Content-Security-Policy"]
-    sources = [
-        part.split('"')[0] for part in body.split('src="')[1:] + body.split('href="/watch/runs/static')[1:]
-    ]
-    assert any("/runs/static/runs.js" in source for source in sources)
+
+
+@pytest.mark.parametrize("path", ["/runs", "/run/run-001", "/runs/compare?run=run-001&run=run-002"])
+def test_a_page_loads_what_it_needs_from_here_and_has_nothing_inline(site: Site, path: str) -> None:
+    status, body, headers = site.ask(path)
+    assert status == 200 and "script-src 'self';" in headers["Content-Security-Policy"]
+    sources = re.findall(r'<(?:script|link|img)[^>]* (?:src|href)="([^"]*)"', body)
+    assert any("/runs/static/" in source for source in sources)
     for source in sources:
-        if source.startswith("/watch/"):
-            assert site.ask(source.removeprefix("/watch"))[0] == 200, source
+        assert source.startswith("/watch/") and site.ask(source.removeprefix("/watch"))[0] == 200, source
+    assert not re.search(r"<script(?![^>]* src=)|<style| style=| on[a-z]+=", body)
 
 
 def test_many_runs_are_listed_and_one_that_is_broken_hides_none(site: Site) -> None:
     found = {line["name"]: line for line in site.json("/runs/lines")["runs"]}
     assert len(found) == RUNS and found["run-007"]["state"] == "unreadable"
     others = [line for name, line in found.items() if name != "run-007"]
-    assert {line["state"] for line in others} == {"running"}
-    assert all(line["waits"][0]["what"].startswith("a worker on queue") for line in others)
+    assert {line["state"] for line in others} == {"running", "failed"}
+    going = [line for line in others if line["state"] == "running"]
+    assert len(going) == RUNS - 2
+    assert all(line["waits"][0]["what"].startswith("a worker on queue") for line in going)
+
+
+def test_a_run_is_read_in_parts(site: Site) -> None:
+    curves = site.json("/run/run-001/curves?points=100&first=2&last=4")
+    assert curves["series"]["loss"]["step"] == [2, 3, 4]
+    assert [lane["worker"] for lane in site.json("/run/run-001/timeline")["lanes"]] == ["w0"]
+    assert site.json("/run/run-001/audit")["ok"] is False  # made up, with no stored version
+    compared = site.json("/runs/compare/lines?run=run-001&run=run-002")
+    assert len(compared["runs"]) == 2 and compared["differences"] == []
+    assert site.ask("/run/run-001/curves?first=x")[0] == 400
+    assert site.ask("/run/run-001/model.safetensors")[0] == 403  # not among what Flower was started with
 
 
 def post(site: Site, path: str, token: str, **headers: str) -> tuple[int, Any]:
@@ -161,3 +185,114 @@ def test_names_from_an_address_are_text(site: Site) -> None:
     status, body, _ = site.ask("/run/%3Cscript%3Ealert(1)%3C%2Fscript%3E")
     assert status == 200 and "<script>alert" not in body and "&lt;script&gt;alert" in body
     assert site.ask("/run/%3Cscript%3E/overview")[0] == 400
+
+
+# --- as a person sees them ---
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if PROGRAM is None:
+        pytest.skip(ABSENT)
+    with Browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A tab that has logged in, and complained of nothing when the test ends."""
+    found = browser.page()
+    found.login(PASSWORD)
+    found.size(1280)
+    yield found
+    assert found.problems == []
+
+
+def opened(page: Page, site: Site, path: str) -> None:
+    page.go(site.address + path)
+    page.until("document.querySelector('#runs-dot.status-dot-live')", "an answer")
+
+
+def counted(page: Page, selector: str) -> Any:
+    return page.ask(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+
+def test_the_list_is_searched_sorted_and_chosen_from(site: Site, page: Page) -> None:
+    opened(page, site, "/runs")
+    assert counted(page, "#runs-table tbody tr") == RUNS and page.text("#runs-failed") == "2"
+    page.ask("document.querySelector('#runs-search').value = 'run-00'")
+    page.ask("document.querySelector('#runs-search').dispatchEvent(new Event('input'))")
+    assert counted(page, "#runs-table tbody tr") == 10
+    page.click("#runs-table th[data-column=name] button")
+    assert page.text("#runs-table tbody tr .runs-link") == "run-000"
+    page.click("[aria-label='compare run-001']")
+    page.click(f"[aria-label='compare run-00{OTHER}']")
+    page.click("#runs-compare")
+    page.until("document.querySelectorAll('#charts .uplot').length >= 5", "curves")
+    assert "config.epochs" in page.text("#compare-differs") and "run-001" in page.text("#charts .u-legend")
+    page.until("document.querySelectorAll('#charts .u-legend .u-series').length >= 3")
+
+
+@pytest.mark.parametrize("path", ["/runs", f"/run/run-00{FAILED}", "/runs/compare?run=run-001&run=run-004"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_fits_a_telephone_in_either_scheme(site: Site, page: Page, path: str, scheme: str) -> None:
+    page.prefer(scheme)
+    page.size(400)
+    opened(page, site, path)
+    assert page.ask("document.documentElement.getAttribute('data-bs-theme')") == scheme
+    assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_curves_grow_while_the_run_trains_and_show_a_part(
+    site: Site, server: EmbeddedServer, page: Page
+) -> None:
+    opened(page, site, "/run/run-005")
+    page.until("document.querySelectorAll('#charts .uplot').length === 5", "curves")
+    grown = history(14, 2)[12:]
+    with redis.Redis.from_url(server.url) as client:
+        names = keys.RunKeys("run-005")
+        client.hset(names.ledger, mapping={str(each.version): each.to_json() for each in grown})
+        client.hset(names.head, "version", 14)
+    page.until("document.querySelector('#run-figures .metric-value').innerText === '14'", "the new steps")
+    page.until(
+        "document.querySelector('.lane-box svg').getAttribute('aria-label').endsWith('to 14')", "lanes"
+    )
+
+    def in_part() -> bool:
+        page.drag("#charts .u-over", 0.5, 0.9)
+        return bool(page.ask("!document.querySelector('#chart-tools button').hidden"))
+
+    wait_until(in_part, message="a part of the curves", interval=0.2)
+    page.click("#chart-tools button")
+    page.until("document.querySelector('#chart-tools button').hidden", "all of the curves")
+    page.click("#chart-log")
+    page.until("document.querySelectorAll('#charts .uplot').length === 5", "curves by their logarithm")
+
+
+def test_a_failure_has_its_reason_and_its_mark(site: Site, page: Page) -> None:
+    opened(page, site, f"/run/run-00{FAILED}")
+    page.until("document.querySelectorAll('.lane-mark').length === 2", "marks")
+    assert "a NaN" in page.text("#run-failure") and "model.py:3 in forward" in page.text("#run-failure")
+    said = page.ask(
+        "Array.from(document.querySelectorAll('.lane-mark title')).map(n => n.textContent).join()"
+    )
+    assert "failed: message a NaN" in said and "evaluation: metrics loss 0.4, accuracy 0.9" in said
+    assert '"m:Model"' in page.text("#run-spec") and "accuracy" in page.text("#charts")
+
+
+def test_a_button_asks_before_it_acts(site: Site, page: Page) -> None:
+    opened(page, site, "/run/run-006")
+    page.click("[data-verb=cancel]")
+    assert "btn-danger" in page.ask("document.querySelector('#run-dialog-yes').className")
+    page.click("#run-dialog-no")
+    page.click("[data-verb=pause]")
+    assert "Pause run run-006?" in page.text("#run-dialog")
+    page.click("#run-dialog-yes")
+    page.until("document.querySelector('#run-state').innerText === 'paused'", "the state")
+    page.until("document.querySelector('[data-verb=pause]').hidden")
+
+
+def test_a_runs_page_leads_to_its_tasks(site: Site, page: Page) -> None:
+    opened(page, site, "/run/run-008")
+    page.click("#run-tasks")
+    page.until("document.querySelector('#tasks-table_filter input').value === 'name:torchord kwargs:run-008'")

@@ -120,7 +120,7 @@ def test_a_wheel_takes_one_name(installations: dict[str, Installation]) -> None:
     ours = {
         f"torchord/{path.relative_to(ROOT)}".replace("torchord/torchord/", "torchord/")
         for part in ("cache", "coordinator", "tasks", "torchord")
-        for suffix in ("py", "lua", "typed", "html", "js", "css")
+        for suffix in ("py", "lua", "typed", "html", "js", "css", "LICENSE")
         for path in (ROOT / part).rglob(f"*.{suffix}")
     }
     assert {name for name in names if not name.startswith(metadata)} == ours

@@ -39,6 +39,7 @@
 
   function words(value) {
     if (value === null) { return "none"; }
+    if (typeof value === "number") { return Number.isInteger(value) ? String(value) : t.figure(value, 6); }
     if (typeof value !== "object") { return String(value); }
     if (Array.isArray(value)) { return value.map(words).join(", "); }
     return Object.keys(value).map(function (name) { return name + " " + words(value[name]); }).join(", ");
@@ -111,6 +112,77 @@
     ]));
   }
 
+  // --- curves and timeline ---
+
+  var charts = {}, curves = null, range = null, asking = false;
+  var panel = t.charts.controls(by("chart-tools"), ["step", "time"], drawCurves);
+  panel.all.addEventListener("click", function () { zoomed(null, null); });
+
+  function zoomed(from, to) {
+    if (!curves || (range && range.from === from && range.to === to)) { return; }  // each chart says it
+    if (from === null) {
+      range = null;
+    } else {
+      var axis = panel.view.axis, known = curves.series.loss;
+      var first = t.charts.stepAt(known, axis, from), last = t.charts.stepAt(known, axis, to);
+      range = { from: from, to: to, first: Math.max(0, first), last: Math.max(first + 1, last) };
+    }
+    panel.all.hidden = !range;
+    askCurves();
+  }
+
+  function chartOf(name, title, format) {
+    if (!charts[name]) { charts[name] = t.charts.chart(by("charts"), title, format, zoomed); }
+    return charts[name];
+  }
+
+  function drawCurves() {
+    if (!curves) { return; }
+    t.charts.QUANTITIES.forEach(function (quantity) {
+      var name = quantity[0], lines = [{ label: name === "loss" ? "training" : quantity[1].toLowerCase(),
+        curve: curves.series[name] }];
+      if (name === "loss" && curves.metrics.loss) {
+        lines.push({ label: "evaluation", curve: curves.metrics.loss, points: true });
+      }
+      chartOf(name, quantity[1], quantity[2]).show(lines, panel.view);
+    });
+    Object.keys(curves.metrics).forEach(function (name) {
+      if (name === "loss") { return; }
+      chartOf("metric " + name, name, t.figure).show([{ label: "evaluation", curve: curves.metrics[name], points: true }],
+        panel.view);
+    });
+  }
+
+  function askCurves() {
+    if (asking) { return; }
+    asking = true;
+    var wanted = range, more = wanted ? "&first=" + wanted.first + "&last=" + wanted.last : "";
+    var have = curves && curves.range === wanted ? "&have=" + encodeURIComponent(curves.mark) : "";
+    t.ask(page.dataset.run + "/curves?points=800" + more + have).then(function (found) {
+      if (wanted !== range) { return; }
+      if (found.series) { curves = found; curves.range = wanted; drawCurves(); }
+    }).catch(function () {}).then(function () {  // the light says why
+      asking = false;
+      if (wanted !== range) { askCurves(); }
+    });
+  }
+
+  var lookAtTimeline = t.timeline(by("timeline"), page.dataset.run + "/timeline");
+
+  by("run-audit").addEventListener("click", function () {
+    var button = by("run-audit"), said = t.clear(by("run-audit-said"));
+    button.disabled = true;
+    said.textContent = "Reading the ledger…";
+    t.ask(page.dataset.run + "/audit").then(function (found) {
+      said.textContent = "";
+      said.appendChild(el("p", { "class": found.ok ? "runs-good" : "runs-error", text: found.said }));
+      said.appendChild(el("ul", {}, found.problems.map(function (problem) { return el("li", { text: problem }); })));
+      if (found.left_out) { said.appendChild(el("p", { text: "and " + found.left_out + " more" })); }
+    }).catch(function (error) {
+      said.textContent = error.message;
+    }).then(function () { button.disabled = false; });
+  });
+
   // --- buttons, where Flower was started with any ---
 
   var possible = {
@@ -135,6 +207,7 @@
       "? " + questions[verb];
     by("run-dialog-error").textContent = "";
     yes.textContent = verb.charAt(0).toUpperCase() + verb.slice(1);
+    yes.className = "btn " + (verb === "cancel" ? "btn-danger" : "btn-primary");
     yes.disabled = false;
     yes.onclick = function () {
       yes.disabled = true;
@@ -158,6 +231,7 @@
     });
   }
 
+  var drawnAt = "";
   var light = t.light(by("runs-dot"), by("runs-said"));
   var look = t.follow(page.dataset.run + "/overview", 2, function (run) {
     t.clear(by("run-state")).appendChild(t.badge(run.state));
@@ -168,5 +242,8 @@
     waits(run);
     failure(run);
     lists(run);
+    askCurves();
+    if (!drawnAt || drawnAt !== run.version + run.state) { lookAtTimeline(); }
+    drawnAt = run.version + run.state;
   }, light.failed);
 }());

@@ -4,7 +4,7 @@
 
   var t = window.torchord, el = t.el;
   var page = document.getElementById("runs-page");
-  var lines = [], asked = 0, order = { column: "age", down: false };
+  var lines = [], chosen = [], asked = 0, order = { column: "age", down: false };
 
   function metric(run) {
     var names = Object.keys(run.metrics || {}).filter(function (name) { return name !== "loss"; }).sort();
@@ -56,6 +56,7 @@
   }
 
   var columns = [
+    { key: "chosen", title: "Compare", plain: true },
     { key: "name", title: "Run", value: function (run) { return run.name; } },
     { key: "progress", title: "Steps", wide: true, value: function (run) {
       return t.known(run.total) && run.total ? run.version / run.total : -1;
@@ -72,9 +73,32 @@
     } }
   ];
 
+  function choice(run) {
+    var box = el("input", { type: "checkbox", "class": "form-check-input", "aria-label": "compare " + run.name });
+    box.checked = chosen.indexOf(run.name) >= 0;
+    box.addEventListener("change", function () {
+      chosen = chosen.filter(function (name) { return name !== run.name; });
+      if (box.checked) { chosen.push(run.name); }
+      compare();
+    });
+    return box;
+  }
+
+  function compare() {
+    var link = document.getElementById("runs-compare");
+    link.hidden = !chosen.length;
+    link.textContent = chosen.length < 2 ? "Compare: choose another" : "Compare " + chosen.length;
+    link.classList.toggle("disabled", chosen.length < 2 || chosen.length > 8);
+    if (chosen.length > 8) { link.textContent = "Compare: at most 8"; }
+    link.href = page.dataset.compare + "?" + chosen.map(function (name) {
+      return "run=" + encodeURIComponent(name);
+    }).join("&");
+  }
+
   function cells(run) {
     var address = page.dataset.run.replace("NAME", encodeURIComponent(run.name));
     return [
+      [choice(run)],
       [el("a", { href: address, "class": "runs-link", text: run.name }), t.badge(run.state)],
       progress(run),
       [t.figure(run.loss)],
@@ -117,7 +141,7 @@
         }, content);
       })));
     });
-    document.querySelectorAll("#runs-table th").forEach(function (head) {
+    document.querySelectorAll("#runs-table th[data-column]").forEach(function (head) {
       var own = head.dataset.column === order.column;
       head.setAttribute("aria-sort", own ? (order.down ? "descending" : "ascending") : "none");
     });
@@ -149,6 +173,10 @@
 
   var head = document.querySelector("#runs-table thead tr");
   columns.forEach(function (column) {
+    if (column.plain) {
+      head.appendChild(el("th", { scope: "col" }, [el("span", { "class": "visually-hidden", text: column.title })]));
+      return;
+    }
     head.appendChild(el("th", {
       scope: "col", "data-column": column.key, "class": column.number ? "runs-number" : ""
     }, [el("button", { type: "button", text: column.title, onclick: function () { sortBy(column.key); } })]));

@@ -1,6 +1,7 @@
 """What is declared is what is used: dependencies, constraints, package data, and the make targets."""
 
 import ast
+import hashlib
 import os
 import re
 import subprocess
@@ -103,7 +104,17 @@ def test_constraints_leave_the_choice_of_a_local_build() -> None:
 def test_every_dependency_is_explained() -> None:
     text = (ROOT / "docs" / "dependencies.md").read_text()
     headings = {canonicalize_name(name) for name in re.findall(r"^### ([\w.-]+)", text, re.MULTILINE)}
-    assert headings == EVERYTHING.keys()
+    assert headings == {*EVERYTHING, "uplot"}
+
+
+def test_what_others_made_and_the_wheel_carries_is_as_they_released_it() -> None:
+    text = (ROOT / "docs" / "dependencies.md").read_text()
+    folder = ROOT / "tasks" / "flower_pages" / "static"
+    sums = dict(re.findall(r"^\| `([\w.-]+)` \| `([0-9a-f]{64})` \|$", text, re.MULTILINE))
+    assert sums == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("uPlot*.min.*")
+    }
+    assert sums and "Permission is hereby granted" in (folder / "uPlot.LICENSE").read_text()
 
 
 def test_every_package_and_its_data_is_in_a_wheel() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import redis
+import torch
+from safetensors.torch import load_file
 
 from tests.support.control import SPEC, history
 from torchord.cache import keys
@@ -166,3 +168,58 @@ def test_a_run_is_paused_resumed_and_cancelled(redis_url: str, pages: Pages) -> 
     assert pages.act("digits-01", "cancel") == {"state": "cancelled"}
     with pytest.raises(RunError, match="submit it under a new name"):
         pages.act("digits-01", "resume")
+
+
+def test_curves_are_told_once_until_something_is_new(redis_url: str, pages: Pages) -> None:
+    committed(redis_url, "digits-01")
+    found = pages.curves("digits-01", points=100)
+    assert found["series"]["loss"]["step"] == list(range(1, 13)) and found["metrics"]["accuracy"]["step"] == [
+        10
+    ]
+    again = pages.curves("digits-01", points=100, have=found["mark"])
+    assert "series" not in again and again["mark"] == found["mark"]
+    part = pages.curves("digits-01", points=100, first=3, last=5, have=found["mark"])
+    assert part["series"]["loss"]["step"] == [3, 4, 5]
+
+
+def test_a_timeline_knows_who_lives_and_whether_the_run_goes_on(redis_url: str, pages: Pages) -> None:
+    committed(redis_url, "digits-01")
+    found = pages.timeline("digits-01")
+    assert found["moving"] and found["newest"] == 12 and [lane["worker"] for lane in found["lanes"]] == ["w0"]
+    pages.act("digits-01", "cancel")
+    assert not pages.timeline("digits-01", first=2, last=3)["moving"]
+
+
+def test_an_audit_says_what_is_wrong(redis_url: str, pages: Pages) -> None:
+    made = committed(redis_url, "digits-01")
+    with redis.Redis.from_url(redis_url) as client:
+        client.hdel(made.keys.ledger, "5")
+    found = pages.audit("digits-01")
+    assert not found["ok"] and "NOT clean" in found["said"]
+    assert "the entry of version 5 is missing from the ledger" in found["problems"]
+
+
+def test_runs_are_compared_wherever_they_are(redis_url: str, pages: Pages, tmp_path: Path) -> None:
+    committed(redis_url, "one")
+    place = str(tmp_path / "checkpoints")
+    CheckpointStore(place, "two").save_spec({**SPEC, "config": {"epochs": 5}, "incarnation": "life"})
+    found = pages.compared(["one", "two"])
+    assert [line["state"] for line in found["runs"]] == ["running", "on disk"]
+    assert {"name": "config.epochs", "values": ["1", "5"]} in found["differences"]
+    with pytest.raises(InvalidInput, match="at most 8"):
+        pages.compared([f"run-{number}" for number in range(9)])
+
+
+def test_weights_are_those_that_the_model_has(redis_url: str, pages: Pages, tmp_path: Path) -> None:
+    committed(redis_url, "digits-01")
+    stored = {
+        "weight": torch.ones(2),
+        "torchord/average/weight": torch.full((2,), 3.0),
+        "bias": torch.zeros(1),
+        "torchord/loss_scale": torch.ones(1),
+    }
+    subject = pages._subject("digits-01")
+    subject.run.tensors = lambda version=None: (12, stored)  # type: ignore[method-assign]
+    assert pages.write_weights("digits-01", str(tmp_path / "m.safetensors")) == 12
+    found = load_file(tmp_path / "m.safetensors")
+    assert found.keys() == {"weight", "bias"} and found["weight"].tolist() == [3.0, 3.0]

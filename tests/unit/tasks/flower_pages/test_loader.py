@@ -33,6 +33,8 @@ def test_another_release_of_flower_without_a_place_is_said(caplog: pytest.LogCap
     assert linked("tasks.html", "reverse_url('broker')</li>") == "reverse_url('broker')</li>"
 
 
-@pytest.mark.parametrize("name", ["torchord-runs.html", "base.html", "tasks.html"])
+@pytest.mark.parametrize(
+    "name", ["torchord-runs.html", "torchord-run.html", "torchord-compare.html", "tasks.html"]
+)
 def test_every_template_is_found(name: str) -> None:
     assert isinstance(Loader(str(THEIRS)).load(name), Template)
