@@ -20,6 +20,9 @@ the step is computed. fetch: Clients read the next version while the training se
 FLOWER_ALLOWS = frozenset({"pause", "resume", "cancel", "download"})
 """What Flower's pages about runs may do beside showing them: buttons, and handing out a run's weights."""
 
+REMOTE_CONTROL_ALL = "*"
+"""Among the remote commands that a worker obeys: all of Celery's."""
+
 _ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "no", "false"})
 
 
@@ -51,6 +54,8 @@ class Settings:
         overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
         keys: file of the keys that records are sealed and opened with; "" for those of a local cluster, if it
             is one's; "off" for none.
+        remote_control: Celery's remote commands that a worker obeys beyond those that only ask, by name;
+            `REMOTE_CONTROL_ALL` among them for all; None for none at all, questions included.
         faults: plan of injected faults, for tests (see torchord.coordinator.runtime.faults); "" for none.
     """
 
@@ -72,6 +77,7 @@ class Settings:
     task_log: bool = True
     overlap: frozenset[str] = OVERLAPS
     keys: str = ""
+    remote_control: frozenset[str] | None = frozenset()
     faults: str = ""
 
 
@@ -177,6 +183,34 @@ def _keys(text: str) -> str:
     return "off" if text.lower() in _OFF else located(text) if text else ""
 
 
+def _remote_control(name: str) -> frozenset[str] | None:
+    """Names of remote commands between commas; on: all of them, off: not even questions; unset: questions."""
+    words = frozenset(_words(os.environ.get(name, "").lower()))
+    if words & _OFF:
+        return None
+    return frozenset({REMOTE_CONTROL_ALL}) if words & _ON else words
+
+
+def _given(name: str) -> str:
+    """A variable that may hold a password, or what stands in the file that NAME_FILE names.
+
+    Raises:
+        InvalidInput: there is no such file, or nothing in it.
+    """
+    if value := os.environ.get(name):
+        return value
+    if not (path := os.environ.get(f"{name}_FILE")):
+        return ""
+    try:
+        value = Path(located(path)).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise InvalidInput(f"{name}_FILE names {path!r}, which cannot be read: {why}") from None
+    if not value:
+        raise InvalidInput(f"{name}_FILE names {path!r}, in which nothing stands; write the URL into it")
+    return value
+
+
 def cublas_workspace() -> str:
     """The workspaces that cuBLAS is told to use, "" if it may choose: then its results can vary."""
     return os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
@@ -194,8 +228,8 @@ def from_environment() -> Settings:
     env = os.environ
     allowed = env.get("TORCHORD_ALLOWED_MODULES")
     return Settings(
-        url=env.get("CELERY_BROKER_URL") or env.get("TORCHORD_URL") or DEFAULT_URL,
-        cache_urls=_urls(env.get("TORCHORD_CACHE_URLS", "")),
+        url=env.get("CELERY_BROKER_URL") or _given("TORCHORD_URL") or DEFAULT_URL,
+        cache_urls=_urls(_given("TORCHORD_CACHE_URLS")),
         cache_replicas=_whole("TORCHORD_CACHE_REPLICAS", 0, of=""),
         cache_weights=_numbers("TORCHORD_CACHE_WEIGHTS"),
         cache_connections=_whole("TORCHORD_CACHE_CONNECTIONS", 1, of=""),
@@ -212,5 +246,6 @@ def from_environment() -> Settings:
         task_log=_on("TORCHORD_TASK_LOG"),
         overlap=_overlap("TORCHORD_OVERLAP"),
         keys=_keys(env.get("TORCHORD_KEYS", "").strip()),
+        remote_control=_remote_control("TORCHORD_REMOTE_CONTROL"),
         faults=env.get("TORCHORD_FAULTS", ""),
     )

@@ -144,8 +144,9 @@ app.conf.update(
     redis_socket_keepalive=not _URL.startswith("redis+socket:"),
     # No remote rate limits are used; the bucket machinery costs a thread hand-over a task.
     worker_disable_rate_limits=True,
-    # Workers need nothing from each other: the ledger and the heartbeats say it all.
-    worker_enable_remote_control=True,
+    # Workers need nothing from each other: the ledger and the heartbeats say it all. What a worker obeys of
+    # what others tell it is in torchord.tasks.remote_control.
+    worker_enable_remote_control=settings.remote_control is not None,
     timezone="UTC",
     enable_utc=True,
     # A child of a pool that starts by spawn imports torch before it says that it is up; Celery kills one

@@ -81,6 +81,7 @@ class Laboratory:
                 "env": {
                     "TORCHORD_FAULTS": f"@{self.plan}",
                     "TORCHORD_ALLOWED_MODULES": "tests,benchmarks,torch,my_loss",
+                    "TORCHORD_REMOTE_CONTROL": "shutdown",
                     **arguments.pop("env", {}),
                 },
                 "wait_ready": True,

@@ -52,6 +52,7 @@ UNUSABLE = [
     ("TORCHORD_HOST_CACHE", "maybe", "must be on or off"),
     ("TORCHORD_OVERLAP", "upload,colect", "must be on, off, or some of collect, fetch, upload"),
     ("TORCHORD_URL", "rediss:/nowhere", "cannot be used"),
+    ("TORCHORD_URL_FILE", "/no/such/file", "cannot be read"),
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 import redis
 from redis.exceptions import NoPermissionError
@@ -104,8 +105,8 @@ def celery(url: str, *words: str) -> str:
     return done.stdout
 
 
-def watched(url: str, log: Path, look: Callable[[str], None]) -> None:
-    """Run Flower with a URL, and look at it once it is up."""
+def watched(url_file: Path, log: Path, look: Callable[[str, psutil.Process], None]) -> None:
+    """Run Flower with the URL of a file, and look at it once it is up."""
     page = f"http://127.0.0.1:{free_port()}"
     command = [
         sys.executable,
@@ -120,7 +121,7 @@ def watched(url: str, log: Path, look: Callable[[str], None]) -> None:
     with log.open("wb") as out:
         flower = subprocess.Popen(
             command,
-            env={**os.environ, "TORCHORD_URL": url, "FLOWER_UNAUTHENTICATED_API": "true"},
+            env={**os.environ, "TORCHORD_URL_FILE": str(url_file), "FLOWER_UNAUTHENTICATED_API": "true"},
             cwd=ROOT,
             stdout=out,
             stderr=out,
@@ -136,7 +137,7 @@ def watched(url: str, log: Path, look: Callable[[str], None]) -> None:
 
     try:
         wait_until(up, message="Flower", interval=0.1)
-        look(page)
+        look(page, psutil.Process(flower.pid))
     finally:
         flower.terminate()
         flower.wait(PATIENCE_SECONDS)
@@ -144,7 +145,11 @@ def watched(url: str, log: Path, look: Callable[[str], None]) -> None:
 
 @pytest.mark.slow
 def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The life of several runs, each process under its role, with a client certificate: nothing is denied."""
+    """The life of several runs, each process under its role, with a client certificate: nothing is denied.
+
+    Each has its URLs from files, and nothing that a process shows has a password in it.
+    """
+    monkeypatch.delenv("TORCHORD_URL", raising=False)
     folder = certificates(tmp_path)
     key_files.new(tmp_path / "keys", "ed25519")
     monkeypatch.setenv("TORCHORD_KEYS", str(tmp_path / "keys/submit.json"))
@@ -163,14 +168,16 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.Mo
         )
         with made:
             for name, role in (("server", "server"), ("client1", "worker"), ("client2", "worker")):
-                env = {"TORCHORD_URL": urls[role], "TORCHORD_CACHE_URLS": nodes[role]}
                 made.add_worker(
                     name,
                     role="server" if role == "server" else "client",
                     env={
-                        **env,
+                        "TORCHORD_URL": None,
+                        "TORCHORD_URL_FILE": written(tmp_path / f"{role}.url", urls[role]),
+                        "TORCHORD_CACHE_URLS_FILE": written(tmp_path / f"{role}.urls", nodes[role]),
                         "TORCHORD_KEYS": f"{tmp_path}/keys/{role}.json",
                         "TORCHORD_HOST_CACHE": "off",
+                        "TORCHORD_ALLOWED_MODULES": "tests,torch",
                     },
                 )
             made.wait_ready()
@@ -178,11 +185,20 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.Mo
             work(master, made)
             made.wait_ready()
             monkeypatch.setenv("TORCHORD_KEYS", str(tmp_path / "keys/monitor.json"))
-            look(urls["monitor"], tmp_path)
+            written(tmp_path / "monitor.url", urls["monitor"])
+            shown = look(urls["monitor"], tmp_path)
+            shown += [of(psutil.Process(worker.pid)) for worker in made.processes.values()]
             for worker in made.processes.values():
                 worker.terminate()
             for worker in made.processes.values():
                 worker.wait(PATIENCE_SECONDS)
+        shown += [log.read_text(errors="replace") for log in (tmp_path / "logs").rglob("*.log")]
+        assert len(shown) > 15 and not any(
+            password in text
+            for text in shown
+            for guarded_one in (store, tensors)
+            for password in guarded_one.passwords.values()
+        )
         assert store.denied() == [] and tensors.denied() == []
         stranger = store.url("worker", port=port, tls=options(folder, "stranger"))
         with pytest.raises(CacheUnreachable):
@@ -191,6 +207,16 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.Mo
         given = {word.removeprefix("+") for word in rules()[role] if word.startswith("+")}
         found = used[role] | used_of_tensors[role] | used[""] | used_of_tensors[""]
         assert given - found <= set(SELDOM) | set(SELDOM_OF.get(role, ())), role
+
+
+def written(file: Path, url: str) -> str:
+    file.write_text(f"{url}\n")
+    return str(file)
+
+
+def of(process: psutil.Process) -> str:
+    """What is seen of a process: on its command line by all, in its environment by its user."""
+    return f"{process.cmdline()} {process.environ()}"
 
 
 def work(master: Master, made: LocalCluster) -> None:
@@ -223,23 +249,30 @@ def work(master: Master, made: LocalCluster) -> None:
         broken.wait(timeout=PATIENCE_SECONDS)
 
 
-def look(url: str, folder: Path) -> None:
+def look(url: str, folder: Path) -> list[str]:
     """What somebody sees who may see."""
+    shown = []
     master = Master(url)
     assert set(master.runs()) == {"tree", "stored", "broken"}
     assert master.run("tree").status().state == "done" and len(master.run("tree").history()) == 10
-    assert next(iter(master.run("tree").events())).type == "started"
+    events = [event for name in master.runs() for event in master.run(name).events()]
+    assert "started" in {event.type for event in events}
+    shown += [repr(events), repr(master), repr(master.run("tree").status())]
     assert master.run("tree").verify().ok
     assert cli.main(["health", "--url", url, "--json"]) == 0
-    for words in (("inspect", "ping"), ("inspect", "stats"), ("inspect", "active"), ("status",)):
-        assert celery(url, *words).count("@") >= 3, words
+    for words in (("status",), ("inspect", "conf")):
+        shown.append(celery(url, *words))
+        assert shown[-1].count("@") >= 3, words
 
-    def pages(page: str) -> None:
+    def pages(page: str, flower: psutil.Process) -> None:
+        shown.append(of(flower))
         for name in PAGES:
             with urlopen(f"{page}/{name}", timeout=PATIENCE_SECONDS) as reply:
                 assert reply.status == 200
+                shown.append(reply.read().decode())
 
-    watched(url, folder / "flower.log", pages)
+    watched(folder / "monitor.url", folder / "flower.log", pages)
+    return [*shown, (folder / "flower.log").read_text()]
 
 
 # --- necessary ------------------------------------------------------------------------
