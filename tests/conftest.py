@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from tests.support.keys import keys_without_ttl
 from tests.support.processes import guardian_pid, responds
 from tests.support.times import table_of_times
+from tests.support.warm_workers import WarmWorkers
 from torchord.coordinator.local_cluster.cluster import LocalCluster
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 from torchord.coordinator.spec import start_place
@@ -50,6 +52,24 @@ def neutral_environment() -> Iterator[None]:
 def one_thread() -> None:
     """Two files of tests run at a time, beside workers: torch's threads would wait for cores by spinning."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def warm_workers() -> Iterator[WarmWorkers]:
+    """The processes whose forks are the workers of this session's clusters."""
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder, pytest.MonkeyPatch.context() as patch:
+        warm = WarmWorkers(Path(folder))  # not below tmp_path: a socket's path is short
+        patch.setattr("torchord.coordinator.local_cluster.cluster.Guardian", warm.guardian)
+        yield warm
+        warm.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cold_workers(request: pytest.FixtureRequest, warm_workers: WarmWorkers) -> Iterator[None]:
+    """In a file that says `COLD = True`, workers are started as they are elsewhere."""
+    warm_workers.cold = getattr(request.module, "COLD", False)
+    yield
+    warm_workers.cold = False
 
 
 @pytest.fixture(scope="session")

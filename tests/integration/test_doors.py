@@ -19,6 +19,7 @@ from torchord.cache.keys import RunKeys
 from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.spec.targets import Target
 
+COLD = True
 SAME = """
 import sys
 from celery.app.utils import find_app

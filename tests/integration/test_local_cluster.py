@@ -23,6 +23,7 @@ from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, f
 from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 
+COLD = True
 STUB = "tests.support.stub_app"
 Start = Callable[..., LocalCluster]
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")

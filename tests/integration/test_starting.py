@@ -19,6 +19,7 @@ from torchord.cache.errors import NoWorker
 from torchord.coordinator.local_cluster.starting import coming, forget, register, starting
 from torchord.coordinator.master.progress import Progress
 
+COLD = True
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=2)
 HELD = "tests.support.held_app"
 

@@ -30,6 +30,7 @@ from torchord.cache.tensors.codec import as_bytes
 from torchord.cache.tensors.pieces import checksums, split
 from torchord.coordinator.local_cluster.guardian import Guardian
 
+COLD = True
 CHUNK = 1 << 16
 NO_LIBRARY = re.compile("invalid ELF|not a mach-o|too short")
 

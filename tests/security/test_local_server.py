@@ -25,6 +25,9 @@ from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 
 
+COLD = True
+
+
 def password_of(url: str) -> str:
     found = urlsplit(url).password
     assert found is not None and len(found) >= 32
