@@ -44,13 +44,8 @@ def build_optimizer(
     _require_optimizer(optimizer, replica)
     with during("making the scheduler"):
         scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        raise InvalidInput(
-            f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
-            "from torch.optim.lr_scheduler, or a subclass of LRScheduler"
-        )
-    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
-        _require_argumentless(scheduler)
+    if scheduler is not None:
+        require_steppable(scheduler)
     return optimizer, scheduler
 
 
@@ -202,6 +197,22 @@ def _ids(groups: Sequence[Sequence[Tensor]]) -> list[list[int]]:
 
 
 def _require_optimizer(optimizer: Any, replica: Replica) -> None:
+    require_serviceable(optimizer)
+    own = {id(parameter) for parameter in replica.parameters.values()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(id(parameter) not in own for parameter in held):
+        raise InvalidInput(
+            "the optimizer holds a parameter that is not the model's; parameter_groups must return "
+            "parameters of the model that it is given"
+        )
+
+
+def require_serviceable(optimizer: Any) -> None:
+    """Refuse what an optimizer entry returned, if it could not serve whatever model it were made for.
+
+    Raises:
+        InvalidInput: as `build_optimizer`.
+    """
     if _are_optimizers(optimizer):
         raise InvalidInput(
             f"the recipe's optimizer entry returned several optimizers (a {type(optimizer).__name__}), but a "
@@ -233,13 +244,6 @@ def _require_optimizer(optimizer: Any, replica: Replica) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise InvalidInput("SparseAdam needs sparse gradients, but they travel dense; use Adam")
-    own = {id(parameter) for parameter in replica.parameters.values()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(id(parameter) not in own for parameter in held):
-        raise InvalidInput(
-            "the optimizer holds a parameter that is not the model's; parameter_groups must return "
-            "parameters of the model that it is given"
-        )
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
@@ -269,8 +273,19 @@ def _keeps_others(kind: type[torch.optim.Optimizer]) -> bool:
     return kind.state_dict is not plain.state_dict and kind.load_state_dict is not plain.load_state_dict
 
 
-def _require_argumentless(scheduler: LRScheduler) -> None:
-    """Refuse a scheduler whose step needs a figure that it is not given."""
+def require_steppable(scheduler: Any) -> None:
+    """Refuse what a scheduler entry returned, if it is no scheduler or needs a figure that it is not given.
+
+    Raises:
+        InvalidInput: says which.
+    """
+    if not isinstance(scheduler, LRScheduler):
+        raise InvalidInput(
+            f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
+            "from torch.optim.lr_scheduler, or a subclass of LRScheduler"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return
     if needed := _needed(scheduler.step):
         raise InvalidInput(
             f"{type(scheduler).__name__}.step() needs {', '.join(needed)}, which it is not given: only "

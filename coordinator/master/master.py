@@ -14,6 +14,7 @@ from torchord.cache import keys
 from torchord.cache.datasets.datasets import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput, RunNotFound
 from torchord.cache.settings import from_environment, located
+from torchord.coordinator.compute.optimizer_trial import try_optimizers
 from torchord.coordinator.master.reports import TrainedModel
 from torchord.coordinator.master.run import Run
 from torchord.coordinator.master.starting_point import StartFrom, StartingPoint, read_start
@@ -104,9 +105,10 @@ class Master:
             ConfigMismatch: the name is taken by a run with another recipe, config or start; the message
                 names the fields.
             RecipeError: an entry cannot travel to the workers, or the config contradicts it.
-            InvalidInput: an argument is of another type, or torch's default dtype is not float32 here; or the
-                workers that run store chunks elsewhere; or the Redis throws keys away when it is full; or
-                `start_from` is a file that cannot be read.
+            InvalidInput: an argument is of another type, or torch's default dtype is not float32 here; or no
+                model could be trained with the optimizer or scheduler, as far as this process can make them;
+                or the workers that run store chunks elsewhere; or the Redis throws keys away when it is full;
+                or `start_from` is a file that cannot be read.
             RunNotFound, VersionMissing: `start_from` names a run or version that is not there.
         """
         if not isinstance(recipe, Recipe):
@@ -123,6 +125,7 @@ class Master:
         )
         require_apart(recipe.buffers, config)
         described = recipe.to_spec()
+        try_optimizers(recipe, config)
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations
         start = None if start_from is None else read_start(start_from, self.run)

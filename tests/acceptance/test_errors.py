@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import models, recipes_leaving, recipes_more, reference
+from tests.support import models, recipes_leaving, recipes_more, recipes_optim, reference
 from tests.support.fleet import WAIT_SECONDS, Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import Master, Recipe, Run, TrainingConfig
@@ -439,10 +439,7 @@ RAISING: dict[str, tuple[dict[str, Any], str]] = {
         {"loss": recipes_more.putting_loss},
         r"shard \d of step 0 .*the operator put_ has no deterministic implementation.*deterministic=False",
     ),
-    "closure optimizer": (
-        {"optimizer": torch.optim.LBFGS},
-        r"LBFGS evaluates the loss several times.*use an optimizer",
-    ),
+    "two optimizers": ({"optimizer": recipes_optim.two}, r"returned several optimizers.*parameter_groups"),
     "metric": (
         {"evaluation": models.points, "metrics": {"bad": models.raising_loss}},
         r"run 'raises-\d+' stopped at version 0: ArithmeticError .*raised while trying the metrics",
