@@ -10,6 +10,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:workers | zset worker id -> last beat (ms) | workers | WORKER_INDEX_TTL after the last beat |
 | torchord:worker:ID | string, JSON of WorkerInfo | that worker | WORKER_LEASE, renewed by a thread |
 | torchord:quarantine | list of queue entries that were no messages, their first 4 KiB | workers | QUARANTINE_TTL after the last, 100 at most |
+| torchord:quarantined | string, how many such entries there were | workers | QUARANTINE_TTL after the last |
 | torchord:placement | string, where chunks lie, in words | workers | WORKER_LEASE, renewed by a thread |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
@@ -69,6 +70,7 @@ WORKERS = f"{PREFIX}:workers"
 PLACEMENT = f"{PREFIX}:placement"
 SUPERVISOR = f"{PREFIX}:supervisor"
 QUARANTINE = f"{PREFIX}:quarantine"
+QUARANTINED = f"{PREFIX}:quarantined"
 DATASETS = f"{PREFIX}:datasets"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

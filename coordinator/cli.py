@@ -199,6 +199,7 @@ def _health(options: Options) -> int:
     """Whether a worker lives; without importing torch."""
     import socket
 
+    from torchord.cache.ledger.quarantine import in_words, quarantined
     from torchord.cache.ledger.workers import Registry
     from torchord.cache.servers.redis_client import connect
     from torchord.cache.settings import from_environment
@@ -207,6 +208,7 @@ def _health(options: Options) -> int:
     try:
         with connect(url) as client:
             alive = Registry(client, url).alive().values()
+            aside = quarantined(client, url)
     except CacheUnreachable as error:
         if not options.live:
             raise
@@ -216,13 +218,15 @@ def _health(options: Options) -> int:
     ours = [info for info in alive if (info.node == node if node else info.host == here)]
     deaf = [info for info in ours if info.deaf]
     if options.json:
-        print(for_others([asdict(info) for info in ours]))
+        print(for_others([{**asdict(info), "quarantined": aside} for info in ours]))
     else:
         for info in ours:
             said = f", has taken no messages for {info.silent:.0f} s" if info in deaf else ""
             print(f"{info.id}: {info.task or 'idle'}{said}")
         if not ours:
             print(f"no worker of {f'node {node}' if node else f'host {here}'} lives", file=sys.stderr)
+        if aside:
+            print(in_words(aside))
     return OK if ours and not deaf else BAD
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from json import JSONDecodeError
 from typing import Any
 
@@ -10,12 +11,11 @@ import kombu
 from kombu.transport import redis, virtual
 
 from torchord.cache import keys
-from torchord.coordinator.messages.inspection import fault_of
+from torchord.cache.ledger.quarantine import keep
+from torchord.coordinator.messages.inspection import fault_of, fault_of_any, fault_of_taken, fault_of_text
 from torchord.coordinator.messages.task_names import is_ours
 
 log = logging.getLogger(__name__)
-
-_MOST_KEPT, _MOST_KEPT_NBYTES = 100, 4096
 
 
 class QoS(redis.QoS):
@@ -50,7 +50,8 @@ class QoS(redis.QoS):
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
         """Give a message back to its queue; see kombu."""
         if not self._holds(tag):
-            super().restore_by_tag(tag, client=client, leftmost=leftmost)  # type: ignore[no-untyped-call]
+            if not self._set_aside(tag, client):
+                super().restore_by_tag(tag, client=client, leftmost=leftmost)  # type: ignore[no-untyped-call]
             return
         message = self._delivered[tag]
         place = message.delivery_info
@@ -59,6 +60,18 @@ class QoS(redis.QoS):
                 message._raw, place["exchange"], place["routing_key"], pipe, leftmost
             )
             pipe.execute()
+
+    def _set_aside(self, tag: str, client: Any) -> bool:
+        """Take what is no message out of Kombu's record; False if it is one."""
+        with self.channel.conn_or_acquire(client) as connection:
+            entry = connection.hget(self.unacked_key, tag)
+            if not entry or (why := fault_of_taken(entry)) is None:
+                return False
+            with connection.pipeline() as pipe:
+                self._remove_from_indices(tag, pipe)  # type: ignore[no-untyped-call]
+                pipe.execute()
+        set_aside(self.channel, entry, why)
+        return True
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Look for what dead workers held; see kombu. A worker that serves our queues alone need not."""
@@ -91,13 +104,51 @@ def _is_ours(message: Any) -> bool:
 class Door:
     """Of a channel: what is no message is set aside before anybody stumbles over it."""
 
-    def _brpop_read(self, **options: Any) -> Any:
+    def _brpop_read(self: Any, **options: Any) -> Any:
         try:
             return super()._brpop_read(**options)  # type: ignore[misc]
         except (JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             entry = getattr(error, "doc", None) or getattr(error, "object", None) or ""
             set_aside(self, entry, f"it is no JSON ({type(error).__name__})")
             return True
+        except ValueError as error:
+            set_aside(self, "", f"it cannot be read ({error})")
+            return True
+        except self.connection.channel_errors as error:
+            if not (str(error).startswith("WRONGTYPE") and self._other_kinds_deleted()):
+                raise
+            return True
+
+    def _other_kinds_deleted(self: Any) -> bool:
+        """Delete what lies under a queue's name and is no queue; False if nothing does."""
+        deleted = False
+        with self.conn_or_acquire() as client:
+            for queue in self.active_queues:
+                for priority in self.priority_steps:
+                    name = self._q_for_pri(queue, priority)
+                    if self._is_of_another_kind(client, name):
+                        client.delete(name)
+                        set_aside(self, name, "what lay under this name is no queue, and was deleted")
+                        deleted = True
+        return deleted
+
+    def _is_of_another_kind(self: Any, client: Any, name: str) -> bool:
+        try:
+            client.llen(name)
+            return False
+        except self.connection.channel_errors as error:
+            if str(error).startswith("WRONGTYPE"):
+                return True
+            raise
+
+    def _handle_message(self, client: Any, response: Any) -> Any:
+        """What is broadcast; see kombu, which passes an empty one over."""
+        found: Mapping[str, Any] = super()._handle_message(client, response)  # type: ignore[misc]
+        data = found.get("data")
+        if data and isinstance(data, str | bytes) and (why := fault_of_text(data)) is not None:
+            set_aside(self, data, why)
+            return {**found, "data": None}
+        return found
 
 
 def set_aside(channel: Any, entry: Any, why: str) -> None:
@@ -110,12 +161,9 @@ def set_aside(channel: Any, entry: Any, why: str) -> None:
     text = entry if isinstance(entry, str | bytes) else repr(entry)
     log.error("an entry of a queue was set aside (in %s): %s: %.200r", keys.QUARANTINE, why, text)
     try:
-        with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-            pipe.lpush(keys.QUARANTINE, text[:_MOST_KEPT_NBYTES])
-            pipe.ltrim(keys.QUARANTINE, 0, _MOST_KEPT - 1)
-            pipe.expire(keys.QUARANTINE, keys.QUARANTINE_TTL_SECONDS)
-            pipe.execute()
-    except channel.connection_errors as error:
+        with channel.conn_or_acquire() as client:
+            keep(client, text)
+    except (*channel.connection_errors, *channel.connection.channel_errors) as error:
         log.warning("it could not be kept: %s", error)
 
 
@@ -142,8 +190,9 @@ class Transport(redis.Transport):
     Channel = Channel
 
     def _deliver(self, message: Any, queue: str) -> None:
-        """See kombu; on a queue of ours, what is no message of ours goes no further."""
-        if queue and is_ours(queue) and (why := fault_of(message)) is not None:
+        """See kombu; what is no message goes no further, on a queue of ours what is none of ours."""
+        why = fault_of(message) if queue and is_ours(queue) else fault_of_any(message, queue)
+        if why is not None:
             channel = next(iter(self.channels), None)
             if channel is not None:
                 set_aside(channel, message, why)

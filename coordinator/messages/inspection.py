@@ -8,15 +8,18 @@ accident or not.
 from __future__ import annotations
 
 import base64
-import json
+import bz2
+import lzma
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from torchord.coordinator.messages.task_names import OUR_TASKS
+from torchord.cache.errors import RecordDamaged
+from torchord.cache.reading import parsed
+from torchord.coordinator.messages.task_names import OUR_TASKS, is_ours
 
 _BEFORE = {name.replace("torchord.", "tasks.", 1) for name in OUR_TASKS}  # what releases before this one sent
 _MOST_BODY_NBYTES = 64 << 20
-_MOST_DEPTH = 64
 
 _TEXT, _NUMBER, _NOTHING = (str,), (int, float), (type(None),)
 _HEADERS: dict[str, tuple[type, ...]] = {
@@ -51,6 +54,21 @@ _EMBEDDED: dict[str, tuple[type, ...]] = {
     "chain": (list, *_NOTHING),
     "chord": (dict, *_NOTHING),
 }
+_MAILBOX = ".pidbox"
+_ENCODINGS = ("base64", "utf-8", None)
+_LETTER: dict[str, tuple[type, ...]] = {
+    "method": (*_TEXT, *_NOTHING),
+    "arguments": (dict, *_NOTHING),
+    "destination": (list, *_NOTHING),
+    "pattern": (*_TEXT, *_NOTHING),
+    "matcher": (*_TEXT, *_NOTHING),
+    "reply_to": (dict, *_NOTHING),
+    "ticket": (*_TEXT, *_NOTHING),
+}
+_LETTER_HEADERS: dict[str, tuple[type, ...]] = {
+    "expires": (*_NUMBER, *_NOTHING),
+    "ticket": (*_TEXT, *_NOTHING),
+}
 _NUMBERS = ("step", "shard", "slot", "version", "part", "parts")
 
 
@@ -83,13 +101,99 @@ def fault_of(message: Any) -> str | None:
     return _fault_of_body(message.get("body"), properties.get("body_encoding"))
 
 
+def fault_of_any(message: Any, queue: str = "") -> str | None:
+    """Why what lies in a queue of others, or is broadcast to workers, is no message; None if it is one.
+
+    It may be compressed, up to so many bytes as our own may have: kombu unpacks it before anybody looks.
+
+    Args:
+        message: the entry, read from JSON.
+        queue: where it lay; what workers and their callers tell each other (`*.pidbox`) is looked into.
+    """
+    if not isinstance(message, dict):
+        return f"it is a {type(message).__name__}, not an object"
+    headers, properties = message.get("headers"), message.get("properties")
+    if not isinstance(headers, (dict, *_NOTHING)) or not isinstance(properties, dict):
+        return "it has no headers and properties"
+    place = properties.get("delivery_info")
+    if not isinstance(place, dict) or not isinstance(properties.get("delivery_tag"), str):
+        return "its properties have no delivery_info and delivery_tag"
+    body, encoding = message.get("body"), properties.get("body_encoding")
+    if not isinstance(body, (str, *_NOTHING)) or encoding not in _ENCODINGS:
+        return "its body is no text"
+    clock = (headers or {}).get("clock")
+    if not isinstance(clock, (int, *_NOTHING)) or not 0 <= (clock or 0) < 1 << 63:
+        return "its clock is none"
+    if (compression := (headers or {}).get("compression")) is not None:
+        fault = _fault_of_compressed(body, encoding, compression)
+        return fault or ("it is compressed" if queue.endswith(_MAILBOX) else None)
+    return _fault_of_letter(headers or {}, body or "", encoding) if queue.endswith(_MAILBOX) else None
+
+
+def fault_of_text(text: str | bytes) -> str | None:
+    """Why what was broadcast is nothing that can be read, None if it can."""
+    try:
+        parsed(text, "it")
+    except RecordDamaged as error:
+        return str(error)
+    return None
+
+
+def fault_of_taken(text: str | bytes) -> str | None:
+    """Why an entry of kombu's record of what workers have taken is none, None if it is one."""
+    try:
+        found = parsed(text, "it")
+    except RecordDamaged as error:
+        return str(error)
+    if not (isinstance(found, list) and len(found) == 3):
+        return "it is no message with its exchange and routing key"
+    message, exchange, routing_key = found
+    if not all(isinstance(name, (str, *_NOTHING)) for name in (exchange, routing_key)):
+        return "its exchange and routing key are no texts"
+    if isinstance(routing_key, str) and is_ours(routing_key):
+        return fault_of(message)
+    return fault_of_any(message)
+
+
+def _fault_of_letter(headers: Mapping[str, Any], body: str, encoding: Any) -> str | None:
+    """What a person's `celery inspect` or `control` sends to workers, and what they answer."""
+    try:
+        found = parsed(base64.b64decode(body, validate=True) if encoding == "base64" else body, "its body")
+    except (ValueError, RecordDamaged):
+        return "its body cannot be read"
+    if not isinstance(found, dict):
+        return f"its body is a {type(found).__name__}, not an object"
+    if found.get("matcher") in ("pcre", "regex"):
+        return "it names workers by a regular expression, which may take for ever"
+    return _unlike(headers, _LETTER_HEADERS, ()) or _unlike(found, _LETTER, ())
+
+
+def _fault_of_compressed(body: Any, encoding: Any, compression: Any) -> str | None:
+    make = _UNPACKERS.get(compression) if isinstance(compression, str) else None
+    if make is None or not isinstance(body, str):
+        return None if isinstance(compression, str) else "its compression is none"  # kombu knows, or refuses
+    try:
+        packed = base64.b64decode(body, validate=True) if encoding == "base64" else body.encode()
+        found = make().decompress(packed, _MOST_BODY_NBYTES + 1)
+    except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError):
+        return "its body cannot be unpacked"
+    return "its body is too large unpacked" if len(found) > _MOST_BODY_NBYTES else None
+
+
+_UNPACKERS: dict[str, Any] = {
+    **dict.fromkeys(("application/x-gzip", "gzip", "zlib"), zlib.decompressobj),
+    **dict.fromkeys(("application/x-bz2", "bzip2", "bzip"), bz2.BZ2Decompressor),
+    **dict.fromkeys(("application/x-lzma", "lzma", "xz"), lzma.LZMADecompressor),
+}
+"""What kombu calls a compression -> what unpacks so many bytes of it and no more."""
+
+
 def _fault_of_body(body: Any, encoding: Any) -> str | None:
     if not isinstance(body, str) or encoding not in ("base64", None) or len(body) > _MOST_BODY_NBYTES:
         return "its body is no text in base64"
     try:
-        text = base64.b64decode(body, validate=True) if encoding else body.encode()
-        found = json.loads(text) if _depth(text) <= _MOST_DEPTH else None
-    except (ValueError, RecursionError):
+        found = parsed(base64.b64decode(body, validate=True) if encoding else body, "its body")
+    except (ValueError, RecordDamaged):
         return "its body cannot be read"
     if not (isinstance(found, list) and len(found) == 3):
         return "its body is no list of arguments"
@@ -121,17 +225,3 @@ def _unlike(
         if name in found and not isinstance(found[name], kind):
             return f"its {name!r} is a {type(found[name]).__name__}"
     return None
-
-
-def _depth(text: bytes) -> int:
-    """How deep JSON nests at most, counted without building anything."""
-    deepest = depth = 0
-    for sign in text.translate(None, delete=_NOT_BRACKETS):
-        depth += 1 if sign in b"[{" else -1
-        deepest = max(deepest, depth)
-        if deepest > _MOST_DEPTH:
-            break
-    return deepest
-
-
-_NOT_BRACKETS = bytes(sign for sign in range(256) if sign not in b"[]{}")

@@ -126,21 +126,28 @@ def test_garbage_is_known_before_celery_sees_it(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_outlives_what_is_no_message(cluster: Callable[..., LocalCluster], tmp_path: Path) -> None:
+def test_a_worker_outlives_what_is_no_message(
+    cluster: Callable[..., LocalCluster], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every kind at once, and what is no JSON; then a run trains, and a person finds the entries."""
     made = cluster(1)
     entries: list[Any] = [json.dumps(each) for each in GARBAGE.values()]
     entries += ["garbage", "", b"\xff\xfe\x00", "[" * 100_000 + "]" * 100_000]
     with redis.Redis.from_url(made.url) as client:
         client.lpush(GRADIENTS, *entries)
+        broadcast = [b"garbage", b"5", b"[" * 100_000, b"{}", json.dumps(message()).encode()]
+        assert [client.publish("/0.celery.pidbox", each) for each in broadcast] == [2] * len(broadcast)
         wait_until(lambda: client.llen(GRADIENTS) == 0, message="the queue to be empty")
         run = Master(made.url, checkpoint_dir=made.checkpoint_dir).submit(models.mlp(), CONFIG, name="fine")
         run.wait(timeout=90)
         assert made.processes["client1"].poll() is None
         kept = client.lrange(keys.QUARANTINE, 0, -1)
-        assert len(kept) == len(entries) and b"os.system" in b"".join(kept)
+        told = len(entries) + 2 * len(broadcast)  # each worker's own
+        assert len(kept) == int(client.get(keys.QUARANTINED)) == told and b"os.system" in b"".join(kept)
         assert 0 < client.ttl(keys.QUARANTINE) <= keys.QUARANTINE_TTL_SECONDS
         assert max(map(len, kept)) <= 4096
+    assert cli.main(["health", "--url", made.url]) == 0
+    assert f"{told} entries of queues set aside as no message of torchord's" in capsys.readouterr().out
     log = made.processes["client1"].log.read_text(errors="replace")
     assert "was set aside" in log and "its task 'os.system' is none of torchord's" in log
 

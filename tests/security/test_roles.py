@@ -56,7 +56,7 @@ SELDOM_OF = {
     },
     "worker": {
         "ltrim": "what is no message goes into quarantine",
-        "incr": "behind Sentinel: Celery counts a chord's parts by itself",
+        "incr": "likewise, and behind Sentinel: Celery counts a chord's parts by itself",
         "hincrby": "a shard arrives twice",
         "hmget": "a worker that adds parts up looks which are there",
         "lpush": "a message is put back",
