@@ -41,6 +41,14 @@ def command_of(service: Document) -> str:
     return " ".join(service["command"])
 
 
+ROLES = {
+    "server": "server",
+    "client-cpu": "worker",
+    "client-gpu": "worker",
+    "flower": "monitor",
+    "metrics": "monitor",
+}
+
 # --- what we promise: each takes the document and yields what is broken --------------------
 
 
@@ -111,12 +119,46 @@ def ports_are_local(document: Document) -> list[str]:
 def workers_reach_the_store(document: Document) -> list[str]:
     broken = []
     for name, service in ours(document).items():
-        if "-A torchord" not in command_of(service):
+        if name == "tensorboard":
             continue
-        if "TORCHORD_URL" not in service.get("environment", {}):
-            broken.append(f"{name}: no TORCHORD_URL")
+        role = ROLES[name]
+        if service.get("environment", {}).get("TORCHORD_URL_FILE") != f"/run/secrets/{role}.url":
+            broken.append(f"{name}: no URL of the role {role}")
+        if service.get("secrets") != [f"{role}.url"] or f"{role}.url" not in document["secrets"]:
+            broken.append(f"{name}: has secrets {service.get('secrets')}")
         if service.get("depends_on", {}).get("store", {}).get("condition") != "service_healthy":
             broken.append(f"{name}: does not wait for the store")
+    return broken
+
+
+def nobody_is_root_or_writes_elsewhere(document: Document) -> list[str]:
+    broken = []
+    for name, service in document["services"].items():
+        if service.get("read_only") is not True or service.get("cap_drop") != ["ALL"] or "cap_add" in service:
+            broken.append(f"{name}: may write to its root, or has capabilities")
+        if "no-new-privileges:true" not in service.get("security_opt", []) or service.get("privileged"):
+            broken.append(f"{name}: may gain privileges")
+    if document["services"]["store"].get("user") in (None, "root", "0"):
+        broken.append("store: runs as root")
+    return broken
+
+
+def passwords_are_in_files(document: Document) -> list[str]:
+    broken = []
+    for name, service in document["services"].items():
+        told = {**service.get("environment", {}), "command": command_of(service)}
+        told["healthcheck"] = " ".join(service.get("healthcheck", {}).get("test", []))
+        for where, value in told.items():
+            words = str(value or "").replace(" -a ", " --pass ").lower()
+            if "@" in words.replace("@%h", "").replace("@$$hostname", "") or any(
+                word in words for word in ("requirepass", "password", "redis://", "--pass", "auth ")
+            ):
+                broken.append(f"{name}: {where} may show a password")
+    if "--aclfile /run/secrets/users.acl" not in command_of(document["services"]["store"]):
+        broken.append("store: asks for no password")
+    for name, secret in document["secrets"].items():
+        if secret.keys() != {"file"} or not secret["file"].endswith(f"/{name}"):
+            broken.append(f"{name}: {secret}")
     return broken
 
 
@@ -135,6 +177,8 @@ PROMISES: list[Callable[[Document], list[str]]] = [
     store_persists,
     ports_are_local,
     workers_reach_the_store,
+    nobody_is_root_or_writes_elsewhere,
+    passwords_are_in_files,
     queues_are_served,
 ]
 
@@ -190,7 +234,31 @@ def _open_port(services: Document) -> None:
 
 
 def _no_url(services: Document) -> None:
-    del services["server"]["environment"]["TORCHORD_URL"]
+    del services["server"]["environment"]["TORCHORD_URL_FILE"]
+
+
+def _anothers_role(services: Document) -> None:
+    services["flower"]["secrets"] = ["server.url"]
+
+
+def _writes(services: Document) -> None:
+    services["flower"]["read_only"] = False
+
+
+def _store_is_root(services: Document) -> None:
+    del services["store"]["user"]
+
+
+def _password_in_environment(services: Document) -> None:
+    services["server"]["environment"]["TORCHORD_URL"] = "redis://:hunter2@store/0"
+
+
+def _password_in_command(services: Document) -> None:
+    services["store"]["healthcheck"]["test"] = ["CMD-SHELL", "valkey-cli -a $PW ping"]
+
+
+def _everybody_enters(services: Document) -> None:
+    services["store"]["command"] = services["store"]["command"][:-2]
 
 
 def _no_wait(services: Document) -> None:
@@ -213,6 +281,12 @@ def _no_server(services: Document) -> None:
         (_no_volume, store_persists),
         (_open_port, ports_are_local),
         (_no_url, workers_reach_the_store),
+        (_anothers_role, workers_reach_the_store),
+        (_writes, nobody_is_root_or_writes_elsewhere),
+        (_store_is_root, nobody_is_root_or_writes_elsewhere),
+        (_password_in_environment, passwords_are_in_files),
+        (_password_in_command, passwords_are_in_files),
+        (_everybody_enters, passwords_are_in_files),
         (_no_wait, workers_reach_the_store),
         (_no_server, queues_are_served),
     ],
@@ -280,6 +354,16 @@ def test_links_that_the_image_copies_lead_to_what_it_copies() -> None:
     for link in links:
         there = sources[link.parent] / link.readlink()
         assert PurePosixPath(os.path.normpath(there)) == sources[link.resolve()]
+
+
+def test_no_secret_gets_into_the_image() -> None:
+    words = ("password", "secret", "token", "_key", "credential", "redis://")
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if not line.startswith("#"):
+            assert not any(word in line.lower() for word in words), line
+    for name in (".env", "deploy/secrets/worker.url", "deploy/tls/ca.key", ".git/config"):
+        assert ignored(ROOT / name), f"{name} would be sent to whoever builds the image"
+    assert not any(path.is_relative_to(ROOT / "deploy") for path in copied())
 
 
 def test_the_image_needs_no_root() -> None:

@@ -31,8 +31,10 @@ FOLDERS = (
 )
 # What a reader has or makes: an imagined project's files, a certificate, and a range of versions to be made.
 READERS = {
-    "deploy/tls",
-    "deploy/tls/ca.crt",
+    "deploy/secrets",
+    "deploy/secrets/",
+    "deploy/secrets/fleet/worker",
+    "deploy/secrets/submit.url",
     "cache.py",
     "coordinator.py",
     "manage.py",

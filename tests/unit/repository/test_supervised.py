@@ -54,7 +54,12 @@ def test_kubernetes_asks_whether_a_worker_is_alive_and_whether_it_is_ready() -> 
     found = containers()
     assert [container["command"][5] for container in found] == ["updates", "gradients"]
     for container in found:
-        assert container["envFrom"] == [{"secretRef": {"name": "torchord"}}]
+        url = next(entry["value"] for entry in container["env"] if entry["name"] == "TORCHORD_URL_FILE")
+        assert url.rpartition("/")[0] in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert "envFrom" not in container, "what is in an environment is shown with the container"
+        confined = container["securityContext"]
+        assert confined["runAsNonRoot"] and confined["readOnlyRootFilesystem"]
+        assert not confined["allowPrivilegeEscalation"] and confined["capabilities"] == {"drop": ["ALL"]}
         asked = {name: container[name]["exec"]["command"] for name in container if name.endswith("Probe")}
         assert asked == {
             "startupProbe": ["torchord", "health", "--live"],
