@@ -6,14 +6,16 @@ forward, past autograd or past torch's count of writes (`.data`), a parameter pu
 or buffer made by the first batch. So the first shard that does one of these stops the run.
 
 The module tree, torch's counts of writes and the places of all parameters are compared each time, which
-costs microseconds. The parameters' bytes are compared on a schedule (`due`), each time where they are few,
-and each time once a write was counted: writing the bytes that are there already is no write.
+costs microseconds, and so are some elements of some parameters: most writes through `.data` change a whole
+tensor. The parameters' bytes are compared on a schedule (`due`), each time where they are few, and each time
+once a write was counted: writing the bytes that are there already is no write.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,17 @@ from torchord.coordinator.compute.model_state import Mark, marks
 from torchord.coordinator.spec.plan import derive_seed
 
 _DENSE = 4  # so many steps at a run's start are looked at whole
-_SELDOM = 64  # and one shard of so many later on
+_SELDOM = 16  # and one shard of so many later on
 _FEW = 16  # so many parameters of a few bytes are compared each time, which costs some ten microseconds
 _FEW_BYTES = 2**18
 
+_SAMPLED = 16  # parameters of which elements are compared in a shard, in turn, and
+_ELEMENTS = 2  # so many of each
+_STRIDE = (
+    2654435761  # 2**32 over the golden ratio: the elements of a tensor that follow one another lie far apart
+)
+
+_WORDS: Mapping[int, Any] = {1: c_uint8, 2: c_uint16, 4: c_uint32, 8: c_uint64}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 _CONSTRAIN = (
@@ -51,8 +60,8 @@ _LATE = (
 def due(place: tuple[int, ...]) -> bool:
     """Whether the parameters' bytes are compared around the forward at a place; the same in every process.
 
-    They are in a run's first four steps and in each whose number is a power of two, and at one place in 64
-    of all: reading the parameters twice there costs the mean shard 1/32 of one reading.
+    They are in a run's first four steps and in each whose number is a power of two, and at one place in 16
+    of all: reading the parameters twice there costs the mean shard 1/8 of one reading.
 
     Args:
         place: (step, shard), or with local steps (step, shard, local step).
@@ -68,6 +77,7 @@ class _Looked(NamedTuple):
 
     marks: list[Mark]
     bytes: dict[str, Any] | None  # name -> digest of a parameter
+    elements: list[tuple[str, int, Any, int]]  # name, address of an element, its kind and value
     extra: dict[str, Any]  # path -> extra state of a module
 
 
@@ -103,7 +113,12 @@ class ForwardWatch:
         self._few = _are_few(parameters.values())
         self._extra: dict[str, nn.Module] = {}
         self._looked: _Looked | None = None
-        self._forwards = 0
+        self._forwards = self._turn = 0
+        self._sampled = [
+            (number, name, parameter.numel(), parameter.dtype.itemsize, _WORDS[parameter.dtype.itemsize])
+            for number, (name, parameter) in enumerate(parameters.items())
+            if _is_dense(parameter)
+        ]
         self._remember()
 
     def begin(self, *, whole: bool) -> None:
@@ -113,9 +128,11 @@ class ForwardWatch:
             whole: whether the parameters' bytes are to be compared, see `due`; few are anyway.
         """
         whole = whole or self.whole
+        now = marks(self._parameters.values())
         self._looked = _Looked(
-            marks(self._parameters.values()),
+            now,
             _digests(self._parameters) if whole or self._few else None,
+            [] if whole or self._few else self._elements(now),
             {path: copy.deepcopy(m.get_extra_state()) for path, m in self._extra.items()} if whole else {},
         )
 
@@ -140,6 +157,8 @@ class ForwardWatch:
         trained = [name for name in moved if name not in self._frozen]
         if trained:
             self.whole = True  # there may be more, of the bytes that are there already
+        if before.elements:
+            self._require_same_elements(before.elements, moved)
         if before.bytes is not None:
             self._require_same_bytes(before.bytes, moved)
             self._require_same_extra(before.extra)
@@ -224,21 +243,41 @@ class ForwardWatch:
 
     def _require_same_bytes(self, before: Mapping[str, Any], moved: list[str]) -> None:
         now = _digests(self._parameters)
-        for name, parameter in self._parameters.items():
-            if before[name] == now[name]:
-                continue
-            where = self._owner(name)
-            if name not in self._frozen:
-                raise InvalidInput(
-                    f"the forward wrote to the trained parameter {name!r}{where}, which only the optimizer's "
-                    f"step may change: here the write would be lost; {self._way_out(parameter)}"
-                )
-            if name not in moved:
-                raise InvalidInput(
-                    f"the forward wrote to the frozen parameter {name!r}{where} through .data, where torch "
-                    "does not count it; write to it under torch.no_grad(), as in "
-                    "parameter.mul_(m).add_(other, alpha=1 - m), and the run carries it like a buffer"
-                )
+        for name in self._parameters:
+            if before[name] != now[name]:
+                self._refuse(name, moved)
+
+    def _elements(self, now: list[Mark]) -> list[tuple[str, int, Any, int]]:
+        """An element of each of some parameters, others each time."""
+        self._turn += 1
+        first = self._turn * _SAMPLED % len(self._sampled) if len(self._sampled) > _SAMPLED else 0
+        jump = self._turn * _STRIDE
+        found = []
+        for number, name, numel, nbytes, kind in (self._sampled * 2)[first : first + _SAMPLED]:
+            place = now[number][1] + jump % numel * nbytes
+            found.append((name, place, kind, kind.from_address(place).value))
+        return found
+
+    def _require_same_elements(self, before: list[tuple[str, int, Any, int]], moved: list[str]) -> None:
+        for name, place, kind, value in before:
+            # A parameter that was given other memory has none of its elements here any more.
+            if name not in moved and kind.from_address(place).value != value:
+                self._refuse(name, moved)
+
+    def _refuse(self, name: str, moved: list[str]) -> None:
+        """Refuse a write to a parameter, unless it is frozen and the write was counted."""
+        where = self._owner(name)
+        if name not in self._frozen:
+            raise InvalidInput(
+                f"the forward wrote to the trained parameter {name!r}{where}, which only the optimizer's "
+                f"step may change: here the write would be lost; {self._way_out(self._parameters[name])}"
+            )
+        if name not in moved:
+            raise InvalidInput(
+                f"the forward wrote to the frozen parameter {name!r}{where} through .data, where torch "
+                "does not count it; write to it under torch.no_grad(), as in "
+                "parameter.mul_(m).add_(other, alpha=1 - m), and the run carries it like a buffer"
+            )
 
     def _way_out(self, parameter: Tensor) -> str:
         for module in self._model.modules():
@@ -279,6 +318,17 @@ def _are_few(parameters: Collection[Tensor]) -> bool:
         and all(parameter.is_cpu for parameter in parameters)
         and sum(parameter.nbytes for parameter in parameters) <= _FEW_BYTES
     )
+
+
+def _is_dense(parameter: Tensor) -> bool:
+    """Whether a parameter has one stretch of this process's memory, of words that can be read."""
+    extents = zip(parameter.stride(), parameter.shape, strict=True)
+    reach = 1
+    for stride, extent in sorted((stride, extent) for stride, extent in extents if extent != 1):
+        if stride != reach or not extent:
+            return False
+        reach *= extent
+    return parameter.is_cpu and parameter.numel() > 0 and parameter.dtype.itemsize in _WORDS
 
 
 def _has_extra_state(module: nn.Module) -> bool:

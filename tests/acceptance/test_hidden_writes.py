@@ -101,6 +101,19 @@ def test_a_small_model_is_watched_in_every_step(step: int) -> None:
         run(recipe(partial(hidden.Once, step)), TrainingConfig(epochs=8, batch_size=16, shards=4, seed=1))
 
 
+@pytest.mark.parametrize("change", ["mul_", "sub_", "fill_"])
+@pytest.mark.parametrize("step", [5, 11, 13, 14])
+def test_of_a_large_model_elements_are_watched_in_every_step(step: int, change: str) -> None:
+    assert not any(due((step, shard)) for shard in range(4))
+    with pytest.raises(
+        InvalidInput, match=r"trained parameter 'layers\.2\.weight' of 'layers\.2' \(Linear\)"
+    ):
+        run(
+            recipe(partial(hidden.OnceInMany, step, change)),
+            TrainingConfig(epochs=8, batch_size=16, shards=4, seed=1),
+        )
+
+
 def test_a_buffer_that_cannot_be_resized_where_it_lies_is_named() -> None:
     replica = Replica.build(resolved(LOST["resized"][0]), CONFIG)
     buffer = replica.buffers["least"]

@@ -71,6 +71,27 @@ class Once(nn.Linear):
         return super().forward(inputs)
 
 
+class OnceInMany(nn.Module):
+    """The same in one of several layers, which together are too large to be compared in each step."""
+
+    def __init__(self, step: int, change: str = "mul_") -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(FEATURES, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, CLASSES)
+        )
+        self.step = step
+        self.change = change
+        self.count: Tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            if int(self.count) == self.step:
+                getattr(self.layers[2].weight.data, self.change)(0.999)
+            self.count += 1
+        return self.layers(inputs)  # type: ignore[no-any-return]
+
+
 class RowBound(nn.Module):
     """The parametrization that a bounded weight is to be written with."""
 
