@@ -50,7 +50,8 @@ class Settings:
         dataset_disk_bytes: how much they keep there.
         dataset_urls: schemes and places at which stored datasets may lie outside of the cache; None means
             directories and object stores (`torchord.cache.datasets.allowed_urls`).
-        task_log: whether Celery logs a line at the start and at the end of each task (at INFO).
+        task_log: whether Celery logs a line at the start and at the end of each task (at INFO); None: a line
+            every ten seconds says what there was.
         overlap: which transfers between hosts may run while something is computed, of `OVERLAPS`.
         keys: file of the keys that records are sealed and opened with; "" for those of a local cluster, if it
             is one's; "off" for none.
@@ -74,7 +75,7 @@ class Settings:
     dataset_disk: str = ""
     dataset_disk_bytes: int = 16 << 30
     dataset_urls: tuple[str, ...] | None = None
-    task_log: bool = True
+    task_log: bool | None = None
     overlap: frozenset[str] = OVERLAPS
     keys: str = ""
     remote_control: frozenset[str] | None = frozenset()
@@ -243,7 +244,7 @@ def from_environment() -> Settings:
         dataset_disk=located(disk) if (disk := env.get("TORCHORD_DATASET_DISK")) else "",
         dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),
         dataset_urls=None if (urls := env.get("TORCHORD_DATASET_URLS")) is None else _words(urls),
-        task_log=_on("TORCHORD_TASK_LOG"),
+        task_log=_on("TORCHORD_TASK_LOG") if env.get("TORCHORD_TASK_LOG", "").strip() else None,
         overlap=_overlap("TORCHORD_OVERLAP"),
         keys=_keys(env.get("TORCHORD_KEYS", "").strip()),
         remote_control=_remote_control("TORCHORD_REMOTE_CONTROL"),

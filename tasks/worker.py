@@ -25,8 +25,10 @@ from torchord.coordinator.messages.task_names import UPDATES, is_ours, private_q
 from torchord.coordinator.runtime import faults
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
+from torchord.tasks.log_lines import shorten
+from torchord.tasks.namesakes import warn_of_namesakes
 from torchord.tasks.renewal import Renewal, start_anew
-from torchord.tasks.start import announce, import_from_working_directory
+from torchord.tasks.start import announce, import_from_working_directory, introduce
 
 # What needs torch is imported where it is used: Flower and the `celery` commands load this module too.
 if TYPE_CHECKING:
@@ -98,12 +100,14 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
         services.registry.require_placement(services.placement, claim=True)
     except CacheError as error:  # gone again; the heartbeat will say so, too
         log.warning("placement: %s", error)
+    info = new_info(node, queues, placement=services.placement)
+    if not _forked:
+        warn_of_namesakes(services.registry, info)
 
     def again(said: WorkerInfo, why: str) -> None:
         start_anew(lambda: services.registry.leave(said), why, forks=forks, forked=_forked)
 
     renewal = Renewal(lambda run: services.ledger(run).head().status, again)
-    info = new_info(node, queues, placement=services.placement)
     return Heartbeat(services.registry, info, after=renewal)
 
 
@@ -251,15 +255,14 @@ def _named(sender: str, instance: Any, **_: Any) -> None:
     _node, _queues = sender, queues
     instance.app.conf[_QUEUES_SETTING] = queues
     if not instance.quiet:
+        introduce(settings, sender, queues, forks="prefork" in instance.pool_cls.__module__)
         announce(settings)
 
 
 @signals.after_setup_logger.connect
 def _quiet(**_: Any) -> None:
-    """Leave Celery's two lines a task out of the log, if so wished."""
-    if not settings.task_log and current_app == app:
-        for name in ("celery.worker.strategy", "celery.app.trace"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+    """Keep the log short; in an app of somebody else's its own tasks' lines stay, whatever was asked for."""
+    shorten(receipts=settings.task_log if current_app == app else settings.task_log or None)
 
 
 @signals.worker_init.connect

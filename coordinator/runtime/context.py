@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ from torchord.coordinator.spec.fingerprints import fingerprint, skewed, source_o
 from torchord.coordinator.spec.plan import Indices, Plan
 from torchord.coordinator.spec.resolving import ResolvedRecipe, resolve
 
+log = logging.getLogger(__name__)
+
 _CONTEXTS_KEPT = 4
 
 
@@ -58,6 +61,7 @@ class Contexts:
             found = self._contexts.get(key)
             if found is None:
                 found = RunContext(self.services, run, incarnation)
+                log.info("run %s: begins here", run)
                 for other in [
                     k for k in self._contexts if k[0] == run and revision(k[1]) == revision(incarnation)
                 ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -14,7 +15,10 @@ from typing import Any, Self
 
 from torchord.cache.ledger.ledger import Ledger
 
+log = logging.getLogger(__name__)
+
 _FRAMES_SHOWN = 4
+_PYTHONS = os.path.dirname(os.__file__)
 _WORKERS_OWN = ("billiard", "celery")  # whose handlers of signals raise to end a process
 
 
@@ -53,7 +57,11 @@ class Failure:
         incarnation: str | None = None,
         shard: tuple[int, int] | None = None,
     ) -> None:
-        """End the run as failed for this reason; arguments as for `Ledger.transition`."""
+        """End the run as failed for this reason, and log it in a line; arguments: see `Ledger.transition`."""
+        frames = "; ".join(str(self.details.get("traceback", "")).splitlines())
+        log.error(
+            "run %s failed: %s%s", ledger.run, " ".join(self.message.split()), frames and f" at {frames}"
+        )
         ledger.transition(
             "failed",
             allowed=allowed,
@@ -123,12 +131,28 @@ def _said_of(end: BaseException) -> str:
 
 
 def short_traceback(error: BaseException) -> str:
-    """The last frames of an error, innermost last, one line each: enough to find the place."""
-    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_SHOWN:]
+    """The last frames of an error, innermost last, one line each: enough to find the place.
+
+    Of torch and what else is installed the innermost one alone, and of torchord none, as long as there is a
+    frame of the user's own: those say what to mend.
+    """
+    walked = list(traceback.walk_tb(error.__traceback__))
+    own = [place for place, (frame, _) in enumerate(walked) if _is_theirs(frame)]
+    if own and own[-1] < len(walked) - 1:
+        own.append(len(walked) - 1)
+    kept = own[-_FRAMES_SHOWN:] or range(len(walked))[-_FRAMES_SHOWN:]
+    frames = traceback.extract_tb(error.__traceback__)
     lines = [
-        f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line or ''}".rstrip() for f in frames
+        f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line or ''}".rstrip()
+        for f in (frames[place] for place in kept)
     ]
     return "\n".join(lines)
+
+
+def _is_theirs(frame: FrameType) -> bool:
+    """Whether code is the user's: neither torchord's nor Python's nor an installed package's."""
+    file = frame.f_code.co_filename
+    return not (_package(frame) == "torchord" or file.startswith(("<", _PYTHONS)) or "site-packages" in file)
 
 
 def noted(error: BaseException) -> str:

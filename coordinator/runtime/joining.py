@@ -126,8 +126,9 @@ def _found(context: RunContext, *, apart: bool = False) -> FirstShard | None:
         return first_shard(replica, context.recipe, context.plan(), context.dataset())
     except CacheError:
         raise
-    except Exception:  # the server need not have the data, say
-        log.info("run %s: the first shard is not compared", context.run, exc_info=True)
+    except Exception as error:  # noqa: BLE001  # the server need not have the data, say
+        said = f"{type(error).__name__}: {error}"
+        log.info("run %s: the first shard is not compared: %s", context.run, " ".join(said.split()))
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,8 @@ from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.runtime.statement import statement
 from torchord.coordinator.server.upkeep import Upkeep
 from torchord.coordinator.server.warm_run import WarmRun
+
+log = logging.getLogger(__name__)
 
 _EVALUATION_PIN_SECONDS = 6 * 3600.0
 _EVALUATION_PART = 4096
@@ -86,6 +89,7 @@ class Finish:
             "done", allowed=("running",), event="done", data={"version": version}, token=warm.token
         )
         if done:
+            log.info("run %s: done, with %d steps", warm.run, version)
             stored = [v for v in ledger.versions() if v != version]
             self.services.parameters.drop(ledger, stored, token=warm.token)
             ledger.retire()

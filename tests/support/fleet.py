@@ -74,9 +74,13 @@ def finished(run: Run) -> TrainedModel:
 
 @contextmanager
 def fleet(folder: Path, workers: int = 2, **arguments: Any) -> Iterator[Fleet]:
-    """A cluster with the arguments of `LocalCluster`, whose every key must have a TTL when it ends."""
+    """A cluster with the arguments of `LocalCluster`, whose every key must have a TTL when it ends.
+
+    Its workers log each receipt, for tests that read them.
+    """
     defaults = {"log_dir": folder / "logs", "checkpoint_dir": folder / "checkpoints", "wait_ready": True}
-    cluster = LocalCluster(workers, **{**defaults, **arguments})
+    env = {"TORCHORD_TASK_LOG": "on", **(arguments.pop("env", None) or {})}
+    cluster = LocalCluster(workers, **{**defaults, **arguments}, env=env)
     cluster.start()
     try:
         yield Fleet(cluster, folder)

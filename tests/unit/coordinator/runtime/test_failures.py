@@ -9,9 +9,13 @@ import threading
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tests.support import recipes_leaving
-from torchord.coordinator.runtime.failures import RecipeExit, contained, noted, short_traceback
+from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.cache.testing.memory_plane import MemoryPlane
+from torchord.coordinator.runtime.failures import Failure, RecipeExit, contained, noted, short_traceback
 
 
 class OfTheirs(BaseException):
@@ -85,3 +89,36 @@ def test_no_ctrl_c_comes_where_none_can_be_meant(ours: str) -> None:
         finally:
             signal.signal(signal.SIGINT, before)
     assert [type(error) for error in met] == [RecipeExit]
+
+
+def test_the_frames_that_are_shown_are_the_users_and_the_innermost() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.inner(x)
+            return found
+
+    try:
+        Model()(torch.ones(1, 3))
+    except RuntimeError as error:
+        lines = short_traceback(error).splitlines()
+    assert lines[-2].endswith("in forward: found: Tensor = self.inner(x)") and "test_failures.py" in lines[-2]
+    assert lines[-1].startswith("linear.py") and not any("in _call_impl" in line for line in lines)
+
+
+def test_a_failure_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        failure = Failure.of(error, "shard 1 of step 2", worker="w0")
+    failure.stop(MemoryLedger(MemoryPlane(), "mine"))
+    [record] = caplog.records
+    said = record.getMessage()
+    assert record.levelname == "ERROR" and "\n" not in said
+    assert said.startswith(
+        "run mine failed: shard 1 of step 2 failed on worker w0: ValueError: two lines at "
+    )
+    assert said.endswith('raise ValueError("two\\nlines")')
