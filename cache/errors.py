@@ -173,6 +173,10 @@ class Fenced(RunError):
     """Another training server has taken this run over; this one stops acting for it."""
 
 
+class SlotRefused(RunError):
+    """A worker's gradient cannot be right and was thrown away; others compute it, and the run goes on."""
+
+
 class CheckpointError(TorchordError):
     """A checkpoint could not be written or read; see the message for its path."""
 

@@ -11,6 +11,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:worker:ID | string, JSON of WorkerInfo | that worker | WORKER_LEASE, renewed by a thread |
 | torchord:quarantine | list of queue entries that were no messages, their first 4 KiB | workers | QUARANTINE_TTL after the last, 100 at most |
 | torchord:quarantined | string, how many such entries there were | workers | QUARANTINE_TTL after the last |
+| torchord:distrusted | hash node -> JSON of Distrusted | server | DISTRUST_TTL after the last |
 | torchord:placement | string, where chunks lie, in words | workers | WORKER_LEASE, renewed by a thread |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
@@ -61,6 +62,7 @@ WORKER_LEASE_MS = 1500
 WORKER_INDEX_TTL_SECONDS = 24 * 3600
 SUPERVISOR_LEASE_MS = 1500
 QUARANTINE_TTL_SECONDS = 7 * 24 * 3600
+DISTRUST_TTL_SECONDS = 30 * 24 * 3600
 EVENTS_KEPT = 5000
 LEDGER_KEPT = 1000
 
@@ -71,6 +73,7 @@ PLACEMENT = f"{PREFIX}:placement"
 SUPERVISOR = f"{PREFIX}:supervisor"
 QUARANTINE = f"{PREFIX}:quarantine"
 QUARANTINED = f"{PREFIX}:quarantined"
+DISTRUSTED = f"{PREFIX}:distrusted"
 DATASETS = f"{PREFIX}:datasets"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

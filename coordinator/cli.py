@@ -21,6 +21,7 @@ from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, T
 from torchord.cache.ledger.figures import for_others
 from torchord.cache.servers.address import masked
 from torchord.coordinator.key_commands import keys
+from torchord.coordinator.trust_commands import liars, readmit
 
 if TYPE_CHECKING:
     from torchord.coordinator.master.master import Master
@@ -207,7 +208,8 @@ def _health(options: Options) -> int:
     url = options.url or from_environment().url
     try:
         with connect(url) as client:
-            alive = Registry(client, url).alive().values()
+            registry = Registry(client, url)
+            alive, barred = registry.alive().values(), registry.distrusted()
             aside = quarantined(client, url)
     except CacheUnreachable as error:
         if not options.live:
@@ -223,6 +225,8 @@ def _health(options: Options) -> int:
         for info in ours:
             said = f", has taken no messages for {info.silent:.0f} s" if info in deaf else ""
             print(f"{info.id}: {info.task or 'idle'}{said}")
+            if info.node in barred:
+                print(f"  {barred[info.node].said()}")
         if not ours:
             print(f"no worker of {f'node {node}' if node else f'host {here}'} lives", file=sys.stderr)
         if aside:
@@ -450,4 +454,5 @@ _command(
 _command("cancel", _cancel, "End a run for good.")
 _command("verify", _verify, "Audit a run's ledger, or check a statement.", _REPLAY, _STATEMENT, _MODEL)
 _command("statement", _statement, "Print the sealed statement of a run that is done.")
-_torchord.add_command(keys)
+for command in (keys, liars, readmit):
+    _torchord.add_command(command)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torchord.cache import keys
 from torchord.cache.errors import CacheError
+from torchord.cache.ledger.distrusted import Distrusted
 from torchord.cache.ledger.whereabouts import place_of
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 
@@ -28,6 +29,9 @@ class Heartbeat:
         registry: where to.
         info: what to say; `doing` changes it.
         after: called from the thread with what a beat has said, once that has arrived.
+
+    Attributes:
+        distrusted: whom nobody trusts, by node, as of the last beat.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Heartbeat:
         self.registry = registry
         self._info = info
         self._after = after
+        self.distrusted: dict[str, Distrusted] = {}
         self._doing: dict[int, tuple[str, float]] = {}  # thread -> task, since when by the monotonic clock
         self._since = 0.0
         self._worked: dict[str, tuple[float, ...]] = {}
@@ -75,7 +80,7 @@ class Heartbeat:
     def start(self) -> None:
         """Beat once, now, then from the thread."""
         try:
-            self.registry.beat(self._said())
+            self.distrusted = self.registry.beat(self._said())
         except CacheError as error:
             log.warning("heartbeat: %s", error)
         self._thread.start()
@@ -154,7 +159,7 @@ class Heartbeat:
         while not self._stop.wait(PERIOD_SECONDS):
             try:
                 said = self._said()
-                self.registry.beat(said)
+                self.distrusted = self.registry.beat(said)
             except CacheError as error:
                 log.warning("heartbeat: %s", error)
                 continue

@@ -27,6 +27,9 @@ CHECKS = "checks"
 
 CONTENT = "content"  # in the notes of a ledger entry: digests of the version's blobs
 
+LIED = "lied "
+"""How claims begin that say of a node, which follows, that a gradient of its was a lie."""
+
 UNLIKE = "unlike "
 """How claims begin that say why a worker, whose id follows, is not like the run's first Client."""
 

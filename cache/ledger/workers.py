@@ -25,6 +25,7 @@ from redis.exceptions import NoPermissionError
 from torchord.cache import keys
 from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RecordDamaged
 from torchord.cache.ledger import process
+from torchord.cache.ledger.distrusted import Distrusted, read_distrusted
 from torchord.cache.reading import (
     COUNT,
     FINITE,
@@ -192,8 +193,8 @@ class Registry:
         self.client = client
         self.url = url
 
-    def beat(self, info: WorkerInfo) -> None:
-        """Renew one worker's lease; those that are long gone are forgotten."""
+    def beat(self, info: WorkerInfo) -> dict[str, Distrusted]:
+        """Renew one worker's lease; those that are long gone are forgotten. Whom nobody trusts, by node."""
         with translated(self.url, f"renew the lease of worker {info.id}"):
             pipe = self.client.pipeline(transaction=False)
             pipe.set(keys.worker(info.id), json.dumps(asdict(info)), px=keys.WORKER_LEASE_MS)
@@ -204,7 +205,30 @@ class Registry:
             if info.placement:
                 pipe.set(keys.PLACEMENT, info.placement, nx=True, px=keys.WORKER_LEASE_MS)
                 pipe.pexpire(keys.PLACEMENT, keys.WORKER_LEASE_MS)
+            pipe.hgetall(keys.DISTRUSTED)
+            return read_distrusted(pipe.execute()[-1])
+
+    # --- who is trusted ---------------------------------------------------------------------
+
+    def distrusted(self) -> dict[str, Distrusted]:
+        """Who gets no shard of a run that checks, by node."""
+        with translated(self.url, "ask who is distrusted"):
+            return read_distrusted(cast(dict[str, str], self.client.hgetall(keys.DISTRUSTED)))
+
+    def distrust(self, found: Distrusted) -> None:
+        """Quarantine a node."""
+        with translated(self.url, f"quarantine {found.node}"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hset(keys.DISTRUSTED, found.node, found.to_json())
+            pipe.expire(keys.DISTRUSTED, keys.DISTRUST_TTL_SECONDS)
             pipe.execute()
+
+    def readmit(self, node: str) -> bool:
+        """Trust a node again; returns whether it was quarantined."""
+        with translated(self.url, f"readmit {node}"):
+            return bool(self.client.hdel(keys.DISTRUSTED, node))
+
+    # --- who lives --------------------------------------------------------------------------
 
     def leave(self, info: WorkerInfo) -> None:
         """End one worker's lease at once."""

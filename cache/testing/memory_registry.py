@@ -10,6 +10,7 @@ from typing import cast
 import redis
 
 from torchord.cache import keys
+from torchord.cache.ledger.distrusted import Distrusted, read_distrusted
 from torchord.cache.ledger.workers import Registry, StoreMemory, WorkerInfo, read
 from torchord.cache.testing.memory_plane import URL, MemoryPlane, NoClient
 
@@ -25,7 +26,7 @@ class MemoryRegistry(Registry):
         super().__init__(cast(redis.Redis, NoClient()), URL)
         self.plane = plane
 
-    def beat(self, info: WorkerInfo) -> None:
+    def beat(self, info: WorkerInfo) -> dict[str, Distrusted]:
         """See `Registry.beat`."""
         plane = self.plane
         with plane.changed:
@@ -34,6 +35,24 @@ class MemoryRegistry(Registry):
             plane.put(keys.WORKERS, beats, keys.WORKER_INDEX_TTL_SECONDS)
             if info.placement:
                 self._hold_placement(info.placement)
+            return self.distrusted()
+
+    def distrusted(self) -> dict[str, Distrusted]:
+        """See `Registry.distrusted`."""
+        return read_distrusted(self.plane.hash(keys.DISTRUSTED))
+
+    def distrust(self, found: Distrusted) -> None:
+        """See `Registry.distrust`."""
+        with self.plane.changed:
+            there = {**self.plane.hash(keys.DISTRUSTED), found.node: found.to_json()}
+            self.plane.put(keys.DISTRUSTED, there, keys.DISTRUST_TTL_SECONDS)
+
+    def readmit(self, node: str) -> bool:
+        """See `Registry.readmit`."""
+        with self.plane.changed:
+            there = node in self.plane.hash(keys.DISTRUSTED)
+            self.plane.hdel(keys.DISTRUSTED, node)
+            return there
 
     def memory(self) -> StoreMemory | None:
         """See `Registry.memory`; memory is what this process has."""

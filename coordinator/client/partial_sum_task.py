@@ -30,6 +30,7 @@ from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.failures import contained
 from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.trust import require_trusted
 from torchord.coordinator.spec.codecs import CodecOf
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class PartialSumTask:
         self.fault("adder.after_begin")
         step, slot = task.step, task.slot
         context = self.contexts.of(task.run, begun.incarnation)
-        context.require_same_code()
+        require_trusted(context, self.lease.heartbeat)
         if not context.plan().has(step, slot):
             return {**receipt, "status": NO_SUCH_SLOT}
         tree = context.plan().fan_in(step)

@@ -35,6 +35,7 @@ from torchord.coordinator.runtime.environment import environment
 from torchord.coordinator.runtime.failures import contained
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.joining import join
+from torchord.coordinator.runtime.trust import require_trusted
 from torchord.coordinator.spec.plan import shown
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class ShardTask:
     ) -> dict[str, Any]:
         self.fault("client.after_begin")
         context = self.contexts.of(task.run, begun.incarnation)
-        context.require_same_code()
+        require_trusted(context, self.lease.heartbeat)
         toolchain = context.require_same_toolchain()
         self.lease.heartbeat.refuse(task.run, None)
         if not context.plan().has(task.step, task.slot):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torchord.cache.errors import Impure, NotAuthentic, RecordDamaged
 from torchord.cache.keyring import bare
+from torchord.cache.ledger.distrusted import node_of
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import CHECKS, GENESIS, PARTIAL_SUMS, Head, LedgerEntry, VersionRecord
+from torchord.cache.ledger.records import (
+    CHECKS,
+    GENESIS,
+    LIED,
+    PARTIAL_SUMS,
+    UNLIKE,
+    Head,
+    LedgerEntry,
+    VersionRecord,
+)
 from torchord.coordinator.spec.plan import Plan
 
 if TYPE_CHECKING:
@@ -126,6 +136,38 @@ def audit(
         partial_sums=sums,
         checked=checked,
     )
+
+
+def said_of_workers(claims: Mapping[str, str], entries: Iterable[LedgerEntry]) -> list[str]:
+    """What was found out about workers of a run, a problem each.
+
+    Of one that lied about a gradient, what it had computed before and nobody has computed twice: that is in
+    the weights, true or not.
+
+    Args:
+        claims: as `Ledger.claims` has them.
+        entries: the run's ledger.
+    """
+    found = [text for what, text in claims.items() if what.startswith(UNLIKE)]
+    liars = {what.removeprefix(LIED): text for what, text in claims.items() if what.startswith(LIED)}
+    if not liars:
+        return found
+    unseen: dict[str, list[tuple[int, int]]] = {node: [] for node in liars}
+    for entry in sorted(entries, key=lambda entry: entry.version):
+        seen = {shard for shard, _, compared in entry.notes.get(CHECKS, []) if compared}
+        for slot in entry.slots:
+            if (node := node_of(slot.worker)) in unseen and slot.shard not in seen:
+                unseen[node].append((entry.version - 1, slot.shard))
+    for node, places in unseen.items():
+        if places:
+            (step, shard), steps = places[0], sorted({step for step, _ in places})
+            shown = " ".join(f"--replay {each}" for each in steps[:3])
+            found.append(
+                f"{liars[node]}; {len(places)} shards that it computed were used and not computed twice, the "
+                f"first of them shard {shard} of step {step}: `torchord verify NAME {shown} ...` tells "
+                "whether they are right"
+            )
+    return found
 
 
 def entry_texts(ledger: Ledger, version: int, disk: Callable[[], CheckpointStore]) -> dict[int, str]:

@@ -17,10 +17,10 @@ from torchord.cache.errors import (
 from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import UNLIKE, Head, LedgerEntry
+from torchord.cache.ledger.records import Head, LedgerEntry
 from torchord.coordinator.local_cluster.import_path import allow_list
 from torchord.coordinator.master.admitting import respecify
-from torchord.coordinator.master.audit import Audit, audit, entry_texts, opened
+from torchord.coordinator.master.audit import Audit, audit, entry_texts, opened, said_of_workers
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.progress import Progress
@@ -293,8 +293,7 @@ class Run:
         head = self._ledger.head()
         texts, plan = self._entry_texts(head), self._plan(head)
         entries = [LedgerEntry.from_json(bare(text)) for text in texts.values()]
-        claims = self._ledger.claims().items()
-        unlike = [text for what, text in claims if what.startswith(UNLIKE)]
+        unlike = said_of_workers(self._ledger.claims(), entries)
         stored, forged = opened(self._ledger, texts, head.version)
         found = audit(head, entries, plan, stored, [*forged, *unlike])
         steps = tuple(reexecute)

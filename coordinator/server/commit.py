@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from torchord.cache.blobs.blob import BlobRef
-from torchord.cache.errors import ChunkCorrupt, ChunkMissing, Fenced, ManifestMismatch, NonFinite, RunError
+from torchord.cache.errors import (
+    ChunkCorrupt,
+    ChunkMissing,
+    Fenced,
+    InvalidInput,
+    ManifestMismatch,
+    NonFinite,
+    RunError,
+)
 from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import (
@@ -25,6 +35,7 @@ from torchord.cache.ledger.records import (
     StateRecord,
     VersionRecord,
 )
+from torchord.coordinator.compute import shard_norm
 from torchord.coordinator.compute.shares import total_weight
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import ApplyReport
@@ -34,6 +45,7 @@ from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.joining import compare_server
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
+from torchord.coordinator.server.jury import Jury
 from torchord.coordinator.server.step_checks import compare
 from torchord.coordinator.server.step_slots import (
     loss_of,
@@ -49,6 +61,7 @@ from torchord.coordinator.server.upkeep import Upkeep
 from torchord.coordinator.server.warm_run import WarmRun
 
 _FAR_STEPS = 20
+_SUSPECTS = 4  # shards that are computed once more before a run stops for a NaN
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class StepCommit:
         worker: id of the process, for the ledger's entries.
         queue: its private queue, where the chords call back.
         fault: called with the name of each point of the protocol; tests use it to die there.
+        jury: decides who lied.
 
     Attributes:
         read_nbytes: what the last update had to read from the chunk store, in bytes.
@@ -83,7 +97,15 @@ class StepCommit:
     """
 
     def __init__(
-        self, services: Services, sender: Sender, upkeep: Upkeep, *, worker: str, queue: str, fault: Hook
+        self,
+        services: Services,
+        sender: Sender,
+        upkeep: Upkeep,
+        *,
+        worker: str,
+        queue: str,
+        fault: Hook,
+        jury: Jury,
     ) -> None:
         self.services = services
         self.sender = sender
@@ -91,6 +113,7 @@ class StepCommit:
         self.worker = worker
         self.queue = queue
         self.fault = fault
+        self.jury = jury
         self.read_nbytes = 0
         self.before = tiers.snapshot(services)
 
@@ -107,6 +130,7 @@ class StepCommit:
             Fenced: another server or a person acted; what `warm` holds is ahead of the head.
             RunError: a replayed step gave other bytes than before.
             NonFinite: the gradients are not finite and the config asks to stop then.
+            SlotRefused: a worker lied; nothing was applied, and the slots are open again.
             Impure: a shard that was computed twice came out differently.
             ChunkMissing, ChunkCorrupt: a slot's bytes are lost; it was opened again.
         """
@@ -120,7 +144,9 @@ class StepCommit:
         slots = [present[root] for root in tree.roots]
         if step == 0:
             compare_server(warm.context, self.worker)
-        checks = compare(warm, present, self.services.gradients)
+        self.jury.discard(warm, present)
+        checks = compare(warm, present, self.services.gradients, self.jury)
+        self.jury.look(warm, present, slots)
         # The average, and the optimizer's step.
         self.fault("server.before_apply")
         self._adopt(warm)
@@ -259,6 +285,7 @@ class StepCommit:
         try:
             report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
         except NonFinite as error:
+            self._doubt(warm, slots, bad)
             where = f"arose in shards {bad}" if bad else "arose in the average only"
             if not bad and total_weight((slot.examples, slot.weight) for slot in slots) == 0:
                 where = "is a mean of nothing: all shards weigh 0, as no label of the whole batch counts"
@@ -269,22 +296,41 @@ class StepCommit:
         """The average of all root slots of the present step, added up in slot order."""
         step, plan, ahead = warm.version, warm.context.plan(), warm.download
         tree = plan.fan_in(step)
+        trainer, present = warm.trainer, {slot.shard: slot for slot in slots}
         total = StepSum(
             tree,
             plan.examples(step),
-            warm.trainer,
+            trainer,
             self.services.gradients,
             warm.context.recipe.codec,
             read=None if ahead is None or ahead.step != step else ahead.read,
+            look=shard_norm.within(trainer.config.max_shard_norm),
         )
         for slot in slots:
             try:
                 total.add(slot)
-            except (ChunkMissing, ChunkCorrupt, ManifestMismatch):
+            except shard_norm.TooLong as error:
+                self.jury.refuse(warm, present, slot, str(error))
+                raise InvalidInput(f"run {warm.run!r}: shard {slot.shard} of step {step}: {error}") from None
+            except (ChunkMissing, ChunkCorrupt, ManifestMismatch) as error:
+                if slot.total is None and isinstance(error, ManifestMismatch):
+                    self.jury.refuse(warm, present, slot, str(error))
                 below = tree.below(slot.shard)
                 warm.ledger.drop_slot(step, slot.shard, nonce=slot.nonce, token=warm.token, below=below)
                 raise
         return total.result()
+
+    def _doubt(self, warm: WarmRun, slots: Sequence[SlotRecord], bad: Sequence[int]) -> None:
+        """Before a run stops for a NaN: whether a worker made it up.
+
+        Raises:
+            SlotRefused: one did.
+        """
+        present = {slot.shard: slot for slot in slots}
+        suspects = [slot for slot in slots if slot.total is None and (not bad or slot.shard in bad)]
+        for slot in suspects[:_SUSPECTS]:
+            if bad or not _finite(self.services.gradients.get(slot)[0].values()):
+                self.jury.decide(warm, present, [slot])
 
     def _adopt(self, warm: WarmRun) -> None:
         """Follow a switch of the config that holds from the present step on."""
@@ -334,6 +380,10 @@ class StepCommit:
             warm.ledger.mark_launched(step, token=warm.token)
             after = step
         return after
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(each.isfinite().all()) for each in tensors if each.is_floating_point())
 
 
 def _refusal(warm: WarmRun, verdict: str) -> RunError | Fenced:

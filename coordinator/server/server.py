@@ -20,6 +20,7 @@ from torchord.cache.errors import (
     Fenced,
     RecordDamaged,
     Skewed,
+    SlotRefused,
     TorchordError,
 )
 from torchord.cache.ledger.answers import Committed
@@ -37,6 +38,7 @@ from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.hindrances import Hindrances
 from torchord.coordinator.server.commit import StepCommit
 from torchord.coordinator.server.finish import Finish
+from torchord.coordinator.server.jury import Jury
 from torchord.coordinator.server.takeover import TakeOver
 from torchord.coordinator.server.upkeep import Upkeep
 from torchord.coordinator.server.warm_run import WarmRun, read_ahead
@@ -79,7 +81,13 @@ class TrainingServer:
         self.upkeep = Upkeep(services, fault)
         self.finish = Finish(services, sender, self.upkeep, self._checkpointed, fault)
         self.commit = StepCommit(
-            services, sender, self.upkeep, worker=heartbeat.info.id, queue=self.queue, fault=fault
+            services,
+            sender,
+            self.upkeep,
+            worker=heartbeat.info.id,
+            queue=self.queue,
+            fault=fault,
+            jury=Jury(heartbeat),
         )
 
     @property
@@ -182,7 +190,12 @@ class TrainingServer:
         receipt: dict[str, Any] = {"run": run, "status": "waiting", "version": warm.version}
         launched = -1 if head.launched is None else head.launched
         while warm.version < warm.context.plan().total_steps:
-            applied = self.commit.apply(warm, present, launched)
+            try:
+                applied = self.commit.apply(warm, present, launched)
+            except SlotRefused as error:
+                log.warning("%s", error)
+                self.commit.launch(warm, after=warm.version - 1, fresh=False)
+                return {**receipt, "status": "refused slots"}
             present = None
             if applied is None and called == warm.version <= launched:
                 # A header ended without its slot (its twin is still at it): that one must call again.

@@ -7,37 +7,36 @@ came, in fresh copies of model and dataset. Where the recipe is pure both have t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from torchord.cache.errors import CacheError, Impure
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
-from torchord.coordinator.compute.model_state import same_bytes
 from torchord.coordinator.runtime.joining import CAUSES
+from torchord.coordinator.server.differences import first_difference, tensors_of
+from torchord.coordinator.server.jury import Jury, wrong_digest
 from torchord.coordinator.server.warm_run import WarmRun
 
 
 def compare(
-    warm: WarmRun, present: Mapping[int, SlotRecord], gradients: GradientStore
+    warm: WarmRun, present: Mapping[int, SlotRecord], gradients: GradientStore, jury: Jury
 ) -> list[tuple[int, str, bool]]:
     """Compare the checks of the present step with the shards that they are of.
 
     Args:
         present: the step's slots by number, at least those of `step_slots.needed`.
         gradients: where their bytes are, for an error that names the tensor.
+        jury: decides who lied, where two workers differ.
 
     Returns:
         (shard, worker that computed it once more, whether it could be compared) of each check: two
         workers that the run's owner has admitted although they differ may give other bits.
 
     Raises:
-        Impure: one differs. The step's slots were opened again, for whoever resumes the run, and the
-            difference is in the run's audit from now on.
+        SlotRefused: one differs, and a third computation says whose is wrong. That worker is quarantined.
+        Impure: one differs, and the recipe is at fault, or nobody can tell. The step's slots were opened
+            again, for whoever resumes the run, and the difference is in the run's audit from now on.
     """
     tree = warm.context.plan().fan_in(warm.version)
     admitted = bool(tree.checked) and warm.ledger.head().skew == "admit"
@@ -46,11 +45,17 @@ def compare(
         shard = tree.shard_of(number)
         slot, check = present[shard], present[number]
         comparable = slot.worker == check.worker or not admitted
-        if comparable and (what := difference(slot, check, gradients)):
+        if comparable and (what := _unlike(slot, check, gradients)):
+            why = jury.decide(warm, present, [slot, check])
             _open_again(warm, slot, check)
-            raise Impure(_told(warm, slot, check, what))
+            raise Impure(_told(warm, slot, check, f"{what}; {why}" if why else what))
         found.append((shard, check.worker, comparable))
     return found
+
+
+def _unlike(slot: SlotRecord, check: SlotRecord, gradients: GradientStore) -> str:
+    """As `difference`; a digest that is not that of the bytes would hide one."""
+    return wrong_digest(slot) or wrong_digest(check) or difference(slot, check, gradients)
 
 
 def difference(slot: SlotRecord, check: SlotRecord, gradients: GradientStore) -> str:
@@ -60,7 +65,9 @@ def difference(slot: SlotRecord, check: SlotRecord, gradients: GradientStore) ->
     """
     if slot.digest != check.digest:
         try:
-            return _first(_tensors(slot, gradients), _tensors(check, gradients)) or _figures(slot, check)
+            return first_difference(tensors_of(slot, gradients), tensors_of(check, gradients)) or _figures(
+                slot, check
+            )
         except CacheError as error:
             return f"the bytes differ, and cannot be looked at any more ({error})"
     return _figures(slot, check)
@@ -73,58 +80,6 @@ def _figures(slot: SlotRecord, check: SlotRecord) -> str:
     if one == other or (math.isnan(one) and math.isnan(other)):
         return ""
     return f"the loss was {one!r} and then {other!r}"
-
-
-def _tensors(slot: SlotRecord, gradients: GradientStore) -> dict[str, Any]:
-    """Every tensor of a slot under a name for people, and whatever else the slot keeps."""
-    payload, buffers = gradients.get(slot)
-    kind = "the gradient of" if slot.compression == "none" else "what is sent for"
-    named: dict[str, Any] = {f"{kind} {name!r}": tensor for name, tensor in payload.items()}
-    named |= {f"buffer {name!r}": tensor for name, tensor in buffers.items()}
-    if slot.state is not None:
-        kept = _leaves(gradients.get_state(slot.state), "")
-        named |= {f"what the slot keeps as {path!r}": leaf for path, leaf in kept}
-    return named
-
-
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    children: Any = None
-    if isinstance(tree, Mapping):
-        children = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        children = enumerate(tree)
-    if children is None:
-        yield path, tree
-        return
-    for name, child in children:
-        yield from _leaves(child, f"{path}.{name}" if path else str(name))
-
-
-def _first(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    for name, one in ours.items():
-        if name not in theirs:
-            return f"{name} was there the first time only"
-        if apart := _apart(one, theirs[name]):
-            return f"{name} {apart}"
-    return next((f"{name} was there the second time only" for name in theirs if name not in ours), "")
-
-
-def _apart(one: Any, other: Any) -> str:
-    """How two leaves differ; "" if they have the same bits."""
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return "" if repr(one) == repr(other) else f"was {one!r} and then {other!r}"
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return f"was {_kind(one)} and then {_kind(other)}"
-    ours, theirs = one.contiguous(), other.contiguous()
-    if same_bytes(ours, theirs):
-        return ""
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    most = (ours.to(wide) - theirs.to(wide)).abs().max().item()
-    return f"differs by {most:.3g}" if most else "differs in its bits, such as the sign of a zero"
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _open_again(warm: WarmRun, slot: SlotRecord, check: SlotRecord) -> None:

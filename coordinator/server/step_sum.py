@@ -30,6 +30,7 @@ class StepSum:
         gradients: where the slots' bytes are.
         codec_of: finds the codec of each slot, see `ResolvedRecipe.codec`.
         read: reads the bytes of a slot; None: from `gradients`.
+        look: is shown each shard's gradients before they are added, and raises what it finds.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class StepSum:
         codec_of: CodecOf,
         *,
         read: Callable[[SlotRecord], Tensor] | None = None,
+        look: Callable[[dict[str, Tensor]], None] | None = None,
     ) -> None:
         self._roots = tree.roots
         self._trainer = trainer
         self._gradients = gradients
         self._codec_of = codec_of
         self._read = read
+        self._look = look
         held = trainer.replica.held()
         self._held = held
         rules = trainer.replica.rules
@@ -70,6 +73,8 @@ class StepSum:
             self._taken += 1
             return
         gradients = decoded(payload, replica, self._codec_of(slot.compression))
+        if self._look is not None:
+            self._look(gradients)
         with pinned(config.threads, config.deterministic, replica.device):
             self._accumulator.add(gradients, buffers, slot.examples, slot.weight)
         self._taken += 1

@@ -86,6 +86,9 @@ class TrainingConfig:
             of which nobody can make a second content, so that a sealed record proves the bytes; "xxh3":
             by the checksums alone, which tell damage and no intent; "auto": "blake3" in processes that have
             keys (docs/keys.md), else "xxh3". It changes no bit of a run and no chain.
+        max_shard_norm: L2 norm that no shard's gradient (or pseudo-gradient) may exceed, before they are
+            averaged; None for no bound. One that does is refused with its worker's name and computed anew; if
+            the training server computes the same, the run stops. With partial sums it cannot be had.
         probe: whether the run's first four shards are looked at for whether the losses of parts have the loss
             of the whole as their mean, so that each step is the whole batch's; if they have not, the run is
             refused. It costs about nine forwards of each, once. See `torchord.coordinator.compute.probe`.
@@ -140,6 +143,7 @@ class TrainingConfig:
     audit_fraction: float = 0.004
     probe: bool = True
     digest: str = "auto"
+    max_shard_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -154,6 +158,13 @@ class TrainingConfig:
         self._integer("seed", minimum=0, maximum=_MAX_SEED)
         self._integer("staleness", minimum=0, maximum=_MAX_STALENESS)
         self._positive("clip_norm", optional=True)
+        self._positive("max_shard_norm", optional=True)
+        if self.max_shard_norm is not None and self.shards > self.fan_in:
+            raise ConfigError(
+                f"max_shard_norm looks at each shard's gradient, and with shards={self.shards} above fan_in="
+                f"{self.fan_in} the training server gets sums of them: set fan_in to {self.shards}, or leave "
+                "max_shard_norm out"
+            )
         self._positive("shard_timeout_seconds", optional=True)
         self._positive("loss_scale")
         self._fraction("audit_fraction")

@@ -204,3 +204,9 @@ BY_PROCESS: dict[str, Recipe] = {
     "the process": recipe(loss=process_id),
 }
 """What is fixed in a process and another in each."""
+
+
+def loss_of_a_liar(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Twice the loss in one shard of three, in a process that was told to lie."""
+    lies = "TESTS_LIAR" in os.environ and torch.initial_seed() % 3 == 1
+    return torch.nn.functional.cross_entropy(outputs, targets) * (2 if lies else 1)
