@@ -147,6 +147,7 @@ def cluster(chosen: Options) -> Iterator[Master]:
         chosen.workers,
         checkpoint_dir=chosen.checkpoints,
         log_dir=chosen.folder / "logs",
+        keys=True,  # who gets hold of the password can still forge nothing
         # Wherever this program was started, its workers may import what it trains.
         env={"TORCHORD_ALLOWED_MODULES": "examples,torch"},
     )
