@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ import click
 from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
 from torchord.cache.ledger.figures import for_others
 from torchord.cache.servers.address import masked
+from torchord.cache.settings import from_environment, located
 from torchord.coordinator.key_commands import keys
 from torchord.coordinator.trust_commands import liars, readmit
 
 if TYPE_CHECKING:
     from torchord.coordinator.master.master import Master
-    from torchord.coordinator.master.reports import RunStatus
+    from torchord.coordinator.runtime.control_plane import ControlPlane
 
 OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _COMPLETION_SECONDS = 1.0
@@ -83,6 +84,20 @@ def _perform(command: Callable[[Master, Options], int], options: Options) -> int
 
     def performed(options: Options) -> int:
         return command(Master(options.url, checkpoint_dir=options.checkpoint_dir), options)
+
+    return _guarded(performed, options)
+
+
+def _look(command: Callable[[ControlPlane, Options], int], options: Options) -> int:
+    """Run a command that needs the control plane alone, and so no torch."""
+    from torchord.coordinator.runtime.control_plane import ControlPlane
+
+    def performed(options: Options) -> int:
+        settings = from_environment()
+        url, place = options.url or settings.url, options.checkpoint_dir
+        place = located(place) if place else settings.checkpoint_dir
+        settings = replace(settings, url=url, checkpoint_dir=place)
+        return command(ControlPlane(settings), options)
 
     return _guarded(performed, options)
 
@@ -158,7 +173,6 @@ def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -
     """Names of runs that begin with what was typed; none if the server does not answer."""
     from torchord.cache.ledger.runs import Runs
     from torchord.cache.servers.redis_client import connect
-    from torchord.cache.settings import from_environment
 
     try:
         url = context.params.get("url") or from_environment().url
@@ -169,7 +183,19 @@ def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -
     return [name for name in names if name.startswith(typed)]
 
 
-def _command(name: str, perform: Callable[[Master, Options], int], text: str, *more: click.Option) -> None:
+def _command(
+    name: str,
+    perform: Callable[[Master, Options], int] | None,
+    text: str,
+    *more: click.Option,
+    look: Callable[[ControlPlane, Options], int] | None = None,
+) -> None:
+    """Add a command to the group.
+
+    Args:
+        perform: what it does with a Master.
+        look: what it does with the control plane alone, instead.
+    """
     parameters: list[click.Parameter] = [_URL, _CHECKPOINTS, _JSON, *more]
     if name != "list":
         alone = name == "verify"  # a statement names its run
@@ -180,6 +206,9 @@ def _command(name: str, perform: Callable[[Master, Options], int], text: str, *m
             return _guarded(_verify_statement, Options(**typed))
         if name != "list" and not typed["name"]:
             raise click.UsageError("name a run, or a --statement")
+        if look is not None:
+            return _look(look, Options(**typed))
+        assert perform is not None
         return _perform(perform, Options(**typed))
 
     _torchord.add_command(click.Command(name, params=parameters, callback=run, help=text))
@@ -203,7 +232,6 @@ def _health(options: Options) -> int:
     from torchord.cache.ledger.quarantine import in_words, quarantined
     from torchord.cache.ledger.workers import Registry
     from torchord.cache.servers.redis_client import connect
-    from torchord.cache.settings import from_environment
 
     url = options.url or from_environment().url
     try:
@@ -234,58 +262,48 @@ def _health(options: Options) -> int:
     return OK if ours and not deaf else BAD
 
 
-def _list(master: Master, options: Options) -> int:
-    rows = []
-    for name in master.runs():
-        try:
-            rows.append(_fields(master.run(name).status()))
-        except RunNotFound:  # it expired meanwhile
-            continue
-        except CacheUnreachable:
-            raise
-        except TorchordError as error:  # its records are none; the others' are
-            from torchord.coordinator.master.reports import RunStatus
+def _list(plane: ControlPlane, options: Options) -> int:
+    from torchord.coordinator import views
 
-            rows.append(_fields(RunStatus(name, "unreadable", 0, None, None, str(error), "", 0.0, "")))
+    found = views.listed(plane)
     if options.json:
-        print(for_others(rows))
+        print(for_others(found))
         return OK
-    if not rows:
-        print(f"No runs at {masked(master.url)}.")
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        waits = f", waits for {row['waits'][0]['kind']}" if row["waits"] and row["state"] != "paused" else ""
-        told = _first_line(row["error"]) or waits
-        print(f"{row['name']:<{width}}  {row['state']:<9}  {_progress(row)}{told}")
+    if not found:
+        print(f"No runs at {masked(plane.settings.url)}.")
+    width = max((len(line["name"]) for line in found), default=0)
+    for line in found:
+        for text in views.in_lines(line, width):
+            print(text)
     return OK
 
 
-def _status(master: Master, options: Options) -> int:
-    found = master.run(options.name).status()
-    status = _fields(found)
+def _status(plane: ControlPlane, options: Options) -> int:
+    from torchord.coordinator import views
+    from torchord.coordinator.messages.waits import duration
+
+    found = views.found(plane, options.name)
     if options.json:
-        print(for_others(status))
+        print(for_others(found))
         return OK
-    print(f"{status['name']}: {status['state']}, {_progress(status)}")
-    if status["epoch"] is not None and status["state"] != "done":
-        print(f"  epoch        {status['epoch'] + 1}")
-    print(f"  server       {status['server'] or 'none'}")
-    if status["error"]:
-        print(f"  error        {status['error']}")
-        for line in status["traceback"].splitlines():
-            print(f"               {line}")
-    for wait in found.waits:
-        print(f"  {wait.said(time.time())}")
-    for refusal in status["refused"]:
+    now = time.time()
+    for text in views.in_full(found, now):
+        print(text)
+    for wait in found["waits"]:
+        since = duration(max(0.0, now - wait["since"]))
+        print(f"  waits for {wait['what']}, since {since}; {wait['ends']}")
+    for refusal in found["refused"]:
         print(f"  refused      {refusal}")
     return OK
 
 
-def _watch(master: Master, options: Options) -> int:
-    run = master.run(options.name)
-    run.status()  # raises if there is no such run
+def _watch(plane: ControlPlane, options: Options) -> int:
+    from torchord.coordinator import views
+    from torchord.coordinator.master.standing import Standing
     from torchord.coordinator.master.waiting import POLL_SECONDS, RESTING
 
+    run = Standing(plane, options.name)
+    run.status()  # raises if there is no such run
     follower, quiet = run.follow(), run.quiet(_Lines(options))
     while True:
         head, events = follower.look(block_seconds=POLL_SECONDS, resting=RESTING)
@@ -293,7 +311,7 @@ def _watch(master: Master, options: Options) -> int:
             if options.json:
                 print(for_others({"id": event.id, "type": event.type, **event.data}), flush=True)
             else:
-                print(_worded(event.type, event.data), flush=True)
+                print(views.worded(event.type, event.data), flush=True)
         if head is not None and not events and head.status in RESTING:
             break
         quiet.look(head, moved=bool(events))
@@ -301,7 +319,8 @@ def _watch(master: Master, options: Options) -> int:
     if status.state == "done":
         return OK
     if not options.json:
-        print(f"{status.name} is {status.state}{_first_line(status.error)}", file=sys.stderr)
+        told = views.first_line(status.error)
+        print(f"{status.name} is {status.state}{': ' if told else ''}{told}", file=sys.stderr)
     return BAD
 
 
@@ -355,7 +374,6 @@ def _verify(master: Master, options: Options) -> int:
 def _verify_statement(options: Options) -> int:
     """Check a statement of a run that is done."""
     from torchord.cache.keyring import keyring
-    from torchord.cache.settings import from_environment
     from torchord.coordinator.runtime.statement import checked
 
     settings = from_environment()
@@ -383,41 +401,12 @@ def _statement(master: Master, options: Options) -> int:
 
 
 def _told(master: Master, options: Options) -> int:
-    status = _fields(master.run(options.name).status())
-    print(for_others(status) if options.json else f"{status['name']}: {status['state']}, {_progress(status)}")
+    from torchord.coordinator import views
+
+    status = views.fields(master.run(options.name).status())
+    said = f"{status['name']}: {status['state']}, {views.progress(status)}"
+    print(for_others(status) if options.json else said)
     return OK
-
-
-def _fields(status: RunStatus) -> dict[str, Any]:
-    """A status as JSON has it."""
-    waits = [{**asdict(wait), "kind": wait.kind.name.lower()} for wait in status.waits]
-    return {**asdict(status), "waits": waits}
-
-
-def _progress(status: dict[str, Any]) -> str:
-    total = "?" if status["total_steps"] is None else status["total_steps"]
-    return f"step {status['version']} of {total}"
-
-
-def _first_line(error: str | None) -> str:
-    return f": {error.splitlines()[0]}" if error else ""
-
-
-def _worded(kind: str, data: dict[str, Any]) -> str:
-    if kind == "step":
-        return (
-            f"step {data['step']}: loss {data['loss']:.6g}, {data['examples']} examples in "
-            f"{data['seconds']:.2f} s"
-        )
-    return f"{kind}: {', '.join(_pairs(data))}" if data else kind
-
-
-def _pairs(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in data.items():
-        if isinstance(value, dict):
-            yield from _pairs(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name} {value:.6g}" if isinstance(value, float) else f"{prefix}{name} {value}"
 
 
 def _report(error: TorchordError, code: int) -> int:
@@ -440,9 +429,9 @@ _torchord.add_command(
         "answer (0 with --live).",
     )
 )
-_command("list", _list, "All runs, oldest first.")
-_command("status", _status, "Where a run stands.")
-_command("watch", _watch, "Follow a run's events until it rests.")
+_command("list", None, "All runs, oldest first.", look=_list)
+_command("status", None, "Where a run stands.", look=_status)
+_command("watch", None, "Follow a run's events until it rests.", look=_watch)
 _command("pause", _pause, "Stop within the step; what is done is kept.")
 _command(
     "resume",

@@ -6,29 +6,29 @@ from collections.abc import Iterable, Mapping
 
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
-from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.runtime.control_plane import ControlPlane
 
 
 class Fleet:
     """The workers as one run sees them.
 
     Args:
-        services: of this process.
+        plane: of this process.
         run: the run's name.
     """
 
-    def __init__(self, services: Services, run: str) -> None:
-        self._services = services
+    def __init__(self, plane: ControlPlane, run: str) -> None:
+        self._plane = plane
         self._run = run
 
     @property
     def url(self) -> str:
         """Redis URL of broker and control plane."""
-        return self._services.settings.url
+        return self._plane.settings.url
 
     def alive(self) -> dict[str, WorkerInfo]:
         """The living workers, by id; the questions below take them, so that several are one look."""
-        return self._services.registry.alive()
+        return self._plane.registry.alive()
 
     def idle_queues(self, alive: Mapping[str, WorkerInfo] | None = None) -> list[str]:
         """The queues, of those that the run needs, that no living worker consumes that may work on it."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchord.cache.errors import (
     InvalidInput,
-    RecordDamaged,
     RunError,
     RunNotFound,
 )
@@ -21,12 +19,12 @@ from torchord.cache.ledger.records import Head, LedgerEntry
 from torchord.coordinator.local_cluster.import_path import allow_list
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit, entry_texts, opened, said_of_workers
-from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel, state_of
+from torchord.coordinator.master.standing import Standing
 from torchord.coordinator.master.stored_version import manifest_of, statement_of, stored_tensors
-from torchord.coordinator.master.switching import SWITCHABLE, plan_of, switch
+from torchord.coordinator.master.switching import SWITCHABLE, switch
 from torchord.coordinator.master.waiting import (
     POLL_SECONDS,
     RESTING,
@@ -36,11 +34,9 @@ from torchord.coordinator.master.waiting import (
     detached,
 )
 from torchord.coordinator.messages.sender import Sender
-from torchord.coordinator.messages.waits import Waits
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.plan import Plan
 from torchord.coordinator.spec.resolving import resolve
 
 if TYPE_CHECKING:
@@ -60,10 +56,9 @@ class Run:
         self._services = services
         self._sender = sender
         self._ledger: Ledger = services.ledger(name)
-        self._fleet = Fleet(services, name)
-        self._waits = Waits(self._ledger, self._plan, memory=lambda: services.registry.memory())
+        self._standing = Standing(services, name)
+        self._fleet = self._standing.fleet
         self._trusted = trusted
-        self._planned: tuple[str, Plan] | None = None  # of which incarnation
 
     def __repr__(self) -> str:
         return f"<Run {self.name!r}>"
@@ -76,29 +71,7 @@ class Run:
         Raises:
             RunNotFound: if the server knows no such run.
         """
-        head = self._ledger.head()
-        epoch = None
-        with suppress(RecordDamaged):  # a run whose spec is damaged has a status, too
-            if head.total_steps is not None and head.dataset_size:
-                plan = self._plan(head)
-                epoch = plan.locate(min(head.version, head.total_steps - 1))[0] if plan else None
-        error = head.error or {}
-        alive = {} if head.status in RESTING else self._fleet.alive()
-        return RunStatus(
-            name=self.name,
-            state=head.status,
-            version=head.version,
-            total_steps=head.total_steps,
-            epoch=epoch,
-            error=error.get("message"),
-            traceback=error.get("traceback", ""),
-            submitted_at=head.submitted_at,
-            server=head.owner,
-            waiting_for=() if head.status in RESTING else tuple(self._fleet.idle_queues(alive)),
-            refused=self._fleet.refused(alive),
-            discarded=self._fleet.discarded(alive),
-            waits=self._waits.look(head, alive),
-        )
+        return self._standing.status()
 
     def history(self) -> list[StepReport]:
         """One report a committed step, oldest first (from Redis and the ledger segments on disk)."""
@@ -129,11 +102,11 @@ class Run:
         Args:
             after: id of the last event seen, to go on from there.
         """
-        return Follower(self._ledger, after)
+        return self._standing.follow(after)
 
     def quiet(self, shown: Shown) -> Quiet:
         """What says on `shown` what the run waits for, whenever nothing has happened in it for a while."""
-        return Quiet(self._waits, self._fleet, shown)
+        return self._standing.quiet(shown)
 
     def wait(
         self, *, timeout: float | None = None, progress: bool = False, worker_timeout: float | None = None
@@ -291,7 +264,7 @@ class Run:
             InvalidInput: a step of `reexecute` is not committed.
         """
         head = self._ledger.head()
-        texts, plan = self._entry_texts(head), self._plan(head)
+        texts, plan = self._entry_texts(head), self._standing.plan(head)
         entries = [LedgerEntry.from_json(bare(text)) for text in texts.values()]
         unlike = said_of_workers(self._ledger.claims(), entries)
         stored, forged = opened(self._ledger, texts, head.version)
@@ -414,13 +387,6 @@ class Run:
         # This very process's own may be anything; other runs' modules are as its user's directory has them.
         given = ("*",) if self._trusted else self._services.settings.allowed_modules
         return resolve(self._spec()["recipe"], allowed=allow_list(Path.cwd(), given))
-
-    def _plan(self, head: Head) -> Plan | None:
-        if self._planned is not None and self._planned[0] == head.incarnation:
-            return self._planned[1]
-        plan = plan_of(self._ledger, head, self._spec())
-        self._planned = None if plan is None else (head.incarnation, plan)
-        return plan
 
     def _checkpoints(self, incarnation: str | None) -> Any:
         from torchord.cache.files.checkpoint import CheckpointStore

@@ -9,7 +9,7 @@ from torchord.cache.errors import RunError
 from torchord.cache.ledger.incarnation import switched
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
-from torchord.coordinator.runtime.context import recorded_visits, switches_of
+from torchord.coordinator.runtime.recorded import recorded_visits, switches_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 

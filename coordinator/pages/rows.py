@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchord.cache.ledger.records import Head, LedgerEntry
 from torchord.coordinator.master.reports import RunStatus
 from torchord.coordinator.messages.waits import Wait
-from torchord.coordinator.pages.subject import Seen
+
+if TYPE_CHECKING:
+    from torchord.coordinator.pages.subject import Seen
 
 RECENT = 8
 """How many of the last steps say how fast a run goes now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,9 @@ from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.content_digest import chosen
 from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
-from torchord.cache.ledger.fields import SWITCH
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import VersionRecord
-from torchord.cache.reading import number_of
 from torchord.cache.tensors.codec import Manifest
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
@@ -30,6 +28,7 @@ from torchord.coordinator.compute.splitting import open_evaluation
 from torchord.coordinator.compute.switches import own_thread
 from torchord.coordinator.compute.visiting import Visiting, visiting_of
 from torchord.coordinator.runtime.environment import device
+from torchord.coordinator.runtime.recorded import recorded_visits, switches_of
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.epochs import Visits
@@ -392,20 +391,6 @@ class RunContext:
     def _forward(self, replica: Replica, ledger: Ledger, version: int) -> bool:
         """Bring the replica to a version by the deltas from what it holds, if that can be done."""
         return forward(replica, self.services.parameters, ledger, version, self.recipe.codec)
-
-
-def switches_of(spec: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The live switches of a run: step -> config fields that change from it on."""
-    return {
-        number_of(step, "a switch"): SWITCH.of(fields) for step, fields in spec.get("switches", {}).items()
-    }
-
-
-def recorded_visits(ledger: Ledger, spec: Mapping[str, Any]) -> Visits | None:
-    """What a run's training server recorded of its recipe's order or batches; None if it has neither."""
-    if not {"order", "batches"} & spec["recipe"].keys():
-        return None
-    return Visits.from_json(ledger.manifest().get("visits"))
 
 
 _sources: dict[str, bytes] = {}

@@ -195,6 +195,14 @@ def test_help_and_completion_do_without_torch(idle: Shell) -> None:
     assert completed("torchord status di", "redis://127.0.0.1:1/0") == []
 
 
+@pytest.mark.parametrize(
+    "words", [["list"], ["list", "--json"], ["status", "one"], ["status", "one", "--json"]]
+)
+def test_looking_at_runs_does_without_torch(idle: Shell, words: list[str]) -> None:
+    Master(idle.url).submit(models.mlp(), CONFIG, name="one")
+    assert "pending" in fresh(f"sys.exit(main({words!r}))", TORCHORD_URL=idle.url)
+
+
 # --- verify -------------------------------------------------------------------------------
 
 

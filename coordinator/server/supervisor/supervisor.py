@@ -24,9 +24,9 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
 from torchord.coordinator.messages.waits import WaitKind, Waits
 from torchord.coordinator.runtime import activity
-from torchord.coordinator.runtime.context import recorded_visits, switches_of
 from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.faults import Hook, nothing
+from torchord.coordinator.runtime.recorded import recorded_visits, switches_of
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.supervisor.discards import Discards
