@@ -185,7 +185,7 @@ def completed(words: str, url: str) -> list[str]:
 def test_help_and_completion_do_without_torch(idle: Shell) -> None:
     assert "verify" in fresh("sys.exit(main(['--help']))")
     assert "--replay" in fresh("sys.exit(main(['verify', '--help']))")
-    assert completed("torchord re", idle.url) == ["resume"]
+    assert completed("torchord re", idle.url) == ["readmit", "resume"]
     assert completed("torchord verify --re", idle.url) == ["--replay"]
     with redis.Redis.from_url(idle.url) as client:
         client.zadd(RUNS, {"digits-01": 1, "digits-02": 2, "other": 3})
