@@ -44,6 +44,7 @@ class Settings:
         keep_memory: whether a worker keeps the memory that it frees for its next step.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
         server_memory_bytes: how much model and optimizer state a training server keeps warm.
+        memory_limit_bytes: resident memory at which a worker ends after its task and starts anew; 0: none.
         dataset_memory_bytes: how much of stored datasets a process keeps in memory.
         dataset_disk: directory in which the processes of this host keep chunks of stored
             datasets; "" for none.
@@ -71,6 +72,7 @@ class Settings:
     keep_memory: bool = True
     device: str = "auto"
     server_memory_bytes: int = 4 << 30
+    memory_limit_bytes: int = 0
     dataset_memory_bytes: int = 256 << 20
     dataset_disk: str = ""
     dataset_disk_bytes: int = 16 << 30
@@ -240,6 +242,7 @@ def from_environment() -> Settings:
         keep_memory=_on("TORCHORD_KEEP_MEMORY"),
         device=env.get("TORCHORD_DEVICE") or "auto",
         server_memory_bytes=_whole("TORCHORD_SERVER_MEMORY_BYTES", 4 << 30),
+        memory_limit_bytes=_whole("TORCHORD_MEMORY_LIMIT_BYTES", 0),
         dataset_memory_bytes=_whole("TORCHORD_DATASET_MEMORY_BYTES", 256 << 20),
         dataset_disk=located(disk) if (disk := env.get("TORCHORD_DATASET_DISK")) else "",
         dataset_disk_bytes=_whole("TORCHORD_DATASET_DISK_BYTES", 16 << 30),

@@ -111,6 +111,8 @@ app.conf.update(
     # forked, so CUDA and OpenMP may be initialised. prefork and solo work too (docs/workers.md).
     worker_pool=_pool(sys.argv[1:]),
     worker_concurrency=1,
+    # Of a prefork pool Celery itself replaces the child, in KiB; `MemoryLimit` looks after the other pools.
+    worker_max_memory_per_child=settings.memory_limit_bytes >> 10 or None,
     # With late acknowledgement, 1 reserves nothing beyond the running task: a slow worker
     # holds no work that an idle one could do.
     worker_prefetch_multiplier=1,

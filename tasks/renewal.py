@@ -113,12 +113,16 @@ def start_anew(leave: Callable[[], None], why: str, *, forks: bool, forked: bool
                 os.kill(child.pid, signal.SIGKILL)
     if not forks and not forked:
         with suppress(OSError):
-            _run_again()
+            run_again()
     os._exit(AGAIN)
 
 
-def _run_again() -> NoReturn:
-    """As Celery does it at a SIGHUP: the same process, without its threads and connections."""
+def run_again() -> NoReturn:
+    """Run this process's program anew, without its threads and connections, as Celery does it at a SIGHUP.
+
+    Raises:
+        OSError: it cannot be.
+    """
     os.chdir(_DIRECTORY)
     for number in map(int, os.listdir("/dev/fd")):
         if number > 2:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from billiard.process import current_process
 from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
 
@@ -26,6 +27,7 @@ from torchord.coordinator.runtime import faults
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
 from torchord.tasks.log_lines import shorten
+from torchord.tasks.memory_limit import MemoryLimit, beyond, end_after_task
 from torchord.tasks.namesakes import warn_of_namesakes
 from torchord.tasks.renewal import Renewal, start_anew
 from torchord.tasks.start import announce, import_from_working_directory, introduce
@@ -94,7 +96,8 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
         forks: whether this is the parent of a prefork pool.
 
     Raises:
-        InvalidInput: the workers that run store chunks elsewhere.
+        InvalidInput: the workers that run store chunks elsewhere; or the memory that it may have is too
+            little.
     """
     try:
         services.registry.require_placement(services.placement, claim=True)
@@ -108,7 +111,13 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
         start_anew(lambda: services.registry.leave(said), why, forks=forks, forked=_forked)
 
     renewal = Renewal(lambda run: services.ledger(run).head().status, again)
-    return Heartbeat(services.registry, info, after=renewal)
+    memory = MemoryLimit(0 if _forked else settings.memory_limit_bytes, end_after_task)
+
+    def after(said: WorkerInfo) -> None:
+        if not memory.look():
+            renewal(said)
+
+    return Heartbeat(services.registry, info, after=after)
 
 
 _QUEUES_SETTING = "torchord_queues"
@@ -306,19 +315,17 @@ def _restartable() -> None:
 
 @signals.worker_process_init.connect
 def _child_started(sender: str = "", **_: Any) -> None:
-    """In a prefork child: it belongs to its parent's node, and child i takes device i."""
+    """In a prefork child: it belongs to its parent's node, and child i takes device i.
+
+    A solo pool sends this signal, too, from the worker itself.
+    """
     global _node, _queues, _forked
-    _forked = True
+    _forked = current_process().name != "MainProcess"
     _queues = _queues or tuple(current_app.conf.get(_QUEUES_SETTING) or ())
     if not _queues:
         return
     _node = sender or _node
-    try:
-        from billiard.process import current_process
-
-        index = getattr(current_process(), "index", 0)
-    except ImportError:
-        index = 0
+    index = getattr(current_process(), "index", 0)
     if settings.device in ("auto", "cuda"):
         import torch
 
@@ -330,6 +337,8 @@ def _child_started(sender: str = "", **_: Any) -> None:
 
 @signals.worker_process_shutdown.connect
 def _child_stopped(**_: Any) -> None:
+    if _forked and (why := beyond(settings.memory_limit_bytes)):
+        log.critical("this process of the pool ends, and another takes its place: %s", why)
     _stop_process()
 
 

@@ -45,6 +45,26 @@ class Harmful(Dataset[tuple[Tensor, Tensor]]):
         return sample
 
 
+class Hoarding(Dataset[tuple[Tensor, Tensor]]):
+    """`models.points`, but the first process that reads the sample `at` keeps so much memory for itself."""
+
+    kept: bytes = b""
+
+    def __init__(self, nbytes: int, at: int, mark: str, size: int = 40) -> None:
+        self.inner = models.points(size)
+        self.nbytes, self.at, self.mark = nbytes, at, Path(mark)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.at and not self.mark.exists():
+            self.mark.touch()
+            Hoarding.kept = b"x" * self.nbytes
+        sample: tuple[Tensor, Tensor] = self.inner[index]
+        return sample
+
+
 class Slow(Dataset[tuple[Tensor, Tensor]]):
     """`models.points`, read at a speed that depends on the process.
 
