@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torchord.cache.errors import CacheUnreachable, RunNotFound, TorchordError
+from torchord.coordinator.master.progress import worded
 from torchord.coordinator.master.reports import RunStatus
 from torchord.coordinator.master.standing import Standing
 from torchord.coordinator.messages.waits import duration
@@ -16,6 +17,18 @@ from torchord.coordinator.runtime.control_plane import ControlPlane
 
 WIDTH = 80
 _NAME_SHOWN = 24
+__all__ = [
+    "WIDTH",
+    "fields",
+    "figures",
+    "first_line",
+    "found",
+    "in_full",
+    "in_lines",
+    "listed",
+    "progress",
+    "worded",
+]
 _FIGURES = ("loss", "metrics", "evaluated", "rate", "left_seconds", "workers", "committed_at")
 
 
@@ -131,24 +144,6 @@ def progress(line: dict[str, Any]) -> str:
 def first_line(error: str | None) -> str:
     """The first line of an error, "" if there is none."""
     return error.splitlines()[0] if error else ""
-
-
-def worded(kind: str, data: dict[str, Any]) -> str:
-    """One event in a line."""
-    if kind == "step":
-        return (
-            f"step {data['step']}: loss {data['loss']:.6g}, {data['examples']} examples in "
-            f"{data['seconds']:.2f} s"
-        )
-    return f"{kind}: {', '.join(_pairs(data))}" if data else kind
-
-
-def _pairs(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in data.items():
-        if isinstance(value, dict):
-            yield from _pairs(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name} {value:.6g}" if isinstance(value, float) else f"{prefix}{name} {value}"
 
 
 def _ago(at: float, now: float) -> str:
