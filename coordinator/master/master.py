@@ -21,6 +21,7 @@ from torchord.coordinator.master.starting_point import StartFrom, StartingPoint,
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.aggregation import require_equal_shards
 from torchord.coordinator.spec.buffer_entries import require_apart
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
@@ -124,6 +125,7 @@ class Master:
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
         require_apart(recipe.buffers, config)
+        require_equal_shards(recipe.weight, recipe.loss_over, config.aggregation)
         described = recipe.to_spec()
         try_optimizers(recipe, config)
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}

@@ -26,9 +26,10 @@ from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.robust import accumulator as accumulated
 from torchord.coordinator.compute.shard import ShardWork, decoded, keeps_state, work
 from torchord.coordinator.compute.shares import mean_loss
-from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
+from torchord.coordinator.compute.sums import Aggregate, Partial, PartialSum
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.compute.visiting import visiting_of
 from torchord.coordinator.runtime.environment import device, environment
@@ -217,7 +218,14 @@ class Replay:
         tree = self.plan.fan_in(step)
         held = replica.held()
         if not tree.partials:
-            accumulator = Accumulator(held, examples, replica.rules)
+            config = self._trainer.config
+            accumulator = accumulated(
+                held,
+                examples,
+                replica.rules,
+                aggregation=config.aggregation,
+                faults=config.aggregation_faults,
+            )
             for result in done:
                 gradients = decoded(result.payload, replica, codec)
                 accumulator.add(gradients, result.buffers, result.examples, result.weight)

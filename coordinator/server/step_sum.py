@@ -13,8 +13,9 @@ from torch import Tensor
 from torchord.cache.ledger.records import SlotRecord
 from torchord.cache.stores.gradients import GradientStore
 from torchord.coordinator.compute.determinism import pinned
+from torchord.coordinator.compute.robust import accumulator
 from torchord.coordinator.compute.shard import decoded
-from torchord.coordinator.compute.sums import Accumulator, Aggregate, Partial, PartialSum
+from torchord.coordinator.compute.sums import Aggregate, Partial, PartialSum
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.spec.codecs import CodecOf
 from torchord.coordinator.spec.sum_tree import FanIn
@@ -53,7 +54,10 @@ class StepSum:
         held = trainer.replica.held()
         self._held = held
         rules = trainer.replica.rules
-        self._accumulator = Accumulator(held, examples, rules)
+        config = trainer.config
+        self._accumulator = accumulator(
+            held, examples, rules, aggregation=config.aggregation, faults=config.aggregation_faults
+        )
         self._sums = PartialSum(examples, rules) if tree.partials else None  # used in the accumulator's place
         self._taken = 0  # how many slots are in the sum: the first so many of the roots
 

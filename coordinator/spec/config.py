@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torchord.cache.errors import ConfigError
+from torchord.coordinator.spec.aggregation import AGGREGATIONS, require_robust
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _MEMORY_FORMATS = ("contiguous", "channels_last")
@@ -86,6 +87,13 @@ class TrainingConfig:
             of which nobody can make a second content, so that a sealed record proves the bytes; "xxh3":
             by the checksums alone, which tell damage and no intent; "auto": "blake3" in processes that have
             keys (docs/keys.md), else "xxh3". It changes no bit of a run and no chain.
+        aggregation: how a step's shards become one gradient. "mean": the step of the whole batch. "median",
+            "trimmed_mean" and "krum" are other estimates, which `aggregation_faults` of the shards cannot
+            move far whatever they are, at the price that a run is no longer a plain loop's, and that the
+            training server keeps all gradients of a step in memory; see
+            `torchord.coordinator.compute.robust`.
+        aggregation_faults: f, how many shards of a step may be anything: "trimmed_mean" leaves out so many at
+            either end of each coordinate, "krum" counts so many less neighbours; "median" takes no notice.
         max_shard_norm: L2 norm that no shard's gradient (or pseudo-gradient) may exceed, before they are
             averaged; None for no bound. One that does is refused with its worker's name and computed anew; if
             the training server computes the same, the run stops. With partial sums it cannot be had.
@@ -144,6 +152,8 @@ class TrainingConfig:
     probe: bool = True
     digest: str = "auto"
     max_shard_norm: float | None = None
+    aggregation: str = "mean"
+    aggregation_faults: int = 1
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -159,6 +169,15 @@ class TrainingConfig:
         self._integer("staleness", minimum=0, maximum=_MAX_STALENESS)
         self._positive("clip_norm", optional=True)
         self._positive("max_shard_norm", optional=True)
+        self._choice("aggregation", AGGREGATIONS)
+        self._integer("aggregation_faults", minimum=1)
+        require_robust(
+            self.aggregation,
+            self.aggregation_faults,
+            shards=self.shards,
+            fan_in=self.fan_in,
+            compression=self.compression,
+        )
         if self.max_shard_norm is not None and self.shards > self.fan_in:
             raise ConfigError(
                 f"max_shard_norm looks at each shard's gradient, and with shards={self.shards} above fan_in="

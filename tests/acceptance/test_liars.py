@@ -6,20 +6,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.support import models, recipes_impure, reference
 from tests.support.fleet import WAIT_SECONDS, fleet
-from tests.support.liars import LyingFleet, doubled
+from tests.support.liars import LyingFleet, doubled, scaled
 from torchord import Master, Recipe, TrainingConfig
-from torchord.cache.errors import CacheUnreachable, Impure, InvalidInput
+from torchord.cache.errors import CacheUnreachable, ConfigError, Impure, InvalidInput, RecipeError
 from torchord.cache.ledger.distrusted import Distrusted
 from torchord.coordinator.compute.shard import ShardWork
 from torchord.coordinator.server.jury import Jury
+from torchord.coordinator.spec.plan import Plan
 
 CONFIG = TrainingConfig(epochs=1, batch_size=8, shards=4, seed=2, audit_fraction=1.0)
 
@@ -251,3 +254,83 @@ def test_a_process_that_lies_is_named_and_the_run_goes_on_without_it(tmp_path: P
         )
         assert out.stdout == f"{node} gets shards again, within a second\n", out.stderr
         assert run._services.registry.distrusted() == {}
+
+
+def shard_gradients(config: TrainingConfig) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The initial weights, and each shard's gradient in the first step, by a plain loop."""
+    recipe = recipes_impure.recipe(model=partial(models.Mlp, dropout=0.0))
+    model, data, *_ = reference._parts(recipe, config)
+    plan, found = Plan(len(data), config), []
+    weights = {name: each.detach().clone() for name, each in model.named_parameters()}
+    for shard in range(plan.shards_in(0)):
+        inputs, targets = reference._read(recipe, data, [int(i) for i in plan.indices(0, shard)])
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        found.append(
+            {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+        )
+    return weights, found
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median", "trimmed_mean", "krum"])
+def test_robust_averages_bound_what_one_liar_can_do(
+    submitted: Callable[..., LyingFleet], aggregation: str
+) -> None:
+    """Nothing is checked, and a shard is a million times what it should be.
+
+    Under SGD each weight moves by the learning rate times something between the least and the largest honest
+    gradient of it, and under the mean it does not.
+    """
+    config = replace(
+        CONFIG, batch_size=40, shards=5, audit_fraction=0.0, aggregation=aggregation, max_shard_norm=None
+    )
+    recipe = recipes_impure.recipe(
+        model=partial(models.Mlp, dropout=0.0), optimizer=partial(torch.optim.SGD, lr=0.5)
+    )
+    fleet = submitted(recipe, config)
+    fleet.lies(lambda done: scaled(done, 1e6), once_in=1, checked=False, only=(0, 1))
+    while fleet.run.status().version < 1:
+        fleet._in_order()
+    assert fleet.told == 1
+    before, gradients = shard_gradients(config)
+    honest = [gradient for shard, gradient in enumerate(gradients) if shard != 1]
+    after, within = fleet.run.state_dict(), True
+    for name, weight in before.items():
+        rows = torch.stack([gradient[name] for gradient in honest])
+        moved = (weight - after[name]) / 0.5
+        within &= bool(
+            (moved >= rows.min(0).values - 1e-5).all() and (moved <= rows.max(0).values + 1e-5).all()
+        )
+    assert within == (aggregation != "mean")
+
+
+@pytest.mark.parametrize("aggregation", ["median", "krum"])
+def test_a_robust_run_has_the_same_bits_on_any_fleet_and_in_a_replay(
+    redis_url: str, tmp_path: Path, aggregation: str
+) -> None:
+    config = replace(CONFIG, shards=5, batch_size=10, aggregation=aggregation)
+    bits = []
+    for turn in (0, 1):
+        master = Master(redis_url, checkpoint_dir=str(tmp_path))
+        run = master.submit(recipes_impure.recipe(), config, name=f"robust-{turn}")
+        one = LyingFleet(run, tmp_path)
+        one.turn = turn
+        bits.append(one.train())
+    assert bits[0] == bits[1] != reference.average(recipes_impure.recipe(), config).bits
+    audit = run.verify(reexecute=[0, 2])
+    assert audit.ok and audit.reexecuted, audit.problems
+
+
+def test_what_a_robust_average_cannot_go_with_is_refused_at_submit(redis_url: str, tmp_path: Path) -> None:
+    for changes, said in (
+        ({"shards": 2}, "takes at least 3 shards, not 2"),
+        ({"shards": 16}, "added up on the way: set fan_in to 16"),
+        ({"compression": "int8"}, "use compression='none' in place of 'int8'"),
+        ({"aggregation": "krum"}, "aggregation_faults=1 takes at least 5 shards, not 4"),
+        ({"aggregation": "average"}, "must be one of 'mean', 'median', 'trimmed_mean', 'krum'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            TrainingConfig(**{"shards": 4, "aggregation": "median", **changes})
+    recipe = recipes_impure.recipe(loss_over="batch", weight=recipes_impure.recipe)
+    with pytest.raises(RecipeError, match="weight: a shard would weigh what its loss says"):
+        Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, TrainingConfig(aggregation="median"))

@@ -31,6 +31,11 @@ def doubled(done: ShardWork) -> ShardWork:
     return replace(done, payload=payload, grad_norm=done.grad_norm * 2)
 
 
+def scaled(done: ShardWork, by: float) -> ShardWork:
+    """A gradient of so many times the length, under an honest one's figures."""
+    return replace(done, payload={name: each * by for name, each in done.payload.items()})
+
+
 class LyingFleet(Shuffle):
     """Three Clients and a training server in this process, which get their messages in turn.
 
@@ -52,14 +57,23 @@ class LyingFleet(Shuffle):
         services.registry.beat(heartbeat.info)
         return Contexts(services), heartbeat, self.post
 
-    def lies(self, lie: Lie, *, once_in: int, checked: bool = True) -> None:
+    def lies(
+        self, lie: Lie, *, once_in: int, checked: bool = True, only: tuple[int, int] | None = None
+    ) -> None:
         """Have the second Client lie from now on.
 
         Args:
             once_in: about one slot in so many, the same ones each time.
             checked: about such alone as are computed twice.
+            only: about this step's shard alone, whoever computes it.
         """
-        shards = self.liar.shards
+        for client in [self.liar] if only is None else self.clients:
+            self._lies(client, lie, once_in, checked, only)
+
+    def _lies(
+        self, client: Client, lie: Lie, once_in: int, checked: bool, only: tuple[int, int] | None
+    ) -> None:
+        shards = client.shards
         honest = shards._work
 
         def work(context: Any, task: SlotTask, begun: Any, unless_stored: Any) -> Any:
@@ -67,6 +81,7 @@ class LyingFleet(Shuffle):
             assert outgoing is None
             tree = context.plan().fan_in(task.step)
             hit = zlib.crc32(f"{task.step} {tree.shard_of(task.slot)}".encode()) % once_in == 0
+            hit = hit and only in (None, (task.step, task.slot))
             if hit and (not checked or tree.shard_of(task.slot) in tree.checked):
                 self.told += 1
                 done = lie(done)
