@@ -3,12 +3,16 @@
 # make check    what to run before a commit: the unit tests that are not slow, and lint (under two minutes)
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
 # make lint     style, types, import direction and sizes        make format  rewrite to the style, draw the rooms
+# make licences what is installed is under licences that .ci/licences.toml allows    make sbom  a list of it, CycloneDX
+# make lock     requirements/: hashes of what constraints.txt pins (asks the index, minutes)
+# make audit    known faults of the pinned versions (asks the index of advisories)
 # make ranges   unit tests and demo with the lowest and newest versions on each Python (long; docs/dependencies.md)
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
 # PYTHON=python3.12         the interpreter that .venv is made with (3.11 or newer)
 # TORCH_INDEX=https://...   an extra package index for torch, e.g. https://download.pytorch.org/whl/cpu
 #                           for the small CPU build on Linux (see docs/deployment.md)
+# HASHES=1                  install nothing but files whose hashes are in requirements/ (see docs/dependencies.md)
 
 VENV  ?= .venv
 # Test files that run at a time: most of what tests with real workers take is waiting.
@@ -19,10 +23,14 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# torch alone may come from elsewhere; torch.txt has the hashes of its builds.
+HASHED = $(PIP) install -qq --require-hashes --no-deps -r requirements/torch.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) && \
+	$(PIP) install -qq --require-hashes --no-deps -r requirements/$(1).txt && \
+	$(PIP) install -qq --no-deps --no-build-isolation -e .
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test ranges bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes format clean distclean
+.PHONY: demo test ranges bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -45,7 +53,7 @@ bench-cache: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks cache
 
 # `make lint --keep-going` tells all that is wrong at once.
-lint: lint-style lint-format lint-types lint-imports lint-sizes
+lint: lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences
 
 lint-style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -62,6 +70,23 @@ lint-imports: $(VENV)/.installed-dev
 lint-sizes: $(VENV)/.installed-dev
 	$(BIN)/python .ci/sizes.py
 
+lint-lock: $(VENV)/.installed-dev
+	$(BIN)/python .ci/lock.py --check
+
+licences: $(VENV)/.installed-dev
+	$(BIN)/python .ci/sbom.py --licences
+
+sbom: $(VENV)/.installed-dev
+	@mkdir -p build
+	$(BIN)/python .ci/sbom.py build/sbom.json
+
+lock: $(VENV)/.installed-dev
+	$(BIN)/python .ci/lock.py $(if $(TORCH_INDEX),--torch $(TORCH_INDEX)) $(ARGS)
+
+audit: | $(BIN)/pip
+	@test -x $(VENV)-audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install -q pip-audit; }
+	$(VENV)-audit/bin/pip-audit --disable-pip --require-hashes -r requirements/dev.txt -r requirements/torch.txt $(ARGS)
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -70,12 +95,12 @@ format: $(VENV)/.installed-dev
 # A stamp is as new as the two files that decide what is installed; a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "torchord: installing PyTorch, Celery and the demo's libraries into $(VENV) (once; a few minutes) ..."
-	@$(INSTALL) -e '.[demo]'
+	@$(if $(HASHES),$(call HASHED,run),$(INSTALL) -e '.[demo]')
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "torchord: installing torchord with its test and lint tools into $(VENV) (once; a few minutes) ..."
-	@$(INSTALL) -e '.[demo,dev,images,keys,models]'
+	@$(if $(HASHES),$(call HASHED,dev),$(INSTALL) -e '.[demo,dev,images,keys,models]')
 	@touch $@ $(VENV)/.installed-demo
 
 # pip is the last thing that venv writes: an interrupted or failed attempt is made again.
@@ -92,4 +117,4 @@ clean:
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-audit
