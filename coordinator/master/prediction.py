@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 import uuid
@@ -29,11 +30,16 @@ from torchord.coordinator.compute.outputs import joined, restored, rows
 from torchord.coordinator.local_cluster.starting import coming, starting
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, PREDICT, UPDATES, worker_command
+from torchord.coordinator.messages.waits import duration
+from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.services import Services
+
+log = logging.getLogger(__name__)
 
 _WINDOW = 16  # parts in flight: bounds the cache's memory whatever the input's length
 _POLL_SECONDS = 0.01
 _RESEND_SECONDS = 10.0
+_SAY_SECONDS = 10.0  # without progress; then after twice as long, and so on
 _ALONE_SECONDS = 3.0  # longer than the lease of a worker that died
 _PIN_SECONDS = 600.0
 
@@ -119,8 +125,9 @@ class Prediction:
         self._exhausted = False
         self._sent: dict[int, _Part] = {}
         self._done: dict[int, Any] = {}
-        self._began = self._progressed = self._looked = time.monotonic()
+        self._began = self._progressed = self._looked = self._resent = time.monotonic()
         self._pinned = -math.inf
+        self._patience = _SAY_SECONDS
 
     def outputs(self, timeout_seconds: float | None) -> list[Any]:
         """Have every part computed; returns their outputs, in order.
@@ -139,13 +146,16 @@ class Prediction:
             if timeout_seconds is not None and now - self._began > timeout_seconds:
                 raise WaitTimeout(
                     f"prediction from run {self._ledger.run!r}: {len(self._done)} parts in "
-                    f"{timeout_seconds:g} s"
+                    f"{timeout_seconds:g} s; {self._waits_for()}"
                 )
             if self._sent:
                 self._require_worker(now)
-                if now - self._progressed > _RESEND_SECONDS:
+                if now - self._progressed > self._patience:
+                    self._patience *= 2
+                    log.warning("prediction from run %r: %s", self._ledger.run, self._waits_for())
+                if now - max(self._progressed, self._resent) > _RESEND_SECONDS:
                     self._send_again()
-                    self._progressed = now
+                    self._resent = now
                 time.sleep(_POLL_SECONDS)
         return [self._done[part] for part in range(self._number)]
 
@@ -191,7 +201,7 @@ class Prediction:
             self._done[number] = self._store.get(answer)
             self._store.delete([answer, self._sent[number].record])
             del self._sent[number]
-            self._progressed = time.monotonic()
+            self._progressed, self._patience = time.monotonic(), _SAY_SECONDS
 
     def _require_worker(self, now: float) -> None:
         """Make sure, once in a while without progress, that somebody consumes the queue."""
@@ -204,12 +214,39 @@ class Prediction:
                 f"no worker is consuming queue {GRADIENTS!r}; start one: {worker_command(GRADIENTS)}"
             )
 
+    def _at_work(self) -> dict[int, str]:
+        """Parts that living workers are at -> who, and at which line of code, where that is known."""
+        found = {}
+        for info in self._services.registry.alive().values():
+            for number in self._sent:
+                task = activity.prediction(self._ledger.run, self._version, number)
+                if task in info.tasks:
+                    found[number] = f"{info.id} ({place})" if (place := info.where.get(task)) else info.id
+        return found
+
+    def _waits_for(self) -> str:
+        """What it waits for, since when, and who can end it."""
+        since = duration(time.monotonic() - self._progressed)
+        ends = "; restart that worker if it never ends, or bound the wait by predict(timeout=...)"
+        if at := self._at_work():
+            parts = ", ".join(f"part {number} on {who}" for number, who in sorted(at.items()))
+            return f"for {since} it has waited for {parts}{ends}"
+        return (
+            f"for {since} it has waited for {len(self._sent)} parts in queue {GRADIENTS!r}, none of which a "
+            "worker has begun: they are at other runs, or start; more workers take them sooner"
+        )
+
     def _send_again(self) -> None:
-        """Send every part under way again, for a worker may have died with one; each is written once."""
+        """Send the parts that nobody is at again, for a worker may have died with one; each is written once.
+
+        One that a worker is at is not: what never ends there would take one worker after the other.
+        """
         self._require_version()
-        for part in self._sent.values():
+        at_work = self._at_work()
+        for number, part in self._sent.items():
             self._store.keep_inputs(part.record, part.batch)
-            self._send(part.kwargs)
+            if number not in at_work:
+                self._send(part.kwargs)
 
     def _require_version(self) -> None:
         """Make sure that the workers can load the version, which they may have tried in vain.
