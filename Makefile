@@ -2,6 +2,7 @@
 # make test     the whole test suite          make test ARGS='tests/unit -k codec'     JOBS=0 one test at a time
 # make check    what to run before a commit: the unit tests that are not slow, and lint (under two minutes)
 # make bench    the benchmarks                make bench ARGS='--help'     make bench-cache  the cache's alone
+# make fuzz     ten thousand inputs for each parser of what others may have written   make fuzz ARGS='--fuzz 1000 -k URL'
 # make lint     style, types, import direction and sizes        make format  rewrite to the style, draw the rooms
 # make licences what is installed is under licences that .ci/licences.toml allows    make sbom  a list of it, CycloneDX
 # make lock     requirements/: hashes of what constraints.txt pins (asks the index, minutes)
@@ -30,7 +31,7 @@ HASHED = $(PIP) install -qq --require-hashes --no-deps -r requirements/torch.txt
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test ranges bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
+.PHONY: demo test ranges fuzz bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -45,6 +46,9 @@ check: lint $(VENV)/.installed-dev
 
 ranges: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.ranges $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(JOBS) --fuzz 10000 --timeout 3600 tests/security/test_fuzzing.py $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)

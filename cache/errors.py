@@ -1,6 +1,6 @@
 """The one exception tree of torchord.
 
-Every error that a user can meet derives from `TorchordError`. The class docstring is the
+What torchord refuses it refuses with an error that derives from `TorchordError`. The class docstring is the
 default message and says which call puts things right; the instance message says what
 happened, for which run, step or version.
 """

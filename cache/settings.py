@@ -23,6 +23,7 @@ FLOWER_ALLOWS = frozenset({"pause", "resume", "cancel", "download"})
 REMOTE_CONTROL_ALL = "*"
 """Among the remote commands that a worker obeys: all of Celery's."""
 
+_MOST_DIGITS = 18
 _ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "no", "false"})
 
 
@@ -118,7 +119,9 @@ def _whole(name: str, default: int, of: str = " of bytes") -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise InvalidInput(f"{name} must be a whole number{of}, such as {default}, not {text!r}")
+        raise InvalidInput(f"{name} must be a whole number{of}, such as {default}, not {text!r:.60}")
+    if len(text) > _MOST_DIGITS:
+        raise InvalidInput(f"{name} must be a whole number{of} of at most {_MOST_DIGITS} digits")
     return int(text)
 
 

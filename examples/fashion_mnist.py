@@ -18,8 +18,10 @@ if __name__ == "__main__":
     raise SystemExit(run_as("examples.fashion_mnist"))
 
 import gzip
+import math
 import shlex
 import sys
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,12 +35,14 @@ from torch.utils.data import TensorDataset
 
 from examples import launch
 from torchord import Recipe, TrainingConfig
+from torchord.cache.errors import InvalidInput
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 PREFIXES = {"train": "train", "test": "t10k"}
 MEAN, DEVIATION = 0.2860, 0.3530  # of the training set's pixels
 BATCH = 256
+MOST_VALUES, MOST_DIMENSIONS = 1 << 32, 32
 WHERE_TO_GET = f"""\
 Get the four files in one of these ways:
     apt install dataset-fashion-mnist        Debian and Ubuntu; they are then in {DEBIAN}
@@ -77,16 +81,26 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
         uint8 array in the file's shape.
 
     Raises:
-        ValueError: the file is no whole IDX file of unsigned bytes.
+        InvalidInput: the file is no whole IDX file of unsigned bytes.
     """
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-    start = 4 + 4 * data[3]
-    shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
-    if len(data) - start != int(np.prod(shape)):
-        raise ValueError(f"{path} says shape {shape}, but holds {len(data) - start} values: is it truncated?")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:3] != b"\0\0\x08":
+                raise InvalidInput(f"{path} is not an IDX file of unsigned bytes")
+            extents = file.read(4 * head[3])
+            shape = tuple(int.from_bytes(extents[at : at + 4], "big") for at in range(0, 4 * head[3], 4))
+            count = math.prod(shape)
+            data = file.read(min(count, MOST_VALUES) + 1)  # no more, however much is packed into it
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InvalidInput(f"{path} is not an IDX file of unsigned bytes: {error}") from error
+    if len(data) != count or len(shape) > MOST_DIMENSIONS:
+        held = len(data) if len(data) < count else "more"
+        raise InvalidInput(f"{path} says shape {shape!s:.200}, but holds {held} values: is it truncated?")
+    try:
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    except ValueError as error:  # some extents are 0, and numpy cannot count the others
+        raise InvalidInput(f"{path} says shape {shape!s:.200}, of which no array can be made") from error
 
 
 def find(folder: Path, split: str, what: str) -> Path:

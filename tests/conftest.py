@@ -137,6 +137,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The switches of the table of times, and of the long form of the property test of models."""
     parser.addoption("--times", action="store_true", help="end with the slowest files, in a table")
     parser.addoption("--models", type=int, default=None, help="random models that test_grammar.py tries")
+    parser.addoption(
+        "--fuzz", type=int, default=None, help="inputs that test_fuzzing.py tries with each parser"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

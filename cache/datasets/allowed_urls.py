@@ -35,7 +35,10 @@ def require_allowed(url: str, allowed: Iterable[str] | None) -> None:
         InvalidInput: it is none of these, or leaves one by "..".
     """
     words = USUAL if allowed is None else tuple(allowed)
-    place = _plain(url)
+    try:
+        place = _plain(url)
+    except (ValueError, OSError) as error:
+        raise InvalidInput(f"datasets cannot be kept at {masked(url)!r:.200}: {error}") from error
     if any(_below(place, _plain(word)) for word in words):
         return
     among = ", ".join(words) if allowed is not None else "directories and object stores"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torchord.cache import keys
+from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger.answers import (
     Committed,
 )
@@ -18,6 +19,7 @@ from torchord.cache.ledger.records import (
     LedgerEntry,
     VersionRecord,
 )
+from torchord.cache.reading import number_of
 
 
 class Commits(ControlPlane):
@@ -171,8 +173,7 @@ class Commits(ControlPlane):
         names = self.keys
         with self._during(f"roll back to version {version}"):
             fields = cast(list[str | None], self.client.hmget(names.head, ["version", "reached"]))
-            present, reached = (int(field or 0) for field in fields)
-            under_way = range(present, max(present, reached) + 3)  # more may be launched than is recorded
+            under_way = steps_under_way(*fields)
             reply = self._script(
                 "rollback",
                 [
@@ -182,3 +183,24 @@ class Commits(ControlPlane):
                 [token, version, chain, keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT],
             )
             return reply[0] == "ok", tuple(int(v) for v in reply[1:])
+
+
+_MOST_UNDER_WAY = 1 << 17
+
+
+def steps_under_way(version: str | None, reached: str | None) -> range:
+    """The steps of which slots and leases may be left, from a head's two fields.
+
+    More may be launched than is recorded, and a rollback leaves `reached` as it is.
+
+    Raises:
+        RecordDamaged: a field is no number, or they are further apart than any rollback takes a run.
+    """
+    present = number_of(version or "0", "field 'version' of a run's head")
+    furthest = -1 if reached in (None, "", "-1") else number_of(reached, "field 'reached' of a run's head")
+    if furthest - present > _MOST_UNDER_WAY:
+        raise RecordDamaged(
+            f"field 'reached' of a run's head is {furthest}, more than {_MOST_UNDER_WAY} steps above its "
+            f"version, {present}"
+        )
+    return range(present, max(present, furthest) + 3)

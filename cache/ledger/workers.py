@@ -130,12 +130,9 @@ def read(text: str) -> WorkerInfo:
     """What a heartbeat says; what a newer release says beyond that is passed over.
 
     Raises:
-        ValueError: it is none.
+        RecordDamaged: it is none; the message names the field.
     """
-    try:
-        fields = _HEARTBEAT.read(text)
-    except RecordDamaged as error:
-        raise ValueError(f"{error}") from None
+    fields = _HEARTBEAT.read(text)
     fields["queues"] = tuple(fields["queues"])
     return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
 
@@ -255,7 +252,7 @@ class Registry:
         """A heartbeat; one that is none is logged, and its worker is none."""
         try:
             return read(text)
-        except ValueError as error:
+        except RecordDamaged as error:
             log.error("worker %.100r in the registry is passed over: %s", id, error)
             with contextlib.suppress(NoPermissionError):  # who may only read leaves it to others
                 self.client.zrem(keys.WORKERS, id)  # a worker that lives comes back with its next beat

@@ -14,11 +14,10 @@ local target = tonumber(ARGV[2])
 local from = tonumber(redis.call('HGET', KEYS[1], 'version'))
 local corrected = tonumber(redis.call('HGET', KEYS[1], 'corrected_at') or '-1')
 local anew = from > target and (target < corrected or redis.call('HGET', KEYS[1], 'skew') == 'admit')
-for version = target + 1, from do
-  local field = tostring(version)
-  local entry = redis.call('HGET', KEYS[2], field)
-  if entry then
-    redis.call('HSET', KEYS[3], field, cjson.decode(entry)['chain'])
+for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do  -- whatever the head says, no more than there are
+  local version = tonumber(field)
+  if version and version > target and version <= from then
+    redis.call('HSET', KEYS[3], field, cjson.decode(redis.call('HGET', KEYS[2], field))['chain'])
     redis.call('HDEL', KEYS[2], field)
   end
 end

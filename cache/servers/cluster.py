@@ -17,6 +17,7 @@ operation is of one key. See the Redis Cluster Specification.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,7 @@ from torchord.cache.tensors.pieces import Parts
 _TURNS = 8  # how often a key may be referred on before something must be wrong
 _SETTLE_SECONDS = 0.02  # before the third of them, then twice as long: servers agree by gossip, 1.3 s in all
 _MOST_THREADS = 64
+_REFERRAL = re.compile(r"(MOVED|ASK) [0-9]{1,5} (\S{0,255}):([0-9]{1,5})")
 
 Endpoint = tuple[str, int]
 
@@ -216,8 +218,12 @@ class Cluster:
         moved = False
         for task in tasks:
             for position, text in task.referrals.found.items():
-                code, _, target = text.split()
-                host, _, port = target.rpartition(":")
+                found = _REFERRAL.fullmatch(text)
+                if found is None:
+                    raise CacheUnreachable(
+                        f"{self._address(task.endpoint).label} refers a key to no place: {text!r:.80}"
+                    )
+                code, host, port = found.groups()
                 referred[task.indices[position]] = (host or task.endpoint[0], int(port)), code == "ASK"
                 moved |= code == "MOVED"
         return moved
@@ -316,14 +322,12 @@ def owners_of(reply: Reply, asked: Endpoint) -> list[Endpoint | None]:
     owners: list[Endpoint | None] = [None] * SLOTS
     for row in reply if isinstance(reply, list) else [reply]:
         match row:
-            case [int() as first, int() as last, [host, int() as port, *_], *_]:
+            case [int() as first, int() as last, [host, int() as port, *_], *_] if 0 <= first <= last < SLOTS:
                 name = host.decode(errors="replace") if isinstance(host, bytes) else ""
                 owner = (name if name not in ("", "?") else asked[0], port)
                 owners[first : last + 1] = [owner] * (last + 1 - first)
             case _:
                 raise ConnectionError(f"unexpected reply to CLUSTER SLOTS: {row!r:.80}")
-    if len(owners) != SLOTS:
-        raise ConnectionError("unexpected reply to CLUSTER SLOTS: slots beyond 16,383")
     return owners
 
 

@@ -30,6 +30,10 @@ _MOST_IDLE_CONNECTIONS = 8
 _READ_AT_ONCE_NBYTES = 1 << 16
 
 
+UNREADABLE = "backslashreplace"
+"""What becomes of bytes that are no UTF-8: signs that no JSON has, so that their record is none."""
+
+
 class LaneClosed(Exception):
     """The lane could not bring an answer; the command may or may not have been executed."""
 
@@ -39,7 +43,7 @@ class _Line:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.parser = hiredis.Reader(encoding="utf-8")
+        self.parser = hiredis.Reader(encoding="utf-8", errors=UNREADABLE)
 
     def replies(self, count: int) -> list[Any]:
         found: list[Any] = []

@@ -24,6 +24,7 @@ from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from torchord.cache.errors import FULL, CacheError, CacheUnreachable, InvalidInput
 from torchord.cache.servers.address import TIMEOUTS, Address, is_cluster, is_sentinel, masked
+from torchord.cache.servers.fast_client import UNREADABLE
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 CLIENT_PATIENCE_SECONDS = 2.0
@@ -105,6 +106,7 @@ def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> r
     return redis.Redis.from_url(
         found.url(),
         decode_responses=True,
+        encoding_errors=UNREADABLE,
         retry=Retry(
             ExponentialBackoff(cap=_BACKOFF_CAP_SECONDS, base=0.05),
             retries=tries,
@@ -158,6 +160,7 @@ def _primary(url: str, tries: int) -> redis.Redis:
             username=found.username,
             password=found.password,
             decode_responses=True,
+            encoding_errors=UNREADABLE,
             socket_timeout=5.0,
             socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
             retry=Retry(

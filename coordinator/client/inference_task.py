@@ -83,6 +83,8 @@ class InferenceTask:
         try:
             with contained(), context.lock:
                 dataset = context.dataset("evaluation")
+                if not 0 <= part < parts <= max(1, len(dataset)):
+                    return {**receipt, "status": "no such part"}
                 samples = torch.arange(len(dataset)).tensor_split(parts)[part].tolist()
                 replica, _ = context.replica_at(version)
                 measured = inference.evaluate(replica, context.recipe, context.config, dataset, samples)

@@ -98,12 +98,14 @@ def audit(
     chain = GENESIS
     slots = sums = checked = 0
     workers: dict[str, int] = {}
-    for version in range(1, head.version + 1):
-        found = by_version.get(version)
-        if found is None:
-            problems.append(f"the entry of version {version} is missing from the ledger")
+    expected = 1
+    for version, found in [*sorted(by_version.items()), (head.version + 1, None)]:
+        if version > expected:
+            problems += _lacking(expected, version - 1)
             chain = ""
-            continue
+        expected = version + 1
+        if found is None:
+            break
         problems.extend(_entry_problems(found, chain, plan))
         chain = found.chain
         slots += len(found.slots)
@@ -168,6 +170,15 @@ def said_of_workers(claims: Mapping[str, str], entries: Iterable[LedgerEntry]) -
                 "whether they are right"
             )
     return found
+
+
+def _lacking(first: int, last: int) -> list[str]:
+    if last - first < _MOST_NAMED:
+        return [f"the entry of version {n} is missing from the ledger" for n in range(first, last + 1)]
+    return [f"the entries of versions {first} to {last} are missing from the ledger"]
+
+
+_MOST_NAMED = 100
 
 
 def entry_texts(ledger: Ledger, version: int, disk: Callable[[], CheckpointStore]) -> dict[int, str]:

@@ -95,6 +95,8 @@ def fault_of(message: Any) -> str | None:
         return "its delivery_info names no exchange and routing_key"
     if message.get("content-type") != "application/json" or headers.get("compression"):
         return "it is no plain JSON"
+    if not isinstance(message.get("content-encoding"), (*_TEXT, *_NOTHING)):
+        return "its encoding is no text"
     limits = headers.get("timelimit") or ()
     if len(limits) not in (0, 2) or any(not isinstance(limit, (*_NUMBER, *_NOTHING)) for limit in limits):
         return "its timelimit is no pair of numbers"

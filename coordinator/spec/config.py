@@ -262,6 +262,8 @@ class TrainingConfig:
         Raises:
             ConfigError: a field is unknown, or a value is out of range.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config is an object of fields, not a {type(data).__name__}")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torchord.cache.errors import RecipeError
+from torchord.cache.errors import RecipeError, TorchordError
+from torchord.cache.reading import FOREIGN
 from torchord.coordinator.spec.admission import (
     present_name,
 )
@@ -198,6 +199,17 @@ class Recipe:
         Raises:
             RecipeError: the spec has an unknown or malformed entry.
         """
+        try:
+            return cls._of_spec(spec)
+        except TorchordError:
+            raise
+        except FOREIGN as error:
+            raise RecipeError(
+                f"this is no spec of a recipe ({type(error).__name__}: {error!s:.100})"
+            ) from error
+
+    @classmethod
+    def _of_spec(cls, spec: Mapping[str, Any]) -> Recipe:
         entries: dict[str, Any] = {"loss_over": "shard"}
         for name, value in spec.items():
             if name == "loss_over":

@@ -176,7 +176,7 @@ HEARTBEATS = {
 def test_a_heartbeat_that_is_none_hides_no_other(
     redis_url: str, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    with pytest.raises(ValueError, match="a heartbeat"):
+    with pytest.raises(RecordDamaged, match="a heartbeat"):
         read(HEARTBEATS[kind])
     with connect(redis_url) as client:
         registry = Registry(client, redis_url)
@@ -206,6 +206,9 @@ def lab(redis_url: str, tmp_path: Path) -> Shuffle:
 
 RECORDS: dict[str, Callable[[Any, Any], Any]] = {
     "a slot that is no JSON": lambda client, own: client.hset(own.slots(0), "1", "garbage"),
+    "a slot that is no text": lambda client, own: client.hset(own.slots(0), "1", b'"\xff\xfe"'),
+    "a version that is no text": lambda client, own: client.hset(own.versions, "0", b'{"\xff": 5}'),
+    "a lease that is no text": lambda client, own: client.hset(own.leases(0), "0", b"\xff"),
     "a slot without fields": lambda client, own: client.hset(own.slots(0), "1", "{}"),
     "a slot whose number is none": lambda client, own: client.hset(own.slots(0), "x", "{}"),
     "a slot that nests": lambda client, own: client.hset(own.slots(0), "1", "[" * 5000 + "]" * 5000),

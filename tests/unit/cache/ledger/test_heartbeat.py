@@ -12,7 +12,7 @@ import pytest
 from tests.support import modes_of_waiting
 from tests.support.control import worker
 from tests.support.waiting import wait_until
-from torchord.cache.errors import CacheUnreachable
+from torchord.cache.errors import CacheUnreachable, RecordDamaged
 from torchord.cache.ledger import workers
 from torchord.cache.ledger.heartbeat import LONG_SECONDS, PERIOD_SECONDS, Heartbeat
 from torchord.cache.ledger.whereabouts import place_of
@@ -143,5 +143,5 @@ def test_a_heartbeat_says_where_in_its_json() -> None:
     )
     assert info.where == {"task": "a.py:1 in f"}
     assert beats.heartbeat._said().where == {}
-    with pytest.raises(ValueError, match="field 'where' of a heartbeat is list"):
+    with pytest.raises(RecordDamaged, match="field 'where' of a heartbeat is list"):
         workers.read('{"id": "w", "node": "n", "host": "h", "pid": 1, "queues": [], "where": []}')
