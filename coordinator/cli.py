@@ -23,6 +23,7 @@ from torchord.cache.servers.address import masked
 from torchord.cache.settings import from_environment, located
 from torchord.coordinator.doctor import doctor
 from torchord.coordinator.key_commands import keys
+from torchord.coordinator.submit_command import submit
 from torchord.coordinator.trust_commands import liars, readmit
 
 if TYPE_CHECKING:
@@ -444,5 +445,5 @@ _command(
 _command("cancel", _cancel, "End a run for good.")
 _command("verify", _verify, "Audit a run's ledger, or check a statement.", _REPLAY, _STATEMENT, _MODEL)
 _command("statement", _statement, "Print the sealed statement of a run that is done.")
-for command in (keys, liars, readmit, doctor):
+for command in (submit, keys, liars, readmit, doctor):
     _torchord.add_command(command)
