@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -17,9 +15,11 @@ from torch import Tensor
 from tests.support import models, recipes_impure, reference
 from tests.support.fleet import WAIT_SECONDS, fleet
 from tests.support.liars import LyingFleet, doubled, scaled
+from tests.support.waiting import wait_until
 from torchord import Master, Recipe, TrainingConfig
 from torchord.cache.errors import CacheUnreachable, ConfigError, Impure, InvalidInput, RecipeError
 from torchord.cache.ledger.distrusted import Distrusted
+from torchord.coordinator.cli import main
 from torchord.coordinator.compute.shard import ShardWork
 from torchord.coordinator.server.jury import Jury
 from torchord.coordinator.spec.plan import Plan
@@ -232,28 +232,25 @@ def test_a_server_that_dies_when_it_has_named_a_liar_leaves_the_same_bits(
 def test_a_process_that_lies_is_named_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
     """Real workers; one shard a step, and each is checked."""
     recipe = recipes_impure.recipe(loss=recipes_impure.loss_of_a_liar)
-    config = replace(CONFIG, shards=1, probe=False, epochs=3)
+    config = replace(CONFIG, shards=1, probe=False, epochs=2)
     with fleet(tmp_path, workers=1) as one:
         one.cluster.add_worker("liar", env={"TESTS_LIAR": "1"})
         one.resize(2)
-        one.resize(3)
         run = one.master.submit(recipe, config, name="lied-to")
+        registry = run._services.registry
+        wait_until(registry.distrusted, message="the liar to be named")
+        one.cluster.processes["liar"].kill()  # who is quarantined hands on what it gets, at its leisure
         trained = run.wait(timeout=WAIT_SECONDS)
         audit = run.verify()
         assert audit.ok, audit.problems
         assert reference.bits(trained.module) == reference.average(recipe, config).bits
-        (node,) = run._services.registry.distrusted()
+        (node,) = registry.distrusted()
         assert node.startswith("liar@")
         said = [event for event in run._ledger.read_events() if event.type == "quarantined"]
         assert [event.data["node"] for event in said] == [node]
         assert "is quarantined" in one.log("server")
-        out = subprocess.run(
-            [sys.executable, "-m", "torchord", "readmit", node, "--url", one.cluster.url],
-            capture_output=True,
-            text=True,
-        )
-        assert out.stdout == f"{node} gets shards again, within a second\n", out.stderr
-        assert run._services.registry.distrusted() == {}
+        assert main(["readmit", node, "--url", one.cluster.url]) == 0
+        assert registry.distrusted() == {}
 
 
 def shard_gradients(config: TrainingConfig) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -304,11 +301,8 @@ def test_robust_averages_bound_what_one_liar_can_do(
     assert within == (aggregation != "mean")
 
 
-@pytest.mark.parametrize("aggregation", ["median", "krum"])
-def test_a_robust_run_has_the_same_bits_on_any_fleet_and_in_a_replay(
-    redis_url: str, tmp_path: Path, aggregation: str
-) -> None:
-    config = replace(CONFIG, shards=5, batch_size=10, aggregation=aggregation)
+def test_a_robust_run_has_the_same_bits_on_any_fleet_and_in_a_replay(redis_url: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, shards=5, batch_size=16, aggregation="median")
     bits = []
     for turn in (0, 1):
         master = Master(redis_url, checkpoint_dir=str(tmp_path))

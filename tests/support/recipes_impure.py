@@ -207,6 +207,6 @@ BY_PROCESS: dict[str, Recipe] = {
 
 
 def loss_of_a_liar(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Twice the loss in one shard of three, in a process that was told to lie."""
-    lies = "TESTS_LIAR" in os.environ and torch.initial_seed() % 3 == 1
+    """Twice the loss in two shards of three, in a process that was told to lie; not in its very first."""
+    lies = "TESTS_LIAR" in os.environ and torch.initial_seed() % 3
     return torch.nn.functional.cross_entropy(outputs, targets) * (2 if lies else 1)
