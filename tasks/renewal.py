@@ -40,6 +40,7 @@ class Renewal:
 
     Args:
         status: what a run's head says, as in "running".
+        awaited: whether somebody keeps a version, as who predicts from it does (for up to ten minutes more).
         start_anew: does it; told why.
         clock: monotonic seconds.
     """
@@ -47,11 +48,13 @@ class Renewal:
     def __init__(
         self,
         status: Callable[[str], str],
+        awaited: Callable[[str, int], bool],
         start_anew: Callable[[WorkerInfo, str], None],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._status = status
+        self._awaited = awaited
         self._start_anew = start_anew
         self._clock = clock
         self._looked = float("-inf")
@@ -71,7 +74,7 @@ class Renewal:
     def _look(self, said: WorkerInfo) -> None:
         """Whether all that it is at, it is at for nobody, and has been for long."""
         now = self._clock()
-        at_rest = [task for task in said.tasks if self._rests(activity.trained(task))]
+        at_rest = [task for task in said.tasks if self._rests(task)]
         kept = self._abandoned = {task: self._abandoned.get(task, now) for task in at_rest}
         busy_with_others = len(at_rest) < max(len(said.tasks), len(state.active_requests))
         if busy_with_others or now - max(kept.values(), default=now) < ABANDONED_SECONDS:
@@ -80,8 +83,11 @@ class Renewal:
         why = f"at what nobody has waited for since {duration(now - max(kept.values()))}: {places}"
         self._start_anew(said, why)
 
-    def _rests(self, run: str) -> bool:
+    def _rests(self, task: str) -> bool:
         try:
+            if (predicted := activity.predicted(task)) is not None:
+                return not self._awaited(*predicted)
+            run = activity.trained(task)
             return bool(run) and self._status(run) not in ("pending", "running", "paused")
         except RunNotFound:
             return True

@@ -110,7 +110,11 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
     def again(said: WorkerInfo, why: str) -> None:
         start_anew(lambda: services.registry.leave(said), why, forks=forks, forked=_forked)
 
-    renewal = Renewal(lambda run: services.ledger(run).head().status, again)
+    renewal = Renewal(
+        lambda run: services.ledger(run).head().status,
+        lambda run, version: services.ledger(run).pinned(version),
+        again,
+    )
     memory = MemoryLimit(0 if _forked else settings.memory_limit_bytes, end_after_task)
 
     def after(said: WorkerInfo) -> None:

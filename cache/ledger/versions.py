@@ -85,6 +85,12 @@ class Versions(ControlPlane):
             pipe.expire(self.keys.pins, keys.RUN_TTL_SECONDS)
             pipe.execute()
 
+    def pinned(self, version: int) -> bool:
+        """Whether somebody still keeps a version stored by `pin`."""
+        with self._during(f"look at the pins of version {version}"):
+            until = cast(str | None, self.client.hget(self.keys.pins, str(version)))
+        return until is not None and int(until) > time.time() * 1000
+
     def entries(self, first: int = 1, last: int | None = None) -> list[LedgerEntry]:
         """Ledger entries still in Redis, versions `first` to `last`, in order; seals are left to an audit."""
         texts = self.entry_texts(first, last)

@@ -54,6 +54,11 @@ class MemoryVersions(MemoryControlPlane):
         until = int((self.plane.clock() + seconds) * 1000)
         self.plane.hset(self.keys.pins, {str(version): until}, keys.RUN_TTL_SECONDS)
 
+    def pinned(self, version: int) -> bool:
+        """See `Ledger.pinned`."""
+        until = self.plane.hash(self.keys.pins).get(str(version))
+        return until is not None and int(until) > self.plane.clock() * 1000
+
     def entries(self, first: int = 1, last: int | None = None) -> list[LedgerEntry]:
         """See `Ledger.entries`."""
         found = {int(version): text for version, text in self.plane.hash(self.keys.ledger).items()}

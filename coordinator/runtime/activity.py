@@ -38,6 +38,13 @@ def prediction(run: str, version: int, part: int) -> str:
     return f"{run}: prediction at version {version}, part {part}"
 
 
+def predicted(task: str) -> tuple[str, int] | None:
+    """The run and version that a `prediction` is at, None of any other task."""
+    run, _, what = task.rpartition(": ")
+    head, _, version = what.partition(",")[0].rpartition(" ")
+    return (run, int(version)) if head == "prediction at version" else None
+
+
 def trained(task: str) -> str:
     """The run that a task moves on, "" of a prediction: a run that is at rest has no use for it."""
     run, _, what = task.rpartition(": ")

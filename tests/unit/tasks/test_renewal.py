@@ -28,7 +28,13 @@ class Lab:
         self.states: dict[str, str | Exception] = {"run-1": "running", "run-2": "running"}
         self.said: list[str] = []
         self.asked = 0
-        self.renewal = Renewal(self._status, lambda info, why: self.said.append(why), clock=lambda: self.now)
+        self.awaited = {("run-1", 3)}
+        self.renewal = Renewal(
+            self._status,
+            lambda run, version: (run, version) in self.awaited,
+            lambda info, why: self.said.append(why),
+            clock=lambda: self.now,
+        )
 
     def _status(self, run: str) -> str:
         self.asked += 1
@@ -91,6 +97,14 @@ def test_what_a_run_at_rest_has_no_use_for_is_given_up(lab: Lab, task: str, stat
 def test_a_prediction_of_a_run_that_is_done_is_not(lab: Lab) -> None:
     lab.states["run-1"] = "done"
     assert lab.beats(at(PREDICTION), LONG) == []
+
+
+def test_one_that_nobody_waits_for_any_more_is_given_up(lab: Lab) -> None:
+    lab.beats(at(PREDICTION), LONG)
+    lab.awaited.clear()
+    assert lab.beats(at(PREDICTION), ABANDONED_SECONDS) == []
+    (why, *_) = lab.beats(at(PREDICTION), 10)
+    assert why == f"at what nobody has waited for since 1 min: {PREDICTION}, model.py:12 in forward"
 
 
 @pytest.mark.parametrize("state", ["pending", "paused", CacheUnreachable("away")])

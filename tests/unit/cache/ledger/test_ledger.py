@@ -834,6 +834,14 @@ def test_a_commit_keeps_a_pinned_version(running: Ledger) -> None:
     assert (committed.dropped, sorted(committed.stored), committed.pinned) == ((), [0, 1], frozenset({0}))
 
 
+def test_a_pin_holds_until_its_time_is_over(running: Ledger) -> None:
+    assert not running.pinned(0)
+    running.pin(0, seconds=60)
+    assert running.pinned(0) and not running.pinned(1)
+    running.pin(0, seconds=-1)
+    assert not running.pinned(0)
+
+
 def test_a_commit_without_the_token_is_fenced(plane: Plane, running: Ledger) -> None:
     old = running.head().token
     fill(running, 0)
