@@ -24,8 +24,10 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 INSTALL = $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-# torch alone may come from elsewhere; torch.txt has the hashes of its builds.
-HASHED = $(PIP) install -qq --require-hashes --no-deps -r requirements/torch.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) && \
+# For torch TORCH_INDEX alone is asked, an index or a folder of wheels: pip would prefer PyPI's build to that of a folder.
+TORCH_FROM = $(if $(TORCH_INDEX),$(if $(findstring ://,$(TORCH_INDEX)),--index-url,--no-index --find-links) $(TORCH_INDEX), \
+	$(if $(filter Linux,$(shell uname)),-r requirements/cuda.txt))
+HASHED = $(PIP) install -qq --require-hashes --no-deps -r requirements/torch.txt $(TORCH_FROM) && \
 	$(PIP) install -qq --require-hashes --no-deps -r requirements/$(1).txt && \
 	$(PIP) install -qq --no-deps --no-build-isolation -e .
 # One install at a time, whatever `-j` says.

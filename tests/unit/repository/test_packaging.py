@@ -145,10 +145,10 @@ def test_the_licence_is_there_and_named() -> None:
     assert "Apache License" in licence and "the torchord authors" in licence
 
 
-def dry_run(target: str, venv: Path) -> str:
+def dry_run(target: str, venv: Path, *options: str) -> str:
     """What `make target` would run with this virtual environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    command = ["make", "--dry-run", target, f"VENV={venv}", f"PYTHON={sys.executable}"]
+    command = ["make", "--dry-run", target, f"VENV={venv}", f"PYTHON={sys.executable}", *options]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60
     ).stdout
@@ -170,6 +170,19 @@ def test_make_target(target: str, runs: list[str], tmp_path: Path) -> None:
     assert all(command in fresh for command in runs)
     if target != "clean":
         assert "-m venv" in fresh and "install -qq -c constraints.txt" in fresh
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("https://h/cpu", "--index-url https://h/cpu"), ("/wheels", "--no-index --find-links /wheels")],
+)
+def test_with_hashes_nothing_else_is_installed(place: str, said: str, tmp_path: Path) -> None:
+    fresh = dry_run("test", tmp_path / "venv", "HASHES=1", f"TORCH_INDEX={place}")
+    installs = [part for part in fresh.replace("\\\n", " ").split("&&") if "install -qq" in part]
+    assert len(installs) == 3 and said in installs[0]
+    assert all("--require-hashes --no-deps" in line for line in installs[:2])
+    assert "--no-deps --no-build-isolation -e ." in installs[2]
+    assert "constraints.txt" not in fresh
 
 
 def test_a_second_demo_installs_nothing(tmp_path: Path) -> None:
