@@ -91,7 +91,7 @@ lock: $(VENV)/.installed-dev
 
 audit: | $(BIN)/pip
 	@test -x $(VENV)-audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install -q pip-audit; }
-	$(VENV)-audit/bin/pip-audit --disable-pip --require-hashes -r requirements/dev.txt -r requirements/torch.txt $(ARGS)
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements/dev.txt -r requirements/torch.txt $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
