@@ -22,6 +22,7 @@ from torchord.cache.ledger.figures import for_others
 from torchord.cache.servers.address import masked
 from torchord.cache.settings import from_environment, located
 from torchord.coordinator.doctor import doctor
+from torchord.coordinator.export_command import export
 from torchord.coordinator.key_commands import keys
 from torchord.coordinator.submit_command import submit
 from torchord.coordinator.trust_commands import liars, readmit
@@ -445,5 +446,5 @@ _command(
 _command("cancel", _cancel, "End a run for good.")
 _command("verify", _verify, "Audit a run's ledger, or check a statement.", _REPLAY, _STATEMENT, _MODEL)
 _command("statement", _statement, "Print the sealed statement of a run that is done.")
-for command in (submit, keys, liars, readmit, doctor):
+for command in (submit, export, keys, liars, readmit, doctor):
     _torchord.add_command(command)

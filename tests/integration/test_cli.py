@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import redis
+import torch
+from safetensors.torch import load_file
 
 from tests.support import models
 from torchord import LocalCluster, Master, Run, TrainingConfig
@@ -201,6 +203,17 @@ def test_help_and_completion_do_without_torch(idle: Shell) -> None:
 def test_looking_at_runs_does_without_torch(idle: Shell, words: list[str]) -> None:
     Master(idle.url).submit(models.mlp(), CONFIG, name="one")
     assert "pending" in fresh(f"sys.exit(main({words!r}))", TORCHORD_URL=idle.url)
+
+
+def test_export(shell: Shell, done: tuple[LocalCluster, Path, Run], tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    assert shell("export", "digits", str(path))[1] == f"digits: the weights of version 10 are in {path}\n"
+    meant, found = done[2].model().state_dict(), load_file(path)
+    assert found.keys() == meant.keys() and all(torch.equal(found[name], meant[name]) for name in meant)
+    assert shell.json("export", "digits", str(path))["version"] == 10
+    code, _, err = shell("export", "digits", str(tmp_path / "nowhere" / "m.safetensors"))
+    assert code == BAD and "choose a directory that exists" in err
+    assert shell("export", "nobody", str(path))[0] == NOT_FOUND
 
 
 # --- verify -------------------------------------------------------------------------------
