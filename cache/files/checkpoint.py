@@ -396,8 +396,11 @@ class CheckpointStore:
                 f"{where} has format {marker.get('format')!r:.20}, this version of torchord reads {_FORMAT}"
             )
         try:
-            for part in ("tensors", "state"):
-                entry = _FILE_ENTRY.of(_MARKER_FIELDS.of(marker)["files"].get(part))
+            files = _MARKER_FIELDS.of(marker)["files"]
+            if files.keys() != {"tensors", "state"}:
+                raise CheckpointError(f"it lists the files {', '.join(files)!r:.99}")
+            for part, found in files.items():
+                entry = _FILE_ENTRY.of(found)
                 if entry["name"] != f"version-{version:09d}.{part}.safetensors":
                     raise CheckpointError(f"it names {entry['name']!r:.99}")
         except CheckpointError as error:

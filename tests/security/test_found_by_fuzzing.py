@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from examples.fashion_mnist import read_idx
 from tests.security.test_garbage import message
@@ -17,7 +19,14 @@ from tests.support.fuzzing import answering
 from torchord import Recipe, TrainingConfig
 from torchord.cache import keys
 from torchord.cache.datasets.allowed_urls import require_allowed
-from torchord.cache.errors import CacheError, ConfigError, InvalidInput, RecipeError, RecordDamaged
+from torchord.cache.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    InvalidInput,
+    RecipeError,
+    RecordDamaged,
+)
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.runs import Runs
 from torchord.cache.ledger.workers import Registry, new_info, read
@@ -137,3 +146,17 @@ def test_bytes_of_a_record_that_are_no_text(redis_url: str) -> None:
 def test_a_place_that_no_file_can_have(url: str) -> None:
     with pytest.raises(InvalidInput, match="cannot be kept at"):
         require_allowed(url, None)
+
+
+def test_a_marker_of_a_checkpoint_that_lists_another_file(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), "r")
+    store.save(3, {"w": torch.ones(2)}, {})
+    path = tmp_path / "r/version-000000003.json"
+    marker = json.loads(path.read_text())
+    del marker["checksum"]
+    marker["files"]["more"] = None
+    text = json.dumps(marker, sort_keys=True)
+    path.write_text(json.dumps({**marker, "checksum": xxhash.xxh3_128_hexdigest(text.encode())}))
+    assert store.latest_version() is None
+    with pytest.raises(CheckpointError, match="it lists the files 'tensors, state, more'"):
+        store.load(3)
