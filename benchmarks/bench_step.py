@@ -4,8 +4,9 @@
 
 Claim: the overhead of one global step (milliseconds from commit to commit with a no-op model), beside
 the same number of messages sent by hand through redis-py by two processes (the floor: no tasks, no
-tensors, no ledger). Beside the time stand what other work on the machine does not change, or changes less:
-processor milliseconds a step of each process, commands and reads of the server a step (a read is a request,
+tensors, no ledger); and the same in rounds, where the Clients take the steps by themselves. Beside the time
+stand what other work on the machine does not change, or changes less: processor milliseconds a step of each
+process, commands and reads of the server a step (a read is a request,
 or several in one packet: a round trip). benchmarks/overhead.md says where they go and what was tried.
 
 Bias: torchord's step computes, stores and reads tensors, updates and commits; the floor does none of that.
@@ -106,9 +107,16 @@ class Meter:
         }
 
 
-def chord_step(master: Master, meter: Meter, shards: int, steps: int, name: str) -> dict[str, float]:
-    """Median milliseconds from commit to commit, and what a step takes of everything else."""
-    config = TrainingConfig(batch_size=shards, shards=shards, checkpoint_every=10**6)
+def measured(
+    master: Master, meter: Meter, shards: int, steps: int, name: str, *, rounds: bool = False
+) -> dict[str, float]:
+    """Median milliseconds from commit to commit, and what a step takes of everything else.
+
+    Args:
+        rounds: whether the Clients take steps by themselves; else each step is a chord.
+    """
+    length = "auto" if rounds else 1
+    config = TrainingConfig(batch_size=shards, shards=shards, checkpoint_every=10**6, round_steps=length)
     before = meter.read()
     trained = master.fit(
         recipe("noop", examples=(steps + _SKIPPED) * shards), config, name=name, progress=False
@@ -124,15 +132,20 @@ def chord_step(master: Master, meter: Meter, shards: int, steps: int, name: str)
 
 def table(found: dict[int, dict[str, Any]]) -> None:
     """Print times, then what a step takes."""
-    print(f"\n{'K':>3} {'torchord ms':>12} {'worst':>7} {'10 %':>7} {'floor ms':>9} {'ratio':>6}")
+    print(
+        f"\n{'K':>3} {'torchord ms':>12} {'worst':>7} {'10 %':>7} {'floor ms':>9} {'ratio':>6}"
+        f" {'rounds ms':>10} {'worst':>7} {'of chords':>10}"
+    )
     medians = {}
     for shards, of in found.items():
         times = [turn["median"] for turn in of["torchord"]]
         medians[shards], least = statistics.median(times), statistics.median(of["floor"])
         fastest = statistics.median(turn["fastest"] for turn in of["torchord"])
+        inside = [turn["median"] for turn in of["rounds"]]
         print(
             f"{shards:>3} {medians[shards]:>12.2f} {max(times):>7.2f} {fastest:>7.2f} {least:>9.2f} "
-            f"{medians[shards] / least:>6.1f}"
+            f"{medians[shards] / least:>6.1f} {statistics.median(inside):>10.2f} {max(inside):>7.2f} "
+            f"{statistics.median(inside) / medians[shards]:>10.2f}"
         )
     few, many = min(medians), max(medians)
     if few < many:
@@ -141,8 +154,10 @@ def table(found: dict[int, dict[str, Any]]) -> None:
     print("\na step takes (processor ms by process; the server's reads and commands):")
     for shards, of in found.items():
         names = [name for name in of["torchord"][0] if name not in ("median", "fastest")]
-        values = {name: statistics.median(turn[name] for turn in of["torchord"]) for name in names}
-        print(f"K={shards}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+        for way in ("torchord", "rounds"):
+            values = {name: statistics.median(turn[name] for turn in of[way]) for name in names}
+            said = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+            print(f"K={shards}{', in rounds' if way == 'rounds' else ''}: {said}")
 
 
 def main() -> int:
@@ -152,7 +167,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--shards", type=int, nargs="+", default=[2, 4, 8])
     options = parser.parse_args()
-    found: dict[int, dict[str, Any]] = {k: {"torchord": [], "floor": []} for k in options.shards}
+    found: dict[int, dict[str, Any]] = {
+        k: {"torchord": [], "rounds": [], "floor": []} for k in options.shards
+    }
     with (
         TemporaryDirectory() as folder,
         LocalCluster(
@@ -160,15 +177,18 @@ def main() -> int:
         ) as cluster,
     ):
         master, meter = Master(cluster.url, checkpoint_dir=folder), Meter(cluster)
-        chord_step(master, meter, 2, 20, "warm")
+        for rounds in (False, True):
+            measured(master, meter, 2, 20, f"warm-{rounds}", rounds=rounds)
         for turn in range(options.rounds):
             for shards in options.shards:
-                found[shards]["torchord"].append(
-                    chord_step(master, meter, shards, options.steps, f"step-{shards}-{turn}")
-                )
+                for way, rounds in (("torchord", False), ("rounds", True)):
+                    name = f"{way}-{shards}-{turn}"
+                    found[shards][way].append(
+                        measured(master, meter, shards, options.steps, name, rounds=rounds)
+                    )
                 found[shards]["floor"].append(floor(cluster.url, shards, options.steps))
-                latest = found[shards]["torchord"][-1]["median"]
-                print(f"round {turn + 1}  K={shards}: {latest:.2f} ms", flush=True)
+                latest = [found[shards][way][-1]["median"] for way in ("torchord", "rounds")]
+                print(f"round {turn + 1}  K={shards}: {latest[0]:.2f} ms, {latest[1]:.2f}", flush=True)
     table(found)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "step.json").write_text(json.dumps({"machine": machine(), "milliseconds": found}, indent=1))

@@ -27,6 +27,8 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
 | torchord:{RUN}:slots:STEP | hash shard -> JSON of SlotRecord | write_slot.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
+| torchord:{RUN}:round | hash: token, steps, participants, see take_turn.lua | scripts only | RUN_TTL; deleted when it is closed |
+| torchord:{RUN}:wake:ID | list that wakes a participant | scripts only | WAKE_TTL |
 | torchord:{RUN}:underway | hash what -> JSON of Notice | announce.lua | UNDERWAY_TTL after the last notice |
 | torchord:{RUN}:parts:VERSION | hash part -> JSON of partial metrics | evaluate | WORK_TTL; deleted when complete |
 | torchord:{RUN}:predict:ID | hash part -> JSON of an output | predict | PREDICT_TTL; deleted by the caller |
@@ -51,6 +53,7 @@ PREFIX = "torchord"
 RUN_TTL_SECONDS = 30 * 24 * 3600
 RESULT_TTL_SECONDS = 7 * 24 * 3600
 WORK_TTL_SECONDS = 24 * 3600
+WAKE_TTL_SECONDS = 10
 UNDERWAY_TTL_SECONDS = 60
 BLOB_TTL_SECONDS = 30 * 24 * 3600
 PREDICT_TTL_SECONDS = 3600
@@ -150,6 +153,7 @@ class RunKeys:
         self.evaluations = f"{root}:evaluations"
         self.pending_evaluations = f"{root}:evaluating"
         self.underway = f"{root}:underway"
+        self.round = f"{root}:round"
 
     def lasting(self) -> list[str]:
         """The keys that live as long as the run can be asked about."""
@@ -165,6 +169,7 @@ class RunKeys:
             self.events,
             self.evaluations,
             self.pending_evaluations,
+            self.round,
         ]
 
     def slots(self, step: int) -> str:
@@ -174,6 +179,10 @@ class RunKeys:
     def leases(self, step: int) -> str:
         """Who computes which shard of one global step."""
         return f"{self.root}:leases:{step}"
+
+    def wake(self, worker_id: str) -> str:
+        """What a participant of a round waits for."""
+        return f"{self.root}:wake:{worker_id}"
 
     def parts(self, version: int) -> str:
         """Partial metrics of one evaluated version."""

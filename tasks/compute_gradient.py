@@ -1,4 +1,4 @@
-"""The Client's task: one shard's gradient."""
+"""The Client's task: one shard's gradient, or a seat in a round of several steps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from torchord.tasks.registry import task
 
 @task(COMPUTE_GRADIENT, bind=True)
 def compute_gradient(
-    self: Any, *, run: str, step: int, shard: int, version: int, backup: bool = False
+    self: Any, *, run: str, step: int, shard: int, version: int, backup: bool = False, steps: int = 1
 ) -> Receipt:
     """Compute one shard's gradient and write its slot.
 
     Safe to run twice: the gradient is a function of (run, version, shard) alone, and the slot is
     written once; a duplicate, early or late delivery changes nothing but a counter.
+
+    Args:
+        steps: how many steps from this one on the Clients take by themselves; `shard` is then the number of
+            a seat in that round, and the slots say who computes what.
     """
+    from torchord.coordinator.client.round_task import SeatTask
     from torchord.coordinator.client.slot_lease import SlotTask
     from torchord.tasks.partial_sum import joined
     from torchord.tasks.worker import process
 
+    if steps > 1:
+        return Receipt(process().client.rounds.take_seat(SeatTask(run, step, steps, shard, self.request.id)))
     asked = SlotTask(run, step, shard, version, self.request.id, joined(self.request), backup)
     return Receipt(process().client.shards.compute_gradient(asked, part=_Part(self)))
 

@@ -174,6 +174,10 @@ class Commits(ControlPlane):
         with self._during(f"roll back to version {version}"):
             fields = cast(list[str | None], self.client.hmget(names.head, ["version", "reached"]))
             under_way = steps_under_way(*fields)
+            # Of a round there are slots of steps that are committed, too.
+            under_way = range(
+                max(min(version, under_way.start), under_way.start - _MOST_UNDER_WAY), under_way.stop
+            )
             reply = self._script(
                 "rollback",
                 [

@@ -27,11 +27,9 @@ CHECKS = "checks"
 
 CONTENT = "content"  # in the notes of a ledger entry: digests of the version's blobs
 
-LIED = "lied "
-"""How claims begin that say of a node, which follows, that a gradient of its was a lie."""
-
-UNLIKE = "unlike "
-"""How claims begin that say why a worker, whose id follows, is not like the run's first Client."""
+LIED = "lied "  # how claims begin: a gradient of the node that follows was a lie
+UNLIKE = "unlike "  # likewise: why a worker, whose id follows, is not like the run's first Client
+FALSIFIED = "falsified "  # likewise: why it takes part in no round of the run
 
 
 def canonical(value: Any) -> str:
@@ -410,6 +408,7 @@ class Head:
         skew: "refuse" if a worker of another environment may not compute.
         backups: shards that were sent to another worker as well, because their holder was slow.
         shared: several processes of one node take turns as server.
+        round: the last step of the round that is open, None if there is none.
         error: why the run failed: {"message", "kind", ...}.
     """
 
@@ -439,6 +438,7 @@ class Head:
     server_environment: str = ""
     skew: str = ""
     backups: int = 0
+    round: int | None = None
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -485,6 +485,7 @@ class Head:
             environment=fields.get("environment", ""),
             server_environment=fields.get("server_environment", ""),
             skew=fields.get("skew", ""),
+            round=integer("round"),
         )
 
 

@@ -53,6 +53,17 @@ class Versions(ControlPlane):
                 forged_stay=True,
             )
 
+    def kept_versions(self) -> tuple[tuple[int, ...], frozenset[int]]:
+        """(the stored versions, those of them that readers hold)."""
+        with self._during("list the versions"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hkeys(self.keys.versions)
+            pipe.hgetall(self.keys.pins)
+            stored, pins = cast(tuple[list[str], dict[str, str]], tuple(pipe.execute()))
+        now = time.time() * 1000
+        held = {int(version) for version, until in pins.items() if float(until) > now}
+        return tuple(sorted(int(version) for version in stored)), frozenset(held)
+
     def put_version(self, record: VersionRecord, *, token: int) -> bool:
         """Record or replace a stored version (its state was published after the commit).
 

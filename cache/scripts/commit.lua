@@ -43,6 +43,8 @@ if not again then
   for _, index in ipairs({1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13}) do
     redis.call('EXPIRE', KEYS[index], ARGV[8])
   end
+else  -- a participant of a round may have taken the step, and stored nothing
+  redis.call('HSETNX', KEYS[5], tostring(step + 1), ARGV[5])
 end
 local incarnation = redis.call('HGET', KEYS[1], 'incarnation') or ''
 local launched = '0'

@@ -33,7 +33,7 @@ if anew then
     'incarnation', name .. '.' .. string.format('%d', (tonumber(number) or 0) + 1) .. switches)
 end
 redis.call('HSET', KEYS[1], 'version', ARGV[2], 'chain', ARGV[3])
-redis.call('HDEL', KEYS[1], 'launched', 'called')
+redis.call('HDEL', KEYS[1], 'launched', 'called', 'round')
 if from > target then  -- not sent twice
   redis.call('HINCRBY', KEYS[1], 'replayed', from - target)
   redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'type', 'rollback', 'data',

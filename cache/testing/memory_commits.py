@@ -115,6 +115,8 @@ class MemoryCommits(MemoryControlPlane):
                     return Committed("diverged")
                 self._move(step, entry, record)
                 self._event("step", event)
+            elif str(version) not in plane.hash(names.versions):
+                plane.hset(names.versions, {str(version): record.to_json()})
             pins = plane.hash(names.pins)
             over = [v for v, until in pins.items() if int(until) < int(plane.clock() * 1000)]
             plane.hdel(names.pins, *over)
@@ -194,12 +196,12 @@ class MemoryCommits(MemoryControlPlane):
             corrected = int(self._head.get("corrected_at", -1))
             if version < present and (version < corrected or self._head["skew"] == "admit"):
                 plane.delete(names.expected)
-                for step in range(present, max(present, int(self._head.get("reached", 0))) + 3):
+                for step in range(min(version, present), max(present, int(self._head.get("reached", 0))) + 3):
                     plane.delete(names.slots(step), names.leases(step))
                 revision = revised(self._head["incarnation"])
                 plane.hset(names.head, {"incarnation": revision, "corrected_at": min(version, corrected)})
             plane.hset(names.head, {"version": version, "chain": chain})
-            plane.hdel(names.head, "launched", "called")
+            plane.hdel(names.head, "launched", "called", "round")
             if present > version:
                 plane.hincr(names.head, "replayed", present - version)
                 self._event("rollback", {"version": version, "from": present})

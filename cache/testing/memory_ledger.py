@@ -9,13 +9,13 @@ from __future__ import annotations
 from torchord.cache.testing.memory_commits import MemoryCommits
 from torchord.cache.testing.memory_evaluations import MemoryEvaluations
 from torchord.cache.testing.memory_events import MemoryEvents
+from torchord.cache.testing.memory_rounds import MemoryRounds
 from torchord.cache.testing.memory_run_life import MemoryRunLife
-from torchord.cache.testing.memory_slots import MemorySlots
 from torchord.cache.testing.memory_versions import MemoryVersions
 
 
 class MemoryLedger(
-    MemoryRunLife, MemorySlots, MemoryCommits, MemoryVersions, MemoryEvaluations, MemoryEvents
+    MemoryRunLife, MemoryRounds, MemoryCommits, MemoryVersions, MemoryEvaluations, MemoryEvents
 ):
     """`Ledger` without a server.
 

@@ -32,6 +32,12 @@ class MemoryVersions(MemoryControlPlane):
         found = self.plane.hash(self.keys.versions)
         return {int(version): VersionRecord.from_json(text) for version, text in found.items()}
 
+    def kept_versions(self) -> tuple[tuple[int, ...], frozenset[int]]:
+        """See `Ledger.kept_versions`."""
+        now, pins = self.plane.clock() * 1000, self.plane.hash(self.keys.pins)
+        held = {int(version) for version, until in pins.items() if float(until) > now}
+        return tuple(sorted(map(int, self.plane.hash(self.keys.versions)))), frozenset(held)
+
     def put_version(self, record: VersionRecord, *, token: int) -> bool:
         """See `Ledger.put_version`."""
         with self.plane.changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.coordinator.client.inference_task import InferenceTask
 from torchord.coordinator.client.partial_sum_task import PartialSumTask
+from torchord.coordinator.client.round_task import RoundTask
 from torchord.coordinator.client.shard_task import ShardTask
 from torchord.coordinator.client.slot_lease import SlotLease
 from torchord.coordinator.client.slot_writer import SlotWriter
@@ -25,6 +26,7 @@ class Client:
     Attributes:
         lease: takes and hands back slots.
         shards: computes gradients.
+        rounds: takes part in rounds.
         sums: computes partial sums.
         inference: evaluates and predicts.
     """
@@ -37,5 +39,6 @@ class Client:
         self.lease = SlotLease(contexts, heartbeat, sender)
         writer = SlotWriter(contexts.services, sender, fault)
         self.shards = ShardTask(contexts, self.lease, writer, fault)
+        self.rounds = RoundTask(contexts, self.shards, sender, fault)
         self.sums = PartialSumTask(contexts, self.lease, writer, fault)
         self.inference = InferenceTask(contexts, self.lease, fault)

@@ -123,6 +123,36 @@ class ShardTask:
         checks = {} if shard == task.slot else {"check of": shard}
         if checks and self.turns.left(context, task, shard):
             return {**receipt, **checks, "status": "left to another"}
+        slot, stored = self.computed(context, task, begun, toolchain)
+        written = {**receipt, **checks, **_written(slot, stored)}
+        verdict, answer = self.writer.write(
+            context,
+            task,
+            slot,
+            incarnation=begun.incarnation,
+            then=None if part is None else partial(part.command, written),
+        )
+        if part is not None:
+            part.answered(answer)
+        self.fault("client.after_slot")
+        # What can be done before the next task comes.
+        if not checks:  # one takes longer
+            self.lease.heartbeat.worked(task.run, slot.seconds)
+        self.downloads.idle(context, begun.memory)
+        return {**written, "status": verdict}
+
+    def computed(
+        self, context: RunContext, task: SlotTask, begun: Begun, toolchain: str
+    ) -> tuple[SlotRecord, StoredGradient]:
+        """Compute a slot's gradient and store its bytes; the slot is the caller's to write.
+
+        Args:
+            begun: what the ledger answered when the slot was leased.
+            toolchain: what the run is compiled with, "" if it is not.
+
+        Raises:
+            ShardFailed: the recipe's own code raised; the run has failed with its message.
+        """
         done, stored, seconds = self._gradient(context, task, begun)
         state = None
         if done.state is not None:
@@ -148,22 +178,7 @@ class ShardTask:
             fetched=self._this.source,
             weight=done.weight,
         )
-        written = {**receipt, **checks, **_written(slot, stored)}
-        verdict, answer = self.writer.write(
-            context,
-            task,
-            slot,
-            incarnation=begun.incarnation,
-            then=None if part is None else partial(part.command, written),
-        )
-        if part is not None:
-            part.answered(answer)
-        self.fault("client.after_slot")
-        # What can be done before the next task comes.
-        if not checks:  # one takes longer
-            self.lease.heartbeat.worked(task.run, seconds)
-        self.downloads.idle(context, begun.memory)
-        return {**written, "status": verdict}
+        return slot, stored
 
     def _gradient(
         self, context: RunContext, task: SlotTask, begun: Begun
@@ -186,7 +201,7 @@ class ShardTask:
                 task.slot,
                 {**done.payload, **done.buffers},
                 len(done.payload),
-                server_memory=begun.memory if seconds < _FRESH_SECONDS else None,
+                server_memory=begun.memory if task.in_round or seconds < _FRESH_SECONDS else None,
             )
         return done, stored, seconds
 

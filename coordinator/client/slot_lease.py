@@ -63,6 +63,7 @@ class SlotTask:
         join: the chord that the task belongs to: then Celery itself calls the update when all of the
             step's tasks are done.
         backup: compute even if a live worker is at the slot.
+        in_round: whether it was claimed in a round, and not by a message.
     """
 
     run: str
@@ -72,6 +73,7 @@ class SlotTask:
     delivery: str
     join: Join | None = None
     backup: bool = False
+    in_round: bool = False
 
 
 class SlotLease:
@@ -91,6 +93,7 @@ class SlotLease:
         self.hindrances = Hindrances(heartbeat)
         self._held: dict[int, SlotTask] = {}  # by thread
         self._refusals = 0
+        self.leaving = False  # whether this process is about to end
 
     @property
     def worker(self) -> str:
@@ -166,6 +169,13 @@ class SlotLease:
                 self.end(task)
             self.heartbeat.doing("")
 
+    def holding(self, task: SlotTask | None) -> None:
+        """Note which slot the calling thread is at, for `hand_back`; None: at none."""
+        if task is None:
+            self._held.pop(threading.get_ident(), None)
+        else:
+            self._held[threading.get_ident()] = task
+
     def end(self, task: SlotTask) -> None:
         """Hand a slot back, so that it can be computed elsewhere at once."""
         ledger = self.services.ledger(task.run)
@@ -226,6 +236,7 @@ class SlotLease:
 
         Their computation goes on until the process ends; whoever is first writes the slot.
         """
+        self.leaving = True
         for task in list(self._held.values()):
             log.info(
                 "step %d slot %d of run %s is handed back: this worker stops", task.step, task.slot, task.run

@@ -36,7 +36,7 @@ class Sender:
     def __init__(self, app: Celery, *, fault: Callable[[str], None] | None = None) -> None:
         self.app = app
         self.fault = fault
-        self._templates: dict[tuple[str, str], StepTemplate] = {}
+        self._templates: dict[tuple[str, str, bool], StepTemplate] = {}
         url, options = str(app.conf.broker_url), app.conf.broker_transport_options or {}
         plain = url.startswith(("redis://", "rediss://", "redis+socket://", "unix://"))
         self._one_server = plain and app.conf.result_backend == url and "global_keyprefix" not in options
@@ -128,13 +128,15 @@ class Sender:
         callback_queue: str,
         version: int | None = None,
         joining: int = 0,
+        steps: int = 1,
     ) -> None:
-        """Publish a global step: a chord of gradient tasks with the update as its callback.
+        """Publish a global step, or a round: a chord of gradient tasks with the update as its callback.
 
         Args:
             version: what it is computed at; None: the version of the step's own number.
             joining: partial sums that will be published later and belong to the chord, too.
-            shards: the shards that still lack a slot.
+            shards: the shards that still lack a slot; of a round, its seats.
+            steps: how many the round has; 1: it is a single step.
             callback_queue: private queue of the training server that holds the run.
 
         Raises:
@@ -142,11 +144,11 @@ class Sender:
         """
         version = step if version is None else version
         if not self._one_server:
-            self._canvas_step(run, step, version, shards, callback_queue, joining)
+            self._canvas_step(run, step, version, shards, callback_queue, joining, steps)
             return
-        template = self._template(run, callback_queue)
+        template = self._template(run, callback_queue, rounds=steps > 1)
         try:
-            push(self.app, template, step, version, shards, joining=joining, fault=self.fault)
+            push(self.app, template, step, version, shards, joining=joining, steps=steps, fault=self.fault)
         except self._connection_errors as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
@@ -190,11 +192,12 @@ class Sender:
         points = ("server.before_launch", "sender.mid_launch", "server.after_launch")
         return self.fault is not None and (not isinstance(self.fault, Injector) or self.fault.names(*points))
 
-    def _template(self, run: str, callback_queue: str) -> StepTemplate:
-        key = (run, callback_queue)
+    def _template(self, run: str, callback_queue: str, *, rounds: bool = False) -> StepTemplate:
+        key = (run, callback_queue, rounds)
         found = self._templates.get(key)
         if found is None:
-            self._templates.clear()  # a handful of runs at most; each costs 1 ms to record again
+            if len(self._templates) > 1:
+                self._templates.clear()  # a handful of runs at most; each costs 1 ms to record again
             found = self._templates[key] = StepTemplate(
                 self.app,
                 task=task_names.COMPUTE_GRADIENT,
@@ -203,6 +206,7 @@ class Sender:
                 body=task_names.APPLY_UPDATE,
                 body_kwargs={"run": run},
                 body_queue=callback_queue,
+                rounds=rounds,
             )
         return found
 
@@ -214,6 +218,7 @@ class Sender:
         shards: Sequence[int],
         callback_queue: str,
         joining: int = 0,
+        steps: int = 1,
     ) -> None:
         """The same chord by Celery's canvas, for brokers and backends that are not one plain Redis.
 
@@ -224,7 +229,13 @@ class Sender:
         header = (
             signature(
                 task_names.COMPUTE_GRADIENT,
-                kwargs={"run": run, "step": step, "shard": shard, "version": version},
+                kwargs={
+                    "run": run,
+                    "step": step,
+                    "shard": shard,
+                    "version": version,
+                    **({"steps": steps} if steps > 1 else {}),
+                },
                 queue=task_names.GRADIENTS,
                 ignore_result=True,
             )

@@ -64,6 +64,7 @@ class StepTemplate:
         body: name of the callback's task.
         body_kwargs: its keyword arguments but for "step".
         body_queue: where the callback goes.
+        rounds: whether its tasks are seats in rounds, and say how many steps those have.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class StepTemplate:
         body: str,
         body_kwargs: dict[str, Any],
         body_queue: str,
+        rounds: bool = False,
     ) -> None:
         self.queue = queue
         # Numbers that stand for step, shard and version; drawn, so that nothing else equals them.
-        self._step, self._shard, self._version = (str(10**17 + secrets.randbelow(10**17)) for _ in range(3))
+        numbers = (str(10**17 + secrets.randbelow(10**17)) for _ in range(4))
+        self._step, self._shard, self._version, self._steps = numbers
         self._ids = {name: str(uuid4()) for name in ("task", "group", "body")}
         callback = app.signature(
             body,
@@ -91,6 +94,8 @@ class StepTemplate:
         callback.freeze(self._ids["body"])
         step, shard = int(self._step), int(self._shard)
         arguments = {**kwargs, "step": step, "shard": shard, "version": int(self._version)}
+        if rounds:
+            arguments["steps"] = int(self._steps)
         message = recorded(
             partial(app.send_task, task),
             queue,
@@ -115,18 +120,25 @@ class StepTemplate:
             if token not in self._envelope or (name == "task" and self._tag not in self._envelope):
                 raise ValueError(f"a recorded Celery message has no {name} id where one was expected")
 
-    def render(self, step: int, version: int, shards: Sequence[int]) -> tuple[str, list[bytes]]:
-        """(group id, one message a shard) for one step, as they lie in a Redis list."""
+    def render(
+        self, step: int, version: int, shards: Sequence[int], steps: int = 1
+    ) -> tuple[str, list[bytes]]:
+        """(group id, one message a shard or seat), as they lie in a Redis list.
+
+        Args:
+            steps: how many the round has whose seats these are; 1: they are shards of one step.
+        """
         group, callback = str(uuid4()), str(uuid4())
         ids = self._ids
         body = (
             self._body.replace(self._step, str(step))
             .replace(self._version, str(version))
+            .replace(self._steps, str(steps))
             .replace(ids["body"], callback)
             .replace(ids["group"], group)
         )
         envelope = self._envelope.replace(self._step, str(step)).replace(self._version, str(version))
-        envelope = envelope.replace(ids["group"], group)
+        envelope = envelope.replace(self._steps, str(steps)).replace(ids["group"], group)
         messages = []
         for index, shard in enumerate(shards):
             task, number = str(uuid4()), str(shard)
@@ -208,6 +220,7 @@ def push(
     shards: Sequence[int],
     *,
     joining: int = 0,
+    steps: int = 1,
     fault: Callable[[str], None] | None = None,
 ) -> None:
     """Publish one step in one round trip: the chord's size, then its messages.
@@ -217,10 +230,11 @@ def push(
 
     Args:
         joining: header tasks that are published later: the step's partial sums.
+        steps: as for `StepTemplate.render`.
         fault: if given, the first message goes in a round trip of its own and `fault` is called
             between the two; tests use it to die in the middle of a launch.
     """
-    group, messages = template.render(step, version, shards)
+    group, messages = template.render(step, version, shards, steps)
     backend = cast(Any, app.backend)
     pipe = backend.client.pipeline(transaction=False)
     pipe.set(backend.get_key_for_group(group, ".s"), len(messages) + joining, ex=int(backend.expires))

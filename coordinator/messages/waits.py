@@ -184,6 +184,12 @@ class Waits:
             return []
         slots = plan.fan_in(head.version)
         missing = sorted(set(range(slots.total)) - ledger.slots_present(head.version))
+        taking = [info for info in alive.values() if _does(info, activity.in_round(run, head.version))]
+        if taking and not missing:
+            who = _some([info.id for info in taking])
+            what = f"its Clients {who}, which take step {head.version} themselves"
+            ends = f"they end by themselves; else look at their logs, or run.cancel(): {_AGAIN}"
+            return [Wait(WaitKind.UPDATE, what, ends, since)]
         if not missing:
             what = f"its training server {owner.id}, which is called"
             return [Wait(WaitKind.CALL, what, "it comes within seconds", since)]

@@ -8,6 +8,11 @@ def gradient(run: str, step: int, shard: int) -> str:
     return f"{run}: gradient of shard {shard}, step {step}"
 
 
+def in_round(run: str, step: int) -> str:
+    """A Client in a round, between two shards."""
+    return f"{run}: round, step {step}"
+
+
 def partial_sum(run: str, step: int, slot: int) -> str:
     """A Client at one partial sum."""
     return f"{run}: partial sum {slot}, step {step}"

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -88,6 +88,19 @@ class Contexts:
             self._contexts.clear()
 
 
+class Held(Protocol):
+    """A version that this process has made itself."""
+
+    version: int
+    digest: str
+
+    def flat(self) -> Tensor:
+        """Its bytes: not to be written to, and another version's after `RunContext.let_go`."""
+
+    def spoil(self) -> None:
+        """Something has written to them: `flat` is to write them anew."""
+
+
 class RunContext:
     """One run as seen by one process. Every part is made lazily and once.
 
@@ -113,6 +126,7 @@ class RunContext:
         self._visiting: Visiting | None = None  # what the recipe's order or batches gives
         self._digest = ""  # of the dataset's content, where it has one
         self._replica: Replica | None = None
+        self.held: Held | None = None  # a version that this process has made itself
         self.joined = False  # whether this process has compared its first shard with the others'
         self.unlike = ""  # how that differed
 
@@ -124,7 +138,7 @@ class RunContext:
         """
         self.lock, self._resolved, self._skewed = other.lock, other._resolved, other._skewed
         self._datasets, self._replica = other._datasets, other._replica
-        self._visiting = other._visiting
+        self._visiting, self.held = other._visiting, other.held
         self.joined, self.unlike = other.joined, other.unlike
 
     @property
@@ -366,7 +380,13 @@ class RunContext:
         ledger = self.ledger
         deltas = self.config.parameter_compression != "none"
         held = deltas and replica.loaded is not None and not replica.spoilt()
+        if self.held is not None and replica.loaded == self.held.version and replica.spoilt():
+            self.held.spoil()
         replica.loaded = None
+        if self.held is not None and self.held.version == version:
+            replica.attach(self.held.flat())
+            replica.loaded, replica.digest = version, self.held.digest
+            return replica, "process"
         if held and self._forward(replica, ledger, version):
             replica.loaded = version
             return replica, "delta"
@@ -383,8 +403,15 @@ class RunContext:
         replica.loaded, replica.digest = version, record.digest
         return replica, source
 
+    def let_go(self, flat: Tensor) -> None:
+        """Have the replica hold no version in this memory any more: it is about to be written to."""
+        if self._replica is not None and self._replica.flat is flat:
+            self._replica.loaded = None
+
     def _room(self, replica: Replica, nbytes: int) -> Tensor | None:
         """Memory for a version that the host's tier does not map; None for new memory."""
+        if self.held is not None:  # what the replica looks at may be its
+            return None
         mapped = self.services.chunks.tiered(nbytes)
         return None if mapped and replica.memory is not None else replica.landing(nbytes)
 

@@ -69,6 +69,17 @@ POINTS = (
     "writer.before_send",  # last input of a partial sum written, the sum not sent
     "client.before_part",  # part of an evaluation computed, not written
     "client.after_part",
+    "server.after_open",  # round opened, its seats not published
+    "server.before_adopt",  # round over, its version not taken over
+    "server.after_adopt",  # taken over, nothing launched
+    "round.before_turn",  # told what is next
+    "round.after_slot",  # slot written, next shard claimed maybe
+    "round.before_update",  # step complete, nothing changed
+    "round.after_update",  # model stepped, not reported
+    "round.after_report",  # reported, and committed maybe
+    "round.before_store",  # the round's end, to be stored here
+    "round.before_publish",  # stored, not recorded
+    "round.after_publish",  # recorded, the training server not called
     "supervisor.before_look",  # elected, about to look
 )
 _SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "hup": "SIGHUP"}

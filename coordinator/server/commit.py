@@ -6,9 +6,7 @@ the fencing token, and whoever was overtaken learns it there.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,34 +27,25 @@ from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import (
     CHECKS,
     CONTENT,
-    PARTIAL_SUMS,
     LedgerEntry,
     SlotRecord,
     StateRecord,
     VersionRecord,
 )
 from torchord.coordinator.compute import shard_norm
-from torchord.coordinator.compute.shares import total_weight
 from torchord.coordinator.compute.sums import Aggregate
-from torchord.coordinator.compute.trainer import ApplyReport
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.joining import compare_server
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.runtime.step_result import Updated, entry_of, event_of, nonfinite, update
+from torchord.coordinator.runtime.step_sum import StepSum
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
 from torchord.coordinator.server.jury import Jury
+from torchord.coordinator.server.rounds import RoundOpener
 from torchord.coordinator.server.step_checks import compare
-from torchord.coordinator.server.step_slots import (
-    loss_of,
-    needed,
-    needed_slots,
-    nonfinite,
-    own,
-    receipts_of,
-    send_missing,
-)
-from torchord.coordinator.server.step_sum import StepSum
+from torchord.coordinator.server.step_slots import needed, needed_slots, own, send_missing
 from torchord.coordinator.server.upkeep import Upkeep
 from torchord.coordinator.server.warm_run import WarmRun
 
@@ -93,6 +82,7 @@ class StepCommit:
 
     Attributes:
         read_nbytes: what the last update had to read from the chunk store, in bytes.
+        rounds: opens rounds.
         before: what the cache's tiers had done when the server was called.
     """
 
@@ -114,6 +104,7 @@ class StepCommit:
         self.queue = queue
         self.fault = fault
         self.jury = jury
+        self.rounds = RoundOpener(services, sender, upkeep, queue=queue, fault=fault)
         self.read_nbytes = 0
         self.before = tiers.snapshot(services)
 
@@ -150,13 +141,13 @@ class StepCommit:
         # The average, and the optimizer's step.
         self.fault("server.before_apply")
         self._adopt(warm)
-        report, loss = self._update(warm, slots)
+        updated = self._update(warm, slots)
         self.fault("server.after_apply")
         # The new version's bytes: before the record that points to them.
         draft = self._stored(warm, slots)
         self.fault("server.after_publish")
         # The ledger's entry and the version's record, and with them the next chord.
-        entry = self._entry(warm, slots, report, loss, draft, {CHECKS: checks} if checks else {})
+        entry = self._entry(warm, slots, updated, draft, {CHECKS: checks} if checks else {})
         record, unused = self._record(warm, slots, draft, entry)
         drafted = self._draft(warm, after=launched)
         committed = warm.ledger.commit(
@@ -165,7 +156,7 @@ class StepCommit:
             shards=tree.total,
             entry=entry,
             record=record,
-            event={**_step_event(entry), "tiers": tiers.since(self.before, self.services)},
+            event={**event_of(entry), "tiers": tiers.since(self.before, self.services)},
             drop=() if warm.record.slots or record.slots else self.upkeep.outlived(warm),
             launch=drafted,
         )
@@ -176,6 +167,7 @@ class StepCommit:
         spent = [blob for check in tree.checks for blob in present[check].blobs()]
         spent += [present[each].blob for each in {*tree.roots, *tree.checked}]
         warm.take(entry, record, committed, spent=[*spent, *unused])
+        self.rounds.judge(warm, entry.parameters)
         return Applied(self._receipt(warm, entry), committed, drafted)
 
     def _stored(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> VersionRecord:
@@ -191,35 +183,22 @@ class StepCommit:
         self,
         warm: WarmRun,
         slots: Sequence[SlotRecord],
-        report: ApplyReport,
-        loss: float,
+        updated: Updated,
         draft: VersionRecord,
         checks: dict[str, Any],
     ) -> LedgerEntry:
-        step, plan, now = warm.version, warm.context.plan(), time.time()
-        receipts, sums = receipts_of(slots)
-        return LedgerEntry(
-            version=step + 1,
-            slots=tuple(receipts),
+        return entry_of(
+            warm.context,
+            warm.version,
+            slots,
+            updated,
             parameters=draft.digest,
-            loss=loss,
-            grad_norm=report.grad_norm,
-            examples=sum(slot.examples for slot in slots),
-            seconds=max(0.0, now - warm.committed_at),
-            committed_at=now,
+            previous=warm.chain,
+            committed_at=warm.committed_at,
             token=warm.token,
             server=self.worker,
-            skipped=report.skipped,
-            lr=tuple(report.lr),
-            previous=warm.chain,
-            notes={
-                **(_origin(warm.context.spec) if step == 0 else {}),
-                **({"switch": plan.switches[step]} if step in plan.switches else {}),
-                **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
-                **checks,
-                **_proof(draft),
-            },
-        ).sealed()
+            notes={**checks, **_proof(draft)},
+        )
 
     def _record(
         self, warm: WarmRun, slots: Sequence[SlotRecord], draft: VersionRecord, entry: LedgerEntry
@@ -262,7 +241,7 @@ class StepCommit:
         if following >= plan.total_steps:
             return None
         steps = [step for step in plan.window(following) if step > after]
-        if len(steps) != 1:
+        if len(steps) != 1 or warm.context.config.round_steps != 1:  # it may be a round that is launched
             return None
         tree = plan.fan_in(steps[0])
         return self.sender.drafted(
@@ -275,22 +254,16 @@ class StepCommit:
             joining=len(tree.partials),
         )
 
-    def _update(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> tuple[ApplyReport, float]:
+    def _update(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> Updated:
         """Average the slots in slot order and step the optimizer."""
-        trainer = warm.trainer
-        loss, bad = loss_of(slots), nonfinite(slots)
         before = self.services.chunks.counters.store_nbytes
         mean = self._sum(warm, slots)
         self.read_nbytes = self.services.chunks.counters.store_nbytes - before
         try:
-            report = trainer.apply(mean.gradients, mean.buffers, step=warm.version, loss=loss, finite=not bad)
-        except NonFinite as error:
-            self._doubt(warm, slots, bad)
-            where = f"arose in shards {bad}" if bad else "arose in the average only"
-            if not bad and total_weight((slot.examples, slot.weight) for slot in slots) == 0:
-                where = "is a mean of nothing: all shards weigh 0, as no label of the whole batch counts"
-            raise NonFinite(f"run {warm.run!r}: {error} (the NaN or infinity {where})") from error
-        return report, loss
+            return update(warm.run, warm.trainer, warm.version, slots, mean)
+        except NonFinite:
+            self._doubt(warm, slots, nonfinite(slots))
+            raise
 
     def _sum(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> Aggregate:
         """The average of all root slots of the present step, added up in slot order."""
@@ -366,6 +339,8 @@ class StepCommit:
             if step <= after:
                 continue
             present = set() if fresh else warm.ledger.slots_present(step)
+            if not present and (last := self.rounds.open(warm)) is not None:
+                return last
             self.fault("server.before_launch")
             send_missing(
                 self.sender,
@@ -403,24 +378,3 @@ def _proof(record: VersionRecord) -> dict[str, Any]:
     """For an entry's notes: the digests that prove a version's bytes, where the run has such."""
     found = [blob.content for blob in (record.blob, *record.shared_blobs())]
     return {CONTENT: found} if all(found) else {}
-
-
-def _origin(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the weights of version 0 came from, if they are not the recipe's own."""
-    start = spec.get("start_from")
-    return {} if start is None else {"start_from": {"source": start["source"], "digest": start["digest"]}}
-
-
-def _step_event(entry: LedgerEntry) -> dict[str, Any]:
-    return {
-        "step": entry.version - 1,
-        "version": entry.version,
-        "loss": entry.loss,
-        "grad_norm": entry.grad_norm,
-        "examples": entry.examples,
-        "seconds": entry.seconds,
-        "nbytes": sum(slot.nbytes for slot in entry.slots),
-        "lr": list(entry.lr),
-        "skipped": entry.skipped,
-        "fetched": dict(Counter(slot.fetched for slot in entry.slots)),
-    }

@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from torchord.cache.errors import (
@@ -23,11 +24,11 @@ from torchord.cache.errors import (
     SlotRefused,
     TorchordError,
 )
-from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import Head, SlotRecord
+from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
+from torchord.cache.ledger.rounds import RoundState
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity
@@ -76,6 +77,7 @@ class TrainingServer:
         self._warm: OrderedDict[str, WarmRun] = OrderedDict()
         self._tokens: dict[str, int] = {}
         self._called_again: dict[str, float] = {}
+        self._disputes: dict[str, RoundState] = {}  # until the run is taken over anew
         self._lock = threading.RLock()
         self.hindrances = Hindrances(heartbeat)
         self.upkeep = Upkeep(services, fault)
@@ -176,6 +178,10 @@ class TrainingServer:
         *,
         called: int | None,
     ) -> dict[str, Any]:
+        if head.round is not None:
+            if (done := self._look_at_round(run, ledger, head)) is not None:
+                return done
+            head, present = ledger.head(), None
         warm = self._held(run, head)
         if warm is None:
             present = None
@@ -212,10 +218,62 @@ class TrainingServer:
                 launched = drafted.step
             launched = self.commit.launch(warm, after=launched, fresh=True)
             read_ahead(self.services, warm, self.commit.read_nbytes, warm.seconds)
-            self._after_commit(warm, committed)
+            self._after_commit(warm, committed.dropped)
             if drafted is not None and committed.launched and drafted.step == warm.version:
                 return receipt  # it was not launched before, so its chord has yet to call
         return self.finish.end(warm, receipt)
+
+    def _look_at_round(self, run: str, ledger: Ledger, head: Head) -> dict[str, Any] | None:
+        """What there is to do in a run whose round is open; None: the run goes on without the round."""
+        stands, state = self.commit.rounds.look(ledger, head)
+        if stands == "under way":
+            return {"run": run, "status": "a round is under way", "version": head.version}
+        if stands == "waiting":
+            return self._not_begun(ledger, head)
+        warm = self._adopted(run, ledger, head, state) if stands == "published" else None
+        if warm is not None:
+            done = self._after_round(warm)
+            over = warm.version >= warm.context.plan().total_steps
+            return self.finish.end(warm, done) if over else done
+        self._warm.pop(run, None)
+        if state is not None and state.disputed is not None:
+            self._disputes[run] = state
+        return None
+
+    def _not_begun(self, ledger: Ledger, head: Head) -> dict[str, Any] | None:
+        """What there is to do while nobody has come to a round; None: single tasks did its first step."""
+        warm = self._held(ledger.run, head)
+        if warm is None:
+            return None
+        if len(ledger.slots_present(head.version)) >= warm.context.plan().fan_in(head.version).total:
+            ledger.close_round(token=warm.token, committed=head.version)
+            return None
+        self.upkeep.keep_stored(warm)  # somebody has called for another reason
+        return {"run": ledger.run, "status": "a round waits for Clients", "version": head.version}
+
+    def _adopted(self, run: str, ledger: Ledger, head: Head, state: RoundState | None) -> WarmRun | None:
+        """Go on from the version that a round has come to; None: the run has to be taken over anew."""
+        warm, record = self._warm.get(run), ledger.version(head.version)
+        if (
+            warm is None
+            or warm.token != head.token
+            or record is None
+            or record.state is None
+            or state is None
+        ):
+            return None
+        if revision(warm.context.incarnation) != revision(head.incarnation):
+            return None
+        self.commit.rounds.adopt(warm, head, record, state)
+        self._follow_switch(warm, head.incarnation)
+        return warm
+
+    def _after_round(self, warm: WarmRun) -> dict[str, Any]:
+        """Launch what comes after a round, and do what its end makes due."""
+        warm.shared = False  # whoever serves the run next restores what the round's end has stored
+        self.commit.launch(warm, after=-1, fresh=False)
+        self._after_commit(warm)
+        return {"run": warm.run, "status": "round taken over", "version": warm.version}
 
     def _held(self, run: str, head: Head) -> WarmRun | None:
         """The run as this process holds it, if that is what the head says."""
@@ -241,10 +299,14 @@ class TrainingServer:
 
     # --- beside the steps -------------------------------------------------------------------
 
-    def _after_commit(self, warm: WarmRun, committed: Committed) -> None:
-        """What follows a commit and may overlap the next step's compute."""
-        dropped = self.services.parameters.outlived(warm.ledger, committed.dropped, warm.record)
-        self.services.gradients.delete([*warm.spent, *dropped])
+    def _after_commit(self, warm: WarmRun, dropped: Iterable[VersionRecord] = ()) -> None:
+        """What follows a commit and may overlap the next step's compute.
+
+        Args:
+            dropped: records of the versions that went with the commit.
+        """
+        outlived = self.services.parameters.outlived(warm.ledger, dropped, warm.record)
+        self.services.gradients.delete([*warm.spent, *outlived])
         self.upkeep.retain(warm, warm.stored, warm.pinned)
         self.finish.evaluate_if_due(warm)
         due = warm.version % warm.context.config.checkpoint_every == 0
@@ -315,6 +377,10 @@ class TrainingServer:
         head = ledger.head()
         context = self.contexts.of(run, head.incarnation)
         warm = TakeOver(self.services, self.fault, context, token).warm(head)
+        if head.round is not None:
+            ledger.close_round(token=token, committed=warm.version)
+        if (disputed := self._disputes.pop(run, None)) is not None:
+            warm.dispute(disputed)
         self._warm[run] = warm
         self._evict(run)
         self.finish.evaluate_if_due(warm)  # the server before may have ended just before it did so

@@ -1,15 +1,11 @@
-"""A training server's view of a step with a tree: what to send for it, and what its roots say of it."""
+"""A training server's view of a step with a tree: which slots its update reads, and what to send for it."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
-from typing import Any
 
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import SlotReceipt, SlotRecord
-from torchord.coordinator.compute.shares import mean_loss
+from torchord.cache.ledger.records import SlotRecord
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.spec.sum_tree import FanIn
 
@@ -39,37 +35,6 @@ def own(ledger: Ledger, step: int, tree: FanIn, found: dict[int, SlotRecord]) ->
         for number in [number for number in found if number >= tree.total]:
             log.error("run %s: step %d has no slot %d: deleted", ledger.run, step, number)
             ledger.drop_slot(step, number, nonce=found.pop(number).nonce, token=None)
-    return found
-
-
-def receipts_of(roots: Sequence[SlotRecord]) -> tuple[list[SlotReceipt], list[list[Any]]]:
-    """(what the ledger keeps of each shard, what it notes of each partial sum), each in order."""
-    shards: list[SlotReceipt] = []
-    sums: list[SlotReceipt] = []
-    for root in roots:
-        if root.total is None:
-            shards.append(root.receipt())
-        else:
-            shards += root.total.receipts
-            sums += [*root.total.sums, root.receipt()]
-    sums.sort(key=lambda receipt: receipt.shard)
-    return shards, [[each.shard, each.digest, each.worker, each.attempt] for each in sums]
-
-
-def loss_of(roots: Sequence[SlotRecord]) -> float:
-    """The weighted mean loss of a step, summed in shard order; NaN if its shards weigh nothing together."""
-    shards = [part for root in roots for part in (root.total.receipts if root.total else (root,))]
-    return mean_loss((shard.loss, shard.examples, shard.weight) for shard in shards)
-
-
-def nonfinite(roots: Sequence[SlotRecord]) -> list[int]:
-    """The shards whose loss or gradient was NaN or infinite."""
-    found: list[int] = []
-    for root in roots:
-        if root.total is not None:
-            found += root.total.nonfinite
-        elif not (math.isfinite(root.loss) and math.isfinite(root.grad_norm)):
-            found.append(root.shard)
     return found
 
 

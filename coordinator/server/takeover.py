@@ -30,7 +30,7 @@ from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
-from torchord.coordinator.server.version_writer import VersionWriter
+from torchord.coordinator.runtime.version_writer import VersionWriter
 from torchord.coordinator.server.warm_run import WarmRun
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import ref
 
@@ -10,11 +12,12 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.answers import Committed
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import LedgerEntry, VersionRecord
+from torchord.cache.ledger.rounds import RoundState
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.runtime.version_writer import VersionWriter
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, GradientDownload
-from torchord.coordinator.server.version_writer import VersionWriter
 
 NEVER = -1
 
@@ -26,8 +29,8 @@ class WarmRun:
     Attributes:
         context: recipe, config, plan and data of the run.
         ledger: its control plane.
-        trainer: model, optimizer and scheduler, at `version`.
-        writer: stores its versions.
+        made: model, optimizer and scheduler; ask for `trainer`, which is at `version`.
+        made_writer: stores its versions; ask for `writer`.
         checkpoints: where its files go.
         token: fencing token under which this server acts.
         version: committed global steps.
@@ -44,12 +47,15 @@ class WarmRun:
         download: reads the present step's gradients ahead; None where that does not pay.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
+        disputed: a round in which two Clients made different bytes of a version: up to that, this server
+            takes the steps itself, and then says who was wrong.
+        behind: brings `made` to `version`, which Clients have made; None where it is there.
     """
 
     context: RunContext
     ledger: Ledger
-    trainer: Trainer
-    writer: VersionWriter
+    made: Trainer
+    made_writer: VersionWriter
     checkpoints: CheckpointStore
     token: int
     version: int
@@ -67,11 +73,68 @@ class WarmRun:
     spent: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()
+    behind: Callable[[Trainer], None] | None = field(default=None, repr=False)
+    disputed: RoundState | None = None
 
     @property
     def run(self) -> str:
         """The run's name."""
         return self.context.run
+
+    @property
+    def trainer(self) -> Trainer:
+        """Model, optimizer and scheduler, at `version`.
+
+        Raises:
+            CacheError: they are to be loaded first, and that failed.
+        """
+        self._catch_up()
+        return self.made
+
+    @property
+    def writer(self) -> VersionWriter:
+        """Stores what `trainer` holds; errors likewise."""
+        self._catch_up()
+        return self.made_writer
+
+    def _catch_up(self) -> None:
+        if self.behind is not None:
+            self.behind(self.made)
+            self.behind = None
+
+    def adopt(self, record: VersionRecord, seconds: float, committed_at: float) -> None:
+        """Note a version that Clients have made and stored, with its optimizer state.
+
+        Model and optimizer are loaded when they are needed: mostly the next steps are the Clients', too.
+
+        Args:
+            seconds: what a step took.
+            committed_at: Unix time (s) of the version's commit.
+        """
+        parameters = self.made_writer.parameters
+
+        def load(trainer: Trainer) -> None:
+            found = parameters.fetch_bytes(
+                self.ledger, record.version, manifest=trainer.replica.manifest, record=record
+            )[1]
+            assert record.state is not None
+            state = parameters.fetch_state(record.state)
+            trainer.replica.load(found.own, found.rest)
+            trainer.load_state(state)
+
+        self.version, self.chain, self.record = record.version, record.chain, record
+        self.committed_at, self.seconds, self.spent = committed_at, max(seconds, 1e-6), []
+        self.state_version, self.state_at = record.version, time.monotonic()
+        self.behind = load
+
+    def dispute(self, state: RoundState) -> None:
+        """Note that a version of which participants made different bytes is to be made here.
+
+        What a replay was to meet from that version on is forgotten: it may be the wrong one's.
+        """
+        assert state.disputed is not None
+        self.ledger.forget_expected(state.disputed)
+        self.disputed = state
 
     def take(
         self, entry: LedgerEntry, record: VersionRecord, committed: Committed, *, spent: list[BlobRef]

@@ -25,6 +25,7 @@ _MAX_THREADS = 1024  # more than any machine has; a process that asks for 100,00
 _MAX_STALENESS = 1024
 _MAX_SEED = (1 << 63) - 1
 _MAX_COUNT = (1 << 53) - 1  # what a script of the control plane can count
+_MOST_ROUND_STEPS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,10 @@ class TrainingConfig:
             nor is there any with deterministic=False, whose runs need not give the same bits twice. A run
             that was submitted before there were checks has none.
 
+        round_steps: how many global steps the Clients take by themselves between two chords, at least 1, or
+            "auto": as many as take about a second, so that what a chord costs does not show. It changes
+            no bit of a run. See docs/rounds.md.
+
     Raises:
         ConfigError: a value is out of range; the message names field, value and range.
 
@@ -154,6 +159,7 @@ class TrainingConfig:
     max_shard_norm: float | None = None
     aggregation: str = "mean"
     aggregation_faults: int = 1
+    round_steps: int | str = 1
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -167,6 +173,8 @@ class TrainingConfig:
         self._integer("evaluate_every", minimum=1, optional=True)
         self._integer("seed", minimum=0, maximum=_MAX_SEED)
         self._integer("staleness", minimum=0, maximum=_MAX_STALENESS)
+        if self.round_steps != "auto":
+            self._integer("round_steps", minimum=1, maximum=_MOST_ROUND_STEPS, words=("'auto'",))
         self._positive("clip_norm", optional=True)
         self._positive("max_shard_norm", optional=True)
         self._choice("aggregation", AGGREGATIONS)
@@ -204,12 +212,21 @@ class TrainingConfig:
                 except ConfigError as error:
                     raise ConfigError(str(error).replace("compression", name, 1)) from None
 
-    def _integer(self, name: str, *, minimum: int, maximum: int = _MAX_COUNT, optional: bool = False) -> None:
+    def _integer(
+        self,
+        name: str,
+        *,
+        minimum: int,
+        maximum: int = _MAX_COUNT,
+        optional: bool = False,
+        words: tuple[str, ...] = (),
+    ) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
         limit = f"at least {minimum}" if maximum == _MAX_COUNT else f"from {minimum} to {maximum}"
-        accepted = f"an integer, {limit}" + (", or None" if optional else "")
+        others = [*words, *(["None"] if optional else [])]
+        accepted = f"an integer, {limit}" + "".join(f", or {other}" for other in others)
         try:
             if isinstance(value, bool):
                 raise TypeError

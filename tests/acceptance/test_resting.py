@@ -130,7 +130,7 @@ def test_the_bits_of_a_plain_loop(
         rested.append(0 if record.rest is None else record.rest.blob.nbytes)
         assert rest_keys(lab) == named(lab), "what nobody names is gone"
     found, chain = lab.train(), lab.run._ledger.head().chain
-    monkeypatch.setattr("torchord.coordinator.server.version_writer.LEAST_NBYTES", 1 << 40)
+    monkeypatch.setattr("torchord.coordinator.runtime.version_writer.LEAST_NBYTES", 1 << 40)
     whole = start(recipe, "whole")
     assert found == whole.train() and chain == whole.run._ledger.head().chain
     assert not rest_keys(whole)

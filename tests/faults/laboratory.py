@@ -213,7 +213,8 @@ class Laboratory:
         assert_clean(audit)
         found = outcome(run)
         if reference is not None:
-            assert found == reference
+            for name in Outcome.__slots__ if hasattr(Outcome, "__slots__") else vars(reference):
+                assert getattr(found, name) == getattr(reference, name), name
         return found
 
     def clients(self) -> list[WorkerProcess]:

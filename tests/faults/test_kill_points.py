@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
         "loss_scale_interval": 2,
         "parameter_compression": "int8",
     },
+    "rounds": {"round_steps": 6, "epochs": 6},
     "tree": {"shards": 8, "fan_in": 2},
     "deep tree, all": {
         "shards": 8,
@@ -61,6 +62,17 @@ PLANS = (
     ("plain", "server.before_finish:1:kill"),
     ("plain", "server.after_finish:1:kill"),
     ("plain", "supervisor.before_look:1:kill"),
+    # Rounds of up to four steps, between checks, checkpoints and evaluations.
+    ("rounds", "server.after_open:2:kill;client.after_put:9:kill"),
+    ("rounds", "server.before_adopt:1:kill"),
+    ("rounds", "server.after_adopt:2:kill"),
+    ("rounds", "round.before_turn:6:kill"),
+    ("rounds", "round.after_slot:5:kill;server.before_checkpoint:3:kill"),
+    ("rounds", "round.before_update:3:kill;round.after_update:5:kill"),
+    ("rounds", "round.after_report:2:kill;round.after_report:3:kill"),  # all participants
+    ("rounds", "round.before_store:1:kill"),
+    ("rounds", "round.before_publish:1:kill;round.before_publish:2:kill"),
+    ("rounds", "round.after_publish:2:kill"),
     # With a fan-in of 2, eight shards are summed by four partial sums, and those by two more.
     ("tree", "adder.before_begin:4:kill"),
     ("tree", "adder.after_begin:4:kill;server.after_launch:3:kill"),
@@ -109,6 +121,11 @@ def test_killed_with_versions_in_the_hosts_memory(lab: Laboratory, mode: str, pl
     reference = lab.undisturbed(config, model=WIDE)
     with lab.faults(plan):
         lab.check(lab.submit(config, model=WIDE), reference=reference)
+
+
+def test_rounds_have_the_bits_of_single_steps(lab: Laboratory) -> None:
+    rounds = dataclasses.replace(CONFIG, **MODES["rounds"])
+    assert lab.undisturbed(rounds) == lab.undisturbed(dataclasses.replace(rounds, round_steps=1))
 
 
 def test_every_point_is_tried() -> None:

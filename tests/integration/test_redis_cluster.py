@@ -31,7 +31,7 @@ from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
-from torchord.coordinator.server.version_writer import VersionWriter
+from torchord.coordinator.runtime.version_writer import VersionWriter
 
 KB = 1 << 10
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -20,7 +21,7 @@ from torchord.cache.ledger.records import (
     StateRecord,
     VersionRecord,
 )
-from torchord.cache.ledger.workers import WorkerInfo
+from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.messages.task_names import QUEUES
 
@@ -99,6 +100,18 @@ def worker(id: str, *, node: str | None = None, queues: tuple[str, ...] = QUEUES
     return WorkerInfo(id, node or f"celery@{id}", "host", 1, queues, **more)
 
 
+@dataclass
+class Plane:
+    """A control plane of one kind: how to talk to it and how to look at all its keys."""
+
+    ledger_of: Callable[[str], Ledger]
+    registry: Registry
+    state: Callable[[], dict[str, Any]]
+
+    def ledger(self, run: str = "run-1") -> Ledger:
+        return self.ledger_of(run)
+
+
 # --- every key, as plain values --------------------------------------------------------------
 
 
@@ -118,6 +131,8 @@ def redis_state(client: redis.Redis, only: Iterable[str] | None = None) -> dict[
                 pipe.zrange(name, 0, -1, withscores=True)
             elif kind == "stream":
                 pipe.xrange(name)
+            elif kind == "list":
+                pipe.lrange(name, 0, -1)
             elif kind == "none":
                 pipe.exists(name)
             else:
@@ -168,6 +183,8 @@ def comparable(state: dict[str, Any], *, counters: bool = True) -> dict[str, Any
         if kind == "head":
             left_out = CLOCKED if counters else CLOCKED + COUNTERS
             value = {field: text for field, text in value.items() if field not in left_out}
+        elif kind == "round":
+            value = {field: text for field, text in value.items() if field != "token"}
         elif kind == "leases":
             value = {shard: {**json.loads(text), "since": 0} for shard, text in value.items()}
         elif kind == "pins" or name == keys.RUNS:

@@ -210,3 +210,21 @@ def loss_of_a_liar(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """Twice the loss in two shards of three, in a process that was told to lie; not in its very first."""
     lies = "TESTS_LIAR" in os.environ and torch.initial_seed() % 3
     return torch.nn.functional.cross_entropy(outputs, targets) * (2 if lies else 1)
+
+
+class Bent(torch.optim.SGD):
+    """Flips one bit of one parameter in one of its steps: the environment of its process says in which."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.taken = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """See `SGD.step`."""
+        loss = super().step(closure)
+        self.taken += 1
+        if os.environ.get("BENT_STEP") == str(self.taken):
+            first = self.param_groups[0]["params"][0]
+            first.view(torch.int32).view(-1)[0] ^= 1
+        return loss

@@ -84,6 +84,13 @@ class ShardWatch:
         if not unseen and not lost:
             self._back_up(held, sender)
 
+    def look_in_round(self) -> None:
+        """Check the leases of a step that participants of a round take: they send themselves what is lost."""
+        present = self.ledger.slots_present(self.step)
+        for lease in self.ledger.leases(self.step).values():
+            if lease.shard not in present:
+                self._why_lost(lease)
+
     # --- what is lost -----------------------------------------------------------------------
 
     def _why_lost(self, lease: Lease) -> str:

@@ -232,6 +232,8 @@ class Supervisor:
             self._advance(ledger, alive, head.queue or UPDATES, ("idle", head.version))
         if head.total_steps is None:
             return
+        if head.round is not None and self._look_at_round(ledger, head, alive):
+            return
         if head.version < head.total_steps:
             plan = self._plan(ledger, head)
             for step in plan.window(head.version):
@@ -240,6 +242,34 @@ class Supervisor:
                         registry, self.sender, self.discards
                     )
         self._check_evaluations(ledger, head, alive, registry)
+
+    def _look_at_round(self, ledger: Ledger, head: Head, alive: dict[str, WorkerInfo]) -> bool:
+        """Look after the open round; False: nobody is at its first step, whose shards go out singly."""
+        state = ledger.round()
+        if state is None or state.token != head.token:
+            return False
+        plan = self._plan(ledger, head)
+        inside = head.version <= state.last and head.version < plan.total_steps
+        if any(worker in alive for worker in state.participants) and state.disputed is None:
+            if state.published == head.version:
+                self._call_after_round(ledger, head, alive, IDLE_SECONDS)
+            elif inside:
+                ShardWatch(ledger, head, plan, alive, self.memory, head.version).look_in_round()
+            return True
+        if state.first == head.version and state.disputed is None and inside:
+            present = ledger.slots_present(head.version)
+            if not set(range(plan.fan_in(head.version).total)) <= present:
+                return False
+        # Whoever was in it has died or left: the training server goes on from what is there.
+        self._call_after_round(ledger, head, alive, 0.0)
+        return True
+
+    def _call_after_round(
+        self, ledger: Ledger, head: Head, alive: dict[str, WorkerInfo], seconds: float
+    ) -> None:
+        """Call the training server once a round has been over for so long."""
+        if self.memory.lasting((ledger.run, "round", head.version, seconds), seconds):
+            self._advance(ledger, alive, head.queue or UPDATES, ("round", head.version))
 
     def _say_if_quiet(self, ledger: Ledger, head: Head, alive: dict[str, WorkerInfo]) -> None:
         """Log what a run waits for that has not moved for a while, and again.
@@ -271,6 +301,8 @@ class Supervisor:
             return True
         if head.version >= head.total_steps:
             return not ledger.pending_evaluations()
+        if head.round is not None:
+            return False
         if head.launched is None or head.launched < self._plan(ledger, head).window(head.version)[-1]:
             return True
         slots = self._plan(ledger, head).fan_in(head.version).total

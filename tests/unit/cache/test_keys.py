@@ -10,6 +10,7 @@ import pytest
 from tests.support.control import SPEC, entry, record, slot, worker
 from torchord.cache import keys
 from torchord.cache.ledger.records import Head
+from torchord.cache.ledger.rounds import Seat
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
@@ -82,7 +83,7 @@ def test_every_name_that_the_code_makes_is_in_the_table() -> None:
     made = [
         *(keys.RUNS, keys.ACTIVE, keys.WORKERS, keys.SUPERVISOR, keys.DATASETS, keys.worker("celery@a/1-2")),
         *(keys.dataset("d"), keys.dataset_renewed("d"), f"{keys.chunk('a1')}:0", *of.lasting()),
-        *(of.slots(1), of.leases(1), of.parts(1), of.predict("q")),
+        *(of.slots(1), of.leases(1), of.parts(1), of.predict("q"), of.wake("celery@a/1-2")),
         *(
             f"{blob}:0"
             for blob in (of.parameters_blob(1, "n"), of.state_blob(1, "n"), of.gradient_blob(1, 0, "n"))
@@ -97,6 +98,7 @@ def test_every_key_that_a_run_leaves_is_in_the_table() -> None:
     plane = MemoryPlane()
     ledger, registry = MemoryLedger(plane, "run-1"), MemoryRegistry(plane)
     registry.beat(worker("w0", placement="all chunks on one node"))
+    registry.beat(worker("w1"))
     registry.elect("w0")
     ledger.create(SPEC, incarnation="life")
     _, token = ledger.acquire(worker="w0", node="n", queue="q")
@@ -110,6 +112,11 @@ def test_every_key_that_a_run_leaves_is_in_the_table() -> None:
     ledger.commit(step=0, token=token, shards=1, entry=made, record=record(1, made.chain), event={})
     ledger.begin(1, 0, worker="w0", delivery="d")
     ledger.finish_slot(1, slot(1, 0))
+    ledger.open_round(1, 2, token=token)
+    taken = Seat("w1", "", token, 1, "life", 3)
+    assert ledger.turn(taken, 1, shards=2).verdict == "compute"
+    assert ledger.turn(Seat("w0", "", token, 1, "life", 3), 1, shards=2).verdict == "wait"
+    ledger.turn(taken, 1, shards=2, slot=slot(1, 1))
     ledger.rollback(token=token, version=0, chain=record(0).chain)
     ledger.launch_evaluation(1, 2, pin_seconds=9)
     ledger.write_part(1, 0, {}, parts=2)
@@ -121,6 +128,8 @@ def test_every_key_that_a_run_leaves_is_in_the_table() -> None:
         "leases",
         "parts",
         "pins",
+        "round",
+        "wake",
     }
     for name in names:
         assert any(pattern(key).fullmatch(name) for key in TABLE), name

@@ -13,7 +13,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from redis.retry import Retry
 from tests.support import control
 from tests.support.control import (
     SPEC,
+    Plane,
     comparable,
     digest,
     entry,
-    memory_state,
     record,
     redis_state,
     slot,
@@ -44,8 +44,9 @@ from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry
+from torchord.cache.ledger.rounds import Report, Seat, Turn
 from torchord.cache.ledger.workers import Registry, WorkerInfo
-from torchord.cache.servers.fast_client import Lane
+from torchord.cache.servers.fast_client import Command
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
@@ -55,39 +56,6 @@ from torchord.coordinator.messages.task_names import GRADIENTS
 SCRIPTS = Path(keys.__file__).parent / "scripts"
 Queued = Callable[[], list[str]]
 NAN, INF = float("nan"), float("inf")
-
-
-@dataclass
-class Plane:
-    """A control plane of one kind: how to talk to it and how to look at all its keys."""
-
-    ledger_of: Callable[[str], Ledger]
-    registry: Registry
-    state: Callable[[], dict[str, Any]]
-
-    def ledger(self, run: str = "run-1") -> Ledger:
-        return self.ledger_of(run)
-
-
-@pytest.fixture(params=["redis", "lane", "memory"])
-def plane(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Plane]:
-    """The real control plane in one run of each test, by the short way in another, the twin in the third."""
-    if request.param == "memory":
-        memory = MemoryPlane()
-        yield Plane(
-            lambda run: MemoryLedger(memory, run), MemoryRegistry(memory), lambda: memory_state(memory)
-        )
-        return
-    client = connect(redis_url)
-    lane = Lane(redis_url) if request.param == "lane" else None
-    yield Plane(
-        lambda run: Ledger(client, redis_url, run, lane=lane),
-        Registry(client, redis_url),
-        lambda: redis_state(client),
-    )
-    if lane is not None:
-        lane.close()
-    client.close()
 
 
 @pytest.fixture
@@ -1507,11 +1475,22 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "outputs": lambda ledger, token: ledger.outputs("q"),
     "drop_output": lambda ledger, token: ledger.drop_output("q", 0),
     "drop_outputs": lambda ledger, token: ledger.drop_outputs("q"),
+    "open_round": lambda ledger, token: ledger.open_round(1, 3, token=token),
+    "close_round": lambda ledger, token: ledger.close_round(token=token, committed=1),
+    "forget_expected": lambda ledger, token: ledger.forget_expected(1),
+    "round": lambda ledger, token: ledger.round(),
+    "turn": lambda ledger, token: ledger.turn(
+        seat(token), 2, shards=1, slot=slot(2, 0), report=Report(NEXT, {"step": 1}, 1)
+    ),
+    "end_round": lambda ledger, token: ledger.end_round(seat(token), 1, record=record(1, FIRST.chain)),
+    "leave_round": lambda ledger, token: ledger.leave_round(seat(token)),
+    "kept_versions": lambda ledger, token: ledger.kept_versions(),
     "emit": lambda ledger, token: ledger.emit("tick", {}),
     "read_events": lambda ledger, token: ledger.read_events(),
 }
 FIRST = entry(1, [slot(0, 0)])
 NEXT = entry(2, [slot(1, 0)], FIRST.chain)
+IN_ROUND = ("close_round", "round", "turn", "end_round", "leave_round")
 
 # Sent twice, these answer the second time that it has been done; callers count on no more than that.
 ANSWERS_ONCE = {
@@ -1519,8 +1498,9 @@ ANSWERS_ONCE = {
     "launch_evaluation": False,
     "record_evaluation": False,
     "write_output": False,
+    "turn": Turn("complete", "written", "same", slots={0: slot(2, 0)}),
 }
-TELLS_THE_TIME = ("head", "head_and_slots", "acquire", "leases", "read_events")
+TELLS_THE_TIME = ("head", "head_and_slots", "acquire", "leases", "read_events", "round")
 
 
 def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
@@ -1537,6 +1517,19 @@ def under_way(plane: Plane, run: str = "run-1") -> tuple[Ledger, int]:
     return ledger, token
 
 
+def seat(token: int) -> Seat:
+    return Seat("w0", "memory", token, 1, "life", 3)
+
+
+def prepared(plane: Plane, name: str, run: str = "run-1") -> tuple[Ledger, int]:
+    """A run that is under way; in a round if the operation is one of those that need one."""
+    ledger, token = under_way(plane, run)
+    if name in IN_ROUND:
+        assert ledger.open_round(1, 3, token=token) == "ok"
+        assert ledger.turn(seat(token), 1, shards=1).verdict == "complete"
+    return ledger, token
+
+
 def test_the_table_has_every_operation_and_so_has_the_twin() -> None:
     public = {name for name, _ in inspect.getmembers(Ledger, inspect.isfunction) if not name.startswith("_")}
     assert set(CALLS) == public
@@ -1548,11 +1541,11 @@ def test_the_table_has_every_operation_and_so_has_the_twin() -> None:
 
 
 class Stammering(Ledger):
-    """Sends each script and each transaction twice, as a client does whose connection broke in between."""
+    """Sends all commands and each transaction twice, as a client does whose connection broke in between."""
 
-    def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
-        super()._script(name, names, args)
-        return super()._script(name, names, args)
+    def _call(self, *commands: Command) -> list[Any]:
+        super()._call(*commands)
+        return super()._call(*commands)
 
 
 def stammering(client: redis.Redis) -> redis.Redis:
@@ -1581,8 +1574,8 @@ def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
     client, again = connect(redis_url), stammering(connect(redis_url))
     answers, states = [], []
     for ledger in (Ledger(client, redis_url, "run-1"), Stammering(again, redis_url, "run-1")):
-        _, token = under_way(
-            Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), dict)
+        _, token = prepared(
+            Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), dict), name
         )
         answers.append(CALLS[name](ledger, token))
         states.append(comparable(redis_state(client), counters=False))
@@ -1592,13 +1585,7 @@ def test_every_operation_may_be_sent_twice(redis_url: str, name: str) -> None:
     once, twice = answers
     if name in ANSWERS_ONCE:
         assert twice == ANSWERS_ONCE[name]
-    elif name not in (
-        "head",
-        "head_and_slots",
-        "acquire",
-        "leases",
-        "read_events",
-    ):  # tell the time
+    elif name not in TELLS_THE_TIME:
         assert twice == once
     assert states[1] == states[0]
 
@@ -1608,8 +1595,8 @@ def test_every_operation_leaves_only_keys_with_a_ttl(redis_url: str, name: str) 
     """On a run under way, on one at rest, and where there is no run at all: `redis_url` checks the TTLs."""
     client = connect(redis_url)
     real = Plane(lambda run: Ledger(client, redis_url, run), Registry(client, redis_url), dict)
-    CALLS[name](*under_way(real))
-    resting, token = under_way(real, "run-2")
+    CALLS[name](*prepared(real, name))
+    resting, token = prepared(real, name, "run-2")
     resting.retire()
     CALLS[name](resting, token)
     try:

@@ -12,7 +12,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -34,9 +34,11 @@ from torchord.cache import keys
 from torchord.cache.ledger.answers import Group
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import GENESIS, LedgerEntry, VersionRecord
+from torchord.cache.ledger.rounds import KEPT_STEPS, Report, Seat, Turn
 from torchord.cache.ledger.workers import Registry
 from torchord.cache.scripts import source
 from torchord.cache.servers import fast_client
+from torchord.cache.servers.fast_client import Command
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
@@ -53,6 +55,7 @@ _names = itertools.count()
 def heartbeats_end_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No lease ends by the clock: on a slow machine a walk takes longer than one lasts."""
     monkeypatch.setattr(keys, "WORKER_LEASE_MS", 3_600_000)
+    monkeypatch.setattr(keys, "WAKE_TTL_SECONDS", 3600)
 
 
 Dice = st.DataObject | random.Random
@@ -93,12 +96,24 @@ class Server:
     old: list[VersionRecord] = field(default_factory=list)
 
 
-class Stammering(Ledger):
-    """Sends each script twice: the answers and keys must be those of once."""
+@dataclass
+class Player:
+    """A participant of a round: the acquire that gave its token, its model, what it was told last."""
 
-    def _script(self, name: str, names: list[str], args: list[Any]) -> Any:
-        super()._script(name, names, args)
-        return super()._script(name, names, args)
+    turn: int
+    version: int
+    chain: str
+    first: int
+    told: Turn = field(default_factory=lambda: Turn("wait"))
+    publishes: bool = False
+
+
+class Stammering(Ledger):
+    """Sends all commands twice: the answers and keys must be those of once."""
+
+    def _call(self, *commands: Command) -> list[Any]:
+        super()._call(*commands)
+        return super()._call(*commands)
 
 
 class Protocol(RuleBasedStateMachine):
@@ -120,6 +135,7 @@ class Protocol(RuleBasedStateMachine):
         self.tokens: list[tuple[int, int]] = [(0, 0)]
         self.servers = {id: Server() for id in SERVERS}
         self.work: dict[str, Work] = {}
+        self.players: dict[str, Player] = {}
         self.messages: list[tuple[int, int, str]] = []
         self.beating: set[str] = set()
         self.status = "pending"
@@ -169,6 +185,10 @@ class Protocol(RuleBasedStateMachine):
     @property
     def version(self) -> int:
         return self.twin.head().version
+
+    def in_round(self, server: Server) -> bool:
+        """Whether this server has opened a round and waits for its end."""
+        return self.twin.head().round is not None and self.in_force(server)
 
     # --- the start ----------------------------------------------------------------------------
 
@@ -397,6 +417,7 @@ class Protocol(RuleBasedStateMachine):
         if server.turn is None or server.version >= 0 or not stored or self.status == "pending":
             return
         target = max(stored) if data is None else pick(data, sorted(stored))
+        opened = self.twin.head().round
         chain = self.chains[target]
         if target != self.version:
             self.may_move = "back" if self.in_force(server) else None
@@ -420,13 +441,15 @@ class Protocol(RuleBasedStateMachine):
             self.both(
                 lambda ledger, place: ledger.drop_versions(sorted(above), token=self.token(server, place))
             )
+        if opened is not None and self.in_force(server):
+            self.close_round(server, target)
         server.version, server.chain = target, chain
 
     @precondition(lambda self: any(0 <= s.version < self.steps for s in self.servers.values()))
     @rule(id=st.sampled_from(SERVERS))
     def launch(self, id: str) -> None:
         server = self.servers[id]
-        if server.version < 0 or server.version >= self.steps:
+        if server.version < 0 or server.version >= self.steps or self.in_round(server):
             return
         for step in range(server.version, min(server.version + self.staleness + 1, self.steps)):
             if self.version_for(step) > server.version:
@@ -460,6 +483,8 @@ class Protocol(RuleBasedStateMachine):
         """Compute the update of the step that this server believes to be next, if its slots are there."""
         server = self.servers[id]
         step = server.version
+        if self.in_round(server) and (self.twin.round().participants or self.version != step):
+            return
         slots = self.both(lambda ledger, _: ledger.slots(step)) if 0 <= step < self.steps else {}
         if len(slots) != self.shards or server.draft is not None:
             return
@@ -508,6 +533,12 @@ class Protocol(RuleBasedStateMachine):
             and self.version == draft.step + 1
             and self.chains[self.version] == draft.record.chain
         )
+        if again and self.in_round(server):  # participants were faster
+            assert commit().verdict == "ok"
+            self.happened["commit of what a participant took"] += 1
+            self.close_round(server, draft.step + 1)
+            server.version, server.chain, server.draft = draft.step + 1, draft.record.chain, None
+            return
         if not ready:
             verdict = self.unchanged(commit).verdict
             self.happened[f"commit {verdict}"] += 1
@@ -523,6 +554,8 @@ class Protocol(RuleBasedStateMachine):
         assert {draft.step, draft.step + 1} & set(committed.stored)
         server.version, server.chain = draft.step + 1, draft.record.chain
         server.old.append(draft.record)
+        if self.in_round(server):  # nobody has begun it
+            self.close_round(server, server.version)
         if thrown_away:
             server.draft = None
         # else the answer was lost and it sends the same commit again later
@@ -552,6 +585,8 @@ class Protocol(RuleBasedStateMachine):
     def retain(self, id: str) -> None:
         server = self.servers[id]
         stored = sorted(self.twin.versions())
+        if self.in_round(server):
+            return
         kept = {server.version, server.version - 1, *[v for v in stored if self.twin.version(v).state][-1:]}
         doomed = [v for v in stored if v not in kept]
 
@@ -570,7 +605,7 @@ class Protocol(RuleBasedStateMachine):
     def slot_bytes_are_lost(self, id: str, shard: int) -> None:
         server, step = self.servers[id], self.servers[id].version
         there = self.twin.slots(step).get(shard) if step >= 0 else None
-        if there is None or server.draft is not None:
+        if there is None or server.draft is not None or self.in_round(server):
             return
 
         def drop() -> Any:
@@ -687,6 +722,8 @@ class Protocol(RuleBasedStateMachine):
                 self.heartbeat_ends_or_returns(owner)
             self.acquire(id)
         self.initialise(id)
+        if self.in_round(self.servers[id]):
+            self.a_server_looks_at_its_round(id, lost=True)
         self.restore(id, None)
         self.promises()
         return id
@@ -696,6 +733,192 @@ class Protocol(RuleBasedStateMachine):
             self.a_step_goes_well("s0", "w0", "stored")
         else:
             self.finish(self.a_server_in_force("s0"))
+
+    # --- rounds ---------------------------------------------------------------------------------------
+
+    def close_round(self, server: Server, committed: int) -> None:
+        assert self.both(
+            lambda ledger, place: ledger.close_round(token=self.token(server, place), committed=committed)
+        )
+
+    @precondition(
+        lambda self: not self.staleness and any(0 <= s.version < self.steps for s in self.servers.values())
+    )
+    @rule(id=st.sampled_from(SERVERS), steps=st.integers(2, 6))
+    def a_server_opens_a_round(self, id: str, steps: int) -> None:
+        server = self.servers[id]
+        first, last = server.version, min(server.version + steps, self.steps) - 1
+        if not 0 <= first < self.steps or server.draft is not None or self.in_round(server):
+            return
+        if self.twin.versions().get(first, record(0)).state is None:  # first it stores its optimizer's state
+            put = record(first, server.chain, state=True)
+            self.both(lambda ledger, place: ledger.put_version(put, token=self.token(server, place)))
+
+        def opened() -> Any:
+            return self.both(
+                lambda ledger, place: ledger.open_round(first, last, token=self.token(server, place))
+            )
+
+        if not self.in_force(server):
+            assert self.unchanged(opened) == "fenced"
+        elif self.status != "running":
+            assert self.unchanged(opened) == "stopped"
+        else:
+            assert opened() == "ok"
+
+    @precondition(lambda self: self.twin.head().round is not None)
+    @rule(id=st.sampled_from(CLIENTS), behind=st.integers(0, 2))
+    def a_participant_sits_down(self, id: str, behind: int) -> None:
+        """With the present version; or with one that it held, and slept."""
+        state = self.twin.round()
+        if id not in self.players and state is not None:
+            version = max(state.first, self.version - behind) if self.version >= state.first else self.version
+            self.players[id] = Player(len(self.tokens) - 1, version, self.chains[version], state.first)
+
+    def seat(self, id: str, place: int) -> Seat:
+        player = self.players[id]
+        return Seat(id, "memory", self.tokens[player.turn][place], player.first, "life", 2)
+
+    def fenced(self, player: Player) -> bool:
+        head, state = self.twin.head(), self.twin.round()
+        token = self.tokens[player.turn][1]
+        if head.round is None or state is None or state.first != player.first:
+            return True
+        return not head.token == state.token == token
+
+    @precondition(lambda self: self.players)
+    @rule(
+        data=st.data(),
+        pure=st.sampled_from([True] * 9 + [False]),
+        late=st.sampled_from([None, None, None, -1.0]),
+        waits=st.booleans(),
+    )
+    def a_participant_takes_its_turn(self, data: Dice, pure: bool, late: float | None, waits: bool) -> None:
+        """It does what it was told, and says so."""
+        id = pick(data, sorted(self.players))
+        player, last = self.players[id], self.twin.head().round
+        more: dict[str, Any] = {"late_seconds": late}
+        first = False
+        if player.told.verdict == "compute":
+            there = player.told.shard in self.twin.slots_present(player.version)
+            changes = {} if pure or not there else {"digest": digest("other")}
+            nonce = f"n{next(self.deliveries)}"
+            more["slot"] = slot(player.version, player.told.shard, nonce, worker=id, **changes)
+        elif player.told.verdict == "complete":
+            slots = [player.told.slots[shard] for shard in range(self.shards)]
+            player.version += 1
+            wrong = not pure and self.version >= player.version
+            made = entry(player.version, slots, player.chain, server=id)
+            if wrong:
+                made = entry(player.version, slots, player.chain, server=id, parameters=digest("wrong"))
+            player.chain = made.chain
+            more["report"] = Report(made, {"step": player.version - 1}, self.shards)
+            first = self.reports_first(player)
+            self.may_move = "on" if first else None
+        elif player.told.verdict == "end":
+            self.a_participant_ends(id)
+            return
+        elif waits and self.kind is Ledger:
+            more["wait_seconds"] = 0.001
+        shards = self.shards if last is not None and player.version <= last else 0
+
+        def turn() -> Turn:
+            answers = [
+                ledger.turn(self.seat(id, place), player.version, shards=shards, **more)
+                for place, ledger in enumerate((self.real, self.twin))
+            ]
+            if self.kind is Stammering and answers[1].reported == "first":
+                assert answers[0].reported == "same"
+                answers[0] = replace(answers[0], reported="first")
+            assert answers[0] == answers[1]
+            return answers[1]
+
+        fenced = self.fenced(player)
+        self.happened[f"turn {player.told.verdict}"] += 1
+        player.told = self.unchanged(turn) if fenced else turn()
+        assert (player.told.verdict == "fenced") == fenced
+        assert (player.told.reported == "first") == first
+        self.happened[f"told {player.told.verdict}"] += 1
+        if player.told.verdict in ("fenced", "stopped", "behind", "divergent", "diverged"):
+            del self.players[id]
+
+    def reports_first(self, player: Player) -> bool:
+        """Whether the version that a participant has made is to be the head."""
+        before, state = player.version - 1, self.twin.round()
+        return (
+            not self.fenced(player)
+            and self.status in ("running", "paused")
+            and self.version == before
+            and len(self.twin.slots_present(before)) == self.shards
+            and state is not None
+            and state.published != before
+        )
+
+    def a_participant_ends(self, id: str) -> None:
+        player = self.players[id]
+        put = record(player.version, player.chain, state=True) if player.publishes else None
+
+        def end() -> str:
+            return self.both(
+                lambda ledger, place: ledger.end_round(self.seat(id, place), player.version, record=put)
+            )
+
+        answer = self.unchanged(end) if self.fenced(player) else end()
+        self.happened[f"end {answer}"] += 1
+        if answer == "publish":
+            player.publishes = True
+        elif answer != "wait":
+            del self.players[id]
+
+    @precondition(lambda self: self.players)
+    @rule(data=st.data(), how=st.sampled_from(["dies", "leaves", "leaves the round"]))
+    def a_participant_goes(self, data: Dice, how: str) -> None:
+        id = pick(data, sorted(self.players))
+        player = self.players[id]
+        if how == "leaves":
+            self.both(
+                lambda ledger, place: ledger.end_round(self.seat(id, place), player.version, leaving=True)
+            )
+        if how == "leaves the round":
+            self.both(lambda ledger, place: ledger.leave_round(self.seat(id, place)))
+        del self.players[id]
+
+    @precondition(lambda self: self.twin.head().round is not None)
+    @rule(id=st.sampled_from(SERVERS), lost=st.booleans())
+    def a_server_looks_at_its_round(self, id: str, lost: bool) -> None:
+        """It goes on from what was stored; or, if that is lost, takes the run over anew."""
+        server, state = self.servers[id], self.twin.round()
+        if not self.in_round(server):
+            return
+        served = state is not None and state.token == self.tokens[-1][1]
+        if served and state.published == self.version and state.disputed is None:
+            self.happened["round adopted"] += 1
+            server.version, server.chain, server.draft = self.version, self.chains[self.version], None
+            self.close_round(server, self.version)
+        elif lost:
+            self.happened["round lost"] += 1
+            if state is not None and state.disputed is not None:
+                self.happened["round disputed"] += 1
+                self.both(lambda ledger, _: ledger.forget_expected(state.disputed))
+            self.acquire(id)
+            self.restore(id, None)
+
+    @precondition(lambda self: not self.staleness and self.version < self.steps)
+    @rule(id=st.sampled_from(SERVERS), turns=st.integers(1, 40), data=st.data())
+    def a_round_goes_well(self, id: str, turns: int, data: Dice) -> None:
+        """What usually happens in one, at once, up to some mishap."""
+        id = self.a_server_in_force(id)
+        self.servers[id].draft = None
+        if self.status != "running" or not 0 <= self.servers[id].version < self.steps:
+            return
+        self.players.clear()
+        self.a_server_opens_a_round(id, 5)
+        for client in CLIENTS[:2]:
+            self.a_participant_sits_down(client, 0)
+        for _ in range(turns):
+            if self.players:
+                self.a_participant_takes_its_turn(data, True, None, False)
+                self.promises()
 
     # --- people, evaluations ------------------------------------------------------------------------------
 
@@ -795,8 +1018,9 @@ class Protocol(RuleBasedStateMachine):
         assert entries == [] or self.twin.head().chain == chain
 
     def the_steps_behind_the_head_hold_no_work(self) -> None:
+        kept = KEPT_STEPS if self.twin.head().round is not None else 0
         for step in range(self.version):
-            assert not self.twin.slots_present(step)
+            assert step >= self.version - kept or not self.twin.slots_present(step)
             assert not self.twin.leases(step)
 
     def every_key_has_a_ttl(self) -> None:
@@ -875,6 +1099,20 @@ def moves(walk: Protocol, dice: random.Random) -> list[Callable[[], None]]:
         found += [lambda: walk.a_step_goes_well(server, client, until)] * 2
         wrong = dice.choice(["commit", "rollback", "drop_versions", "put_version"])
         found += [lambda: walk.a_server_is_wrong(dice.randrange(4), wrong)]
+    if not walk.staleness:
+        found += [lambda: walk.a_server_opens_a_round(server, dice.randint(2, 6))]
+        if walk.version < walk.steps:
+            found += [lambda: walk.a_round_goes_well(server, dice.randint(1, 40), dice)]
+    if walk.twin.head().round is not None:
+        found += [lambda: walk.a_participant_sits_down(dice.choice(CLIENTS), dice.choice([0, 0, 1, 2]))] * 2
+        found += [lambda: walk.a_server_looks_at_its_round(server, dice.random() < 0.2)]
+    if walk.players:
+        late = dice.choice([None, None, -1.0])
+        found += [
+            lambda: walk.a_participant_takes_its_turn(dice, dice.random() < 0.9, late, dice.random() < 0.3)
+        ] * 12
+        how = dice.choice(["dies", "leaves", "leaves the round"])
+        found += [lambda: walk.a_participant_goes(dice, how)]
     if walk.twin.pending_evaluations():
         found += [lambda: walk.a_part_is_evaluated(dice, dice.randrange(2))]
     return found
@@ -909,6 +1147,7 @@ def test_long_walks_end_well(redis_url: str, machine: type[Protocol]) -> None:
             happened += walk(machine, seed)
     assert any(what.startswith("write -") for what in happened), f"the walks are too tame: {happened}"
     needed = {"commit fenced", "rollback True", "state fenced", "write +0 second"}
+    needed |= {"told fenced", "end publish", "end over", "round adopted", "round lost"}
     assert needed <= set(happened), f"the walks are too tame: {happened}"
 
 
@@ -926,6 +1165,13 @@ MUTANTS = {
         "lease['open'] and redis.call('EXISTS'",
         "false and redis.call('EXISTS'",
     ),
+    "a slot is overwritten in a round": ("take_turn", "'HSETNX', KEYS[3]", "'HSET', KEYS[3]"),
+    "a live participant's shard is free": (
+        "take_turn",
+        "redis.call('EXISTS', ARGV[4] .. lease['worker']) == 0",
+        "true",
+    ),
+    "leases outlive a report": ("take_turn", "redis.call('DEL', KEYS[9], KEYS[10])", ""),
     "slots live for ever": ("write_slot", "redis.call('EXPIRE', KEYS[2], ARGV[6])", ""),
 }
 

@@ -54,6 +54,7 @@ class State(NamedTuple):
     servers: tuple[Server, ...] = ()
     clients: tuple[int, ...] = ()  # the slot that a Client computes, or NOBODY; see Sums
     lost: int = 0  # bit as in slots: the slot is written and its bytes are gone
+    round: object = None  # see test_rounds_model.py
 
 
 class Violation(AssertionError):
@@ -118,6 +119,22 @@ class Protocol:
     def complete(self, state: State, step: int) -> bool:
         """Whether every slot of a step is there."""
         return state.slots & self.mask(step) == self.mask(step)
+
+    def behind(self, state: State) -> int:
+        """The slots of committed steps that nobody reads any more."""
+        return state.slots & ((1 << state.version * self.shards) - 1)
+
+    def survivors(self, state: State, client: int, server: int) -> State:
+        """A state in which every Client but one and every server but one have died for good."""
+        return state._replace(
+            clients=(state.clients[client],),
+            servers=(state.servers[server],),
+            owner=0 if state.owner == server else NOBODY,
+            leases=tuple(
+                holder if holder in (NOBODY, GONE) else 0 if holder == client else GONE
+                for holder in state.leases
+            ),
+        )
 
     def moves(self, state: State) -> Iterator[Move]:
         """Everything that can happen next."""
@@ -496,23 +513,10 @@ def explore(
                 if after not in found.came_from:
                     found.came_from[after] = (state, name)
                     following.append(after)
-                    behind = after.slots & ((1 << after.version * protocol.shards) - 1)
-                    if behind:
+                    if protocol.behind(after):
                         raise Violation(f"slots are left behind the head\n{found.trace(after)}")
         frontier = following
     return found
-
-
-def survivors(state: State, client: int, server: int) -> State:
-    """A state in which every Client but one and every server but one have died for good."""
-    return state._replace(
-        clients=(state.clients[client],),
-        servers=(state.servers[server],),
-        owner=0 if state.owner == server else NOBODY,
-        leases=tuple(
-            holder if holder in (NOBODY, GONE) else 0 if holder == client else GONE for holder in state.leases
-        ),
-    )
 
 
 def check(protocol: Protocol) -> Exploration:
@@ -530,7 +534,7 @@ def check(protocol: Protocol) -> Exploration:
     for state in found.came_from:
         for client in range(protocol.clients):
             for server in range(protocol.servers):
-                origin.setdefault(survivors(state, client, server), state)
+                origin.setdefault(protocol.survivors(state, client, server), state)
     stuck = explore(alone, list(origin), helping_only=True).stuck()
     if stuck:
         first = next(state for state in origin if state in set(stuck))

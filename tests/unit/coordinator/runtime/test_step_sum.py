@@ -16,7 +16,7 @@ from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.server.step_sum import StepSum
+from torchord.coordinator.runtime.step_sum import StepSum
 from torchord.coordinator.spec.codecs import parse
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.sum_tree import FanIn

@@ -43,7 +43,7 @@ class VersionWriter:
     def __init__(
         self, parameters: ParameterCache, ledger: Ledger, replica: Replica, stored: RestRecord | None = None
     ) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._chunks = parameters.chunks
         self._ledger = ledger
         self._replica = replica
@@ -76,7 +76,7 @@ class VersionWriter:
             self._strike_changed(state)
         if self._halves is None:
             flat = replica.pack(self._chunks.draft(replica.nbytes()))
-            return self._parameters.publish(self._ledger, version, flat, chain=chain, announced=announced)
+            return self.parameters.publish(self._ledger, version, flat, chain=chain, announced=announced)
         rest = self._rest(state)
         if self._sums is None:
             self._sums = ChunkSums(replica.manifest, self._chunks.chunk_nbytes)
@@ -85,7 +85,7 @@ class VersionWriter:
         sums = self._sums.after(state, moving)
         digest = BlobRef("", replica.nbytes(), self._chunks.chunk_nbytes, sums).digest
         flat = pack(moving, layout, self._chunks.draft(layout.nbytes))
-        return self._parameters.publish(
+        return self.parameters.publish(
             self._ledger, version, flat, chain=chain, announced=announced, rest=rest, digest=digest
         )
 
@@ -132,7 +132,7 @@ class VersionWriter:
             assert self._halves is not None
             layout = self._halves.resting_layout
             buffer = pack({spec.name: state[spec.name] for spec in layout.tensors}, layout)
-            self._stored = self._parameters.publish_rest(
+            self._stored = self.parameters.publish_rest(
                 self._ledger, buffer, self._halves.resting, stored=self._stored
             )
             self._renewed = now

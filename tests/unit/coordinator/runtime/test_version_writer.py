@@ -22,7 +22,7 @@ from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.compute.replica import Replica
-from torchord.coordinator.server.version_writer import VersionWriter
+from torchord.coordinator.runtime.version_writer import VersionWriter
 
 CONFIG = TrainingConfig(epochs=1, batch_size=8)
 
@@ -146,7 +146,7 @@ def test_a_successor_stores_what_rests_only_if_it_is_lost(server: Server) -> Non
 def test_what_rests_is_prolonged_day_by_day(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that outlives a blob's life finds it still there; and again, if it did not."""
     now = [0.0]
-    monkeypatch.setattr("torchord.coordinator.server.version_writer.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchord.coordinator.runtime.version_writer.time.monotonic", lambda: now[0])
     server.step()
     touched: list[str] = []
     touch = server.store.touch

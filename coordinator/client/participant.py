@@ -1,0 +1,200 @@
+"""A run as a participant of its rounds holds it: model and optimizer, at exactly one version.
+
+What a training server does with a complete step, each participant does where the gradients are: it adds up
+the slots in slot order and steps the optimizer, with the same code and so with the same bits. Between two
+rounds it stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torchord.cache.blobs.blob import BlobRef
+from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
+from torchord.cache.blobs.tiered_store import INLINE_NBYTES
+from torchord.cache.errors import CacheError
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
+from torchord.cache.ledger.rounds import KEPT_STEPS, Report
+from torchord.cache.tensors.codec import as_bytes
+from torchord.cache.tensors.pieces import checksums, split
+from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.runtime.context import RunContext
+from torchord.coordinator.runtime.environment import device
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.runtime.step_result import entry_of, event_of, update
+from torchord.coordinator.runtime.step_sum import StepSum
+from torchord.coordinator.runtime.version_writer import VersionWriter
+
+log = logging.getLogger(__name__)
+
+
+class Participant:
+    """Model and optimizer of one run in one Client.
+
+    Args:
+        services: connections and stores of the process.
+        context: the run.
+        worker: id of the process, for the ledger's entries.
+
+    Attributes:
+        version: the version that it holds; -1: none.
+        chain: ledger chain of that.
+        digest: of its parameters.
+    """
+
+    def __init__(self, services: Services, context: RunContext, worker: str) -> None:
+        self.services = services
+        self.context = context
+        self.ledger: Ledger = context.ledger
+        self.worker = worker
+        self.version = -1
+        self.chain = ""
+        self.digest = ""
+        self._committed_at = 0.0
+        self._made: Trainer | None = None
+        self._writer: VersionWriter | None = None
+        self._flats: list[Tensor] = []  # of the present version, and of the one before, which is free
+        self._spoilt = False  # whether something wrote to the first of them
+        self._read: dict[int, list[BlobRef]] = {}  # step -> bytes of its slots, which somebody may still read
+
+    @property
+    def trainer(self) -> Trainer:
+        """Its model and optimizer; there are none before `restore`."""
+        assert self._made is not None
+        return self._made
+
+    def holds(self, version: int, chain: str) -> bool:
+        """Whether it has this version, of this course of the run."""
+        return self._made is not None and (self.version, self.chain) == (version, chain)
+
+    def restore(self, head: Head, record: VersionRecord) -> None:
+        """Take over a stored version with its optimizer state.
+
+        Args:
+            head: of the run.
+            record: of its version; it has a state.
+
+        Raises:
+            CacheError: its bytes cannot be had.
+            ManifestMismatch: this process's code builds another model.
+        """
+        self.version = -1
+        if self._made is None:
+            config = self.context.plan().config_at(max(0, record.version - 1))
+            self._made = Trainer.build(self.context.recipe, config, device(), arrange=self.context.lay_out)
+        fetched = self.services.parameters.fetch_bytes(
+            self.ledger, record.version, manifest=self._made.replica.manifest, record=record
+        )
+        assert record.state is not None
+        state = self.services.parameters.fetch_state(record.state)
+        self._made.replica.load(fetched[1].own, fetched[1].rest)
+        self._made.load_state(state)
+        if self._writer is None:
+            self._writer = VersionWriter(
+                self.services.parameters, self.ledger, self._made.replica, record.rest
+            )
+        self._flats = []
+        self._take(record.version, record.chain, head.committed_at)
+        if self.digest != record.digest:
+            raise CacheError(
+                f"version {record.version} of run {self.ledger.run!r} has the digest {self.digest} here and "
+                f"{record.digest} in the ledger"
+            )
+
+    def advance(self, slots: Mapping[int, SlotRecord], token: int) -> Report:
+        """Bring model and optimizer to the next version.
+
+        Args:
+            slots: all of the present step's.
+            token: fencing token of the round.
+
+        Returns:
+            What the ledger is to say of it.
+
+        Raises:
+            CacheError: a slot's bytes are gone, or a slot is missing; nothing has changed.
+            NonFinite, RunFailed, InvalidInput: as `Trainer.apply`; this participant is of no use any more.
+        """
+        step, context = self.version, self.context
+        plan = context.plan()
+        tree = plan.fan_in(step)
+        if missing := set(tree.roots) - slots.keys():
+            raise CacheError(f"slot {min(missing)} of step {step} is no record any more")
+        roots = [slots[root] for root in tree.roots]
+        config = plan.config_at(step)
+        if config != self.trainer.config:
+            self.trainer.adopt(context.recipe, config)
+        total = StepSum(
+            tree, plan.examples(step), self.trainer, self.services.gradients, context.recipe.codec
+        )
+        for slot in roots:
+            total.add(slot)
+        self.version = -1  # until it has arrived at the next: nobody is to take its bytes for a version's
+        updated = update(context.run, self.trainer, step, roots, total.result())
+        before, self.chain = self.chain, ""
+        self._read[step] = [slot.blob for slot in slots.values()]
+        digest = self._pack()
+        entry = entry_of(
+            context,
+            step,
+            roots,
+            updated,
+            parameters=digest,
+            previous=before,
+            committed_at=self._committed_at,
+            token=token,
+            server=self.worker,
+            notes={},
+        )
+        self.version, self.chain, self.digest = step + 1, entry.chain, digest
+        self._committed_at = entry.committed_at
+        context.held = self
+        return Report(entry, event_of(entry), tree.total)
+
+    def spent(self) -> list[BlobRef]:
+        """The gradient bytes that nobody reads any more, once its version is committed; given once."""
+        old = [step for step in self._read if step < self.version - KEPT_STEPS]
+        return [blob for step in old for blob in self._read.pop(step)]
+
+    def stored(self) -> VersionRecord:
+        """Store the present version with its optimizer state, for everybody.
+
+        Raises:
+            CacheError: that failed.
+        """
+        assert self._writer is not None
+        record = self._writer.store(self.version, chain=self.chain)
+        return self.services.parameters.publish_state(self.ledger, record, self.trainer.state(copies=False))
+
+    def flat(self) -> Tensor:
+        """The version's bytes, which the model that computes shards looks at (uint8, 1-D)."""
+        if self._spoilt:
+            self.trainer.replica.pack(self._flats[0])
+            self._spoilt = False
+        return self._flats[0]
+
+    def spoil(self) -> None:
+        """A forward has written to the bytes: `flat` writes them anew."""
+        self._spoilt = True
+
+    def _take(self, version: int, chain: str, committed_at: float) -> None:
+        self.digest = self._pack()
+        self.version, self.chain, self._committed_at = version, chain, committed_at
+        self.context.held = self
+
+    def _pack(self) -> str:
+        """Write the trainer's state where the model does not look at present; its digest."""
+        nbytes = self.trainer.replica.nbytes()
+        if not self._flats:
+            self._flats = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
+        self._flats.reverse()
+        self._spoilt = False
+        self.context.let_go(self._flats[0])
+        flat = self.trainer.replica.pack(self._flats[0])
+        size = CHUNK_NBYTES if nbytes <= INLINE_NBYTES else self.services.chunks.chunk_nbytes
+        return BlobRef("", nbytes, size, checksums(split(as_bytes(flat), size))).digest

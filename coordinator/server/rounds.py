@@ -1,0 +1,175 @@
+"""A training server's side of rounds: how many steps, for whom; taking over what they came to.
+
+In a round the Clients step the optimizer themselves (`torchord.coordinator.client.round_task`). The server
+opens it, and has nothing to do until it is over: then the last version lies in the cache with its optimizer
+state, and the server goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal
+
+from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.records import FALSIFIED, Head, VersionRecord
+from torchord.cache.ledger.rounds import RoundState
+from torchord.coordinator.messages.sender import Sender
+from torchord.coordinator.messages.task_names import GRADIENTS
+from torchord.coordinator.runtime.faults import Hook
+from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.server.upkeep import Upkeep
+from torchord.coordinator.server.warm_run import WarmRun
+
+log = logging.getLogger(__name__)
+
+ROUND_SECONDS = 1.0
+"""What an automatic round is to last: a chord and two hand-overs cost some 20 ms, of this a fiftieth."""
+
+Going = Literal["published", "under way", "lost", "waiting"]
+
+
+class RoundOpener:
+    """Opens rounds for one training server.
+
+    Args:
+        services: connections and stores of the process.
+        sender: publishes their seats.
+        upkeep: stores the optimizer state that they start from.
+        queue: private queue where their chords call back.
+        fault: called with the name of each point of the protocol; tests use it to die there.
+    """
+
+    def __init__(
+        self, services: Services, sender: Sender, upkeep: Upkeep, *, queue: str, fault: Hook
+    ) -> None:
+        self.services = services
+        self.sender = sender
+        self.upkeep = upkeep
+        self.queue = queue
+        self.fault = fault
+
+    def open(self, warm: WarmRun) -> int | None:
+        """Open a round at the present version; None if its next step is to be a single one.
+
+        Returns:
+            The round's last step.
+
+        Raises:
+            Fenced: another server has taken the run over.
+        """
+        steps = self._steps(warm)
+        if steps < 2:
+            return None
+        seats = min(warm.context.plan().shards_in(warm.version), self._clients(warm))
+        if not seats:
+            return None
+        if warm.state_version != warm.version:
+            self.upkeep.publish_state(warm)
+        first, last = warm.version, warm.version + steps - 1
+        if warm.ledger.open_round(first, last, token=warm.token) != "ok":
+            return None
+        self.fault("server.after_open")
+        self.sender.step(warm.run, first, range(seats), version=first, callback_queue=self.queue, steps=steps)
+        return last
+
+    def _clients(self, warm: WarmRun) -> int:
+        """How many living workers may take part."""
+        here = self.services.registry.alive().values()
+        return sum(GRADIENTS in info.queues and bool(info.environment) for info in here)
+
+    def _steps(self, warm: WarmRun) -> int:
+        """How many steps the next round has; 1: none, a single step."""
+        context = warm.context
+        plan, config, first = context.plan(), context.config, warm.version
+        if first >= plan.total_steps or not self._may(warm):
+            return 1
+        if warm.disputed is not None:
+            return 1
+        wanted = config.round_steps
+        if isinstance(wanted, str):
+            if not warm.seconds:
+                return 1
+            wanted = max(1, math.floor(ROUND_SECONDS / warm.seconds))
+        end = min(first + wanted, plan.total_steps)
+        for every in (config.checkpoint_every, config.evaluate_every):
+            if every is not None:
+                end = min(end, (first // every + 1) * every)
+        end = min([end, *(step for step in plan.switches if step > first)])
+        for step in range(first, end):
+            if (tree := plan.fan_in(step)).partials or tree.checks:
+                return max(1, step - first)
+        return end - first
+
+    def _may(self, warm: WarmRun) -> bool:
+        """Whether the run's Clients can step its optimizer; what a single step has and a round has not."""
+        context, keyring = warm.context, self.services.keyring
+        config = context.plan().config_at(warm.version)
+        plain = config.staleness == 0 and config.parameter_compression == "none" and config.deterministic
+        if config.aggregation != "mean" or config.max_shard_norm is not None:
+            return False
+        if config.round_steps == 1 or not plain or context.keeps_state(warm.version):
+            return False
+        if (keyring and not keyring.local) or warm.ledger.digest:
+            return False
+        return warm.ledger.head().skew == "refuse" and not warm.record.slots
+
+    # --- what has become of one -----------------------------------------------------------------
+
+    def look(self, ledger: Ledger, head: Head) -> tuple[Going, RoundState | None]:
+        """How the open round stands.
+
+        Returns:
+            "published": its last version is stored; "under way": a participant lives; "waiting": nobody has
+            begun; "lost": whoever was in it has died or left, and what they had come to with them.
+        """
+        state = ledger.round()
+        if state is None or state.token != head.token or head.round is None:
+            return "lost", state
+        if state.published == head.version and state.disputed is None:
+            return "published", state
+        for worker in state.participants:
+            info = self.services.registry.worker(worker)
+            if info is not None and not info.ended and state.disputed is None:
+                return "under way", state
+        if state.disputed is None and head.version == state.first:
+            return "waiting", state
+        return "lost", state
+
+    def adopt(self, warm: WarmRun, head: Head, record: VersionRecord, state: RoundState) -> None:
+        """Go on from the version that a round came to.
+
+        Args:
+            record: of the head's version.
+        """
+        self.fault("server.before_adopt")
+        taken = max(1, record.version - state.first)
+        stored, pinned = warm.ledger.kept_versions()
+        warm.adopt(record, (head.committed_at - warm.committed_at) / taken, head.committed_at)
+        warm.stored, warm.pinned = stored, pinned
+        warm.ledger.close_round(token=warm.token, committed=record.version)
+        self.fault("server.after_adopt")
+
+    def judge(self, warm: WarmRun, parameters: str) -> None:
+        """Say who was wrong about a version that two participants made differently, now that it is made here.
+
+        Args:
+            parameters: digest of the version's parameters, as this server made them.
+        """
+        state = warm.disputed
+        if state is None or state.disputed is None or warm.version < state.disputed:
+            return
+        warm.disputed = None
+        if warm.version > state.disputed:
+            return
+        for worker, digest in state.rivals.items():
+            if worker and digest != parameters:
+                message = (
+                    f"worker {worker} made other bytes of version {state.disputed} than the training server "
+                    "and takes part in no further round of this run; look at its memory, torch and BLAS"
+                )
+                log.error("run %s: %s", warm.run, message)
+                warm.ledger.claim(FALSIFIED + worker, message)
+                warm.ledger.emit(
+                    "falsified", {"worker": worker, "version": state.disputed, "message": message}
+                )
