@@ -5,7 +5,8 @@
 
 Claim: milliseconds of one optimizer step of torchord with two Clients (shards=2), beside DDP over gloo with
 two processes, torchft with two groups, hivemind with two peers, one process alone, and the limit: two
-processes that never talk, each with half of the batch. All train the same model from the same weights on the
+processes that never talk, each with half of the batch; and of torchord in rounds, where the Clients take
+the steps by themselves. All train the same model from the same weights on the
 same batches with one thread a process, and (but for the limit) must come to the same loss. With local steps
 (H = 16) a step is one of the 16.
 
@@ -72,14 +73,14 @@ def stopped(cluster: LocalCluster) -> Iterator[None]:
         time.sleep(0.5)  # they renew their leases
 
 
-def ours(master: Master, workload: str, name: str, local_steps: int) -> Trace:
+def ours(master: Master, workload: str, name: str, local_steps: int, rounds: int | str = 1) -> Trace:
     """Train with torchord; the seconds are those of one optimizer step."""
     local = local_steps > 1
     examples = (LOCAL_EXAMPLES if local else EXAMPLES)[workload]
     steps = LOCAL_STEPS[workload] if local else STEPS[workload] + SKIPPED[workload]
     config = TrainingConfig(
         batch_size=BATCH[workload], shards=2, local_steps=local_steps, checkpoint_every=10**6,
-        epochs=steps * local_steps * BATCH[workload] // examples,
+        round_steps=rounds, epochs=steps * local_steps * BATCH[workload] // examples,
     )  # fmt: skip
     history = master.fit(recipe(workload, examples=examples), config, name=name, progress=False).history
     return Trace([report.seconds / local_steps for report in history], [report.loss for report in history])
@@ -120,8 +121,8 @@ def show(found: Found) -> None:
 def one_round(
     turn: int, workload: str, master: Master, cluster: LocalCluster, plain: Peers,
     foreign: dict[str, Callable[[], AbstractContextManager[Peers]]], failed: dict[str, str], local: bool,
-) -> tuple[dict[str, Trace], float]:  # fmt: skip
-    """Each opponent once; also the CPU milliseconds of a step of torchord, all its processes together."""
+) -> tuple[dict[str, Trace], dict[str, float]]:  # fmt: skip
+    """Each opponent once; also the CPU milliseconds of a step of torchord, all processes together."""
     steps, traces = STEPS[workload] + SKIPPED[workload], {}
     with stopped(cluster):
         for mode in ("limit", "ddp", "alone"):
@@ -136,12 +137,15 @@ def one_round(
             except RuntimeError as error:
                 failed[kind] = str(error)
                 print(f"  {kind} does not run: {error}", file=sys.stderr)
-    before = sum(sum(p.cpu_times()[:2]) for p in cluster_processes(cluster).values())
-    traces["torchord"] = ours(master, workload, f"{workload}-{turn}", 1)
-    after = sum(sum(p.cpu_times()[:2]) for p in cluster_processes(cluster).values())
+    used: dict[str, float] = {}
+    for name, rounds in (("torchord", 1), ("rounds", "auto")):
+        before = sum(sum(p.cpu_times()[:2]) for p in cluster_processes(cluster).values())
+        traces[name] = ours(master, workload, f"{workload}-{name}-{turn}", 1, rounds)
+        after = sum(sum(p.cpu_times()[:2]) for p in cluster_processes(cluster).values())
+        used[name] = (after - before) / steps * 1000
     if local:
         traces["local16"] = ours(master, workload, f"{workload}-local-{turn}", LOCAL)
-    return traces, (after - before) / steps * 1000
+    return traces, used
 
 
 def store(path: Path, workload: str, parts: dict[str, Any]) -> None:
@@ -164,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default=str(RESULTS / "ddp.json"))
     options = parser.parse_args(arguments)
     found: Found = {workload: {} for workload in options.workloads}
-    cpu: dict[str, list[float]] = {workload: [] for workload in options.workloads}
+    cpu: dict[str, dict[str, list[float]]] = {workload: {} for workload in options.workloads}
     losses: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
     with (
@@ -185,14 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "local16" not in options.without,
                 )  # fmt: skip
                 losses[workload] = same(workload, traces)
-                cpu[workload].append(used)
+                for name, value in used.items():
+                    cpu[workload].setdefault(name, []).append(value)
                 for name, trace in traces.items():
                     skipped = {"local16": 1, "hivemind": 1}.get(name, SKIPPED[workload])
                     found[workload].setdefault(name, []).append(figure(trace, skipped))
                 print(
                     f"round {turn + 1} {workload}: "
                     + ", ".join(f"{name} {values[-1]:.1f}" for name, values in found[workload].items())
-                    + f"; torchord's CPU {used:.1f} ms a step",
+                    + "; CPU ms a step: "
+                    + ", ".join(f"{name} {value:.1f}" for name, value in used.items()),
                     flush=True,
                 )
                 store(Path(options.output), workload, {
