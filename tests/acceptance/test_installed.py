@@ -84,7 +84,7 @@ def project(tmp_path: Path) -> Path:
 
 def plain(folder: Path, **more: str) -> dict[str, str]:
     """The environment of a fresh shell."""
-    return {"PATH": os.defpath, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **more}
+    return {"PATH": os.defpath, "HOME": str(folder.parent), "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
 @contextmanager

@@ -73,7 +73,12 @@ def test_every_import_is_declared(folders: tuple[str, ...], extras: tuple[str, .
     providers = packages_distributions()
     for module, path in foreign_imports(*folders).items():
         names = {canonicalize_name(name) for name in providers.get(module, [module])}
-        optional = {"tensorboard", "torchft", "hivemind"} & names  # imported only where they are installed
+        optional = {
+            "atheris",
+            "tensorboard",
+            "torchft",
+            "hivemind",
+        } & names  # imported only where they are installed
         assert names & declared.keys() or optional, f"{path} imports {module}, which pyproject.toml lacks"
 
 
