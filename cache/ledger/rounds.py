@@ -256,7 +256,7 @@ class Rounds(Slots):
                 str, self._call(("BRPOP", names.wake(seat.worker), f"{wait_seconds:.3f}"), command)[1]
             )
 
-    def leave_round(self, seat: Seat) -> None:
+    def leave_round(self, worker: str) -> None:
         """Say that a worker is not in the round any more."""
         with self._during("leave a round", ""):
-            self.client.hdel(self.keys.round, f"p:{seat.worker}")
+            self.client.hdel(self.keys.round, f"p:{worker}")

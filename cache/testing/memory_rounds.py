@@ -63,9 +63,9 @@ class MemoryRounds(MemorySlots):
         found = self._round
         return RoundState.of(found) if found else None
 
-    def leave_round(self, seat: Seat) -> None:
+    def leave_round(self, worker: str) -> None:
         """See `Ledger.leave_round`."""
-        self.plane.hdel(self.keys.round, f"p:{seat.worker}")
+        self.plane.hdel(self.keys.round, f"p:{worker}")
 
     # --- turns --------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class MemoryRounds(MemorySlots):
             if leaving:
                 others = [name[2:] for name in found if name[:2] == "p:" and name[2:] != seat.worker]
                 if any(plane.get(keys.worker(other)) is not None for other in others):
-                    self.leave_round(seat)
+                    self.leave_round(seat.worker)
                     return "over"
                 plane.hset(names.round, {"ending": "left"})
             publisher = found.get("publisher", seat.worker)

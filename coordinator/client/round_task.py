@@ -240,7 +240,7 @@ class RoundTask:
                 self._participants.pop(task.run, None)
                 context.held = None
             with suppress(CacheError):  # nobody may count on it; if that cannot be said, its lease ends
-                context.ledger.leave_round(seat)
+                context.ledger.leave_round(seat.worker)
         if course.shards:
             self.lease.hindrances.passed(task.run, "slot")
         return {

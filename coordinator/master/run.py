@@ -413,4 +413,6 @@ class Run:
                 f"run {self.name!r} has no parameters yet; a training server must start it first, "
                 "see run.status()"
             )
+        if version is None and head.round is not None:  # its Clients store what a round comes to, at its end
+            return max((v for v in self._ledger.kept_versions()[0] if v <= wanted), default=wanted)
         return wanted

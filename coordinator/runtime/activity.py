@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 def gradient(run: str, step: int, shard: int) -> str:
     """A Client at one shard."""
@@ -48,6 +50,11 @@ def predicted(task: str) -> tuple[str, int] | None:
     run, _, what = task.rpartition(": ")
     head, _, version = what.partition(",")[0].rpartition(" ")
     return (run, int(version)) if head == "prediction at version" else None
+
+
+def of(run: str) -> Callable[[str], bool]:
+    """Whether a worker that says so is at something of a run."""
+    return lambda said: said.startswith(f"{run}: ")
 
 
 def trained(task: str) -> str:

@@ -99,6 +99,7 @@ def test_a_pause_ends_a_round_and_loses_nothing(clients: Fleet) -> None:
     how = config(epochs=80, shards=2, round_steps=10_000)
     run = submitted(clients, models.mlp(), how)
     wait_until(lambda: run.status().version > 10, message="a round under way")
+    assert run.state_dict().keys() == models.Mlp().state_dict().keys(), "of the newest version that is stored"
     run.pause()
     head = run.status().version
     wait_until(lambda: max(run._ledger.versions(), default=0) >= head, message="the round's end to be stored")

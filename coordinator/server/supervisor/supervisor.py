@@ -19,6 +19,7 @@ from functools import partial
 from torchord.cache.errors import CacheError, CacheUnreachable, RunNotFound, TorchordError
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
+from torchord.cache.ledger.rounds import RoundState
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
@@ -31,7 +32,7 @@ from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.supervisor.discards import Discards
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
-from torchord.coordinator.server.supervisor.shard_watch import ShardWatch
+from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS, ShardWatch
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 
@@ -250,6 +251,7 @@ class Supervisor:
             return False
         plan = self._plan(ledger, head)
         inside = head.version <= state.last and head.version < plan.total_steps
+        self._strike_absent(ledger, state, alive)
         if any(worker in alive for worker in state.participants) and state.disputed is None:
             if state.published == head.version:
                 self._call_after_round(ledger, head, alive, IDLE_SECONDS)
@@ -263,6 +265,15 @@ class Supervisor:
         # Whoever was in it has died or left: the training server goes on from what is there.
         self._call_after_round(ledger, head, alive, 0.0)
         return True
+
+    def _strike_absent(self, ledger: Ledger, state: RoundState, alive: dict[str, WorkerInfo]) -> None:
+        """Count nobody as a participant who lives and is at something else: it left, and could not say so."""
+        for worker in state.participants:
+            at_it = worker in alive and any(map(activity.of(ledger.run), alive[worker].tasks))
+            key = (ledger.run, "absent", state.first, worker)
+            if worker in alive and not at_it and self.memory.lasting(key, ASTRAY_SECONDS):
+                log.warning("run %s: worker %s is not in its round any more", ledger.run, worker)
+                ledger.leave_round(worker)
 
     def _call_after_round(
         self, ledger: Ledger, head: Head, alive: dict[str, WorkerInfo], seconds: float

@@ -1483,7 +1483,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
         seat(token), 2, shards=1, slot=slot(2, 0), report=Report(NEXT, {"step": 1}, 1)
     ),
     "end_round": lambda ledger, token: ledger.end_round(seat(token), 1, record=record(1, FIRST.chain)),
-    "leave_round": lambda ledger, token: ledger.leave_round(seat(token)),
+    "leave_round": lambda ledger, token: ledger.leave_round("w0"),
     "kept_versions": lambda ledger, token: ledger.kept_versions(),
     "emit": lambda ledger, token: ledger.emit("tick", {}),
     "read_events": lambda ledger, token: ledger.read_events(),

@@ -880,7 +880,7 @@ class Protocol(RuleBasedStateMachine):
                 lambda ledger, place: ledger.end_round(self.seat(id, place), player.version, leaving=True)
             )
         if how == "leaves the round":
-            self.both(lambda ledger, place: ledger.leave_round(self.seat(id, place)))
+            self.both(lambda ledger, place: ledger.leave_round(id))
         del self.players[id]
 
     @precondition(lambda self: self.twin.head().round is not None)
