@@ -97,6 +97,7 @@ class Heartbeat:
             environment=environment(),
         )
         self.refused: dict[str, str] = {}
+        self.distrusted: dict[str, str] = {}
 
     def refuse(self, run: str, reason: str | None) -> bool:
         if reason is not None:
