@@ -8,7 +8,7 @@ rounds it stays as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from torch import Tensor
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
 from torchord.cache.blobs.tiered_store import INLINE_NBYTES
-from torchord.cache.errors import CacheError
+from torchord.cache.errors import CacheError, InvalidInput, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
 from torchord.cache.ledger.rounds import KEPT_STEPS, Report
 from torchord.cache.tensors.codec import as_bytes
 from torchord.cache.tensors.pieces import checksums, split
+from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device
@@ -129,13 +130,9 @@ class Participant:
         config = plan.config_at(step)
         if config != self.trainer.config:
             self.trainer.adopt(context.recipe, config)
-        total = StepSum(
-            tree, plan.examples(step), self.trainer, self.services.gradients, context.recipe.codec
-        )
-        for slot in roots:
-            total.add(slot)
+        mean = self._average(step, roots)
         self.version = -1  # until it has arrived at the next: nobody is to take its bytes for a version's
-        updated = update(context.run, self.trainer, step, roots, total.result())
+        updated = update(context.run, self.trainer, step, roots, mean)
         before, self.chain = self.chain, ""
         self._read[step] = [slot.blob for slot in slots.values()]
         digest = self._pack()
@@ -155,6 +152,30 @@ class Participant:
         self._committed_at = entry.committed_at
         context.held = self
         return Report(entry, event_of(entry), tree.total)
+
+    def _average(self, step: int, roots: Sequence[SlotRecord]) -> Aggregate:
+        """The average of a step's slots.
+
+        Raises:
+            CacheError: a slot's bytes are gone, or are not the model's: its training server finds out whose
+                they are.
+        """
+        plan, trainer = self.context.plan(), self.trainer
+        total = StepSum(
+            plan.fan_in(step),
+            plan.examples(step),
+            trainer,
+            self.services.gradients,
+            self.context.recipe.codec,
+        )
+        try:
+            for slot in roots:
+                total.add(slot)
+            mean = total.result()
+            trainer.require_fitting(mean.gradients, mean.buffers)
+        except (InvalidInput, ManifestMismatch) as error:
+            raise CacheError(f"what was sent for step {step} is not of this model: {error}") from error
+        return mean
 
     def spent(self) -> list[BlobRef]:
         """The gradient bytes that nobody reads any more, once its version is committed; given once."""

@@ -27,6 +27,7 @@ from torchord.cache.errors import (
     TorchordError,
 )
 from torchord.cache.ledger.answers import Begun
+from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import FALSIFIED, Head
 from torchord.cache.ledger.rounds import Report, RoundState, Seat, Turn
 from torchord.coordinator.client.participant import Participant
@@ -155,13 +156,18 @@ class RoundTask:
             return {**receipt, **self._seated(task, head, state)}
         except (Skewed, ManifestMismatch) as error:
             return self.lease.refuse({**receipt, "shard": task.seat, "version": task.step}, str(error))
-        except (RecordDamaged, ConfigError, InvalidInput, NonFinite, RunFailed) as error:
+        except (RecordDamaged, ConfigError, InvalidInput, RunFailed) as error:
             found = Failure(
                 type(error).__name__, str(error), {"worker": self.lease.worker, "step": task.step}
             )
             found.stop(ledger, incarnation=incarnation)
             self._forget(run)
             return {**receipt, "status": "failed", "error": str(error)}
+        except NonFinite as error:
+            # Whether somebody lied or the run is to stop is the training server's to say, in a single step.
+            log.warning("run %s: this worker leaves the round of step %d: %s", run, task.step, error)
+            self._call(ledger)
+            return {**receipt, "status": "left", "error": str(error)}
         except (CacheError, RunNotFound) as error:
             # What of the round can be had elsewhere goes on there; else its training server goes back.
             log.warning("run %s: this worker leaves the round of step %d: %s", run, task.step, error)
@@ -364,16 +370,16 @@ class RoundTask:
             answer = ledger.end_round(seat, held.version, record=record)
             if answer == "over":
                 self.fault("round.after_publish")
-                self._call(context)
+                self._call(context.ledger)
                 return "published"
             self.services.chunks.delete(record.own_blobs())
         return {"over": "done"}.get(answer, answer)
 
-    def _call(self, context: RunContext) -> None:
+    def _call(self, ledger: Ledger) -> None:
         """Call the training server: the chord may wait for a seat whose worker has died."""
-        head = context.ledger.head()
+        head = ledger.head()
         served = self.services.registry.worker(head.owner) if head.owner else None
-        self.sender.advance(context.run, queue=head.queue if served and head.queue else UPDATES)
+        self.sender.advance(ledger.run, queue=head.queue if served and head.queue else UPDATES)
 
     def _left(self, context: RunContext, held: Participant, turn: Turn) -> str:
         """Leave a round before its end, and say why."""
@@ -387,7 +393,7 @@ class RoundTask:
             context.ledger.emit(
                 "divergent", {"version": step, "workers": [turn.other, self.lease.worker], "message": message}
             )
-            self._call(context)
+            self._call(context.ledger)
         elif turn.verdict == "diverged":
             message = (
                 f"run {run!r}: replaying step {step - 1} gave other bytes than before; a worker's torch, "

@@ -176,8 +176,7 @@ class Trainer:
         with pinned(self.config.threads, self.config.deterministic, device):
             seed_everything(derive_seed(self.config.seed, "update", step))
             lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
-            self._check(gradients, self.replica.parameters, "gradient for")
-            self._check(buffers, self.replica.held(), "value for buffer")
+            self.require_fitting(gradients, buffers)
             self._set_gradients(gradients)
             try:
                 norm = self._total_norm()
@@ -206,6 +205,15 @@ class Trainer:
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
         return ApplyReport(size, clipped, skipped, lr)
+
+    def require_fitting(self, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Make sure that names and shapes are the model's.
+
+        Raises:
+            InvalidInput: one is not; the message names it.
+        """
+        self._check(gradients, self.replica.parameters, "gradient for")
+        self._check(buffers, self.replica.held(), "value for buffer")
 
     def state(self, *, copies: bool = True) -> dict[str, Any]:
         """Return optimizer and scheduler state, and what deltas hold back, as a tree on the CPU.

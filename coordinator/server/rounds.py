@@ -84,7 +84,7 @@ class RoundOpener:
         plan, config, first = context.plan(), context.config, warm.version
         if first >= plan.total_steps or not self._may(warm):
             return 1
-        if warm.disputed is not None:
+        if warm.disputed is not None or first <= warm.alone_until:
             return 1
         wanted = config.round_steps
         if isinstance(wanted, str):

@@ -42,7 +42,7 @@ from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.jury import Jury
 from torchord.coordinator.server.takeover import TakeOver
 from torchord.coordinator.server.upkeep import Upkeep
-from torchord.coordinator.server.warm_run import WarmRun, read_ahead
+from torchord.coordinator.server.warm_run import NEVER, WarmRun, read_ahead
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class TrainingServer:
         self._warm: OrderedDict[str, WarmRun] = OrderedDict()
         self._tokens: dict[str, int] = {}
         self._called_again: dict[str, float] = {}
+        self._lost: dict[str, int] = {}  # run -> step at which a round was lost, likewise
         self._disputes: dict[str, RoundState] = {}  # until the run is taken over anew
         self._lock = threading.RLock()
         self.hindrances = Hindrances(heartbeat)
@@ -236,6 +237,7 @@ class TrainingServer:
             over = warm.version >= warm.context.plan().total_steps
             return self.finish.end(warm, done) if over else done
         self._warm.pop(run, None)
+        self._lost[run] = head.version
         if state is not None and state.disputed is not None:
             self._disputes[run] = state
         return None
@@ -379,6 +381,7 @@ class TrainingServer:
         warm = TakeOver(self.services, self.fault, context, token).warm(head)
         if head.round is not None:
             ledger.close_round(token=token, committed=warm.version)
+        warm.alone_until = self._lost.pop(run, NEVER)
         if (disputed := self._disputes.pop(run, None)) is not None:
             warm.dispute(disputed)
         self._warm[run] = warm

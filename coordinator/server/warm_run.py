@@ -47,6 +47,7 @@ class WarmRun:
         download: reads the present step's gradients ahead; None where that does not pay.
         spent: gradient bytes of the last committed step, to be deleted.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
+        alone_until: the last step that this server takes itself, since a round was lost there.
         disputed: a round in which two Clients made different bytes of a version: up to that, this server
             takes the steps itself, and then says who was wrong.
         behind: brings `made` to `version`, which Clients have made; None where it is there.
@@ -75,6 +76,7 @@ class WarmRun:
     pinned: frozenset[int] = frozenset()
     behind: Callable[[Trainer], None] | None = field(default=None, repr=False)
     disputed: RoundState | None = None
+    alone_until: int = NEVER
 
     @property
     def run(self) -> str:
