@@ -337,6 +337,7 @@ def storm(
             log_dir=folder / "logs",
             wait_ready=True,
             app="benchmarks.apart" if apart else "torchord",
+            env={"TORCHORD_ALLOWED_MODULES": "benchmarks,torch"},
         ) as cluster,
     ):
         master = Master(cluster.url, checkpoint_dir=checkpoints)

@@ -77,7 +77,7 @@ def test_the_bits_of_a_plain_loop(grown: Fleet, workers: int, case: str) -> None
     assert reference.all_bits(trained.module) == reference.all_bits(plain.module)
     assert [report.loss for report in trained.history] == pytest.approx(plain.losses, rel=1e-12, nan_ok=True)
     assert [report.step for report in trained.history if report.skipped] == plain.skipped
-    audit, plan = run.verify(), run._plan(run._ledger.head())
+    audit, plan = run.verify(), run._standing.plan(run._ledger.head())
     assert plan is not None
     assert audit.partial_sums == sum(len(plan.fan_in(step).partials) for step in range(plan.total_steps)) > 0
 

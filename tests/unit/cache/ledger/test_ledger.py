@@ -1459,6 +1459,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "put_version": lambda ledger, token: ledger.put_version(record(1, state=True), token=token),
     "drop_versions": lambda ledger, token: ledger.drop_versions([0], token=token),
     "pin": lambda ledger, token: ledger.pin(0, seconds=60),
+    "pinned": lambda ledger, token: ledger.pinned(0),
     "entries": lambda ledger, token: ledger.entries(),
     "entry_texts": lambda ledger, token: ledger.entry_texts(),
     "ledger_size": lambda ledger, token: ledger.ledger_size(),
