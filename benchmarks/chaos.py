@@ -301,6 +301,7 @@ def storm(
     calm: int = 10,
     apart: bool = False,
     faults: bool = False,
+    rounds: bool = False,
 ) -> dict[str, Any]:
     """Train undisturbed, train under strikes, compare.
 
@@ -312,13 +313,21 @@ def storm(
         clients, standby: size of the fleet.
         calm: most commits between two strikes.
         apart: no process sees another's end, as on different machines.
+        rounds: whether the Clients take steps by themselves, as many as take a second.
         faults: workers are also told to end or to start anew, and Redis is full, read-only or slow.
 
     Returns:
         Figures and verdicts: see the module.
     """
     steps = kills * (calm + EXTRA_STEPS) + CALM_STEPS
-    config = TrainingConfig(epochs=-(-steps // 20), batch_size=BATCH, shards=3, checkpoint_every=25, seed=7)
+    config = TrainingConfig(
+        epochs=-(-steps // 20),
+        batch_size=BATCH,
+        shards=3,
+        checkpoint_every=25,
+        seed=7,
+        round_steps="auto" if rounds else 1,
+    )
     recipe = Recipe(
         model="benchmarks.chaos:model",
         dataset=Target("benchmarks.chaos:data", kwargs={"size": 20 * BATCH}),
@@ -475,6 +484,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="keep the logs in this directory")
     parser.add_argument("--apart", action="store_true", help="as if each process had its own machine")
     parser.add_argument("--faults", action="store_true", help="SIGTERM, SIGHUP and a troubled Redis as well")
+    parser.add_argument("--rounds", action="store_true", help="the Clients take steps by themselves")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="torchord-chaos-") as scratch:
         folder = options.logs or Path(scratch)
@@ -485,11 +495,11 @@ def main() -> int:
             partial(print, flush=True),
             apart=options.apart,
             faults=options.faults,
+            rounds=options.rounds,
         )
     RESULTS.mkdir(exist_ok=True)
-    (
-        RESULTS / f"chaos{'-apart' if options.apart else ''}{'-faults' if options.faults else ''}.json"
-    ).write_text(json.dumps(found, indent=1) + "\n")
+    chosen = [name for name in ("apart", "faults", "rounds") if getattr(options, name)]
+    (RESULTS / f"{'-'.join(['chaos', *chosen])}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(report(found))
     if sum(found["kills"].values()) < options.kills:
         print(f"the run was over before {options.kills} kills", file=sys.stderr)
