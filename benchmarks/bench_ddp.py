@@ -7,7 +7,7 @@ Claim: milliseconds of one optimizer step of torchord with two Clients (shards=2
 two processes, torchft with two groups, hivemind with two peers, one process alone, and the limit: two
 processes that never talk, each with half of the batch; and of torchord in rounds, where the Clients take
 the steps by themselves. All train the same model from the same weights on the same batches with one thread a
-process, and (but for the limit) must come to the same loss. With local steps (H = 16) a step is one of the 16.
+process, and (but for the limit) must come to the same loss. With local steps (H = 16) a step is one of 16.
 
 A figure of a round is the mean over its steps after the first ones; shown are the median of the rounds and
 the worst. Not among them are torchord's first four steps, in each of which it computes a shard twice: later
