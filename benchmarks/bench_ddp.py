@@ -173,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed: dict[str, str] = {}
     with (
         TemporaryDirectory() as folder,
-        LocalCluster(workers=2, checkpoint_dir=folder, wait_ready=True) as cluster,
+        LocalCluster(
+            workers=2, checkpoint_dir=folder, wait_ready=True, env={"TORCHORD_TASK_LOG": "off"}
+        ) as cluster,
         peers("plain", folder, keep=not options.as_they_come) as plain,
     ):
         master = Master(cluster.url, checkpoint_dir=folder)

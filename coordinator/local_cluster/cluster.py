@@ -427,6 +427,8 @@ class LocalCluster:
             "PYTHONPATH": os.pathsep.join(map(str, for_workers())),
             "PYTHONUNBUFFERED": "1",
         }
+        if from_environment().task_log is None:  # its logs are read by whoever started it, and do not last
+            changes["TORCHORD_TASK_LOG"] = "on"
         if self._url is None and from_environment().allowed_modules is None:
             # Nobody but this program's user submits to its server.
             changes["TORCHORD_ALLOWED_MODULES"] = ",".join(allow_list(Path.cwd()))

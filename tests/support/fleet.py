@@ -74,13 +74,9 @@ def finished(run: Run) -> TrainedModel:
 
 @contextmanager
 def fleet(folder: Path, workers: int = 2, **arguments: Any) -> Iterator[Fleet]:
-    """A cluster with the arguments of `LocalCluster`, whose every key must have a TTL when it ends.
-
-    Its workers log each receipt, for tests that read them.
-    """
+    """A cluster with the arguments of `LocalCluster`, whose every key must have a TTL when it ends."""
     defaults = {"log_dir": folder / "logs", "checkpoint_dir": folder / "checkpoints", "wait_ready": True}
-    env = {"TORCHORD_TASK_LOG": "on", **(arguments.pop("env", None) or {})}
-    cluster = LocalCluster(workers, **{**defaults, **arguments}, env=env)
+    cluster = LocalCluster(workers, **{**defaults, **arguments})
     cluster.start()
     try:
         yield Fleet(cluster, folder)
