@@ -42,8 +42,9 @@ _EXPRESSION = re.compile(r"[A-Za-z0-9.+-]+(?: (?:AND|OR|WITH) [A-Za-z0-9.+-]+)*"
 
 
 def packages() -> list[Distribution]:
-    """What is installed here, by name, each once."""
-    return [one for _, one in sorted({canonicalize_name(one.name): one for one in distributions()}.items())]
+    """What is installed here, by name, each once; not what a package carries in itself (setuptools does)."""
+    found = [one for one in distributions() if "_vendor" not in str(one.locate_file(""))]
+    return [one for _, one in sorted({canonicalize_name(one.name): one for one in found}.items())]
 
 
 def licence_of(one: Distribution, rules: Mapping[str, Any]) -> str:

@@ -37,8 +37,8 @@ def test_what_a_worker_holds_at_its_start_is_no_limit() -> None:
 
 def test_resident_memory_grows_with_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resident()
-    held = b"x" * (64 << 20)
-    assert resident() - before > 60 << 20, len(held)
+    held = b"x" * (256 << 20)  # far more than what else the process may let go meanwhile
+    assert resident() - before > 128 << 20, len(held)
 
     def nowhere(*_: object) -> Path:
         raise FileNotFoundError
