@@ -30,7 +30,7 @@ def compute_gradient(
     from torchord.tasks.worker import process
 
     if steps > 1:
-        return Receipt(process().client.rounds.take_seat(SeatTask(run, step, steps, shard, self.request.id)))
+        return Receipt(process().client.rounds.take_seat(SeatTask(run, step, steps, shard)))
     asked = SlotTask(run, step, shard, version, self.request.id, joined(self.request), backup)
     return Receipt(process().client.shards.compute_gradient(asked, part=_Part(self)))
 

@@ -13,7 +13,7 @@ from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import LedgerEntry, SlotRecord, VersionRecord
 from torchord.cache.ledger.slots import Slots
 from torchord.cache.reading import number_of
-from torchord.cache.servers.fast_client import script_command
+from torchord.cache.servers.fast_client import Command, script_command
 
 KEPT_STEPS = 2
 """So many of the steps that were committed last keep slots and bytes, for whoever is behind."""
@@ -193,11 +193,7 @@ class Rounds(Slots):
                     *(keys.EVENTS_KEPT, keys.RUN_TTL_SECONDS, keys.WAKE_TTL_SECONDS, seat.first),
                 ],
             )
-            if wait_seconds is None:
-                found = self._call(command)[0]
-            else:
-                found = self._call(("BRPOP", names.wake(seat.worker), f"{wait_seconds:.3f}"), command)[1]
-            return self._turn(step, found)
+            return self._turn(step, self._awake(seat, command, wait_seconds))
 
     def _slot_arguments(self, step: int, slot: SlotRecord | None, seat: Seat) -> list[Any]:
         if slot is None:
@@ -250,11 +246,13 @@ class Rounds(Slots):
                     *(keys.RUN_TTL_SECONDS, int(leaving), keys.WAKE_TTL_SECONDS, seat.first),
                 ],
             )
-            if wait_seconds is None:
-                return cast(str, self._call(command)[0])
-            return cast(
-                str, self._call(("BRPOP", names.wake(seat.worker), f"{wait_seconds:.3f}"), command)[1]
-            )
+            return cast(str, self._awake(seat, command, wait_seconds))
+
+    def _awake(self, seat: Seat, command: Command, wait_seconds: float | None) -> Any:
+        """Send a command, at once or when somebody wakes this worker, in one round trip; its answer."""
+        if wait_seconds is None:
+            return self._call(command)[0]
+        return self._call(("BRPOP", self.keys.wake(seat.worker), f"{wait_seconds:.3f}"), command)[1]
 
     def leave_round(self, worker: str) -> None:
         """Say that a worker is not in the round any more."""

@@ -26,6 +26,7 @@ from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device
+from torchord.coordinator.runtime.restoring import restore
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.runtime.step_result import entry_of, event_of, update
 from torchord.coordinator.runtime.step_sum import StepSum
@@ -88,13 +89,7 @@ class Participant:
         if self._made is None:
             config = self.context.plan().config_at(max(0, record.version - 1))
             self._made = Trainer.build(self.context.recipe, config, device(), arrange=self.context.lay_out)
-        fetched = self.services.parameters.fetch_bytes(
-            self.ledger, record.version, manifest=self._made.replica.manifest, record=record
-        )
-        assert record.state is not None
-        state = self.services.parameters.fetch_state(record.state)
-        self._made.replica.load(fetched[1].own, fetched[1].rest)
-        self._made.load_state(state)
+        restore(self.services.parameters, self.ledger, self._made, record)
         if self._writer is None:
             self._writer = VersionWriter(
                 self.services.parameters, self.ledger, self._made.replica, record.rest
@@ -127,9 +122,7 @@ class Participant:
         if missing := set(tree.roots) - slots.keys():
             raise CacheError(f"slot {min(missing)} of step {step} is no record any more")
         roots = [slots[root] for root in tree.roots]
-        config = plan.config_at(step)
-        if config != self.trainer.config:
-            self.trainer.adopt(context.recipe, config)
+        self.trainer.adopt(context.recipe, plan.config_at(step))
         mean = self._average(step, roots)
         self.version = -1  # until it has arrived at the next: nobody is to take its bytes for a version's
         updated = update(context.run, self.trainer, step, roots, mean)

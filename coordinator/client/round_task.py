@@ -27,6 +27,7 @@ from torchord.cache.errors import (
     TorchordError,
 )
 from torchord.cache.ledger.answers import Begun
+from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import FALSIFIED, Head
 from torchord.cache.ledger.rounds import Report, RoundState, Seat, Turn
@@ -58,14 +59,12 @@ class SeatTask:
         step: the round's first step.
         steps: how many it has.
         seat: its number.
-        delivery: id of the Celery task.
     """
 
     run: str
     step: int
     steps: int
     seat: int
-    delivery: str
 
 
 @dataclass
@@ -188,9 +187,8 @@ class RoundTask:
         """
         made = self._participants.get(context.run)
         if made is None or made.context is not context:
-            if made is not None and made.context.incarnation != context.incarnation:
-                kept, made.context = made.context, context  # after a switch it goes on as it is
-                context.held = kept.held
+            if made is not None and revision(made.context.incarnation) == revision(context.incarnation):
+                made.context, context.held = context, made  # after a switch it goes on as it is
             else:
                 made = Participant(self.services, context, self.lease.worker)
         self._participants.pop(context.run, None)

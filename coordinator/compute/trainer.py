@@ -129,10 +129,12 @@ class Trainer:
         )
 
     def adopt(self, resolved: ResolvedRecipe, config: TrainingConfig) -> None:
-        """Go on under another config, after a switch.
+        """Go on under a config, which after a switch is another.
 
         Between plain steps and local steps the optimizer is another one, and starts afresh.
         """
+        if config == self.config:
+            return
         changed = (config.local_steps > 1) != (self.config.local_steps > 1)
         self.config = self.replica.config = config
         if changed:

@@ -187,8 +187,7 @@ class Replay:
             self.progress(step)
         entry = self.entries[step + 1]
         config = self.plan.config_at(step)
-        if config != trainer.config:
-            trainer.adopt(self.recipe, config)
+        trainer.adopt(self.recipe, config)
         problems: list[str] = []
         done = [self._shard(step, shard) for shard in range(self.plan.shards_in(step))]
         for shard, (result, slot) in enumerate(zip(done, entry.slots, strict=True)):

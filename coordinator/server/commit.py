@@ -307,9 +307,7 @@ class StepCommit:
 
     def _adopt(self, warm: WarmRun) -> None:
         """Follow a switch of the config that holds from the present step on."""
-        config = warm.context.plan().config_at(warm.version)
-        if config != warm.trainer.config:
-            warm.trainer.adopt(warm.context.recipe, config)
+        warm.trainer.adopt(warm.context.recipe, warm.context.plan().config_at(warm.version))
 
     def _new_states(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> dict[int, StateRecord]:
         """What the slots of the present step left for their next one; some may sit the step out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import ref
 
 from torchord.cache.blobs.blob import BlobRef
@@ -15,6 +16,7 @@ from torchord.cache.ledger.records import LedgerEntry, VersionRecord
 from torchord.cache.ledger.rounds import RoundState
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
+from torchord.coordinator.runtime.restoring import restore
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.runtime.version_writer import VersionWriter
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, GradientDownload
@@ -114,20 +116,10 @@ class WarmRun:
             committed_at: Unix time (s) of the version's commit.
         """
         parameters = self.made_writer.parameters
-
-        def load(trainer: Trainer) -> None:
-            found = parameters.fetch_bytes(
-                self.ledger, record.version, manifest=trainer.replica.manifest, record=record
-            )[1]
-            assert record.state is not None
-            state = parameters.fetch_state(record.state)
-            trainer.replica.load(found.own, found.rest)
-            trainer.load_state(state)
-
         self.version, self.chain, self.record = record.version, record.chain, record
         self.committed_at, self.seconds, self.spent = committed_at, max(seconds, 1e-6), []
         self.state_version, self.state_at = record.version, time.monotonic()
-        self.behind = load
+        self.behind = partial(restore, parameters, self.ledger, record=record)
 
     def dispute(self, state: RoundState) -> None:
         """Note that a version of which participants made different bytes is to be made here.

@@ -233,9 +233,8 @@ class Supervisor:
             self._advance(ledger, alive, head.queue or UPDATES, ("idle", head.version))
         if head.total_steps is None:
             return
-        if head.round is not None and self._look_at_round(ledger, head, alive):
-            return
-        if head.version < head.total_steps:
+        in_round = head.round is not None and self._look_at_round(ledger, head, alive)
+        if not in_round and head.version < head.total_steps:
             plan = self._plan(ledger, head)
             for step in plan.window(head.version):
                 if head.launched is not None and step <= head.launched:

@@ -68,3 +68,9 @@ def test_a_worker_that_left_and_could_not_say_so_is_no_participant(lab: Laborato
     assert lab.rounds(20), "its shards go out singly"
     state = lab.run.round()
     assert state is not None and state.participants == ()
+
+
+def test_a_lost_part_of_an_evaluation_is_sent_again_while_a_round_goes_on(lab: Laboratory) -> None:
+    join(lab, "w0")
+    lab.run.launch_evaluation(0, 2, pin_seconds=1e6)
+    assert lab.rounds(10)[:1] == [("evaluation", 0, (0, 1))]
