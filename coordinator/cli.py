@@ -1,4 +1,4 @@
-"""Operations on runs from a shell: `torchord list|status|watch|pause|resume|cancel|verify`.
+"""The command `torchord`: its table of commands, and those that act on a run (docs/cli.md).
 
 Exit codes: 0 all is well; 1 the run or its audit is not (verify found a discrepancy, watch saw the
 run fail, the run cannot do that in its state); 2 wrong arguments; 3 no such run; 4 Redis does not
@@ -7,20 +7,34 @@ answer. Every message is one that a person can act on; with --json, results go t
 
 from __future__ import annotations
 
-import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchord.cache.errors import CacheUnreachable, InvalidInput, RunNotFound, TorchordError
+from torchord.cache.errors import CacheUnreachable
 from torchord.cache.ledger.figures import for_others
 from torchord.cache.servers.address import masked
-from torchord.cache.settings import from_environment, located
+from torchord.cache.settings import from_environment
+from torchord.coordinator.commands.celery_aliases import flower, worker
+from torchord.coordinator.commands.common import (
+    BAD,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    guarded,
+    run_names,
+    settings_of,
+)
+from torchord.coordinator.commands.completion import completion
+from torchord.coordinator.commands.logs import logs
+from torchord.coordinator.commands.plot import plot
+from torchord.coordinator.commands.report import report
 from torchord.coordinator.doctor import doctor
 from torchord.coordinator.export_command import export
 from torchord.coordinator.key_commands import keys
@@ -30,9 +44,6 @@ from torchord.coordinator.trust_commands import liars, readmit
 if TYPE_CHECKING:
     from torchord.coordinator.master.master import Master
     from torchord.coordinator.runtime.control_plane import ControlPlane
-
-OK, BAD, USAGE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
-_COMPLETION_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,43 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _perform(command: Callable[[Master, Options], int], options: Options) -> int:
     from torchord.coordinator.master.master import Master  # imports torch: help and completion do without
 
-    def performed(options: Options) -> int:
-        return command(Master(options.url, checkpoint_dir=options.checkpoint_dir), options)
-
-    return _guarded(performed, options)
+    return guarded(lambda: command(Master(options.url, checkpoint_dir=options.checkpoint_dir), options))
 
 
 def _look(command: Callable[[ControlPlane, Options], int], options: Options) -> int:
     """Run a command that needs the control plane alone, and so no torch."""
     from torchord.coordinator.runtime.control_plane import ControlPlane
 
-    def performed(options: Options) -> int:
-        settings = from_environment()
-        url, place = options.url or settings.url, options.checkpoint_dir
-        place = located(place) if place else settings.checkpoint_dir
-        settings = replace(settings, url=url, checkpoint_dir=place)
-        return command(ControlPlane(settings), options)
-
-    return _guarded(performed, options)
-
-
-def _guarded(command: Callable[[Options], int], options: Options) -> int:
-    """Run a command; what it raises is one line and an exit code."""
-    try:
-        return command(options)
-    except RunNotFound as error:
-        return _report(error, NOT_FOUND)
-    except CacheUnreachable as error:
-        return _report(error, UNREACHABLE)
-    except InvalidInput as error:
-        return _report(error, USAGE)
-    except TorchordError as error:
-        return _report(error, BAD)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (`| head`) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    return guarded(lambda: command(ControlPlane(settings_of(options.url, options.checkpoint_dir)), options))
 
 
 # --- what can be typed ----------------------------------------------------------------------
@@ -172,20 +154,6 @@ _MODEL = click.Option(
 )
 
 
-def _run_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
-    """Names of runs that begin with what was typed; none if the server does not answer."""
-    from torchord.cache.ledger.runs import Runs
-    from torchord.cache.servers.redis_client import connect
-
-    try:
-        url = context.params.get("url") or from_environment().url
-        with connect(url, patience_seconds=_COMPLETION_SECONDS) as client:
-            names = Runs(client, url).listed()
-    except TorchordError:
-        return []
-    return [name for name in names if name.startswith(typed)]
-
-
 def _command(
     name: str,
     perform: Callable[[Master, Options], int] | None,
@@ -202,11 +170,11 @@ def _command(
     parameters: list[click.Parameter] = [_URL, _CHECKPOINTS, _JSON, *more]
     if name != "list":
         alone = name == "verify"  # a statement names its run
-        parameters.append(click.Argument(["name"], required=not alone, default="", shell_complete=_run_names))
+        parameters.append(click.Argument(["name"], required=not alone, default="", shell_complete=run_names))
 
     def run(**typed: Any) -> int:
         if typed.get("statement") is not None:
-            return _guarded(_verify_statement, Options(**typed))
+            return guarded(lambda: _verify_statement(Options(**typed)))
         if name != "list" and not typed["name"]:
             raise click.UsageError("name a run, or a --statement")
         if look is not None:
@@ -366,12 +334,17 @@ def _verify(master: Master, options: Options) -> int:
     if options.json:
         print(for_others(asdict(found)))
     else:
-        print(found)
+        _print_wrapped(str(found))
         for problem in found.problems[1:20]:
-            print(f"  also: {problem}")
+            _print_wrapped(f"  also: {problem}")
         if len(found.problems) > 20:
             print(f"  and {len(found.problems) - 20} more (--json shows all)")
     return OK if found.ok else BAD
+
+
+def _print_wrapped(said: str) -> None:
+    indent = " " * (2 + len(said) - len(said.lstrip()))
+    print(textwrap.fill(said, 80, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False))
 
 
 def _verify_statement(options: Options) -> int:
@@ -412,11 +385,6 @@ def _told(master: Master, options: Options) -> int:
     return OK
 
 
-def _report(error: TorchordError, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
-
-
 _torchord.add_command(
     click.Command(
         "health",
@@ -426,7 +394,7 @@ _torchord.add_command(
             _LIVE,
             click.Argument(["name"], metavar="[NODE]", required=False, default=""),
         ],
-        callback=lambda **typed: _guarded(_health, Options(**typed)),
+        callback=lambda **typed: guarded(lambda: _health(Options(**typed))),
         help="Whether the workers of this host live and take messages, or those of a node (NAME@HOST): "
         "for health checks. Exit code 0 if all do, 1 if none lives or one is deaf, 4 if Redis does not "
         "answer (0 with --live).",
@@ -446,5 +414,18 @@ _command(
 _command("cancel", _cancel, "End a run for good.")
 _command("verify", _verify, "Audit a run's ledger, or check a statement.", _REPLAY, _STATEMENT, _MODEL)
 _command("statement", _statement, "Print the sealed statement of a run that is done.")
-for command in (submit, export, keys, liars, readmit, doctor):
+for command in (
+    submit,
+    logs,
+    plot,
+    report,
+    export,
+    keys,
+    liars,
+    readmit,
+    doctor,
+    worker,
+    flower,
+    completion,
+):
     _torchord.add_command(command)

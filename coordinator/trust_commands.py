@@ -9,30 +9,24 @@ from dataclasses import asdict
 
 import click
 
-from torchord.cache.errors import CacheUnreachable, TorchordError
 from torchord.cache.ledger.workers import Registry
-
-OK, NONE, UNREACHABLE = 0, 1, 4
-
-_URL = click.option("--url", metavar="URL", help="Redis URL of broker and control plane (else TORCHORD_URL).")
+from torchord.coordinator.commands.common import BAD, OK, guarded, settings_of, told, with_json, with_url
 
 
 def _with_registry(url: str | None, act: Callable[[Registry], int]) -> int:
     from torchord.cache.servers.redis_client import connect
-    from torchord.cache.settings import from_environment
 
-    try:
-        there = url or from_environment().url
+    def perform() -> int:
+        there = settings_of(url).url
         with connect(there) as client:
             return act(Registry(client, there))
-    except TorchordError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNREACHABLE if isinstance(error, CacheUnreachable) else NONE
+
+    return guarded(perform)
 
 
 @click.command("quarantined", help="Workers that get no shard of a run that checks, since they lied.")
-@_URL
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@with_url
+@with_json
 def liars(url: str | None, as_json: bool) -> int:
     """See the help."""
 
@@ -52,15 +46,16 @@ def liars(url: str | None, as_json: bool) -> int:
 
 @click.command("readmit", help="Let a quarantined worker compute again: NODE is its NAME@HOST.")
 @click.argument("node")
-@_URL
-def readmit(node: str, url: str | None) -> int:
+@with_url
+@with_json
+def readmit(node: str, url: str | None, as_json: bool) -> int:
     """See the help."""
 
     def act(registry: Registry) -> int:
         if registry.readmit(node):
-            print(f"{node} gets shards again, within a second")
+            told(f"{node} gets shards again, within a second", {"node": node}, as_json=as_json)
             return OK
         print(f"{node} is not quarantined; `torchord quarantined` lists who is", file=sys.stderr)
-        return NONE
+        return BAD
 
     return _with_registry(url, act)

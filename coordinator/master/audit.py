@@ -20,13 +20,14 @@ from torchord.cache.ledger.records import (
     LedgerEntry,
     VersionRecord,
 )
+from torchord.coordinator.master.reports import in_a_table
 from torchord.coordinator.spec.plan import Plan
 
 if TYPE_CHECKING:
     from torchord.cache.files.checkpoint import CheckpointStore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """What `Run.verify` found.
 
@@ -58,6 +59,14 @@ class Audit:
     reexecuted: tuple[int, ...] = ()
     partial_sums: int = 0
     checked: int = 0
+
+    def __repr__(self) -> str:
+        return f"<Audit: {self}>"
+
+    def _repr_html_(self) -> str:
+        return in_a_table(
+            "audit", [("ledger", str(self)), *(("problem", each) for each in self.problems[:20])]
+        )
 
     def __str__(self) -> str:
         verdict = "clean" if self.ok else f"NOT clean: {self.problems[0]}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+def in_a_table(title: str, rows: Iterable[tuple[str, object]]) -> str:
+    """A few facts as HTML, for a notebook."""
+    lines = "".join(
+        f'<tr><th style="text-align:left">{escape(name)}</th>'
+        f'<td style="text-align:left">{escape(str(value))}</td></tr>'
+        for name, value in rows
+    )
+    return f"<table><caption>{escape(title)}</caption>{lines}</table>"
+
+
+@dataclass(frozen=True, repr=False)
 class RunStatus:
     """Where a run stands.
 
@@ -52,6 +64,27 @@ class RunStatus:
     refused: tuple[str, ...] = ()
     discarded: tuple[str, ...] = ()
     waits: tuple[Wait, ...] = ()
+
+    def __repr__(self) -> str:
+        said = f"<RunStatus of {self.name!r}: {self.state}, step {self.version} of {self._total}"
+        reason = f", waits for {self.waits[0].what}" if self.waits else ""
+        return f"{said}{f': {self._failure}' if self.error else reason}>"
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("state", self.state), ("step", f"{self.version} of {self._total}")]
+        rows += [("waits for", f"{wait.what}; {wait.ends}") for wait in self.waits]
+        rows += [("refused", each) for each in self.refused]
+        rows += [("error", self._failure)] if self.error else []
+        rows += [("server", self.server)] if self.server else []
+        return in_a_table(f"run {self.name}", rows)
+
+    @property
+    def _total(self) -> object:
+        return "?" if self.total_steps is None else self.total_steps
+
+    @property
+    def _failure(self) -> str:
+        return (self.error or "").partition("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -118,7 +151,7 @@ def state_of(module: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainedModel:
     """What `Run.wait` returns.
 
@@ -135,6 +168,17 @@ class TrainedModel:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     version: int = 0
+
+    def __repr__(self) -> str:
+        return f"<TrainedModel {', '.join(f'{name} {value}' for name, value in self._facts())}>"
+
+    def _repr_html_(self) -> str:
+        return in_a_table("trained model", self._facts())
+
+    def _facts(self) -> list[tuple[str, object]]:
+        last = [("loss", f"{self.history[-1].loss:.6g}")] if self.history else []
+        measured = [(f"evaluated {name}", f"{value:.6g}") for name, value in sorted(self.metrics.items())]
+        return [("module", type(self.module).__name__), ("version", self.version), *last, *measured]
 
     def save(self, path: str | Path) -> Path:
         """Write the state dict as a safetensors file and return its path.

@@ -16,10 +16,12 @@ from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry
+from torchord.coordinator.drawing.picture import Picture
 from torchord.coordinator.local_cluster.import_path import allow_list
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit, entry_texts, opened, said_of_workers
 from torchord.coordinator.master.follower import Follower
+from torchord.coordinator.master.plotting import pictured
 from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.master.reports import RunStatus, StepReport, TrainedModel, state_of
 from torchord.coordinator.master.standing import Standing
@@ -80,6 +82,20 @@ class Run:
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Metrics of each evaluated version."""
         return self._ledger.evaluations()
+
+    def plot(self, path: str | Path | None = None) -> Picture:
+        """The run's curves: a notebook shows them, `print` draws them in a terminal, `save` writes a file.
+
+        Args:
+            path: of a file, .svg or .png (which needs matplotlib), that is written at once.
+
+        Raises:
+            InvalidInput: a path with another ending, or no matplotlib.
+        """
+        drawn = pictured(self.name, self.history(), self.evaluations())
+        if path is not None:
+            drawn.save(path)
+        return drawn
 
     def events(self, after: str = "0-0") -> Iterator[Event]:
         """Live iterator over the run's events; ends when the run is done, failed or cancelled.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchord.coordinator.drawing.sampling import sampled
 from torchord.coordinator.pages.columns import SERIES, Columns
-from torchord.coordinator.pages.sampling import sampled
 
 POINTS_LEAST, POINTS_MOST = 50, 4000
 

@@ -12,6 +12,7 @@ from torchord.cache.ledger.workers import Registry
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.settings import DEFAULT_URL, from_environment
 from torchord.coordinator import cli
+from torchord.coordinator.commands.common import UNREACHABLE
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
 
 NAMES = ("CELERY_BROKER_URL", "TORCHORD_URL", "TORCHORD_CACHE_URLS")
@@ -85,7 +86,7 @@ def test_who_is_refused_or_finds_nobody_sees_no_password(
             with pytest.raises(CacheUnreachable) as caught, connect(url, patience_seconds=0.1) as client:
                 Registry(client, url).alive()
             assert "hunter2" not in "".join(traceback.format_exception(caught.value)), url
-        assert cli.main(["list", "--url", urls[0]]) == cli.UNREACHABLE
+        assert cli.main(["list", "--url", urls[0]]) == UNREACHABLE
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert "hunter2" not in said.out + said.err + caplog.text

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchord.coordinator.pages.sampling import sampled
+from torchord.coordinator.drawing.sampling import sampled
 
 VALUES = st.lists(st.floats(-100, 100) | st.just(math.nan) | st.just(math.inf), max_size=400)
 

@@ -1,0 +1,1 @@
+"""The commands of `torchord`, and what they share: options, exit codes, one line for what goes wrong."""

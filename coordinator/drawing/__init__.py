@@ -1,0 +1,1 @@
+"""Curves as pictures: SVG, PNG and characters of a terminal. Knows nothing of runs."""
