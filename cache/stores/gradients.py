@@ -229,13 +229,41 @@ class GradientStore:
         told = tell if announced else None
         return GradientUpload(self.chunks, key, nonce, expected, buffer, told, ledger.digest)
 
-    def put_state(self, ledger: Ledger, step: int, shard: int, state: Any) -> StateRecord:
-        """Store the tree that a slot keeps for its next step."""
+    def put_state(
+        self, ledger: Ledger, step: int, shard: int, state: Any, *, readers: str | None = None
+    ) -> StateRecord:
+        """Store the tree that a slot keeps for its next step.
+
+        Args:
+            readers: in a round, the memory that its participants share, "" if they do not: where that is
+                this host's, it is kept here alone, and nowhere for longer than work is; `lasting` then
+                makes it part of a version. None: it is to be part of one at once.
+        """
         key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
-        put = partial(
-            self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, inline=True, digest=ledger.digest
-        )
+
+        def put(packed: torch.Tensor) -> BlobRef:
+            ttl = keys.BLOB_TTL_SECONDS if readers is None else keys.WORK_TTL_SECONDS
+            if readers and self.chunks.tiered(packed.numel()) and readers == self.chunks.memory_id:
+                return self.chunks.put_local(key, packed, ttl_seconds=ttl, digest=ledger.digest)
+            return self.chunks.put(key, packed, ttl_seconds=ttl, inline=True, digest=ledger.digest)
+
         return put_tree(state, put, self.chunks.draft)
+
+    def lasting(self, ledger: Ledger, step: int, shard: int, state: StateRecord) -> StateRecord:
+        """What a slot keeps, stored for everybody and for as long as versions are.
+
+        Raises:
+            CacheError: its bytes are lost, or cannot be stored.
+        """
+        blob = state.blob
+        if blob is None or blob.data:
+            return state
+        if not blob.local:
+            self.chunks.touch(blob, keys.BLOB_TTL_SECONDS)
+            return state
+        key = ledger.keys.slot_state_blob(step, shard, uuid.uuid4().hex[:12])
+        put = partial(self.chunks.put, key, ttl_seconds=keys.BLOB_TTL_SECONDS, digest=ledger.digest)
+        return replace(state, blob=put(self.chunks.get(blob)))
 
     def get_state(self, state: StateRecord) -> Any:
         """The tree that a slot kept; errors as for `get_tree`."""

@@ -8,7 +8,8 @@ rounds it stays as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,17 +19,18 @@ from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
 from torchord.cache.blobs.tiered_store import INLINE_NBYTES
 from torchord.cache.errors import CacheError, InvalidInput, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import Head, SlotRecord, VersionRecord
+from torchord.cache.ledger.records import Head, SlotRecord, StateRecord, VersionRecord
 from torchord.cache.ledger.rounds import KEPT_STEPS, Report
 from torchord.cache.tensors.codec import as_bytes
 from torchord.cache.tensors.pieces import checksums, split
+from torchord.coordinator.compute import shard_norm
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import Trainer
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.restoring import restore
 from torchord.coordinator.runtime.services import Services
-from torchord.coordinator.runtime.step_result import entry_of, event_of, update
+from torchord.coordinator.runtime.step_result import entry_of, event_of, kept_states, update
 from torchord.coordinator.runtime.step_sum import StepSum
 from torchord.coordinator.runtime.version_writer import VersionWriter
 
@@ -47,6 +49,7 @@ class Participant:
         version: the version that it holds; -1: none.
         chain: ledger chain of that.
         digest: of its parameters.
+        slots: what its slots keep, by shard.
     """
 
     def __init__(self, services: Services, context: RunContext, worker: str) -> None:
@@ -57,12 +60,14 @@ class Participant:
         self.version = -1
         self.chain = ""
         self.digest = ""
+        self.slots: dict[int, StateRecord] = {}
         self._committed_at = 0.0
         self._made: Trainer | None = None
         self._writer: VersionWriter | None = None
         self._flats: list[Tensor] = []  # of the present version, and of the one before, which is free
         self._spoilt = False  # whether something wrote to the first of them
         self._read: dict[int, list[BlobRef]] = {}  # step -> bytes of its slots, which somebody may still read
+        self._stored: dict[int, StateRecord] = {}  # what slots kept at the last stored version, whose it is
 
     @property
     def trainer(self) -> Trainer:
@@ -95,6 +100,7 @@ class Participant:
                 self.services.parameters, self.ledger, self._made.replica, record.rest
             )
         self._flats = []
+        self.settle(record)
         self._take(record.version, record.chain, head.committed_at)
         if self.digest != record.digest:
             raise CacheError(
@@ -128,6 +134,7 @@ class Participant:
         updated = update(context.run, self.trainer, step, roots, mean)
         before, self.chain = self.chain, ""
         self._read[step] = [slot.blob for slot in slots.values()]
+        self._keep(step, slots, skipped=updated.report.skipped)
         digest = self._pack()
         entry = entry_of(
             context,
@@ -150,8 +157,8 @@ class Participant:
         """The average of a step's slots.
 
         Raises:
-            CacheError: a slot's bytes are gone, or are not the model's: its training server finds out whose
-                they are.
+            CacheError: a slot's bytes are gone, are not the model's, or too long: its training server finds
+                out whose they are.
         """
         plan, trainer = self.context.plan(), self.trainer
         total = StepSum(
@@ -160,15 +167,42 @@ class Participant:
             trainer,
             self.services.gradients,
             self.context.recipe.codec,
+            look=shard_norm.within(trainer.config.max_shard_norm),
         )
         try:
             for slot in roots:
                 total.add(slot)
             mean = total.result()
             trainer.require_fitting(mean.gradients, mean.buffers)
-        except (InvalidInput, ManifestMismatch) as error:
-            raise CacheError(f"what was sent for step {step} is not of this model: {error}") from error
+        except (InvalidInput, ManifestMismatch, shard_norm.TooLong) as error:
+            raise CacheError(f"what was sent for step {step} cannot be added up: {error}") from error
         return mean
+
+    def _keep(self, step: int, slots: Mapping[int, SlotRecord], *, skipped: bool) -> None:
+        """Take over what the slots of a step keep for their next."""
+        before = self.slots
+        self.slots, unused = kept_states(self.context, step, slots.values(), before, skipped=skipped)
+        self._read[step] += _besides([*before.values(), *unused], self.slots, self._stored)
+
+    def settle(self, record: VersionRecord | None) -> list[BlobRef]:
+        """Keep of the slots' states what is stored with a version: the present one's, at a round's end.
+
+        Args:
+            record: of it; None: it is gone, and this participant has to restore the next one.
+
+        Returns:
+            The bytes of states that were kept for the round alone.
+        """
+        if record is None:
+            self.version = -1
+            return []
+        before, self.slots, self._stored = self.slots, dict(record.slots), dict(record.slots)
+        return _besides(before.values(), self.slots)
+
+    def unneeded(self, record: VersionRecord) -> list[BlobRef]:
+        """The bytes that `stored` wrote for a record that nobody takes."""
+        state = [] if record.state is None else record.state.blobs()
+        return [*record.own_blobs(), *state, *_besides(record.slots.values(), self.slots)]
 
     def spent(self) -> list[BlobRef]:
         """The gradient bytes that nobody reads any more, once its version is committed; given once."""
@@ -182,7 +216,9 @@ class Participant:
             CacheError: that failed.
         """
         assert self._writer is not None
-        record = self._writer.store(self.version, chain=self.chain)
+        lasting = self.services.gradients.lasting
+        slots = {n: lasting(self.ledger, self.version, n, state) for n, state in self.slots.items()}
+        record = replace(self._writer.store(self.version, chain=self.chain), slots=slots)
         return self.services.parameters.publish_state(self.ledger, record, self.trainer.state(copies=False))
 
     def flat(self) -> Tensor:
@@ -212,3 +248,9 @@ class Participant:
         flat = self.trainer.replica.pack(self._flats[0])
         size = CHUNK_NBYTES if nbytes <= INLINE_NBYTES else self.services.chunks.chunk_nbytes
         return BlobRef("", nbytes, size, checksums(split(as_bytes(flat), size))).digest
+
+
+def _besides(states: Iterable[StateRecord], *kept: Mapping[int, StateRecord]) -> list[BlobRef]:
+    """The bytes of states that others do not have as well."""
+    needed = {blob.key for each in kept for state in each.values() for blob in state.blobs()}
+    return [blob for state in states for blob in state.blobs() if blob.key not in needed]

@@ -196,6 +196,8 @@ class RoundTask:
         while len(self._participants) > _KEPT:
             oldest = next(iter(self._participants))
             self._participants.pop(oldest).context.held = None
+        if made.slots and made.holds(head.version, head.chain) and head.version == state.first:
+            made.settle(context.ledger.version(head.version))  # as whoever ended the round before stored it
         if made.holds(head.version, head.chain) or self._is_before(made, head, state):
             return made
         record = context.ledger.version(head.version)
@@ -369,8 +371,10 @@ class RoundTask:
             if answer == "over":
                 self.fault("round.after_publish")
                 self._call(context.ledger)
+                if held.slots:
+                    self.services.gradients.delete(held.settle(ledger.version(held.version)))
                 return "published"
-            self.services.chunks.delete(record.own_blobs())
+            self.services.gradients.delete(held.unneeded(record))
         return {"over": "done"}.get(answer, answer)
 
     def _call(self, ledger: Ledger) -> None:

@@ -156,7 +156,13 @@ class ShardTask:
         done, stored, seconds = self._gradient(context, task, begun)
         state = None
         if done.state is not None:
-            state = self.services.gradients.put_state(context.ledger, task.step, task.slot, done.state)
+            state = self.services.gradients.put_state(
+                context.ledger,
+                task.step,
+                task.slot,
+                done.state,
+                readers=begun.memory if task.in_round else None,
+            )
         self.fault("client.after_put")
         # Its slot: the bytes are stored, so the record that points to them may be written.
         slot = SlotRecord(
@@ -238,7 +244,7 @@ class ShardTask:
                 )
                 state = None
                 if context.keeps_state(step):
-                    state = self._slot_state(context, version, shard, record)
+                    state = self._slot_state(context, task, shard, record)
                 if shard != task.slot:
                     return self.fresh.work(context, replica, step, shard, state), None
                 outgoing = self.uploads.begin(context, step, shard, replica, plan.config_at(step))
@@ -281,15 +287,22 @@ class ShardTask:
             context.ledger.emit("probe", {"message": note})
         self._this.aside = time.perf_counter() - began
 
-    def _slot_state(self, context: RunContext, version: int, shard: int, record: VersionRecord | None) -> Any:
-        """What the shard's slot kept at a version, None if nothing.
+    def _slot_state(
+        self, context: RunContext, task: SlotTask, shard: int, record: VersionRecord | None
+    ) -> Any:
+        """What the shard's slot kept at the version that it is computed at, None if nothing.
 
         Args:
             record: of the version, where the ledger gave it with the lease; None: it is asked for.
         """
-        if record is None or record.version != version:
-            record = self.services.parameters.record(context.ledger, version)
-        kept = record.slots.get(shard)
+        version = context.plan().version_for(task.step)
+        if task.in_round and context.held is not None:
+            slots = context.held.slots
+        elif record is None or record.version != version:
+            slots = self.services.parameters.record(context.ledger, version).slots
+        else:
+            slots = record.slots
+        kept = slots.get(shard)
         return None if kept is None else self.services.gradients.get_state(kept)
 
 

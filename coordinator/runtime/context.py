@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torchord.cache.blobs.read_ahead import ReadAhead
 from torchord.cache.errors import DatasetChanged, ManifestMismatch, RunError, Skewed
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import VersionRecord
+from torchord.cache.ledger.records import StateRecord, VersionRecord
 from torchord.cache.tensors.codec import Manifest
 from torchord.coordinator.compute.batch import open_dataset
 from torchord.coordinator.compute.compiling import toolchain
@@ -93,6 +93,10 @@ class Held(Protocol):
 
     version: int
     digest: str
+
+    @property
+    def slots(self) -> Mapping[int, StateRecord]:
+        """What its slots keep."""
 
     def flat(self) -> Tensor:
         """Its bytes: not to be written to, and another version's after `RunContext.let_go`."""

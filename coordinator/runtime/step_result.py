@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchord.cache.errors import NonFinite
-from torchord.cache.ledger.records import PARTIAL_SUMS, LedgerEntry, SlotReceipt, SlotRecord
+from torchord.cache.ledger.records import PARTIAL_SUMS, LedgerEntry, SlotReceipt, SlotRecord, StateRecord
 from torchord.coordinator.compute.shares import mean_loss, total_weight
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import ApplyReport, Trainer
@@ -131,6 +131,27 @@ def entry_of(
             **notes,
         },
     ).sealed()
+
+
+def kept_states(
+    context: RunContext,
+    step: int,
+    slots: Iterable[SlotRecord],
+    before: Mapping[int, StateRecord],
+    *,
+    skipped: bool,
+) -> tuple[dict[int, StateRecord], list[StateRecord]]:
+    """(what the slots keep after a step, states that they have made and nobody will need).
+
+    Args:
+        slots: of the step's shards; one that sits the step out keeps what it kept.
+        before: what they kept at the version that the step starts from.
+        skipped: whether the update was left out for a NaN: that changes no slot's state.
+    """
+    if not context.keeps_state(step):
+        return {}, []
+    made = {slot.shard: slot.state for slot in slots if slot.state is not None}
+    return ({**before}, list(made.values())) if skipped else ({**before, **made}, [])
 
 
 def event_of(entry: LedgerEntry) -> dict[str, Any]:

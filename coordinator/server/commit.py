@@ -29,7 +29,6 @@ from torchord.cache.ledger.records import (
     CONTENT,
     LedgerEntry,
     SlotRecord,
-    StateRecord,
     VersionRecord,
 )
 from torchord.coordinator.compute import shard_norm
@@ -39,7 +38,14 @@ from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.joining import compare_server
 from torchord.coordinator.runtime.services import Services
-from torchord.coordinator.runtime.step_result import Updated, entry_of, event_of, nonfinite, update
+from torchord.coordinator.runtime.step_result import (
+    Updated,
+    entry_of,
+    event_of,
+    kept_states,
+    nonfinite,
+    update,
+)
 from torchord.coordinator.runtime.step_sum import StepSum
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS
 from torchord.coordinator.server.jury import Jury
@@ -204,12 +210,14 @@ class StepCommit:
         self, warm: WarmRun, slots: Sequence[SlotRecord], draft: VersionRecord, entry: LedgerEntry
     ) -> tuple[VersionRecord, list[BlobRef]]:
         """The version's record with what its slots keep, and the blobs of states that nobody will need."""
-        states = self._new_states(warm, slots)
-        kept = dict(warm.record.slots) if warm.context.keeps_state(warm.version) else {}
-        if entry.skipped:  # for a NaN: it changes no slot's state, and what it made is of no use
-            unused = [blob for state in states.values() for blob in state.blobs()]
-            return replace(draft, chain=entry.chain, slots=kept), unused
-        return replace(draft, chain=entry.chain, slots={**kept, **states}), []
+        shards: Iterable[SlotRecord] = slots
+        if slots[0].total is not None and warm.context.keeps_state(warm.version):
+            count = warm.context.plan().shards_in(warm.version)
+            shards = [slot for slot in warm.ledger.slots(warm.version).values() if slot.shard < count]
+        kept, unused = kept_states(
+            warm.context, warm.version, shards, warm.record.slots, skipped=entry.skipped
+        )
+        return replace(draft, chain=entry.chain, slots=kept), [blob for s in unused for blob in s.blobs()]
 
     def _receipt(self, warm: WarmRun, entry: LedgerEntry) -> dict[str, Any]:
         return {
@@ -308,15 +316,6 @@ class StepCommit:
     def _adopt(self, warm: WarmRun) -> None:
         """Follow a switch of the config that holds from the present step on."""
         warm.trainer.adopt(warm.context.recipe, warm.context.plan().config_at(warm.version))
-
-    def _new_states(self, warm: WarmRun, slots: Sequence[SlotRecord]) -> dict[int, StateRecord]:
-        """What the slots of the present step left for their next one; some may sit the step out."""
-        if not warm.context.keeps_state(warm.version):
-            return {}
-        if slots[0].total is not None:
-            shards = warm.context.plan().shards_in(warm.version)
-            slots = [slot for slot in warm.ledger.slots(warm.version).values() if slot.shard < shards]
-        return {slot.shard: slot.state for slot in slots if slot.state is not None}
 
     # --- what comes next --------------------------------------------------------------------
 

@@ -105,14 +105,11 @@ class RoundOpener:
         """Whether the run's Clients can step its optimizer; what a single step has and a round has not."""
         context, keyring = warm.context, self.services.keyring
         config = context.plan().config_at(warm.version)
-        plain = config.staleness == 0 and config.parameter_compression == "none" and config.deterministic
-        if config.aggregation != "mean" or config.max_shard_norm is not None:
-            return False
-        if config.round_steps == 1 or not plain or context.keeps_state(warm.version):
+        if config.round_steps == 1 or config.staleness or not config.deterministic:
             return False
         if (keyring and not keyring.local) or warm.ledger.digest:
             return False
-        return warm.ledger.head().skew == "refuse" and not warm.record.slots
+        return warm.ledger.head().skew == "refuse"
 
     # --- what has become of one -----------------------------------------------------------------
 

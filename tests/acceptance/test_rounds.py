@@ -29,7 +29,13 @@ MODELS: dict[str, tuple[Callable[..., Recipe], dict[str, Any]]] = {
     "odd": (models.odd, {"shards": 3}),
     "clipped": (models.mlp, {"shards": 2, "clip_norm": 0.5}),
     "half": (models.mlp, {"shards": 2, **HALF}),
+    "local": (  # whose slots keep what lies in shared memory
+        partial(models.mlp, model=partial(models.Mlp, hidden=8192)),
+        {"shards": 3, "local_steps": 2, "compression": "topk:0.1", "batch_size": 4},
+    ),
 }
+LOOPS_ELSEWHERE = ("half", "gpt", "local")  # in test_exactness.py and test_round_modes.py
+
 _numbers = itertools.count()
 
 
@@ -73,8 +79,8 @@ def test_the_same_bits_however_long_the_rounds_and_whoever_takes_part(clients: F
             steps = run.status().version
             # What is left for a round of one step is a single step, as is one that nobody came to in time.
             assert by_server == steps if length == 1 else by_server <= 2 < steps, name
-        if name not in KNOWN:  # fp16 and tied weights have a loop of their own in test_exactness.py
-            plain = name not in ("half", "gpt")
+        if name not in KNOWN:
+            plain = name not in LOOPS_ELSEWHERE
             KNOWN[name] = expected(recipe(), config(**fields)) if plain else found[0]
         assert found == [KNOWN[name]] * len(found), name
 

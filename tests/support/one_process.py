@@ -12,15 +12,19 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 
+from tests.support.one_at_a_time import OneAtATime
+from torchord.cache import keys
+from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.keyring import NO_KEYS
-from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.rounds import Seat, Turn
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.cache.settings import Settings
 from torchord.cache.stores.gradients import GradientStore
@@ -30,6 +34,7 @@ from torchord.cache.testing.memory_chunks import MemoryChunkStore
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.client.client import Client
+from torchord.coordinator.client.round_task import SeatTask
 from torchord.coordinator.client.slot_lease import SlotTask
 from torchord.coordinator.master.audit import audit
 from torchord.coordinator.master.switching import plan_of
@@ -45,6 +50,7 @@ from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
 
 RUN = "run"
+SEAT = "seat"  # what Celery has as a gradient of several steps
 RESTING = ("done", "failed", "cancelled", "paused")
 _AROUND = ("acquire", "initialise", "finish")
 _NEVER = ("server.before_rollback", "server.after_rollback", "client.before_part", "client.after_part")
@@ -77,11 +83,31 @@ class Post(Sender):
     def step(
         self, run: str, step: int, shards: Sequence[int], *, version: int | None = None, **options: Any
     ) -> None:
+        if (steps := options.get("steps", 1)) > 1:
+            seats = [{"run": run, "step": step, "steps": steps, "seat": seat} for seat in shards]
+            self.waiting += [(SEAT, seat) for seat in seats]
+            return
         for shard in shards:
             self.gradient(run, step, shard, version=version)
 
     def drafted(self, *args: Any, **kwargs: Any) -> None:
         """A chord of its own goes out after the commit."""
+
+
+class Ledger(MemoryLedger):
+    """Whoever is in a round lets the others go on before each turn."""
+
+    def __init__(self, plane: MemoryPlane, before_turn: Callable[[str], None]) -> None:
+        super().__init__(plane, RUN)
+        self._before_turn = before_turn
+
+    def turn(self, seat: Seat, *args: Any, **options: Any) -> Turn:
+        self._before_turn(seat.worker)
+        return super().turn(seat, *args, **{**options, "wait_seconds": None})
+
+    def end_round(self, seat: Seat, *args: Any, **options: Any) -> str:
+        self._before_turn(seat.worker)
+        return super().end_round(seat, *args, **{**options, "wait_seconds": None})
 
 
 class Heartbeat:
@@ -141,14 +167,25 @@ class Fleet:
         clients: how many.
         seed: of the order of deliveries, and of what is delivered twice.
         kill: (point, pass): the process that comes to the point for the so many-th time is killed.
+        leave: at which of all turns in rounds a Client is told to end; another one takes its place.
+        host: the tier that all of them share.
     """
 
     def __init__(
-        self, folder: str, clients: int, *, seed: int = 0, kill: tuple[str, int] | None = None
+        self,
+        folder: str,
+        clients: int,
+        *,
+        seed: int = 0,
+        kill: tuple[str, int] | None = None,
+        leave: Sequence[int] = (),
+        host: HostTier | None = None,
     ) -> None:
-        chunks = TieredStore(cast(Any, MemoryChunkStore()), None)
+        chunks = TieredStore(cast(Any, MemoryChunkStore()), host)
         self.plane = MemoryPlane()
-        ledger = MemoryLedger(self.plane, RUN)
+        self.random = random.Random(seed)
+        self.turns = OneAtATime(self.random)
+        ledger = Ledger(self.plane, self._before_turn)
         settings = Settings(checkpoint_dir=folder, allowed_modules=("*",), overlap=frozenset())
         self.services = cast(
             Services,
@@ -158,19 +195,21 @@ class Fleet:
                 parameters=ParameterCache(chunks),
                 gradients=GradientStore(chunks),
                 ledger=lambda run: ledger,
-                registry=SimpleNamespace(alive=self._alive),
+                registry=SimpleNamespace(alive=self._alive, worker=lambda name: self._alive().get(name)),
                 keyring=NO_KEYS,
                 file_keyring=NO_KEYS,
             ),
         )
-        self.ledger: Ledger = ledger
-        self.random = random.Random(seed)
+        self.ledger = ledger
         self.post = Post()
         self.kill = kill
+        self.leave = set(leave)
         self.kills: list[str] = []
         self._parked = threading.Event()
         self._over = threading.Event()
         self._made = 0
+        self._turns_taken = 0
+        self.seats: list[dict[str, Any]] = []  # receipts
         self._raised: Exception | None = None
         self.clients: list[Client] = []
         self.server = self._server()
@@ -217,6 +256,9 @@ class Fleet:
         if task == task_names.ADVANCE:
             self._live(lambda: self.server.advance(RUN), self._replace_server)
             return
+        if task == SEAT:
+            self._take_seats([kwargs])
+            return
         number = self.random.randrange(len(self.clients))
         client = self.clients[number]
         self._live(lambda: self._compute(client, task, kwargs), lambda: self._replace_client(number))
@@ -229,6 +271,36 @@ class Fleet:
             client.sums.partial_sum(work)
         else:
             client.shards.compute_gradient(work)
+
+    def _take_seats(self, seats: list[dict[str, Any]]) -> None:
+        """A round: all of its seats that wait, each by a Client of its own, some of which come late."""
+        step = seats[0]["step"]
+        seats += [kwargs for task, kwargs in self.post.waiting if task == SEAT and kwargs["step"] == step]
+        self.post.waiting = [
+            (task, kwargs) for task, kwargs in self.post.waiting if task != SEAT or kwargs["step"] != step
+        ]
+        clients = self.random.sample(self.clients, min(len(seats), len(self.clients)))
+        self.turns.run([partial(self._sit, *each) for each in zip(clients, seats, strict=False)])
+        self.post.advance(RUN)  # as their chord does
+
+    def _sit(self, client: Client, seat: dict[str, Any]) -> None:
+        for _ in range(self.random.choice((0, 0, 5, 20))):
+            self.turns.pause()
+        self._quietly(lambda: self.seats.append(client.rounds.take_seat(SeatTask(**seat))))
+        if client.lease.leaving:
+            self._dies(client.heartbeat.info.id)
+
+    def _before_turn(self, worker: str) -> None:
+        self.turns.pause()
+        self._turns_taken += 1
+        if self._turns_taken in self.leave:
+            next(c for c in self.clients if c.heartbeat.info.id == worker).lease.hand_back()
+
+    def _dies(self, worker: str) -> None:
+        """A Client that was in a round has ended, and another one takes its place."""
+        self.plane.delete(keys.worker(worker))
+        number = next(n for n, client in enumerate(self.clients) if client.heartbeat.info.id == worker)
+        self._replace_client(number)
 
     def _supervise(self) -> None:
         """Send again what is missing: nobody is alive who is at it."""
@@ -275,7 +347,7 @@ class Fleet:
         except Exception as error:  # noqa: BLE001  a worker's task logs it
             self._raised = error
 
-    def _fault(self) -> Hook:
+    def _fault(self, worker: str) -> Hook:
         count = 0
 
         def reached(point: str) -> None:
@@ -285,6 +357,10 @@ class Fleet:
             count += 1
             if count == self.kill[1]:
                 self.kills.append(point)
+                if self.turns.inside:
+                    self.kill = None
+                    self._dies(worker)
+                    self.turns.gone()
                 self._parked.set()
                 self._over.wait()
                 raise SystemExit  # whatever that does now, nobody will see it
@@ -293,15 +369,16 @@ class Fleet:
 
     def _named(self, kind: str) -> Heartbeat:
         self._made += 1
+        self.plane.put(keys.worker(f"{kind}{self._made}"), "alive")
         return Heartbeat(f"{kind}{self._made}")
 
     def _server(self) -> TrainingServer:
         beat = cast(Any, self._named("server"))
-        return TrainingServer(Contexts(self.services), beat, self.post, fault=self._fault())
+        return TrainingServer(Contexts(self.services), beat, self.post, fault=self._fault(beat.info.id))
 
     def _client(self) -> Client:
         beat = cast(Any, self._named("client"))
-        return Client(Contexts(self.services), beat, self.post, fault=self._fault())
+        return Client(Contexts(self.services), beat, self.post, fault=self._fault(beat.info.id))
 
     def _replace_server(self) -> None:
         self.server = self._server()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.blobs.tiered_store import TieredStore
 from torchord.cache.errors import CheckpointError, ChunkMissing, ManifestMismatch
 from torchord.cache.ledger.records import StateRecord
@@ -43,6 +45,28 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return type(one) is type(other) and all(map(same, one, other))
     return bool(one == other)
+
+
+def test_a_slots_state_is_kept_for_a_round_alone_until_it_is_part_of_a_version(
+    memory: MemoryChunkStore, ledger: MemoryLedger, tmp_path: Path
+) -> None:
+    """Where all who read it share memory, it is there and nowhere else; its digest is the same anywhere."""
+    chunks = TieredStore(memory, HostTier(tmp_path))
+    store, value = GradientStore(chunks), {"a": torch.arange(100_000)}
+    by_memory = [store.put_state(ledger, 3, 0, value, readers=them) for them in (chunks.memory_id, "", None)]
+    near, far, lasting = (kept.blob for kept in by_memory)
+    assert near is not None and far is not None and lasting is not None
+    assert (near.local, far.local, lasting.local) == (True, False, False)
+    assert near.digest == far.digest == lasting.digest
+    assert not any(key.startswith(near.key) for key in memory.chunks)
+    elsewhere = GradientStore(TieredStore(memory, None))
+    for kept in by_memory:
+        assert same(elsewhere.get_state(store.lasting(ledger, 4, 0, kept)), value)
+    store.delete([near])
+    with pytest.raises(ChunkMissing):
+        store.lasting(ledger, 4, 0, by_memory[0])
+    small = store.put_state(ledger, 3, 0, {"n": torch.ones(3)}, readers=chunks.memory_id)
+    assert store.lasting(ledger, 4, 0, small) == small, "it travels in its record"
 
 
 @pytest.mark.parametrize("value", TREES, ids=["mixed", "no tensor", "an empty tensor", "one tensor"])
