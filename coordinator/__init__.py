@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchord.coordinator.compute.step_metrics import Measure
     from torchord.coordinator.datasets import stored_dataset
     from torchord.coordinator.local_cluster.cluster import LocalCluster
     from torchord.coordinator.master.audit import Audit
@@ -22,6 +23,7 @@ _HOME = {
     "Audit": "torchord.coordinator.master.audit",
     "LocalCluster": "torchord.coordinator.local_cluster.cluster",
     "Master": "torchord.coordinator.master.master",
+    "Measure": "torchord.coordinator.compute.step_metrics",
     "Recipe": "torchord.coordinator.spec.recipe",
     "Run": "torchord.coordinator.master.run",
     "RunStatus": "torchord.coordinator.master.reports",
@@ -35,6 +37,7 @@ __all__ = [
     "Audit",
     "LocalCluster",
     "Master",
+    "Measure",
     "Recipe",
     "Run",
     "RunStatus",

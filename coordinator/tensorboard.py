@@ -17,6 +17,7 @@ from typing import Any
 
 from torchord.cache.errors import CacheUnreachable, RunNotFound, TorchordError
 from torchord.cache.ledger.answers import Event
+from torchord.cache.ledger.step_metrics import METRICS
 from torchord.cache.settings import located
 from torchord.coordinator.master.master import Master
 from torchord.coordinator.master.run import Run
@@ -65,6 +66,10 @@ def scalars(event: Event) -> list[tuple[str, float, int]]:
         step = int(data["version"])
         found = [("train/loss", data["loss"], step), ("train/gradient norm", data["grad_norm"], step)]
         found += [(f"train/learning rate {group}", lr, step) for group, lr in enumerate(data["lr"])]
+        taken = {tag for tag, _, _ in found}
+        for name, value in data.get(METRICS, {}).items():
+            tag = f"train/{name}"
+            found.append((tag if tag not in taken else f"train/metric {name}", value, step))
         found.append(("speed/gradient bytes a step", data["nbytes"], step))
         if data["seconds"] > 0:
             found.append(("speed/samples a second", data["examples"] / data["seconds"], step))

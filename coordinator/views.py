@@ -29,7 +29,7 @@ __all__ = [
     "progress",
     "worded",
 ]
-_FIGURES = ("loss", "metrics", "evaluated", "rate", "left_seconds", "workers", "committed_at")
+_FIGURES = ("loss", "measured", "metrics", "evaluated", "rate", "left_seconds", "workers", "committed_at")
 
 
 def fields(status: RunStatus) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def in_full(line: dict[str, Any], now: float) -> Iterator[str]:
     if line["epoch"] is not None and line["state"] != "done":
         yield f"  epoch        {line['epoch'] + 1}"
     if line["loss"] is not None:
-        yield f"  loss         {line['loss']:.6g} (the last step's)"
+        measured = "".join(f", {name} {value:.6g}" for name, value in line["measured"].items())
+        yield f"  loss         {line['loss']:.6g}{measured} (the last step's)"
     if line["metrics"]:
         said = ", ".join(f"{name} {value:.6g}" for name, value in sorted(line["metrics"].items()))
         yield f"  evaluation   {said} (version {line['evaluated']})"

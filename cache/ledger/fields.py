@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchord.cache.ledger import step_metrics
 from torchord.cache.reading import (
     ANY,
     COUNT,
@@ -29,7 +30,12 @@ _RECEIPT = {
     "attempt": COUNT,
     "seconds": FIGURE,
 }
-_RECEIPT_MORE = {"environment": TEXT, "fetched": TEXT, "weight": FIGURE.or_none()}
+_RECEIPT_MORE = {
+    "environment": TEXT,
+    "fetched": TEXT,
+    "weight": FIGURE.or_none(),
+    step_metrics.METRICS: step_metrics.ROWS_OF_METRICS.or_none(),
+}
 
 RECEIPT = Fields("the receipt of a slot", {**_RECEIPT, "nbytes": COUNT}, _RECEIPT_MORE)
 
@@ -64,7 +70,10 @@ VERSION = Fields(
 )
 
 NOTES = Fields(
-    "the notes of a ledger entry", {}, {"partial_sums": ROWS, "checks": ROWS, "start_from": OBJECT}, open=True
+    "the notes of a ledger entry",
+    {},
+    {"partial_sums": ROWS, "checks": ROWS, "start_from": OBJECT, step_metrics.METRICS: step_metrics.NAMED},
+    open=True,
 )
 
 ENTRY = Fields(

@@ -13,8 +13,10 @@ from typing import Any
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger import fields as known
+from torchord.cache.ledger.delta_record import DeltaRecord
 from torchord.cache.ledger.figures import figures_in, to_text
 from torchord.cache.ledger.rest_record import RestRecord
+from torchord.cache.ledger.step_metrics import METRICS, Row
 from torchord.cache.reading import number_of
 
 GENESIS = "0" * 32
@@ -52,10 +54,12 @@ class SlotReceipt:
     environment: str = ""
     fetched: str = "process"
     weight: float | None = None
+    metrics: dict[str, Row] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able form (`dataclasses.asdict` costs ten times as much, and there may be hundreds)."""
-        left_out = ("weight",) if self.weight is None else ()  # so entries of before keep their seals
+        # So entries of before keep their seals.
+        left_out = tuple(name for name in ("weight", "metrics") if getattr(self, name) is None)
         return {name: getattr(self, name) for name in self.__slots__ if name not in left_out}
 
     def essence(self) -> list[Any]:
@@ -122,6 +126,7 @@ class SlotRecord:
             that it held), "host" or "store".
         total: of a partial sum, what it sums up; None for a gradient.
         weight: what the loss is a mean over, for a partial sum all its shards' together; None: the examples.
+        metrics: what the shard measured beside its loss; None: nothing, or it is a partial sum.
     """
 
     shard: int
@@ -142,10 +147,13 @@ class SlotRecord:
     fetched: str = "process"
     total: SumRecord | None = None
     weight: float | None = None
+    metrics: dict[str, Row] | None = None
 
     def to_json(self) -> str:
         """Text for the slots hash."""
         fields = {name: getattr(self, name) for name in self.__slots__}
+        if self.metrics is None:
+            del fields["metrics"]
         fields["blob"] = self.blob.to_json()
         fields["buffers"] = list(self.buffers)
         fields["state"] = None if self.state is None else self.state.as_dict()
@@ -176,6 +184,7 @@ class SlotRecord:
             environment=self.environment,
             fetched=self.fetched,
             weight=self.weight,
+            metrics=self.metrics,
         )
 
     def blobs(self) -> list[BlobRef]:
@@ -205,36 +214,6 @@ class StateRecord:
     def blobs(self) -> list[BlobRef]:
         """The bytes that the tree's tensors are in."""
         return [] if self.blob is None else [self.blob]
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaRecord:
-    """How a version follows from the one before, in fewer bytes than the version has.
-
-    Attributes:
-        base: digest of the parameters of the version before.
-        compression: how the difference is encoded (`TrainingConfig.parameter_compression`).
-        manifest: layout of the bytes (torchord.cache.tensors.codec.Manifest as JSON).
-        buffers: names in the manifest that are buffers, which travel whole.
-        blob: where the bytes are.
-    """
-
-    base: str
-    compression: str
-    manifest: dict[str, Any]
-    buffers: tuple[str, ...]
-    blob: BlobRef
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON-able form."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return {**fields, "buffers": list(self.buffers), "blob": self.blob.to_json()}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> DeltaRecord:
-        """The inverse of `as_dict`."""
-        blob = BlobRef.from_json(known.DELTA.of(fields)["blob"])
-        return cls(**{**fields, "buffers": tuple(fields["buffers"]), "blob": blob})
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +329,12 @@ class LedgerEntry:
     chain: str = ""
     seal: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the step measured beside its loss, by name."""
+        found: dict[str, float] = self.notes.get(METRICS, {})
+        return found
 
     def computed_chain(self) -> str:
         """The chain value that follows from the entry's own contents."""

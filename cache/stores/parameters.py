@@ -31,8 +31,9 @@ from torchord.cache.errors import (
     RecordDamaged,
     VersionMissing,
 )
+from torchord.cache.ledger.delta_record import DeltaRecord
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import DeltaRecord, StateRecord, VersionRecord
+from torchord.cache.ledger.records import StateRecord, VersionRecord
 from torchord.cache.ledger.rest_record import RestRecord
 from torchord.cache.stores.damage import require_fitting, telling
 from torchord.cache.stores.trees import get_tree, put_tree

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torchord.cache.errors import CacheError, Skewed
 from torchord.cache.ledger.answers import Begun
 from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_digest
+from torchord.cache.ledger.step_metrics import METRICS
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.stores.gradients import StoredGradient
 from torchord.coordinator.client.check_turn import CheckTurns
@@ -29,6 +30,7 @@ from torchord.coordinator.compute.gradient import unwatched
 from torchord.coordinator.compute.probe import due, probe
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shard import ShardWork, work
+from torchord.coordinator.compute.step_metrics import combined
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime.context import Contexts, RunContext
 from torchord.coordinator.runtime.environment import environment
@@ -183,6 +185,7 @@ class ShardTask:
             state=state,
             fetched=self._this.source,
             weight=done.weight,
+            metrics=done.metrics,
         )
         return slot, stored
 
@@ -314,6 +317,7 @@ def _written(slot: SlotRecord, stored: StoredGradient) -> dict[str, Any]:
         "grad_norm": slot.grad_norm,
         "examples": slot.examples,
         **({} if slot.weight is None else {"weight": slot.weight}),
+        **({METRICS: combined([(slot.metrics, slot.examples, slot.weight)])} if slot.metrics else {}),
         "nbytes": stored.blob.nbytes,
         "fetched": slot.fetched,
         "seconds": round(slot.seconds, 6),

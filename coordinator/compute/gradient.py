@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchord.cache.errors import InvalidInput
+from torchord.cache.ledger.step_metrics import Row
 from torchord.coordinator.compute.batch import (
     Batch,
     IndexArray,
@@ -75,6 +76,7 @@ class ShardGradient:
         examples: examples in the shard.
         finite: whether loss and norm are finite.
         weight: what the loss is a mean over; None: the examples. A shard of weight 0 has no gradients.
+        metrics: what was measured beside the loss, as a record has it; None: nothing.
     """
 
     gradients: dict[str, Tensor]
@@ -84,6 +86,7 @@ class ShardGradient:
     examples: int
     finite: bool
     weight: float | None = None
+    metrics: dict[str, Row] | None = None
 
 
 def compute(
@@ -137,7 +140,8 @@ def compute(
     if weight == 0:
         value, tensors, norm = 0.0, {}, 0.0
     finite = math.isfinite(value) and math.isfinite(norm)
-    return ShardGradient(tensors, found.buffers, value, norm, len(indices), finite, weight)
+    metrics = weighed.measured(found.figures)
+    return ShardGradient(tensors, found.buffers, value, norm, len(indices), finite, weight, metrics)
 
 
 def forward_backward(
@@ -174,7 +178,7 @@ def forward_backward(
         _alone(left_in),
         autocast(config, replica.device),
     ):
-        loss, weight, _ = loss_of(resolved, model, value, said, reads=reads(resolved, config))
+        loss, weight, _, terms = loss_of(resolved, model, value, said, reads=reads(resolved, config))
         if whole is not None and whole != batch.examples and is_sum(resolved) and isinstance(loss, Tensor):
             loss = loss * (whole / batch.examples)
     _require_loss(loss)
@@ -183,7 +187,7 @@ def forward_backward(
     replica.watch.end()
     if scale is not None:
         unscale(replica.parameters.items(), scale)
-    return Weighed(loss.detach(), left(resolved, weight, batch.kept))
+    return Weighed(loss.detach(), left(resolved, weight, batch.kept), terms=terms)
 
 
 # --- parts ------------------------------------------------------------------------------

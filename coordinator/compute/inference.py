@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchord.coordinator.compute import metrics
+from torchord.coordinator.compute import metrics, step_metrics
 from torchord.coordinator.compute.batch import Batch, IndexArray, during, filtered_batch, pair, to_device
 from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.gradient import autocast
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _TRIED_EXAMPLES = 32
 _PART = "a part of the evaluation"
+_BESIDE = "/step"  # among the states: what the recipe's `loss` or `step` measured beside the loss
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Measured:
     Attributes:
         examples: in the part.
         means: "loss" and name of each metric that is a function -> mean.
-        states: name of each other metric -> what its figure is worked out from, a tree.
+        states: name of each other metric -> what its figure is worked out from, a tree; under "/step", what
+            the recipe's `loss` or `step` measured beside the loss.
         weights: name -> what its mean is over, where that is not the examples.
     """
 
@@ -77,14 +79,21 @@ def evaluate(
     """
     size = -(-config.batch_size // config.shards)
     parts: list[Measured] = []
+    beside: list[step_metrics.Part] = []
     tally = Tally(resolved.metrics, replica.device)
     with replica.averaged():
         for start in range(0, len(indices), size):
             some = indices[start : start + size]
             with _evaluating(replica, resolved, config, dataset, some) as (model, batch):
                 if batch.kept != 0:
-                    parts.append(_measure(resolved, model, batch, len(dataset), tally))
-    return replace(_mean(parts), states=tally.states())
+                    found, terms = _measure(resolved, model, batch, len(dataset), tally)
+                    parts.append(found)
+                    values = [float(each) for each in step_metrics.figures(terms)]
+                    beside.append(
+                        (step_metrics.read(terms, values), found.examples, found.weights.get("loss"))
+                    )
+    joined = step_metrics.joined(beside)
+    return replace(_mean(parts), states=tally.states() | ({_BESIDE: joined} if joined else {}))
 
 
 def combine(parts: Sequence[Measured], resolved: ResolvedRecipe, config: TrainingConfig) -> dict[str, float]:
@@ -93,7 +102,8 @@ def combine(parts: Sequence[Measured], resolved: ResolvedRecipe, config: Trainin
     Returns:
         name -> figure: weighted means, in float64, and what the other metrics come to; {} for no parts.
     """
-    found = dict(_mean(parts).means)
+    beside = [(part.states.get(_BESIDE), part.examples, part.weights.get("loss")) for part in parts]
+    found = step_metrics.combined(beside) | _mean(parts).means
     if resolved.metrics and parts:
         with pinned(config.threads, config.deterministic), during("finishing the metrics"), torch.no_grad():
             seed_everything(derive_seed(config.seed, "evaluation", "finish"))
@@ -196,8 +206,10 @@ def _outputs(resolved: ResolvedRecipe, model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _measure(resolved: ResolvedRecipe, model: Any, read: Batch, whole: int, tally: Tally) -> Measured:
-    """The means of one micro-batch of a dataset of `whole` examples."""
+def _measure(
+    resolved: ResolvedRecipe, model: Any, read: Batch, whole: int, tally: Tally
+) -> tuple[Measured, step_metrics.Terms]:
+    """The means of one micro-batch of a dataset of `whole` examples, and what is measured beside the loss."""
     batch, examples = read.value, read.examples
     asked = given(resolved, batch)
     said, found = left(resolved, asked, read.kept), loss_of(resolved, model, batch, asked)
@@ -214,7 +226,8 @@ def _measure(resolved: ResolvedRecipe, model: Any, read: Batch, whole: int, tall
     weights = {"loss": weight}
     if said is not None:
         weights = {**dict.fromkeys(means, weight_of(Weighed(None, said), examples, _PART)), **weights}
-    return Measured(examples, means, {}, {name: w for name, w in weights.items() if w is not None})
+    kept = {name: w for name, w in weights.items() if w is not None}
+    return Measured(examples, means, {}, kept), found.terms
 
 
 def _measurable(resolved: ResolvedRecipe, model: Any, batch: Any) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 
 from torchord.cache.errors import NonFinite
+from torchord.cache.ledger.step_metrics import Row
+from torchord.coordinator.compute import step_metrics
 from torchord.coordinator.compute.batch import IndexArray, read_batch
 from torchord.coordinator.compute.determinism import pinned
 from torchord.coordinator.compute.gradient import ShardGradient, forward_backward
@@ -43,6 +46,7 @@ from torchord.coordinator.compute.optimizers import (
 from torchord.coordinator.compute.readback import collect
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shares import mean_loss, total_weight
+from torchord.coordinator.compute.step_metrics import Terms
 from torchord.coordinator.compute.trainer import restore_optimizer
 from torchord.coordinator.compute.weights import weight_of
 from torchord.coordinator.spec.config import TrainingConfig
@@ -57,7 +61,8 @@ class LocalSteps:
     """What one shard contributes to its step, and what its slot keeps for the next.
 
     Attributes:
-        gradient: pseudo-gradients as `gradients`; loss is the weighted mean over the local steps.
+        gradient: pseudo-gradients as `gradients`; loss is the weighted mean over the local steps, and
+            metrics are put together over them as over shards.
         state: tree of the inner optimizer's, the scheduler's and fp16's loss scale's state.
     """
 
@@ -93,6 +98,7 @@ def compute(
     """
     examples = sum(len(part) for part in parts)
     losses: list[Tensor] = []
+    terms: list[Terms] = []
     norms: list[Tensor] = []
     weights: list[float | None] = []
     attached = False
@@ -117,6 +123,7 @@ def compute(
                 weighed = forward_backward(replica, resolved, config, batch, place, scale)
                 loss, name = weighed.loss, f"local step {number} of shard {shard} in step {step}"
                 weights.append(weight_of(weighed, len(part), name))
+                terms.append(weighed.terms)
                 if weights[number] == 0:  # left out
                     optimizer.zero_grad(set_to_none=True)
                     losses.append(torch.zeros_like(loss))
@@ -132,11 +139,14 @@ def compute(
                 if not overflows[number]:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            found = collect(replica, _moved(replica), [*losses, *norms])
-            values, sizes = found.figures[: len(parts)], found.figures[len(parts) :] or [0.0] * len(parts)
+            measures = list(chain.from_iterable(map(step_metrics.figures, terms)))
+            found = collect(replica, _moved(replica), [*losses, *norms, *measures])
+            values, more = found.figures[: len(parts)], found.figures[len(parts) :]
+            sizes, more = more[: len(norms)] or [0.0] * len(parts), more[len(norms) :]
             counts = [len(part) for part in parts]
             mean = mean_loss(zip(values, counts, weights, strict=True))
             weight = total_weight(zip(counts, weights, strict=True))
+            metrics = _metrics(terms, more, counts, weights)
             if scheduler is not None:
                 step_scheduler(scheduler, mean)
             groups.check(step)
@@ -158,7 +168,20 @@ def compute(
     )
     sent = found.tensors if replica.memory is None else {n: d for n, d in found.tensors.items() if _counts(d)}
     loss = 0.0 if weight == 0 else mean
-    return LocalSteps(ShardGradient(sent, found.buffers, loss, found.norm, examples, finite, weight), kept)
+    made = ShardGradient(sent, found.buffers, loss, found.norm, examples, finite, weight, metrics)
+    return LocalSteps(made, kept)
+
+
+def _metrics(
+    terms: Sequence[Terms], figures: Sequence[float], counts: Sequence[int], weights: Sequence[float | None]
+) -> dict[str, Row] | None:
+    """What the local steps measured beside their losses, as that of one."""
+    parts, start = [], 0
+    for each, count, weight in zip(terms, counts, weights, strict=True):
+        stop = start + len(step_metrics.figures(each))
+        parts.append((step_metrics.read(each, figures[start:stop]), count, weight))
+        start = stop
+    return step_metrics.joined(parts)
 
 
 def _scale_of(state: Mapping[str, Any]) -> LossScale | None:

@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from torchord.cache.errors import InvalidInput
+from torchord.cache.ledger.step_metrics import Row
 from torchord.cache.tensors.codec import views
+from torchord.coordinator.compute import step_metrics
 from torchord.coordinator.compute.aligned_chance import AlignedChance
 from torchord.coordinator.compute.batch import Batch, formatted, to_device
 from torchord.coordinator.compute.buffer_rules import AGREE
@@ -27,6 +29,7 @@ from torchord.coordinator.compute.part_gradients import require_mean, sampled
 from torchord.coordinator.compute.readback import take_gradients
 from torchord.coordinator.compute.replica import Replica
 from torchord.coordinator.compute.shares import mean_loss
+from torchord.coordinator.compute.step_metrics import Part
 from torchord.coordinator.compute.weights import checked, given, is_sum, left, loss_of, reads, require_scalar
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
@@ -84,6 +87,7 @@ class PartLosses:
         mode: how losses are computed.
         chance: what lets an example draw the same in every batch; None: as it comes.
         rounding: how far losses may be apart, as a part of them, whose order of additions differs.
+        measures: whether anything was measured beside a loss.
     """
 
     def __init__(
@@ -103,6 +107,8 @@ class PartLosses:
         self.mode = MODES[0]
         self.chance: AlignedChance | None = None
         self._still = list(_of_batches(replica))
+        self._metrics: dict[str, Row] | None = None  # of the loss before
+        self.measures = False
 
     def _traced(self, examples: list[int]) -> tuple[Measured, dict[str, Tensor]]:
         """The loss of some examples, and elements of their gradient."""
@@ -153,6 +159,11 @@ class PartLosses:
         """The loss of some examples, in a draw of all random numbers."""
         return self._measure(examples, draw)[0]
 
+    def measured(self, examples: list[int], draw: int = 0) -> Part:
+        """What some examples measure beside their loss, in a draw of all random numbers."""
+        _, count, weight = self._measure(examples, draw)
+        return self._metrics, count, weight
+
     def draws(self) -> bool:
         """Whether the loss of all examples is made with random numbers."""
         self.loss(self.all)
@@ -181,6 +192,7 @@ class PartLosses:
         replica, config, seed = self._replica, self._config, derive_seed(self._config.seed, "probe", draw)
         seed_everything(seed)
         read = self._batch_of(examples)
+        self._metrics = None
         if read.kept == 0:
             return 0.0, len(examples), None if is_sum(self._resolved) else 0.0
         batch = formatted(to_device(read.value, replica.device), config)
@@ -195,13 +207,15 @@ class PartLosses:
         seed_everything(seed)
         with nullcontext() if self.chance is None else self.chance.drawn(examples):
             with torch.set_grad_enabled(self.mode.gradients), autocast(config, replica.device):
-                loss, weight, _ = loss_of(
+                loss, weight, _, terms = loss_of(
                     self._resolved, model, batch, said, reads=reads(self._resolved, config)
                 )
             require_scalar(loss)
             if backward:
                 loss.backward()
         replica.watch.end()
+        self._metrics = step_metrics.read(terms, [float(each) for each in step_metrics.figures(terms)])
+        self.measures = self.measures or self._metrics is not None
         weight = left(self._resolved, weight, read.kept)
         self.rounding = max(self.rounding, 8 * torch.finfo(loss.dtype).eps)
         value, count = float(loss.detach()), len(examples)

@@ -34,6 +34,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torchord.coordinator.compute.aligned_chance import AlignedChance
 from torchord.coordinator.compute.batch import Batch, read_samples
 from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.metric_trial import try_metrics
 from torchord.coordinator.compute.part_losses import (
     MODES,
     CannotLook,
@@ -107,7 +108,10 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
             with looking():
                 batch_of = read_samples(dataset, samples, resolved.collate)
             losses = PartLosses(replica, resolved, config, batch_of, len(samples))
-            return _Trial(losses, replica, batch_of, sizes).compare()
+            tried = _Trial(losses, replica, batch_of, sizes)
+            said = tried.compare()
+            try_metrics(losses, tried.splits())
+            return said
 
         with pinned(config.threads, config.deterministic, replica.device):
             try:
@@ -192,6 +196,10 @@ class _Trial:
         examples = self._losses.all
         count = min(_MOST_PARTS, max(2, len(examples) // 2))
         return [len(part) for part in torch.arange(len(examples)).tensor_split(count)]
+
+    def splits(self) -> list[list[int]]:
+        """Sizes of parts, in some ways."""
+        return [self._even(), *(self._lopsided() if self._sizes is None else [])]
 
     def _lopsided(self) -> list[list[int]]:
         count = len(self._losses.all)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchord.cache.ledger.step_metrics import Row
 from torchord.coordinator.compression.codec import Codec
 from torchord.coordinator.compute import gradient
 from torchord.coordinator.compute import inner_steps as local_steps
@@ -36,6 +37,7 @@ class ShardWork:
         grad_norm: L2 norm of the gradient (or pseudo-gradient) before compression.
         examples: examples in the shard.
         weight: what the loss is a mean over; None: the examples. A shard of weight 0 sends nothing.
+        metrics: what was measured beside the loss, as a record has it; None: nothing.
     """
 
     payload: dict[str, Tensor]
@@ -45,6 +47,7 @@ class ShardWork:
     grad_norm: float
     examples: int
     weight: float | None = None
+    metrics: dict[str, Row] | None = None
 
 
 def keeps_state(config: TrainingConfig, recipe: ResolvedRecipe) -> bool:
@@ -105,6 +108,7 @@ def work(
         grad_norm=found.grad_norm,
         examples=found.examples,
         weight=found.weight,
+        metrics=found.metrics,
     )
 
 

@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchord.cache.errors import InvalidInput
+from torchord.cache.ledger.step_metrics import Row
+from torchord.coordinator.compute import step_metrics
 from torchord.coordinator.compute.batch import during, pair
+from torchord.coordinator.compute.step_metrics import Terms
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.resolving import ResolvedRecipe
 
@@ -62,19 +66,26 @@ class Weighed(NamedTuple):
         loss: as the recipe's code returned it, or its sum divided by its weight.
         weight: a number, or a real tensor of one element on the loss's device; None: the examples.
         outputs: of the model, for metrics; None with `step`.
+        terms: what was measured beside the loss.
     """
 
     loss: Any
     weight: Tensor | float | None
     outputs: Any = None
+    terms: Terms = MappingProxyType({})
 
     def figures(self) -> list[Tensor]:
-        """What of it has to be brought from a device: the loss, then a weight that is a tensor."""
-        return [self.loss, *([self.weight] if isinstance(self.weight, Tensor) else [])]
+        """What of it has to be brought from a device: the loss, a weight that is a tensor, the metrics."""
+        weight = [self.weight] if isinstance(self.weight, Tensor) else []
+        return [self.loss, *weight, *step_metrics.figures(self.terms)]
 
     def read(self, figures: list[float]) -> float | None:
         """The weight as a number, from the values of `figures`."""
         return figures[1] if isinstance(self.weight, Tensor) else self.weight
+
+    def measured(self, figures: list[float]) -> dict[str, Row] | None:
+        """The metrics as a record has them, from the values of `figures`."""
+        return step_metrics.read(self.terms, figures[1 + isinstance(self.weight, Tensor) :])
 
 
 def checked(weight: float | None, examples: int, what: str) -> float | None:
@@ -140,7 +151,8 @@ def loss_of(
         reads: whether a weight may be read off the loss's last operation.
 
     Raises:
-        InvalidInput: a pair was returned that is no (sum, weight). A loss by itself is not looked at.
+        InvalidInput: a pair was returned that is no (sum, weight), or a metric that is none. A loss by itself
+            is not looked at.
     """
     known: Tensor | float | None = None
     outputs: Any = None
@@ -154,6 +166,7 @@ def loss_of(
         known = _of_torchs(resolved.loss, outputs, targets)
         with _watching() as seen:
             returned = resolved.loss(outputs, targets)
+    returned, terms = step_metrics.apart(returned, "loss" if resolved.step is None else "step")
     if type(returned) is tuple and len(returned) == 2:
         if said is not None:
             raise InvalidInput(
@@ -162,12 +175,12 @@ def loss_of(
         total, weight = returned
         weight = _number(weight, "the second of the pair (sum, weight) that was returned")
         require_scalar(total)
-        return Weighed(total / weight, weight, outputs)
+        return Weighed(total / weight, weight, outputs, terms)
     if said is not None or resolved.loss_over != "batch" or not isinstance(returned, Tensor):
-        return Weighed(returned, said, outputs)
+        return Weighed(returned, said, outputs, terms)
     if known is None and reads:
         known = _of_last_operation(returned) if seen is None else seen.divisor(returned)
-    return Weighed(returned, known, outputs)
+    return Weighed(returned, known, outputs, terms)
 
 
 def reads(resolved: ResolvedRecipe, config: TrainingConfig) -> bool:

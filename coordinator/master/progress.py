@@ -12,6 +12,7 @@ from typing import Any
 
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.records import Head
+from torchord.cache.ledger.step_metrics import METRICS
 from torchord.coordinator.local_cluster.starting import waiting_line
 from torchord.coordinator.messages.waits import duration
 
@@ -21,6 +22,7 @@ _TOLD = ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarde
 
 
 _RECENT = 8  # of the last steps, by which the time left is told, as on the pages about runs
+_METRICS_SHOWN = 2  # of a step, beside its loss
 _LINE_SECONDS, _LINE_PART = 30.0, 0.05
 
 
@@ -127,7 +129,10 @@ class Progress:
             if data["seconds"] > 0:
                 rate = data["examples"] / data["seconds"]
                 self._rate = rate if self._rate == 0 else 0.9 * self._rate + 0.1 * rate
-            self._loss = f"loss {data['loss']:.4f}"
+            shown = list(data.get(METRICS, {}).items())[:_METRICS_SHOWN]
+            self._loss = "  ".join(
+                [f"loss {data['loss']:.4f}", *(f"{name} {value:.4f}" for name, value in shown)]
+            )
             self._at = data["version"]
             self._seconds.append(data["seconds"])
             if self._bar is not None:
@@ -169,8 +174,9 @@ class Progress:
 def worded(kind: str, data: dict[str, Any]) -> str:
     """One event in a line for people."""
     if kind == "step":
+        said = "".join(f", {name} {value:.6g}" for name, value in data.get(METRICS, {}).items())
         return (
-            f"step {data['step']}: loss {data['loss']:.6g}, {data['examples']} examples in "
+            f"step {data['step']}: loss {data['loss']:.6g}{said}, {data['examples']} examples in "
             f"{data['seconds']:.2f} s"
         )
     if data.keys() == {"message"}:

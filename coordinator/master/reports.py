@@ -103,6 +103,7 @@ class StepReport:
         lr: learning rate of each parameter group.
         skipped: the update was left out because of a NaN or Inf.
         workers: which worker computed each shard, in shard order.
+        metrics: name -> what the step measured beside its loss, where `step` returned more than that.
     """
 
     step: int
@@ -115,6 +116,7 @@ class StepReport:
     lr: tuple[float, ...] = ()
     skipped: bool = False
     workers: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entry: LedgerEntry) -> StepReport:
@@ -130,6 +132,7 @@ class StepReport:
             lr=entry.lr,
             skipped=entry.skipped,
             workers=tuple(slot.worker for slot in entry.slots),
+            metrics=dict(entry.metrics),
         )
 
 

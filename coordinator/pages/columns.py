@@ -15,6 +15,10 @@ SERIES = ("loss", "grad_norm", "lr", "rate", "nbytes")
 """What there is a value of at each step: `rate` is examples a second, `lr` that of the first group."""
 
 
+METRICS_MOST = 64
+"""So many metrics of a run's steps have a column, those that come first."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Who computed a shard of a step.
@@ -48,6 +52,7 @@ class Columns:
         self.tokens = array("q")
         self.skipped = array("b")
         self._values = {name: array("d") for name in SERIES}
+        self._metrics: dict[str, tuple[array[int], array[float]]] = {}
         self._servers = array("L")
         self._firsts = array("Q", [0])  # where the shards of each row begin; one more than there are rows
         self._shards, self._workers = array("L"), array("L")
@@ -76,6 +81,7 @@ class Columns:
         lr = entry.lr[0] if entry.lr else math.nan
         nbytes = sum(slot.nbytes for slot in entry.slots)
         found = [float(value) for value in (entry.loss, entry.grad_norm, lr, rate, nbytes)]
+        metrics = {name: float(value) for name, value in entry.metrics.items()}
         committed_at, seconds = float(entry.committed_at), float(entry.seconds)
         token, skipped = int(entry.token), bool(entry.skipped)
         slots = [
@@ -85,6 +91,13 @@ class Columns:
         server = self._number(entry.server)
         for name, value in zip(SERIES, found, strict=True):
             self._values[name].append(value)
+        for name, value in metrics.items():
+            if name not in self._metrics and len(self._metrics) < METRICS_MOST:
+                self._metrics[name] = array("q"), array("d")
+            if name in self._metrics:
+                rows, values = self._metrics[name]
+                rows.append(len(self.versions))
+                values.append(value)
         for shard, worker, took, attempt in slots:
             self._shards.append(shard)
             self._workers.append(worker)
@@ -112,6 +125,8 @@ class Columns:
         )
         for column in (*of_steps, *self._values.values()):
             del column[rows:]
+        for places, values in self._metrics.values():
+            del values[(kept := bisect_left(places, rows)) :], places[kept:]
         del self._firsts[rows + 1 :]
         of_shards: tuple[array[Any], ...] = (self._shards, self._workers, self._shard_seconds, self._attempts)
         for column in of_shards:
@@ -124,6 +139,10 @@ class Columns:
     def values(self, name: str) -> array[float]:
         """The column of one of `SERIES`."""
         return self._values[name]
+
+    def metrics(self) -> dict[str, tuple[array[int], array[float]]]:
+        """What steps measured beside their losses: name -> (rows of those that did, values)."""
+        return self._metrics
 
     def server(self, row: int) -> str:
         """Worker id of the training server that committed a row."""

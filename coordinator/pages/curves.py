@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 from torchord.coordinator.drawing.sampling import sampled
@@ -28,25 +31,30 @@ def curves(
         last: the last one; None: the newest.
 
     Returns:
-        {"series": {name: curve}, "metrics": {name: curve}, "skipped": [versions whose update was left
-        out]}; a curve is {"step": [version], "time": [Unix time (s) of its commit], "value": [...]}.
+        {"series": {name: curve}, "measured": {name: curve}, "metrics": {name: curve}, "skipped": [versions
+        whose update was left out]}: "measured" by steps, "metrics" by evaluations; a curve is {"step":
+        [version], "time": [Unix time (s) of its commit], "value": [...]}.
     """
     points = max(POINTS_LEAST, min(points, POINTS_MOST))
     begin, end = columns.row(first), len(columns) if last is None else columns.row(last + 1)
-    series = {}
-    for name in SERIES:
-        values = columns.values(name)
-        rows = sampled(values, points, begin, end)
-        series[name] = {
-            "step": [columns.versions[row] for row in rows],
-            "time": [columns.times[row] for row in rows],
-            "value": [values[row] for row in rows],
+
+    def curve(values: array[float], rows: Sequence[int] | None = None) -> dict[str, Any]:
+        """A column's, or that of values at some rows."""
+        inside = (begin, end) if rows is None else (bisect_left(rows, begin), bisect_left(rows, end))
+        places = sampled(values, points, *inside)
+        found = places if rows is None else [rows[place] for place in places]
+        return {
+            "step": [columns.versions[row] for row in found],
+            "time": [columns.times[row] for row in found],
+            "value": [values[place] for place in places],
         }
+
     skipped = [columns.versions[row] for row in range(begin, end) if columns.skipped[row]]
     inside = [v for v in sorted(evaluations) if v >= first and (last is None or v <= last)]
     names = sorted({name for version in inside for name in evaluations[version]})
     return {
-        "series": series,
+        "series": {name: curve(columns.values(name)) for name in SERIES},
+        "measured": {name: curve(values, rows) for name, (rows, values) in sorted(columns.metrics().items())},
         "metrics": {name: _metric(columns, evaluations, inside, name, points) for name in names},
         "skipped": skipped[-points:],
     }

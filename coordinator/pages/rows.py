@@ -48,6 +48,7 @@ def row(
         "total": total,
         "left_seconds": (total - head.version) * seconds if moving and total and recent else None,
         "loss": None if last is None else last.loss,
+        "measured": {} if last is None else last.metrics,
         "metrics": {} if evaluated is None else evaluations[evaluated],
         "evaluated": evaluated,
         "rate": sum(entry.examples for entry in recent) / total_seconds
@@ -76,7 +77,15 @@ def empty(name: str, state: str, problem: str = "") -> dict[str, Any]:
     """A run of which nothing is known but this."""
     unknown = ("version", "total", "left_seconds", "loss", "evaluated", "rate", "workers")
     blank: dict[str, Any] = dict.fromkeys((*unknown, "submitted_at", "committed_at"))
-    return {"name": name, "state": state, **blank, "metrics": {}, "waits": [], "error": problem}
+    return {
+        "name": name,
+        "state": state,
+        **blank,
+        "measured": {},
+        "metrics": {},
+        "waits": [],
+        "error": problem,
+    }
 
 
 def said(wait: Wait) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any
 
 from torchord.cache.errors import NonFinite
 from torchord.cache.ledger.records import PARTIAL_SUMS, LedgerEntry, SlotReceipt, SlotRecord, StateRecord
+from torchord.cache.ledger.step_metrics import METRICS
 from torchord.coordinator.compute.shares import mean_loss, total_weight
+from torchord.coordinator.compute.step_metrics import combined
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.compute.trainer import ApplyReport, Trainer
 from torchord.coordinator.runtime.context import RunContext
@@ -34,10 +36,18 @@ def receipts_of(roots: Sequence[SlotRecord]) -> tuple[list[SlotReceipt], list[li
     return shards, [[each.shard, each.digest, each.worker, each.attempt] for each in sums]
 
 
+def _shards(roots: Sequence[SlotRecord]) -> list[SlotRecord | SlotReceipt]:
+    return [part for root in roots for part in (root.total.receipts if root.total else (root,))]
+
+
 def loss_of(roots: Sequence[SlotRecord]) -> float:
     """The weighted mean loss of a step, summed in shard order; NaN if its shards weigh nothing together."""
-    shards = [part for root in roots for part in (root.total.receipts if root.total else (root,))]
-    return mean_loss((shard.loss, shard.examples, shard.weight) for shard in shards)
+    return mean_loss((shard.loss, shard.examples, shard.weight) for shard in _shards(roots))
+
+
+def metrics_of(roots: Sequence[SlotRecord]) -> dict[str, float]:
+    """What a step measured beside its loss, put together in shard order."""
+    return combined([(shard.metrics, shard.examples, shard.weight) for shard in _shards(roots)])
 
 
 def nonfinite(roots: Sequence[SlotRecord]) -> list[int]:
@@ -128,6 +138,7 @@ def entry_of(
             **(_origin(context.spec) if step == 0 else {}),
             **({"switch": plan.switches[step]} if step in plan.switches else {}),
             **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
+            **({METRICS: metrics} if (metrics := metrics_of(roots)) else {}),
             **notes,
         },
     ).sealed()
@@ -167,6 +178,7 @@ def event_of(entry: LedgerEntry) -> dict[str, Any]:
         "lr": list(entry.lr),
         "skipped": entry.skipped,
         "fetched": dict(Counter(slot.fetched for slot in entry.slots)),
+        **({METRICS: entry.metrics} if entry.metrics else {}),
     }
 
 

@@ -31,6 +31,7 @@ from torchord.cache.ledger.records import (
     SlotRecord,
     VersionRecord,
 )
+from torchord.cache.ledger.step_metrics import METRICS
 from torchord.coordinator.compute import shard_norm
 from torchord.coordinator.compute.sums import Aggregate
 from torchord.coordinator.messages.sender import Sender
@@ -230,6 +231,7 @@ class StepCommit:
             "examples": entry.examples,
             "nbytes": sum(slot.nbytes for slot in entry.slots),
             "skipped": entry.skipped,
+            **({METRICS: entry.metrics} if entry.metrics else {}),
             "worker": self.worker,
         }
 

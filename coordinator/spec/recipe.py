@@ -38,7 +38,9 @@ class Recipe:
         loss: (outputs, targets) -> mean loss over the shard, a scalar tensor, or (sum, weight): a sum and
             what it is to be divided by; the batch must then be a pair (inputs, targets) and the model is
             called as model(inputs).
-        step: (model, batch) -> the same, for any other model; give exactly one of `loss` and `step`.
+        step: (model, batch) -> the same, for any other model; give exactly one of `loss` and `step`. Both may
+            return (that, {name: metric}): what the step measures besides, see
+            `torchord.coordinator.compute.step_metrics`.
         weight: (targets), or with `step` (batch), on the model's device -> what the mean loss of these is a
             mean over (labelled tokens, say), a finite number of at least 0. None: torch's own losses say it
             themselves, and any other loss is a mean over the examples. A shard of weight 0 contributes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import models, recipes_impure, recipes_more, reference
+from tests.support import models, recipes_impure, recipes_more, recipes_step_metrics, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
@@ -171,3 +171,16 @@ def test_a_participant_whose_update_is_wrong_in_one_bit_is_named(
     assert {worker.partition("@")[0] for worker in told["divergent"]["workers"]} == {"right", "bent"}
     last = [entry.server.partition("@")[0] for entry in run._ledger.entries()][-40:]
     assert "bent" not in last and "right" in last
+
+
+def test_metrics_are_the_same_in_rounds(clients: Fleet) -> None:
+    clients.resize(2)
+    recipe = recipes_step_metrics.recipe(recipes_step_metrics.accuracy)
+    found = [
+        [
+            step.metrics
+            for step in finished(submitted(clients, recipe, config(shards=3, round_steps=n))).history
+        ]
+        for n in (1, 16)
+    ]
+    assert found[0] == found[1] and found[0][0].keys() >= {"accuracy", "rms", "seen"}

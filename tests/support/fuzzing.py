@@ -47,8 +47,8 @@ from torchord.cache.datasets.samples import DatasetManifest, assemble
 from torchord.cache.errors import CacheError, TorchordError
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.answers import Lease
+from torchord.cache.ledger.delta_record import DeltaRecord
 from torchord.cache.ledger.records import (
-    DeltaRecord,
     Head,
     LedgerEntry,
     SlotRecord,
@@ -233,7 +233,7 @@ def _documents() -> dict[str, list[Any]]:
         "torchord:blob:r:parameters:3:n", 1 << 20, 1 << 19, ("0" * 16, "f" * 16), content="blake3:00"
     )
     state = StateRecord(skeleton, manifest, blob)
-    slot = control.slot(3, 1, state=state, weight=2.0)
+    slot = control.slot(3, 1, state=state, weight=2.0, metrics={"accuracy": [0.5, None, "mean"]})
     total = control.slot(3, 4, total=SumRecord((slot.receipt(),), (slot.receipt(),), (1,), {"w": [1]}))
     delta = DeltaRecord("0" * 32, "topk:0.1", manifest, ("b",), blob)
     version = replace(control.record(3, state=True), slots={0: state}, delta=delta, rest=RestRecord(blob, 5))

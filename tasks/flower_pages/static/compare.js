@@ -72,12 +72,15 @@
     t.charts.QUANTITIES.forEach(function (quantity) {
       chartOf(quantity[0], quantity[1], quantity[2]).show(shown("series", quantity[0], false), panel.view);
     });
-    var metrics = {};
-    names.forEach(function (run) {
-      Object.keys((found[run] || { metrics: {} }).metrics).forEach(function (name) { metrics[name] = true; });
-    });
-    Object.keys(metrics).sort().forEach(function (name) {
-      chartOf("metric " + name, name + " (evaluation)", t.figure).show(shown("metrics", name, true), panel.view);
+    drawNamed("measured", " (training)", false);
+    drawNamed("metrics", " (evaluation)", true);
+  }
+
+  function drawNamed(part, kind, points) {
+    var named = {};
+    names.forEach(function (run) { Object.assign(named, found[run] && found[run][part]); });
+    Object.keys(named).sort().forEach(function (name) {
+      chartOf(part + " " + name, name + kind, t.figure).show(shown(part, name, points), panel.view);
     });
   }
 

@@ -53,7 +53,7 @@
     var names = Object.keys(run.metrics).sort();
     var first = names.filter(function (name) { return name !== "loss"; })[0] || names[0];
     box.appendChild(card("Steps", t.whole(run.version), notes.filter(Boolean).join(" · "), "active"));
-    box.appendChild(card("Loss", t.figure(run.loss), "of the last step"));
+    box.appendChild(card("Loss", t.figure(run.loss), metrics(run.measured) || "of the last step"));
     box.appendChild(card(first || "Metric", first ? t.figure(run.metrics[first]) : "—",
       first ? "evaluated at version " + t.whole(run.evaluated) : "no evaluation yet", "success"));
     box.appendChild(card("Examples a second", t.whole(run.rate), t.known(run.workers) ?
@@ -146,10 +146,13 @@
       }
       chartOf(name, quantity[1], quantity[2]).show(lines, panel.view);
     });
-    Object.keys(curves.metrics).forEach(function (name) {
-      if (name === "loss") { return; }
-      chartOf("metric " + name, name, t.figure).show([{ label: "evaluation", curve: curves.metrics[name], points: true }],
-        panel.view);
+    Object.keys(Object.assign({}, curves.measured, curves.metrics)).sort().forEach(function (name) {
+      var lines = [];
+      if (curves.measured[name]) { lines.push({ label: "training", curve: curves.measured[name] }); }
+      if (curves.metrics[name] && name !== "loss") {
+        lines.push({ label: "evaluation", curve: curves.metrics[name], points: true });
+      }
+      if (lines.length) { chartOf("metric " + name, name, t.figure).show(lines, panel.view); }
     });
   }
 

@@ -14,7 +14,7 @@ from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.master import follower
 from torchord.coordinator.master.follower import Follower
-from torchord.coordinator.tensorboard import Summaries, copy_all
+from torchord.coordinator.tensorboard import Summaries, copy_all, scalars
 
 
 class Writer:
@@ -114,3 +114,18 @@ def test_a_run_that_is_gone_does_not_end_the_others(tmp_path: Path, monkeypatch:
     assert copy_all(followed) == 1
     assert list(followed) == ["there"]
     assert cast(Writer, lost.writer).closed
+
+
+def test_metrics_of_a_step_are_scalars_of_their_own() -> None:
+    data = {
+        "version": 3,
+        "loss": 0.5,
+        "grad_norm": 1.0,
+        "lr": [0.1],
+        "nbytes": 8,
+        "seconds": 0.0,
+        "examples": 4,
+    }
+    found = scalars(Event("1-0", "step", {**data, "metrics": {"accuracy": 0.9, "loss": 0.4}}))
+    assert ("train/accuracy", 0.9, 3) in found and ("train/metric loss", 0.4, 3) in found
+    assert ("train/loss", 0.5, 3) in found and len(found) == len(scalars(Event("1-0", "step", data))) + 2

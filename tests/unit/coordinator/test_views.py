@@ -87,5 +87,7 @@ def test_status_says_how_fast_a_run_is_and_when_it_moved_last(redis_url: str, pl
 def test_events_are_sentences() -> None:
     step = {"step": 3, "loss": 0.25, "examples": 8, "seconds": 0.5}
     assert views.worded("step", step) == "step 3: loss 0.25, 8 examples in 0.50 s"
+    measured = views.worded("step", {**step, "metrics": {"accuracy": 0.9}})
+    assert measured == "step 3: loss 0.25, accuracy 0.9, 8 examples in 0.50 s"
     told = views.worded("evaluation", {"version": 4, "metrics": {"accuracy": 0.5}})
     assert told == "evaluation: version 4, metrics.accuracy 0.5"

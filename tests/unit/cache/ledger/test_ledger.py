@@ -38,12 +38,12 @@ from tests.support.control import (
 )
 from torchord.cache import keys
 from torchord.cache.blobs.notice import Notice
-from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RunNotFound
+from torchord.cache.errors import CacheError, CacheUnreachable, InvalidInput, RecordDamaged, RunNotFound
 from torchord.cache.ledger.answers import Finished, Group
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry
+from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, SlotRecord
 from torchord.cache.ledger.rounds import Report, Seat, Turn
 from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.cache.servers.fast_client import Command
@@ -1901,3 +1901,33 @@ def test_a_weight_is_part_of_what_was_applied_and_of_no_record_that_has_none() -
     weighed = replace(plain, slots=tuple(replace(slot, weight=0.5) for slot in plain.slots)).sealed()
     assert LedgerEntry.from_json(weighed.to_json()) == weighed
     assert weighed.chain != plain.chain
+
+
+def test_metrics_are_part_of_a_record_that_has_any_and_are_bounded() -> None:
+    metrics = {"accuracy": [0.5, None, "mean"], "perplexity": [math.nan, 3.0, "exp"]}
+    told = slot(0, 0, metrics=metrics)
+    assert '"metrics"' not in slot(0, 0).to_json()
+    read = SlotRecord.from_json(told.to_json())
+    assert repr(read.metrics) == repr(metrics) == repr(read.receipt().metrics)
+    plain = entry(1, [slot(0, 0)])
+    measured = replace(plain, slots=(told.receipt(),), notes={"metrics": {"accuracy": math.inf}}).sealed()
+    again = LedgerEntry.from_json(measured.to_json())
+    assert again.metrics == {"accuracy": math.inf} and again.computed_seal() == measured.seal
+    assert measured.chain == plain.chain and plain.metrics == {}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"accuracy": 0.5},
+        {"accuracy": [0.5, None]},
+        {"accuracy": [0.5, None, "median"]},
+        {"accuracy": ["high", None, "mean"]},
+        {"accuracy": [0.5, "much", "mean"]},
+        {"x" * 65: [0.5, None, "mean"]},
+        {str(number): [0.5, None, "mean"] for number in range(33)},
+    ],
+)
+def test_metrics_that_nobody_of_ours_writes_are_refused(metrics: dict[str, Any]) -> None:
+    with pytest.raises(RecordDamaged, match="field 'metrics' of a slot"):
+        SlotRecord.from_json(slot(0, 0, metrics=metrics).to_json())

@@ -94,3 +94,12 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 )
 def test_events_are_in_words(kind: str, data: dict[str, Any], said: str) -> None:
     assert worded(kind, data) == said
+
+
+def test_what_a_step_measures_stands_beside_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    watched, metrics = Watched(), {"accuracy": 0.75, "reward": float("nan"), "third": 1.0}
+    with watched.shown:
+        event = step(1, 2.0)
+        watched.shown.head(head(1))
+        watched.shown.event(Event(event.id, "step", {**event.data, "metrics": metrics}))
+    assert "loss 0.5000  accuracy 0.7500  reward nan  4 ex/s" in capsys.readouterr().out

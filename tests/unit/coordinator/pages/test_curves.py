@@ -53,3 +53,16 @@ def test_evaluations_have_the_time_of_their_version() -> None:
     assert metrics["accuracy"] == {"step": [1, 2], "time": [None, 1000.0], "value": [0.1, 0.2]}
     assert metrics["loss"] == {"step": [2], "time": [1000.0], "value": [0.5]}
     assert curves(Columns(), {}, points=100)["metrics"] == {}
+
+
+def test_what_steps_measure_is_a_curve_of_those_that_did() -> None:
+    found, made = Columns(), entry(1, [slot(0, 0)])
+    for version in range(1, 7):
+        notes = {"metrics": {"reward": float(version)}} if version % 2 else {}
+        found.add(replace(made, version=version, committed_at=1000.0 + version, notes=notes))
+    curve = curves(found, {}, points=100)["measured"]["reward"]
+    assert curve == {"step": [1, 3, 5], "time": [1001.0, 1003.0, 1005.0], "value": [1.0, 3.0, 5.0]}
+    assert curves(found, {}, points=100, first=2, last=4)["measured"]["reward"]["step"] == [3]
+    found.truncate(4)
+    found.add(replace(made, version=5, notes={"metrics": {"reward": 9.0}}))
+    assert curves(found, {}, points=100)["measured"]["reward"]["value"] == [1.0, 3.0, 9.0]
