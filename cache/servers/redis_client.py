@@ -51,26 +51,26 @@ def translated(url: str, what: str) -> Iterator[None]:
         CacheUnreachable: the server does not answer.
         CacheError: the server answered with an error.
     """
-    where = masked(url)
     try:
         yield
     except AuthenticationError as error:
         raise CacheUnreachable(
-            f"cannot {what}: {where} refuses the user or password; give them in the URL, as in "
+            f"cannot {what}: {masked(url)} refuses the user or password; give them in the URL, as in "
             "redis://USER:PASSWORD@HOST:PORT/DB"
         ) from error
     except (ConnectionError, TimeoutError, BusyLoadingError) as error:
         raise CacheUnreachable(
-            f"cannot {what}: no Redis answers at {where} ({error}); start one there, or set TORCHORD_URL"
+            f"cannot {what}: no Redis answers at {masked(url)} ({error}); start one there, or set "
+            "TORCHORD_URL"
         ) from error
     except ReadOnlyError as error:
         raise CacheError(
-            f"cannot {what}: {where} is a read-only replica; point TORCHORD_URL at the primary"
+            f"cannot {what}: {masked(url)} is a read-only replica; point TORCHORD_URL at the primary"
         ) from error
     except ResponseError as error:
-        raise CacheError(f"cannot {what}: {where} answered '{error}'{hint_of(error)}") from error
+        raise CacheError(f"cannot {what}: {masked(url)} answered '{error}'{hint_of(error)}") from error
     except RedisError as error:
-        raise CacheError(f"cannot {what}: {where}: {error}") from error
+        raise CacheError(f"cannot {what}: {masked(url)}: {error}") from error
 
 
 def connect(url: str, *, patience_seconds: float = CLIENT_PATIENCE_SECONDS) -> redis.Redis:

@@ -44,6 +44,8 @@ class StoredGradient:
 
     Attributes:
         early: chunks that were handed over before the last tensor was computed.
+        packed: the blob's bytes (uint8, 1-D, not to be written to), valid while it is not deleted; None if
+            their memory is used for something else.
     """
 
     nonce: str
@@ -51,6 +53,7 @@ class StoredGradient:
     manifest: dict[str, Any]
     digest: str
     early: int = 0
+    packed: torch.Tensor | None = None
 
 
 class GradientUpload:
@@ -190,7 +193,7 @@ class GradientStore:
             blob = self.chunks.put(
                 key, packed, ttl_seconds=keys.WORK_TTL_SECONDS, inline=True, digest=ledger.digest
             )
-        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest)
+        return StoredGradient(nonce, blob, manifest.to_json(), blob.digest, packed=packed)
 
     def near(self, ledger: Ledger, nbytes: int, server_memory: str | None = None) -> bool:
         """Whether the training server shares this host's memory, for a blob of this length."""

@@ -21,6 +21,7 @@ from torchord.cache.errors import CacheError, InvalidInput, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, SlotRecord, StateRecord, VersionRecord
 from torchord.cache.ledger.rounds import KEPT_STEPS, Report
+from torchord.cache.stores.gradients import StoredGradient
 from torchord.cache.tensors.codec import as_bytes
 from torchord.cache.tensors.pieces import checksums, split
 from torchord.coordinator.compute import shard_norm
@@ -35,6 +36,8 @@ from torchord.coordinator.runtime.step_sum import StepSum
 from torchord.coordinator.runtime.version_writer import VersionWriter
 
 log = logging.getLogger(__name__)
+
+_MOST_OWN = 4  # slots of a step whose bytes are kept by whoever computed them
 
 
 class Participant:
@@ -66,6 +69,7 @@ class Participant:
         self._writer: VersionWriter | None = None
         self._flats: list[Tensor] = []  # of the present version, and of the one before, which is free
         self._spoilt = False  # whether something wrote to the first of them
+        self._own: dict[tuple[str, BlobRef], Tensor] = {}  # bytes of the present step's slots computed here
         self._read: dict[int, list[BlobRef]] = {}  # step -> bytes of its slots, which somebody may still read
         self._stored: dict[int, StateRecord] = {}  # what slots kept at the last stored version, whose it is
 
@@ -107,6 +111,15 @@ class Participant:
                 f"version {record.version} of run {self.ledger.run!r} has the digest {self.digest} here and "
                 f"{record.digest} in the ledger"
             )
+
+    def computed(self, stored: StoredGradient) -> None:
+        """A slot of the present step was computed here: its bytes need not be read again."""
+        if stored.packed is not None and len(self._own) < _MOST_OWN:
+            self._own[stored.nonce, stored.blob] = stored.packed
+
+    def _bytes(self, slot: SlotRecord) -> Tensor:
+        own = self._own.get((slot.nonce, slot.blob))
+        return self.services.gradients.chunks.get(slot.blob) if own is None else own
 
     def advance(self, slots: Mapping[int, SlotRecord], token: int) -> Report:
         """Bring model and optimizer to the next version.
@@ -168,6 +181,7 @@ class Participant:
             self.services.gradients,
             self.context.recipe.codec,
             look=shard_norm.within(trainer.config.max_shard_norm),
+            read=self._bytes,
         )
         try:
             for slot in roots:
@@ -176,6 +190,8 @@ class Participant:
             trainer.require_fitting(mean.gradients, mean.buffers)
         except (InvalidInput, ManifestMismatch, shard_norm.TooLong) as error:
             raise CacheError(f"what was sent for step {step} cannot be added up: {error}") from error
+        finally:
+            self._own.clear()
         return mean
 
     def _keep(self, step: int, slots: Mapping[int, SlotRecord], *, skipped: bool) -> None:
@@ -233,6 +249,7 @@ class Participant:
         self._spoilt = True
 
     def _take(self, version: int, chain: str, committed_at: float) -> None:
+        self._own.clear()
         self.digest = self._pack()
         self.version, self.chain, self._committed_at = version, chain, committed_at
         self.context.held = self

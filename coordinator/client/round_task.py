@@ -313,12 +313,13 @@ class RoundTask:
         self.lease.holding(task)
         done = False
         try:
-            slot, _ = self.shards.computed(context, task, begun, toolchain)
+            slot, stored = self.shards.computed(context, task, begun, toolchain)
             done = True
         finally:
             self.lease.holding(None)
             if not done:
                 self.lease.end(task)
+        held.computed(stored)
         course.shards += 1
         course.seconds = slot.seconds
         self.lease.heartbeat.worked(context.run, slot.seconds)

@@ -35,10 +35,13 @@ class Landed:
         self.tensors = [
             {name: torch.randn(p.shape) for name, p in self.trainer.replica.parameters.items()} for _ in SIZES
         ]
+        self.packed: dict[str, torch.Tensor] = {}
         self.slots = [self.slot(shard) for shard in range(len(SIZES))]
 
     def slot(self, shard: int) -> SlotRecord:
         stored = self.store.put(self.ledger, 0, shard, self.tensors[shard])
+        assert stored.packed is not None
+        self.packed[stored.nonce] = stored.packed
         return SlotRecord(
             shard=shard, digest=stored.digest, nonce=stored.nonce, blob=stored.blob, manifest=stored.manifest,
             buffers=(), examples=SIZES[shard], loss=1.0, grad_norm=1.0, worker="w", attempt=1, seconds=0.1,
@@ -81,3 +84,17 @@ def test_a_slot_without_bytes_leaves_the_sum_as_it_was() -> None:
     for slot in (landed.slot(0), *landed.slots[1:]):
         step.add(slot)
     assert all(same(tensor, landed.expected()[name]) for name, tensor in step.result().gradients.items())
+
+
+def test_bytes_that_are_at_hand_need_not_be_read_and_stay_as_they_are() -> None:
+    landed = Landed()
+    before = {nonce: packed.clone() for nonce, packed in landed.packed.items()}
+    tree = FanIn(len(SIZES), len(SIZES))
+    step = StepSum(
+        tree, sum(SIZES), landed.trainer, landed.store, parse, read=lambda slot: landed.packed[slot.nonce]
+    )
+    landed.store.delete([slot.blob for slot in landed.slots])
+    for slot in landed.slots:
+        step.add(slot)
+    assert all(same(tensor, landed.expected()[name]) for name, tensor in step.result().gradients.items())
+    assert all(torch.equal(landed.packed[nonce], kept) for nonce, kept in before.items())
