@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchord.coordinator.adapters.lightning import lightning
     from torchord.coordinator.compute.step_metrics import Measure
     from torchord.coordinator.datasets import stored_dataset
     from torchord.coordinator.local_cluster.cluster import LocalCluster
@@ -30,6 +31,7 @@ _HOME = {
     "StepReport": "torchord.coordinator.master.reports",
     "TrainedModel": "torchord.coordinator.master.reports",
     "TrainingConfig": "torchord.coordinator.spec.config",
+    "lightning": "torchord.coordinator.adapters.lightning",
     "stored_dataset": "torchord.coordinator.datasets",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "StepReport",
     "TrainedModel",
     "TrainingConfig",
+    "lightning",
     "stored_dataset",
 ]
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, NoReturn
 from torchord.cache.errors import TorchordError
 
 if TYPE_CHECKING:
-    from torchord import Master, Run, TrainedModel
+    from torchord import Master, Recipe, Run, TrainedModel, TrainingConfig
 
 INTERRUPTED = 130
 FLOWER_PORT = 5555
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Missing(ImportError):
+    """A package that an example needs is not installed."""
 
 
 class Interrupted(BaseException):
@@ -69,9 +73,48 @@ def run_as(module: str) -> int:
         return int(importlib.import_module(module).main(sys.argv[1:]))
     except (Interrupted, KeyboardInterrupt):
         return INTERRUPTED
+    except Missing as error:
+        print(error, file=sys.stderr)
+        return 2
     except TorchordError as error:
         print(error, file=sys.stderr)
         return 1
+
+
+@contextmanager
+def needed(package: str, *, extras: str) -> Iterator[None]:
+    """Imports within the block are of what an example needs and torchord does not.
+
+    Raises:
+        Missing: a package is not installed; the message has the line for pip.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise Missing(
+            f"this example needs {package}, and {error.name} is not installed here: "
+            f"pip install 'torchord[{extras}]'"
+        ) from error
+
+
+def train(
+    made: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    recipe: Recipe,
+    config: TrainingConfig,
+    *,
+    show: Sequence[str],
+) -> int:
+    """Train a recipe as the command line says, show some of its metrics, audit it; returns an exit code."""
+    chosen = options(made, arguments)
+    with cluster(chosen) as master:
+        run = master.submit(recipe, replace(config, epochs=chosen.epochs), name=chosen.name)
+        trained = run.wait(progress=True)
+        for name in show:
+            print(f"{name:<12} {trained.metrics[name]:.4f}")
+        clean = report(chosen, run, trained)
+        what_next(chosen, f"examples.{chosen.arguments.prefix}")
+    return 0 if clean else 1
 
 
 def parser(description: str, *, name: str, epochs: int) -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         StepReport,
         TrainedModel,
         TrainingConfig,
+        lightning,
         stored_dataset,
     )
     from torchord.tasks import app
@@ -43,6 +44,7 @@ __all__ = [
     "TrainingConfig",
     "app",
     "install",
+    "lightning",
     "stored_dataset",
 ]
 

@@ -144,7 +144,8 @@ class Participant:
         self.trainer.adopt(context.recipe, plan.config_at(step))
         mean = self._average(step, roots)
         self.version = -1  # until it has arrived at the next: nobody is to take its bytes for a version's
-        updated = update(context.run, self.trainer, step, roots, mean)
+        ends = plan.ends_epoch(step)
+        updated = update(context.run, self.trainer, step, roots, mean, epoch_ends=ends)
         before, self.chain = self.chain, ""
         self._read[step] = [slot.blob for slot in slots.values()]
         self._keep(step, slots, skipped=updated.report.skipped)

@@ -235,7 +235,8 @@ def _measurable(resolved: ResolvedRecipe, model: Any, batch: Any) -> tuple[Any, 
     if resolved.predict is None:
         inputs, targets = pair(batch)
         return model(inputs), targets
-    outputs = resolved.predict(model, batch)
+    measured = getattr(resolved.predict, "measured", resolved.predict)  # an adapter's may be another
+    outputs = measured(model, batch)
     return outputs, batch[1] if type(batch) in (list, tuple) and len(batch) == 2 else batch
 
 

@@ -86,7 +86,7 @@ class Tally:
         Raises:
             InvalidInput: a state holds what cannot travel.
         """
-        objects = {name: _carried(name, _state_of(made)) for name, made in self._objects.items()}
+        objects = {name: _carried(name, state_of(made)) for name, made in self._objects.items()}
         return {name: self._states.get(name, objects.get(name)) for name in self._metrics if name in self}
 
     def __contains__(self, name: str) -> bool:
@@ -114,9 +114,10 @@ def finished(metrics: Mapping[str, Metric], parts: Sequence[Mapping[str, Any]]) 
         if isinstance(metric, MetricPair):
             value = metric.finish([state for part in states for state in part])
         else:
-            value = _merged(name, metric, states).compute()
+            value = merged(name, metric, states).compute()
         if isinstance(value, Mapping):
-            found |= {f"{name}.{key}": number(f"metric {name!r}", each) for key, each in value.items()}
+            prefix = f"{name}." if name else ""
+            found |= {f"{prefix}{key}": number(f"metric {name!r}", each) for key, each in value.items()}
         else:
             found[name] = number(f"metric {name!r}", value)
     return found
@@ -268,7 +269,7 @@ def _made(name: str, metric: Metric, device: torch.device | str) -> Any:
     return made.to(device) if callable(getattr(made, "to", None)) else made
 
 
-def _state_of(made: Any) -> Any:
+def state_of(made: Any) -> Any:
     """What another process makes the same object from: torchmetrics' states, or a state dict."""
     if hasattr(made, "metric_state"):
         return {"states": dict(made.metric_state), "updates": int(getattr(made, "_update_count", 1))}
@@ -286,7 +287,17 @@ def _restored(name: str, metric: Metric, state: Mapping[str, Any]) -> Any:
     return made
 
 
-def _merged(name: str, metric: Metric, states: Sequence[Mapping[str, Any]]) -> Any:
+def merged(name: str, metric: Metric, states: Sequence[Mapping[str, Any]]) -> Any:
+    """One object of the states of several, merged in their order.
+
+    Args:
+        name: of the metric, for messages.
+        metric: makes an empty object.
+        states: as `state_of` returns them, at least one.
+
+    Raises:
+        InvalidInput: they cannot be merged.
+    """
     whole = _restored(name, metric, states[0])
     try:
         for state in states[1:]:

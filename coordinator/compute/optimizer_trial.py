@@ -48,7 +48,7 @@ def try_optimizers(recipe: Recipe, config: TrainingConfig) -> None:
                 sure = recipe.parameter_groups is None and _torchs(_called(recipe.optimizer)[0])
                 scheduler = _made("scheduler", recipe.scheduler, made, sure=sure)
                 if scheduler is not None:
-                    require_steppable(scheduler)
+                    require_steppable(scheduler, config)
             if recipe.outer_optimizer is not None and config.local_steps > 1:
                 outer = _made("outer_optimizer", recipe.outer_optimizer, [nn.Parameter(torch.zeros(2, 2))])
                 if outer is not None:

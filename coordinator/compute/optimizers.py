@@ -15,6 +15,7 @@ from torchord.cache.errors import CheckpointError, InvalidInput
 from torchord.coordinator.compute.batch import during
 from torchord.coordinator.compute.determinism import seed_everything
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.schedules import EachEpoch
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import derive_seed
 from torchord.coordinator.spec.resolving import ResolvedRecipe
@@ -45,7 +46,7 @@ def build_optimizer(
     with during("making the scheduler"):
         scheduler = None if resolved.scheduler is None else resolved.scheduler(optimizer)
     if scheduler is not None:
-        require_steppable(scheduler)
+        require_steppable(scheduler, config)
     return optimizer, scheduler
 
 
@@ -82,11 +83,11 @@ def _require_apart(replica: Replica, config: TrainingConfig) -> None:
         )
 
 
-def step_scheduler(scheduler: LRScheduler, loss: float) -> None:
-    """Step a scheduler once; one that watches a figure is given the loss."""
+def step_scheduler(scheduler: LRScheduler, loss: float, *, epoch_ends: bool = False) -> None:
+    """Step a scheduler once: one that watches a figure with the loss, one by epochs where one ends."""
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(loss)
-    else:
+    elif epoch_ends or not isinstance(scheduler, EachEpoch):
         scheduler.step()
 
 
@@ -273,8 +274,8 @@ def _keeps_others(kind: type[torch.optim.Optimizer]) -> bool:
     return kind.state_dict is not plain.state_dict and kind.load_state_dict is not plain.load_state_dict
 
 
-def require_steppable(scheduler: Any) -> None:
-    """Refuse what a scheduler entry returned, if it is no scheduler or needs a figure that it is not given.
+def require_steppable(scheduler: Any, config: TrainingConfig) -> None:
+    """Refuse what a scheduler entry returned, if it is no scheduler or needs what it is not given.
 
     Raises:
         InvalidInput: says which.
@@ -283,6 +284,11 @@ def require_steppable(scheduler: Any) -> None:
         raise InvalidInput(
             f"the recipe's scheduler entry returned a {type(scheduler).__name__}; it must return a scheduler "
             "from torch.optim.lr_scheduler, or a subclass of LRScheduler"
+        )
+    if isinstance(scheduler, EachEpoch) and config.local_steps > 1:
+        raise InvalidInput(
+            "a scheduler by epochs (each_epoch) has no place in local steps, whose slots see no epoch end; "
+            "give the scheduler itself, which is stepped once a global step"
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         return
@@ -297,5 +303,9 @@ def require_steppable(scheduler: Any) -> None:
 def _needed(method: Callable[..., Any]) -> list[str]:
     """Names of the arguments without which a method cannot be called."""
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(method).parameters.values()
+    parameters = list(inspect.signature(method).parameters.values())
+    if getattr(
+        method, "_wrapped_by_lr_sched", False
+    ):  # a scheduler's function around it, which shows its `self`
+        parameters = parameters[1:]
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in several]

@@ -150,6 +150,7 @@ class Trainer:
         step: int,
         loss: float,
         finite: bool = True,
+        epoch_ends: bool = False,
     ) -> ApplyReport:
         """Take one optimizer step and bring the state tensors to the next version.
 
@@ -160,6 +161,7 @@ class Trainer:
             step: the global step, which seeds optimizers that draw random numbers.
             loss: mean loss of the step; drives ReduceLROnPlateau.
             finite: whether all shards reported finite values.
+            epoch_ends: whether the step is its epoch's last, after which a scheduler by epochs steps.
 
         Returns:
             The figures of the update. With nonfinite="skip", or where fp16's gradients overflow, a
@@ -197,7 +199,7 @@ class Trainer:
                 before = None if self.deltas is None or skipped else _copied(self.replica.state_tensors())
                 if not skipped:
                     self._update(norm, buffers, step)
-                self._step_scheduler(step, loss, quiet=skipped)
+                self._step_scheduler(step, loss, quiet=skipped, epoch_ends=epoch_ends)
                 self._groups.check(step)
                 require_same_trained(self.replica, f"step {step}")
                 self._step_loss_scale(overflow=skipped)
@@ -330,14 +332,14 @@ class Trainer:
             interval = self.config.loss_scale_interval
             self.replica.loss_scale = scale.after(overflow=overflow, interval=interval)
 
-    def _step_scheduler(self, step: int, loss: float, *, quiet: bool) -> None:
+    def _step_scheduler(self, step: int, loss: float, *, quiet: bool, epoch_ends: bool) -> None:
         if self.scheduler is None:
             return
         try:
             with warnings.catch_warnings():
                 if quiet:  # torch warns of a scheduler that steps before its optimizer ever did
                     warnings.simplefilter("ignore")
-                step_scheduler(self.scheduler, loss)
+                step_scheduler(self.scheduler, loss, epoch_ends=epoch_ends)
         except Exception as error:
             raise RunFailed(f"step {step}: the scheduler raised {type(error).__name__}: {error}") from error
 

@@ -196,7 +196,14 @@ class Replay:
         mean = self._average(step, done, examples)
         loss = mean_loss((result.loss, result.examples, result.weight) for result in done)
         finite = all(_finite(result) for result in done)
-        report = trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=finite)
+        report = trainer.apply(
+            mean.gradients,
+            mean.buffers,
+            step=step,
+            loss=loss,
+            finite=finite,
+            epoch_ends=self.plan.ends_epoch(step),
+        )
         slots: dict[int, Any] = {}
         if keeps_state(config, self.recipe):
             kept = {shard: result.state for shard, result in enumerate(done) if result.state is not None}

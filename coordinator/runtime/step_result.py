@@ -74,19 +74,30 @@ class Updated:
     loss: float
 
 
-def update(run: str, trainer: Trainer, step: int, roots: Sequence[SlotRecord], mean: Aggregate) -> Updated:
+def update(
+    run: str,
+    trainer: Trainer,
+    step: int,
+    roots: Sequence[SlotRecord],
+    mean: Aggregate,
+    *,
+    epoch_ends: bool,
+) -> Updated:
     """Step the optimizer by a step's average.
 
     Args:
         roots: the slots that the average is of, in slot order.
         mean: their average; changed in place.
+        epoch_ends: whether the step is its epoch's last.
 
     Raises:
         NonFinite: the gradients are not finite and the config asks to stop then; says in which shards.
     """
     loss, bad = loss_of(roots), nonfinite(roots)
     try:
-        report = trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, finite=not bad)
+        report = trainer.apply(
+            mean.gradients, mean.buffers, step=step, loss=loss, finite=not bad, epoch_ends=epoch_ends
+        )
     except NonFinite as error:
         where = f"arose in shards {bad}" if bad else "arose in the average only"
         if not bad and total_weight((slot.examples, slot.weight) for slot in roots) == 0:

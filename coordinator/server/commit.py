@@ -270,7 +270,8 @@ class StepCommit:
         mean = self._sum(warm, slots)
         self.read_nbytes = self.services.chunks.counters.store_nbytes - before
         try:
-            return update(warm.run, warm.trainer, warm.version, slots, mean)
+            ends = warm.context.plan().ends_epoch(warm.version)
+            return update(warm.run, warm.trainer, warm.version, slots, mean, epoch_ends=ends)
         except NonFinite:
             self._doubt(warm, slots, nonfinite(slots))
             raise

@@ -61,6 +61,14 @@ OWN_TARGETS = frozenset(
         "torchord:stored_dataset",
         "torchord.coordinator:stored_dataset",
         "torchord.coordinator.datasets:stored_dataset",
+        "torchord.coordinator.adapters.lightning:configured",
+        "torchord.coordinator.adapters.lightning:made",
+        "torchord.coordinator.adapters.lightning:optimizer_of",
+        "torchord.coordinator.adapters.lightning:predict",
+        "torchord.coordinator.adapters.lightning:scheduler_of",
+        "torchord.coordinator.adapters.lightning:step",
+        "torchord.coordinator.adapters.logged:finish",
+        "torchord.coordinator.adapters.logged:state",
         "torchord.coordinator.averages:ema",
         "torchord.coordinator.averages:swa",
         "torchord.coordinator.local_steps:averaging",
@@ -69,6 +77,7 @@ OWN_TARGETS = frozenset(
         "torchord.coordinator.orders:bucketed",
         "torchord.coordinator.orders:by_parts",
         "torchord.coordinator.orders:weighted",
+        "torchord.coordinator.schedules:each_epoch",
         "torchord.coordinator.streaming:Streamed",
     }
 )

@@ -222,6 +222,10 @@ class Plan:
         """
         return self._segment(step).place(step)
 
+    def ends_epoch(self, step: int) -> bool:
+        """Return whether a step is its epoch's last."""
+        return step + 1 == self.total_steps or self.locate(step + 1)[0] != self.locate(step)[0]
+
     def version_for(self, step: int) -> int:
         """Return the version that the gradients of a step are computed at.
 

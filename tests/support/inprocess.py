@@ -71,7 +71,8 @@ class InProcess:
         loss = mean_loss((found[s].loss, found[s].examples, found[s].weight) for s in shards)
         gradients, buffers = total.result()
         self.losses.append(loss)
-        self.reports.append(self.trainer.apply(gradients, buffers, step=step, loss=loss))
+        ends = self.plan.ends_epoch(step)
+        self.reports.append(self.trainer.apply(gradients, buffers, step=step, loss=loss, epoch_ends=ends))
 
     def train(self, start: int = 0, stop: int | None = None) -> InProcess:
         """The steps from `start` to before `stop`; None: to the end."""

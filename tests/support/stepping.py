@@ -40,7 +40,8 @@ class Stepping:
         mean = self._average(step, done)
         examples = self.plan.examples(step)
         loss = sum(each.loss * each.examples for each in done.values()) / examples
-        self.trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss)
+        ends = self.plan.ends_epoch(step)
+        self.trainer.apply(mean.gradients, mean.buffers, step=step, loss=loss, epoch_ends=ends)
 
     def work(self, step: int, shard: int) -> ShardWork:
         """One shard at the version that the replica holds."""

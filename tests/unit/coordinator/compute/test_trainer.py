@@ -20,6 +20,7 @@ from torchord.cache.tensors import tree
 from torchord.coordinator.compute.determinism import seed_everything
 from torchord.coordinator.compute.optimizers import Groups
 from torchord.coordinator.compute.trainer import Trainer
+from torchord.coordinator.schedules import each_epoch
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
 from torchord.coordinator.spec.targets import Target
@@ -67,6 +68,7 @@ SCHEDULERS: dict[str, Any] = {
     "CyclicLR": partial(lr_scheduler.CyclicLR, base_lr=0.001, max_lr=0.1, step_size_up=3, mode="triangular2"),
     "ReduceLROnPlateau": partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0),
     "LambdaLR": models.lambda_scheduler,
+    "each_epoch": partial(each_epoch, scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.5), frequency=2),
     "SequentialLR": models.warmup_then_cosine,
     "ChainedScheduler": "tests.unit.coordinator.compute.test_trainer:chained",
 }

@@ -1,0 +1,1 @@
+"""Recipes made from what is written for other frameworks; none of them is imported here."""
