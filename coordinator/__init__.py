@@ -19,16 +19,30 @@ if TYPE_CHECKING:
     from torchord.coordinator.master.run import Run
     from torchord.coordinator.spec.config import TrainingConfig
     from torchord.coordinator.spec.recipe import Recipe
+    from torchord.coordinator.spec.stopping import (
+        Keep,
+        MaxSeconds,
+        MaxSteps,
+        NotFinite,
+        Plateau,
+        Threshold,
+    )
 
 _HOME = {
     "Audit": "torchord.coordinator.master.audit",
+    "Keep": "torchord.coordinator.spec.stopping",
     "LocalCluster": "torchord.coordinator.local_cluster.cluster",
     "Master": "torchord.coordinator.master.master",
+    "MaxSeconds": "torchord.coordinator.spec.stopping",
+    "MaxSteps": "torchord.coordinator.spec.stopping",
     "Measure": "torchord.coordinator.compute.step_metrics",
+    "NotFinite": "torchord.coordinator.spec.stopping",
+    "Plateau": "torchord.coordinator.spec.stopping",
     "Recipe": "torchord.coordinator.spec.recipe",
     "Run": "torchord.coordinator.master.run",
     "RunStatus": "torchord.coordinator.master.reports",
     "StepReport": "torchord.coordinator.master.reports",
+    "Threshold": "torchord.coordinator.spec.stopping",
     "TrainedModel": "torchord.coordinator.master.reports",
     "TrainingConfig": "torchord.coordinator.spec.config",
     "lightning": "torchord.coordinator.adapters.lightning",
@@ -37,13 +51,19 @@ _HOME = {
 
 __all__ = [
     "Audit",
+    "Keep",
     "LocalCluster",
     "Master",
+    "MaxSeconds",
+    "MaxSteps",
     "Measure",
+    "NotFinite",
+    "Plateau",
     "Recipe",
     "Run",
     "RunStatus",
     "StepReport",
+    "Threshold",
     "TrainedModel",
     "TrainingConfig",
     "lightning",

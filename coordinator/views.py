@@ -130,6 +130,8 @@ def in_full(line: dict[str, Any], now: float) -> Iterator[str]:
         yield f"  last commit  {_ago(line['committed_at'], now)}"
     if not rest or line["server"]:
         yield f"  server       {line['server'] or 'none'}"
+    if line["reason"]:
+        yield f"  ended        {line['reason']}"
     if line["error"]:
         yield f"  error        {line['error']}"
         for frame in line["traceback"].splitlines():

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,25 +248,26 @@ class CheckpointStore:
             raise CheckpointError(f"every checkpoint in {self.path()} is damaged: " + "; ".join(skipped))
         return None
 
-    def prune(self, keep: int) -> list[int]:
+    def prune(self, keep: int, also: Collection[int] = ()) -> list[int]:
         """Delete all but the newest checkpoints, and leavings of interrupted saves before them.
 
         A checkpoint of version 0 stays: the run started from weights that no recipe makes again.
 
         Args:
             keep: how many to keep, at least 1.
+            also: versions to keep besides.
 
         Returns:
             The versions that were deleted.
         """
         versions = [version for version in self.versions() if version > 0]
         kept = versions[-max(keep, 1) :]
-        gone = versions[: len(versions) - len(kept)]
+        gone = [version for version in versions[: len(versions) - len(kept)] if version not in also]
         for version in gone:  # the marker first, so that it never stands for files that are gone
             self._files.remove(_marker_name(version))
         for name in self._files.names():
             match = _FILE.fullmatch(name)
-            if match and kept and 0 < int(match[1]) < kept[0]:
+            if match and kept and 0 < int(match[1]) < kept[0] and int(match[1]) not in also:
                 self._files.remove(name)
         return gone
 

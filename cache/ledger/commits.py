@@ -154,6 +154,20 @@ class Commits(ControlPlane):
             )
         return Committed.of(reply)
 
+    def stop(self, version: int, *, rule: str, reason: str, token: int) -> str:
+        """Record that the run ends with its present version: see scripts/stop.lua.
+
+        Args:
+            version: the head's.
+            rule: name of the rule that says so.
+            reason: why, in words.
+        """
+        verdict = {"version": version, "rule": rule, "reason": reason}
+        with self._during(f"record that it stops at version {version}"):
+            names = [self.keys.head, self.keys.events]
+            values = [token, version, json.dumps(verdict), keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT]
+            return cast(str, self._script("stop", names, values))
+
     def mark_launched(self, step: int, *, token: int) -> str:
         """Record that the chord of the present step was published; returns "ok", "fenced" or "stale"."""
         with self._during(f"record the launch of step {step}"):

@@ -141,4 +141,6 @@ EVENT = Fields("an event", {"type": TEXT, "data": TEXT}, open=True)
 
 EVENT_DATA = Fields("what an event says", {}, open=True)
 
+STOPPED = Fields("why a run stopped", {"version": COUNT, "rule": TEXT, "reason": TEXT})
+
 ERROR = Fields("why a run failed", {}, {"message": TEXT, "kind": TEXT, "traceback": TEXT}, open=True)

@@ -395,6 +395,9 @@ class Head:
         shared: several processes of one node take turns as server.
         round: the last step of the round that is open, None if there is none.
         error: why the run failed: {"message", "kind", ...}.
+        stopped: the verdict that ends the run before its last step: {"version", "rule", "reason"}; None if
+            there is none.
+        started_at: Unix time (s) at which version 0 was made; 0 where that is not recorded.
     """
 
     status: str
@@ -424,6 +427,8 @@ class Head:
     skew: str = ""
     backups: int = 0
     round: int | None = None
+    stopped: dict[str, Any] | None = None
+    started_at: float = 0.0
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -437,7 +442,7 @@ class Head:
 
         def seconds(name: str) -> float:
             try:
-                return float(fields[name])
+                return float(fields.get(name, "0"))
             except ValueError:
                 raise RecordDamaged(
                     f"field {name!r} of a run's head is {fields[name]:.60}, no time"
@@ -471,6 +476,8 @@ class Head:
             server_environment=fields.get("server_environment", ""),
             skew=fields.get("skew", ""),
             round=integer("round"),
+            stopped=known.STOPPED.read(fields["stopped"]) if fields.get("stopped") else None,
+            started_at=seconds("started_at"),
         )
 
 

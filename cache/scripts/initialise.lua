@@ -16,6 +16,7 @@ redis.call('HSET', KEYS[3], ARGV[3], ARGV[4])
 redis.call('EXPIRE', KEYS[3], ARGV[7])
 redis.call('HSET', KEYS[1], 'status', 'running', 'version', ARGV[3], 'dataset_size', ARGV[5],
   'total_steps', ARGV[6], 'evaluation_size', ARGV[10], 'dataset_digest', ARGV[11], 'committed_at', ARGV[8])
+redis.call('HSETNX', KEYS[1], 'started_at', ARGV[8])
 redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[9], '*', 'type', 'started', 'data',
   cjson.encode({version = tonumber(ARGV[3]), total_steps = tonumber(ARGV[6])}))
 redis.call('EXPIRE', KEYS[4], ARGV[7])

@@ -4,10 +4,14 @@
 --      4 the next one, 5 total steps after the switch ('' if not known yet), 6 TTL of a run (s),
 --      7 event JSON, 8 events kept
 -- Returns 'ok', 'changed' (somebody switched or corrected the run meanwhile), 'late' (the step is too
--- near: a training server may be launching it), or the status of a run at rest.
+-- near: a training server may be launching it), or the status of a run at rest, or 'stopped' (by one of
+-- its rules).
 local status = redis.call('HGET', KEYS[2], 'status')
 if status ~= 'pending' and status ~= 'running' and status ~= 'paused' then
   return status or 'missing'
+end
+if redis.call('HEXISTS', KEYS[2], 'stopped') == 1 then
+  return 'stopped'
 end
 if redis.call('HGET', KEYS[2], 'incarnation') == ARGV[4] then  -- sent twice
   return 'ok'

@@ -81,6 +81,8 @@ class MemoryCommits(MemoryControlPlane):
                 "dataset_digest": dataset_digest,
                 "committed_at": plane.clock(),
             }
+            if "started_at" not in self._head:
+                fields["started_at"] = plane.clock()
             plane.hset(names.head, fields)
             self._event("started", {"version": record.version, "total_steps": total_steps})
             return "ok"
@@ -158,6 +160,22 @@ class MemoryCommits(MemoryControlPlane):
         for name in (*names.lasting(), keys.ACTIVE, keys.RUNS):
             if name != names.pending_evaluations:
                 plane.expire(name, keys.RUN_TTL_SECONDS)
+
+    def stop(self, version: int, *, rule: str, reason: str, token: int) -> str:
+        """See `Ledger.stop`."""
+        plane, head = self.plane, self._head
+        verdict = {"version": version, "rule": rule, "reason": reason}
+        with plane.changed:
+            if not self._holds(token):
+                return "fenced"
+            if int(head["version"]) != version:
+                return "stale"
+            if "stopped" not in head:
+                if head["status"] != "running":
+                    return str(head["status"])
+                plane.hset(self.keys.head, {"stopped": json.dumps(verdict), "total_steps": version})
+                self._event("stopped", verdict)
+            return "ok"
 
     def _mark(self, what: str, step: int, token: int) -> str:
         with self.plane.changed:

@@ -94,6 +94,8 @@ class MemoryRunLife(MemoryControlPlane):
             status = head.get("status", "missing")
             if status not in ("pending", "running", "paused"):
                 return status
+            if "stopped" in head:
+                return "stopped"
             if head["incarnation"] == following:
                 return "ok"
             if head["incarnation"] != incarnation:

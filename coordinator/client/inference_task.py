@@ -110,8 +110,9 @@ class InferenceTask:
             if whole is None:
                 return {**receipt, "status": "a part is lost"}
             ledger.record_evaluation(version, whole)
+            self.fault("client.after_evaluation")
             receipt["evaluation"] = whole
-            self._call_if_evaluated(ledger)
+            self._call_if_evaluated(ledger, waits=context.config.decides_by_evaluations)
         if verdict in ("complete", "done"):
             self.services.evaluations.delete(map(_record_of, [*values, states]))
         return {**receipt, "status": verdict, "examples": measured.examples, **measured.means}
@@ -162,7 +163,7 @@ class InferenceTask:
                 if version != ledger.head().version and self._gone_for_good(run, version, error):
                     why = f"version {version} cannot be evaluated any more: {error}"
                     ledger.abandon_evaluation(version, why)
-                    self._call_if_evaluated(ledger)
+                    self._call_if_evaluated(ledger, waits=False)
                     return {**receipt, "status": "version lost", "error": str(error)}
                 self.lease.report_loss(run, version)
             self.lease.send_again(receipt)
@@ -182,10 +183,14 @@ class InferenceTask:
         self._silent_since.pop((run, version), None)
         return True
 
-    def _call_if_evaluated(self, ledger: Ledger) -> None:
-        """Call the training server if the run has waited for nothing but its evaluations."""
+    def _call_if_evaluated(self, ledger: Ledger, *, waits: bool) -> None:
+        """Call the training server if the run has waited for nothing but its evaluations.
+
+        Args:
+            waits: whether the steps behind an evaluation wait for it.
+        """
         head = ledger.head()
-        if head.version == head.total_steps and not ledger.pending_evaluations():
+        if (waits or head.version == head.total_steps) and not ledger.pending_evaluations():
             self.sender.advance(ledger.run, queue=head.queue or UPDATES)
 
     def _evaluation_failed(

@@ -27,6 +27,7 @@ from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.fingerprints import fingerprint
 from torchord.coordinator.spec.recipe import Recipe
+from torchord.coordinator.spec.stopping import require_decidable
 
 
 class Master:
@@ -125,6 +126,13 @@ class Master:
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
         require_apart(recipe.buffers, config)
+        require_decidable(
+            config.rules,
+            config.keep_rule,
+            every=config.evaluate_every,
+            evaluation=recipe.evaluation is not None,
+            metrics=recipe.metrics or (),
+        )
         require_equal_shards(recipe.weight, recipe.loss_over, config.aggregation)
         described = recipe.to_spec()
         try_optimizers(recipe, config)

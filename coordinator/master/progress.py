@@ -18,7 +18,7 @@ from torchord.coordinator.messages.waits import duration
 
 log = logging.getLogger(__name__)
 
-_TOLD = ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarded", "probe")
+_TOLD = ("rollback", "failed", "paused", "resumed", "evaluation lost", "discarded", "probe", "stopped")
 
 
 _RECENT = 8  # of the last steps, by which the time left is told, as on the pages about runs
@@ -179,6 +179,8 @@ def worded(kind: str, data: dict[str, Any]) -> str:
             f"step {data['step']}: loss {data['loss']:.6g}{said}, {data['examples']} examples in "
             f"{data['seconds']:.2f} s"
         )
+    if kind == "stopped":
+        return f"stopped at version {data['version']}: {data['reason']}"
     if data.keys() == {"message"}:
         return f"{kind}: {data['message']}"
     return f"{kind}: {', '.join(_pairs(data))}" if data else kind

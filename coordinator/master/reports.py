@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchord.cache.errors import CheckpointError, InvalidInput
-from torchord.cache.ledger.records import LedgerEntry
+from torchord.cache.ledger.records import Head, LedgerEntry
 from torchord.cache.settings import located
 from torchord.coordinator.messages.waits import Wait
 
@@ -49,6 +49,8 @@ class RunStatus:
         discarded: queues whose messages somebody throws away who is no torchord worker, each with what to
             look for; the run goes on, many times slower.
         waits: what the run waits for now, since when and who can end it; () at rest.
+        reason: which of its rules ends the run before its last step, and why (`TrainingConfig.stop_when`); ""
+            where none does.
     """
 
     name: str
@@ -64,6 +66,7 @@ class RunStatus:
     refused: tuple[str, ...] = ()
     discarded: tuple[str, ...] = ()
     waits: tuple[Wait, ...] = ()
+    reason: str = ""
 
     def __repr__(self) -> str:
         said = f"<RunStatus of {self.name!r}: {self.state}, step {self.version} of {self._total}"
@@ -136,6 +139,11 @@ class StepReport:
         )
 
 
+def stop_reason(head: Head) -> str:
+    """Why one of its rules ends a run before its last step, in words; "" where none does."""
+    return "" if head.stopped is None else f"stopped: {head.stopped['reason']}"
+
+
 def state_of(module: torch.nn.Module) -> dict[str, Any]:
     """A module's state dict, of which nothing is the module's own, with the versions of its modules.
 
@@ -164,6 +172,7 @@ class TrainedModel:
         metrics: the last evaluation, {"loss": ..., metric: ...}; empty without an evaluation.
         evaluations: version -> metrics.
         version: the version that `module` holds.
+        reason: why the run ended before its last step, as `RunStatus.reason`; "" where it did not.
     """
 
     module: torch.nn.Module
@@ -171,6 +180,7 @@ class TrainedModel:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     version: int = 0
+    reason: str = ""
 
     def __repr__(self) -> str:
         return f"<TrainedModel {', '.join(f'{name} {value}' for name, value in self._facts())}>"

@@ -9,7 +9,7 @@ from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
-from torchord.coordinator.master.reports import RunStatus
+from torchord.coordinator.master.reports import RunStatus, stop_reason
 from torchord.coordinator.master.switching import plan_of
 from torchord.coordinator.master.waiting import RESTING, Quiet, Shown
 from torchord.coordinator.messages.waits import Waits
@@ -47,7 +47,7 @@ class Standing:
         with suppress(RecordDamaged):  # a run whose spec is damaged has a status, too
             if head.total_steps is not None and head.dataset_size:
                 plan = self.plan(head)
-                epoch = plan.locate(min(head.version, head.total_steps - 1))[0] if plan else None
+                epoch = plan.locate(max(0, min(head.version, head.total_steps - 1)))[0] if plan else None
         error = head.error or {}
         alive = {} if head.status in RESTING else self.fleet.alive()
         return RunStatus(
@@ -64,6 +64,7 @@ class Standing:
             refused=self.fleet.refused(alive),
             discarded=self.fleet.discarded(alive),
             waits=self._waits.look(head, alive),
+            reason=stop_reason(head),
         )
 
     def follow(self, after: str = "0-0") -> Follower:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from torchord.cache.errors import VersionMissing
+from torchord.cache.errors import InvalidInput, VersionMissing
 from torchord.cache.keyring import AnyKeyring, Places
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.config import TrainingConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +18,36 @@ if TYPE_CHECKING:
     from torchord.cache.tensors.codec import Manifest
 
 
+BEST: Literal["best"] = "best"
+Version = int | Literal["best"] | None
+"""A version that a person asks for: by its number, the best one, or None for the newest."""
+
+
 def manifest_of(ledger: Ledger) -> Manifest:
     """The layout of a run's versions."""
     from torchord.cache.tensors.codec import Manifest
 
     return Manifest.from_json(ledger.manifest())
+
+
+def best_version(ledger: Ledger, config: TrainingConfig) -> int:
+    """The best version of a run so far, by its config's `keep`.
+
+    Raises:
+        InvalidInput: the config has none.
+        VersionMissing: nothing is evaluated yet, or nothing that is a number.
+    """
+    keep = config.keep_rule
+    if keep is None:
+        raise InvalidInput(
+            f"run {ledger.run!r} keeps no best version: submit it with TrainingConfig(keep='best'), or "
+            "ask for one of run.evaluations() by its number"
+        )
+    if not (found := keep.best(ledger.evaluations())):
+        raise VersionMissing(
+            f"run {ledger.run!r} has no best version yet: no evaluation of it has measured {keep.metric!r}"
+        )
+    return found[0]
 
 
 def stored_tensors(services: Services, ledger: Ledger, head: Head, version: int) -> dict[str, Tensor]:

@@ -182,6 +182,8 @@ class Waits:
         plan = self._plan(head)
         if plan is None:
             return []
+        if plan.config.decides_by_evaluations and head.version in ledger.pending_evaluations():
+            return self._evaluations(alive, since)
         slots = plan.fan_in(head.version)
         missing = sorted(set(range(slots.total)) - ledger.slots_present(head.version))
         taking = [info for info in alive.values() if _does(info, activity.in_round(run, head.version))]

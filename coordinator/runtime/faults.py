@@ -52,6 +52,8 @@ POINTS = (
     "server.after_checkpoint",
     "server.before_state",  # about to publish the optimizer state
     "server.after_state",
+    "server.before_stop",  # a rule ends the run, not recorded
+    "server.after_stop",  # recorded, nothing evaluated or written
     "server.before_finish",  # last checkpoint written, run not ended
     "server.after_finish",
     "sender.mid_launch",  # part of a chord is published
@@ -69,6 +71,7 @@ POINTS = (
     "writer.before_send",  # last input of a partial sum written, the sum not sent
     "client.before_part",  # part of an evaluation computed, not written
     "client.after_part",
+    "client.after_evaluation",  # its figures recorded, the training server not called
     "server.after_open",  # round opened, its seats not published
     "server.before_adopt",  # round over, its version not taken over
     "server.after_adopt",  # taken over, nothing launched

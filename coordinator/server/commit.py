@@ -156,7 +156,8 @@ class StepCommit:
         # The ledger's entry and the version's record, and with them the next chord.
         entry = self._entry(warm, slots, updated, draft, {CHECKS: checks} if checks else {})
         record, unused = self._record(warm, slots, draft, entry)
-        drafted = self._draft(warm, after=launched)
+        verdict = None if warm.watch is None else warm.watch.see(entry)
+        drafted = self._draft(warm, after=launched, ends=verdict is not None)
         committed = warm.ledger.commit(
             step=step,
             token=warm.token,
@@ -174,6 +175,8 @@ class StepCommit:
         spent = [blob for check in tree.checks for blob in present[check].blobs()]
         spent += [present[each].blob for each in {*tree.roots, *tree.checked}]
         warm.take(entry, record, committed, spent=[*spent, *unused])
+        if verdict is None and not warm.waits_at(warm.version):
+            warm.settled = warm.version
         self.rounds.judge(warm, entry.parameters)
         return Applied(self._receipt(warm, entry), committed, drafted)
 
@@ -245,10 +248,14 @@ class StepCommit:
         far = self.read_nbytes >= least or warm.version < warm.far_until
         return far and warm.writer.nbytes >= least
 
-    def _draft(self, warm: WarmRun, *, after: int) -> Launch | None:
-        """The chord that the commit of the present step makes possible, None if there is none or several."""
+    def _draft(self, warm: WarmRun, *, after: int, ends: bool) -> Launch | None:
+        """The chord that the commit of the present step makes possible, None if there is none or several.
+
+        Args:
+            ends: whether a rule of the config says that the step is the last.
+        """
         plan, following = warm.context.plan(), warm.version + 1
-        if following >= plan.total_steps:
+        if following >= warm.end or warm.waits_at(following) or ends:
             return None
         steps = [step for step in plan.window(following) if step > after]
         if len(steps) != 1 or warm.context.config.round_steps != 1:  # it may be a round that is launched
@@ -333,7 +340,7 @@ class StepCommit:
             The last step that is launched now.
         """
         plan = warm.context.plan()
-        if warm.version >= plan.total_steps:
+        if warm.version >= warm.end or warm.open_verdict:
             return after
         for step in plan.window(warm.version):
             if step <= after:

@@ -50,19 +50,22 @@ class Finish:
 
     def evaluate_if_due(self, warm: WarmRun) -> None:
         """Launch the evaluation that the config asks for at the present version, if there is one."""
-        version, every = warm.version, warm.context.config.evaluate_every
-        due = every is not None and version > 0 and version % every == 0
-        if due and version < warm.context.plan().total_steps and warm.context.recipe.evaluation is not None:
+        if warm.evaluates(warm.version):
             self.launch_evaluation(warm)
 
-    def launch_evaluation(self, warm: WarmRun) -> None:
-        """Publish the evaluation of the present version; it stays stored until that is done."""
+    def launch_evaluation(self, warm: WarmRun) -> bool:
+        """Publish the evaluation of the present version; it stays stored until that is done.
+
+        Returns:
+            False if there is nothing to evaluate it with.
+        """
         size = warm.ledger.head().evaluation_size
         if not size:
-            return
+            return False
         parts = evaluation_parts(size, warm.context.config.shards)
         if warm.ledger.launch_evaluation(warm.version, parts, pin_seconds=_EVALUATION_PIN_SECONDS):
             self.sender.evaluation(warm.run, warm.version, range(parts), parts)
+        return True
 
     def end(self, warm: WarmRun, receipt: dict[str, Any]) -> dict[str, Any]:
         """Evaluate the last version, write the last checkpoint, end the run."""
@@ -74,6 +77,8 @@ class Finish:
                 if receipt["status"] == "waiting":  # somebody called for another reason than a commit
                     self.upkeep.keep_stored(warm)
                 return {**receipt, "status": "evaluating"}
+        if (keep := warm.context.config.keep_rule) is not None:
+            warm.best = frozenset(keep.best(ledger.evaluations()))
         if warm.spilled != version and not self.checkpointed(warm):
             return {**receipt, "status": "checkpoint not written"}  # the supervisor calls again
         if warm.record.slots or warm.record.delta is not None:  # no slot and no Client has a next step
@@ -84,20 +89,34 @@ class Finish:
             self.services.gradients.delete(blob for blob in kept.blobs() if blob not in left)
         if self.services.file_keyring:
             self._state(warm)
+        stopped = ledger.head().stopped
+        why = {} if stopped is None else {"reason": f"stopped: {stopped['reason']}"}
         self.fault("server.before_finish")
         done, _ = ledger.transition(
-            "done", allowed=("running",), event="done", data={"version": version}, token=warm.token
+            "done", allowed=("running",), event="done", data={"version": version, **why}, token=warm.token
         )
         if done:
             log.info("run %s: done, with %d steps", warm.run, version)
-            stored = [v for v in ledger.versions() if v != version]
-            self.services.parameters.drop(ledger, stored, token=warm.token)
-            ledger.retire()
-            self.services.parameters.keep(warm.record)
+            stored = ledger.versions()
+            outlived = [v for v in stored if v != version and v not in warm.best]
+            self.services.parameters.drop(ledger, outlived, token=warm.token)
+            ledger.retire(self._begun(warm))
+            for record in (warm.record, *(stored[v] for v in warm.best if v != version and v in stored)):
+                self.services.parameters.keep(record)
             if (start := warm.context.spec.get("start_from")) is not None:
                 self.services.chunks.delete(StateRecord.from_dict(start["weights"]).blobs())
         self.fault("server.after_finish")
         return {**receipt, "status": "done", "version": version}
+
+    def _begun(self, warm: WarmRun) -> range:
+        """The steps that were begun behind the version that a run stopped with; their gradients go."""
+        if warm.stopped_at is None:
+            return range(0)
+        begun = range(warm.version, max(warm.version, warm.ledger.head().reached) + 1)
+        for step in begun:
+            slots = warm.ledger.slots(step).values()
+            self.services.gradients.delete(blob for slot in slots for blob in slot.blobs())
+        return begun
 
     def _state(self, warm: WarmRun) -> None:
         """Seal a statement of what the run has made, beside its checkpoints."""

@@ -107,6 +107,8 @@ class RoundOpener:
         config = context.plan().config_at(warm.version)
         if config.round_steps == 1 or config.staleness or not config.deterministic:
             return False
+        if config.decides_by_steps:
+            return False
         if (keyring and not keyring.local) or warm.ledger.digest:
             return False
         return warm.ledger.head().skew == "refuse"

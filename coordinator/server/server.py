@@ -19,6 +19,7 @@ from torchord.cache.errors import (
     CacheError,
     CheckpointsUnavailable,
     Fenced,
+    NonFinite,
     RecordDamaged,
     Skewed,
     SlotRefused,
@@ -37,7 +38,8 @@ from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.failures import Failure, contained, noted, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.hindrances import Hindrances
-from torchord.coordinator.server.commit import StepCommit
+from torchord.coordinator.server.commit import Applied, StepCommit
+from torchord.coordinator.server.decisions import Decisions
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.jury import Jury
 from torchord.coordinator.server.takeover import TakeOver
@@ -83,6 +85,7 @@ class TrainingServer:
         self.hindrances = Hindrances(heartbeat)
         self.upkeep = Upkeep(services, fault)
         self.finish = Finish(services, sender, self.upkeep, self._checkpointed, fault)
+        self.decisions = Decisions(self.finish, self._checkpointed, fault)
         self.commit = StepCommit(
             services,
             sender,
@@ -154,7 +157,7 @@ class TrainingServer:
         """The head, and in the same round trip all slots of the step that is next, where they are few."""
         warm = self._warm.get(run)
         plan = None if warm is None else warm.context.plan()
-        if warm is None or plan is None or warm.version >= plan.total_steps:
+        if warm is None or plan is None or warm.version >= warm.end:
             return ledger.head(), None
         if plan.fan_in(warm.version).partials:
             return ledger.head(), None
@@ -196,18 +199,24 @@ class TrainingServer:
         self._warm.move_to_end(run)
         receipt: dict[str, Any] = {"run": run, "status": "waiting", "version": warm.version}
         launched = -1 if head.launched is None else head.launched
-        while warm.version < warm.context.plan().total_steps:
+        while warm.version < warm.end:
+            if (first := self.decisions.settle(warm)) is not None:
+                if receipt["status"] == "waiting":  # somebody called for another reason than a commit
+                    self.upkeep.keep_stored(warm)
+                return {**receipt, "status": first}
+            if warm.version >= warm.end:
+                break
             try:
-                applied = self.commit.apply(warm, present, launched)
+                applied = self._applied(warm, present, launched, called)
             except SlotRefused as error:
                 log.warning("%s", error)
                 self.commit.launch(warm, after=warm.version - 1, fresh=False)
                 return {**receipt, "status": "refused slots"}
+            except NonFinite as error:
+                if not self.decisions.stops_for(warm, error):
+                    raise
+                break
             present = None
-            if applied is None and called == warm.version <= launched:
-                # A header ended without its slot (its twin is still at it): that one must call again.
-                warm.ledger.mark_called(called, token=warm.token)
-                applied = self.commit.apply(warm, None, launched)
             if applied is None:
                 last = self.commit.launch(warm, after=launched, fresh=False)
                 if last == launched and receipt["status"] == "waiting":
@@ -222,6 +231,22 @@ class TrainingServer:
             self._after_commit(warm, committed.dropped)
             if drafted is not None and committed.launched and drafted.step == warm.version:
                 return receipt  # it was not launched before, so its chord has yet to call
+        return self._end(warm, receipt)
+
+    def _applied(
+        self, warm: WarmRun, present: dict[int, SlotRecord] | None, launched: int, called: int | None
+    ) -> Applied | None:
+        """Apply and commit the present step, as `StepCommit.apply` does."""
+        applied = self.commit.apply(warm, present, launched)
+        if applied is None and called == warm.version <= launched:
+            # A header ended without its slot (its twin is still at it): that one must call again.
+            warm.ledger.mark_called(called, token=warm.token)
+            applied = self.commit.apply(warm, None, launched)
+        return applied
+
+    def _end(self, warm: WarmRun, receipt: dict[str, Any]) -> dict[str, Any]:
+        """End the run with its present version."""
+        self.decisions.say_limit(warm)
         return self.finish.end(warm, receipt)
 
     def _look_at_round(self, run: str, ledger: Ledger, head: Head) -> dict[str, Any] | None:
@@ -234,8 +259,7 @@ class TrainingServer:
         warm = self._adopted(run, ledger, head, state) if stands == "published" else None
         if warm is not None:
             done = self._after_round(warm)
-            over = warm.version >= warm.context.plan().total_steps
-            return self.finish.end(warm, done) if over else done
+            return self._end(warm, done) if warm.version >= warm.end else done
         self._warm.pop(run, None)
         self._lost[run] = head.version
         if state is not None and state.disputed is not None:
@@ -273,9 +297,10 @@ class TrainingServer:
     def _after_round(self, warm: WarmRun) -> dict[str, Any]:
         """Launch what comes after a round, and do what its end makes due."""
         warm.shared = False  # whoever serves the run next restores what the round's end has stored
+        first = self.decisions.settle(warm)
         self.commit.launch(warm, after=-1, fresh=False)
         self._after_commit(warm)
-        return {"run": warm.run, "status": "round taken over", "version": warm.version}
+        return {"run": warm.run, "status": first or "round taken over", "version": warm.version}
 
     def _held(self, run: str, head: Head) -> WarmRun | None:
         """The run as this process holds it, if that is what the head says."""
@@ -312,9 +337,7 @@ class TrainingServer:
         self.upkeep.retain(warm, warm.stored, warm.pinned)
         self.finish.evaluate_if_due(warm)
         due = warm.version % warm.context.config.checkpoint_every == 0
-        if (due or self.hindrances.waits(warm.run, CHECKPOINT)) and (
-            warm.version < warm.context.plan().total_steps
-        ):
+        if (due or self.hindrances.waits(warm.run, CHECKPOINT)) and warm.version < warm.end:
             self._checkpointed(warm)
         if self.upkeep.state_due(warm):
             self.upkeep.publish_state(warm)

@@ -31,6 +31,7 @@ from torchord.coordinator.runtime.environment import device
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.runtime.version_writer import VersionWriter
+from torchord.coordinator.server.step_watch import StepWatch
 from torchord.coordinator.server.warm_run import WarmRun
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
@@ -72,9 +73,21 @@ class TakeOver:
             Skewed: this process's code builds another model than the run's.
         """
         if head.status == "pending" or head.total_steps is None:
-            return self._initialise(head)
+            return self._ruled(self._initialise(head))
         self.restores = True
-        return self._restore(head)
+        return self._ruled(self._restore(head))
+
+    def _ruled(self, warm: WarmRun) -> WarmRun:
+        """Note what the run's rules have said so far."""
+        config, head = self.context.config, self.ledger.head()
+        warm.stopped_at = None if head.stopped is None else head.stopped["version"]
+        warm.started_at = head.started_at
+        if (keep := config.keep_rule) is not None:
+            warm.best = frozenset(keep.best(self.ledger.evaluations()))
+        if config.decides_by_steps:
+            warm.watch = StepWatch(config.rules, head.started_at)
+            warm.watch.catch_up(self.ledger, self.checkpoints, warm.version)
+        return warm
 
     def _trainer(self, version: int, prepare: Prepare = nothing_to_prepare) -> Trainer:
         """A trainer with the optimizer that a version's state is of: that of the step that made it."""

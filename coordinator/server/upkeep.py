@@ -70,11 +70,11 @@ class Upkeep:
     def outlived(self, warm: WarmRun) -> list[int]:
         """The stored versions that nobody needs any more once the present step is committed."""
         following = warm.version + 1
-        if following >= warm.context.plan().total_steps:
+        if following >= warm.end:
             return []
         oldest = min(warm.version, warm.context.plan().version_for(following))
-        restored = self._restorable(warm)
-        return [version for version in warm.stored if version < oldest and version not in restored]
+        kept = {*self._restorable(warm), *warm.best}
+        return [version for version in warm.stored if version < oldest and version not in kept]
 
     def _restorable(self, warm: WarmRun) -> range:
         """The restore point, with the earlier versions that a replay from there would compute at."""
@@ -87,9 +87,10 @@ class Upkeep:
     def retain(self, warm: WarmRun, stored: tuple[int, ...], pinned: frozenset[int]) -> None:
         """Delete the versions that nobody needs.
 
-        Kept are the recent ones, the pinned ones, and what a restore needs.
+        Kept are the recent ones, the pinned ones, the best ones, and what a restore needs.
         """
-        kept = {*range(self._oldest_kept(warm), warm.version + 1), *self._restorable(warm)} | pinned
+        recent = range(self._oldest_kept(warm), warm.version + 1)
+        kept = {*recent, *self._restorable(warm), *warm.best} | pinned
         doomed = [version for version in stored if version not in kept]
         self.services.parameters.drop(warm.ledger, doomed, token=warm.token)
 
@@ -113,7 +114,7 @@ class Upkeep:
             if not warm.ledger.put_version(record, token=warm.token):
                 raise Fenced(f"run {warm.run!r}: overtaken while storing version {warm.version}") from error
             warm.record, warm.state_version = record, NEVER
-        if warm.version < warm.context.plan().total_steps:
+        if warm.version < warm.end:
             self._require_others(warm)
 
     def _keep_recorded(self, warm: WarmRun) -> None:
@@ -162,7 +163,7 @@ class Upkeep:
             state["window"] = self._window(warm)
         warm.checkpoints.save(warm.version, warm.trainer.replica.state_tensors(), state, meta)
         self.fault("server.after_checkpoint")
-        warm.checkpoints.prune(config.keep_checkpoints)
+        warm.checkpoints.prune(config.keep_checkpoints, also=warm.best)
         warm.spilled = warm.version
         kept_from = warm.version - keys.LEDGER_KEPT + 1
         if kept_from > 1 and warm.ledger.ledger_size() > keys.LEDGER_KEPT:

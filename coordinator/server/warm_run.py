@@ -20,6 +20,7 @@ from torchord.coordinator.runtime.restoring import restore
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.runtime.version_writer import VersionWriter
 from torchord.coordinator.server.gradient_download import LEAST_CHUNKS, GradientDownload
+from torchord.coordinator.server.step_watch import StepWatch
 
 NEVER = -1
 
@@ -53,6 +54,11 @@ class WarmRun:
         disputed: a round in which two Clients made different bytes of a version: up to that, this server
             takes the steps itself, and then says who was wrong.
         behind: brings `made` to `version`, which Clients have made; None where it is there.
+        stopped_at: the version with which a rule of the config ends the run, None if none does yet.
+        settled: the newest version of which it is known what the config's rules and `keep` say.
+        started_at: Unix time (s) at which version 0 was made.
+        best: the versions that `keep` keeps.
+        watch: the rules that read each step, with the steps up to `version`; None if there are none.
     """
 
     context: RunContext
@@ -79,6 +85,11 @@ class WarmRun:
     behind: Callable[[Trainer], None] | None = field(default=None, repr=False)
     disputed: RoundState | None = None
     alone_until: int = NEVER
+    stopped_at: int | None = None
+    settled: int = NEVER
+    started_at: float = 0.0
+    best: frozenset[int] = frozenset()
+    watch: StepWatch | None = field(default=None, repr=False)
 
     @property
     def run(self) -> str:
@@ -100,6 +111,31 @@ class WarmRun:
         """Stores what `trainer` holds; errors likewise."""
         self._catch_up()
         return self.made_writer
+
+    @property
+    def end(self) -> int:
+        """The version that the run ends with, as far as that is known."""
+        total = self.context.plan().total_steps
+        return total if self.stopped_at is None else min(total, self.stopped_at)
+
+    def evaluates(self, version: int) -> bool:
+        """Whether a version, other than the last, is to be evaluated."""
+        return version < self.end and self.context.config.evaluates(version) and self._has_evaluation
+
+    @property
+    def _has_evaluation(self) -> bool:
+        return self.context.recipe.evaluation is not None
+
+    def waits_at(self, version: int) -> bool:
+        """Whether what comes behind a version depends on its evaluation."""
+        return self.evaluates(version) and self.context.config.decides_by_evaluations
+
+    @property
+    def open_verdict(self) -> bool:
+        """Whether it is still to be found out if the run goes on behind its present version."""
+        if self.settled == self.version or self.version >= self.end:
+            return False
+        return self.watch is not None or self.waits_at(self.version)
 
     def _catch_up(self) -> None:
         if self.behind is not None:
@@ -145,8 +181,7 @@ class WarmRun:
 
     def oldest_needed(self) -> int:
         """The oldest version that a step from here on is computed at."""
-        plan = self.context.plan()
-        return plan.version_for(self.version) if self.version < plan.total_steps else self.version
+        return self.context.plan().version_for(self.version) if self.version < self.end else self.version
 
 
 def read_ahead(services: Services, warm: WarmRun, read_nbytes: int, step_seconds: float) -> None:
@@ -162,7 +197,7 @@ def read_ahead(services: Services, warm: WarmRun, read_nbytes: int, step_seconds
     plan, store = warm.context.plan(), services.chunks
     if "collect" not in services.settings.overlap or read_nbytes < LEAST_CHUNKS * store.chunk_nbytes:
         return
-    if warm.version >= plan.total_steps:
+    if warm.version >= warm.end:
         return
     held = ref(warm)
     warm.download = GradientDownload(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torchord.cache.errors import ConfigError
+from torchord.coordinator.spec import stopping
 from torchord.coordinator.spec.aggregation import AGGREGATIONS, require_robust
+from torchord.coordinator.spec.stopping import Keep, MaxSteps, Rule
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _MEMORY_FORMATS = ("contiguous", "channels_last")
@@ -118,6 +120,12 @@ class TrainingConfig:
         round_steps: how many global steps the Clients take by themselves between two chords, at least 1, or
             "auto": as many as take about a second, so that what a chord costs does not show. It changes
             no bit of a run. See docs/rounds.md.
+        stop_when: when the run ends before its last step, as done: one or several of `torchord.Plateau`,
+            `Threshold`, `NotFinite`, `MaxSteps` and `MaxSeconds`, of which the first that is met counts. What
+            comes behind an evaluation that a rule reads waits for it. See docs/deciding.md.
+        keep: which versions are kept beside the newest: "best", by the evaluations' loss, or a
+            `torchord.Keep`; None: no others. What comes behind an evaluation waits for it, likewise.
+        evaluate_at_start: whether version 0 is evaluated, too.
 
     Raises:
         ConfigError: a value is out of range; the message names field, value and range.
@@ -160,6 +168,9 @@ class TrainingConfig:
     aggregation: str = "mean"
     aggregation_faults: int = 1
     round_steps: int | str = 1
+    stop_when: Rule | Sequence[Rule] | None = ()
+    keep: Keep | str | None = None
+    evaluate_at_start: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -195,9 +206,11 @@ class TrainingConfig:
         self._positive("shard_timeout_seconds", optional=True)
         self._positive("loss_scale")
         self._fraction("audit_fraction")
-        for name in ("deterministic", "compile", "shuffle", "drop_last", "probe"):
+        for name in ("deterministic", "compile", "shuffle", "drop_last", "probe", "evaluate_at_start"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        object.__setattr__(self, "stop_when", stopping.rules_of(self.stop_when))
+        object.__setattr__(self, "keep", stopping.keep_of(self.keep))
         self._choice("nonfinite", _NONFINITE)
         self._choice("digest", _DIGESTS)
         self._choice("skew", _SKEW)
@@ -266,7 +279,38 @@ class TrainingConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a plain dict that JSON carries without loss."""
-        return asdict(self)
+        return {**asdict(self), "stop_when": stopping.described(self.rules)}
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What `stop_when` holds."""
+        return stopping.rules_of(self.stop_when)
+
+    @property
+    def most_steps(self) -> int | None:
+        """Global steps that `stop_when` lets the run have at most; None for any number."""
+        return min((rule.steps for rule in self.rules if isinstance(rule, MaxSteps)), default=None)
+
+    @property
+    def keep_rule(self) -> Keep | None:
+        """What `keep` holds."""
+        return stopping.keep_of(self.keep)
+
+    @property
+    def decides_by_evaluations(self) -> bool:
+        """Whether what comes behind an evaluation depends on it."""
+        return self.keep is not None or any(stopping.reads(rule) == "evaluations" for rule in self.rules)
+
+    @property
+    def decides_by_steps(self) -> bool:
+        """Whether each step may be the last."""
+        return any(stopping.reads(rule) in ("steps", "clock") for rule in self.rules)
+
+    def evaluates(self, version: int) -> bool:
+        """Whether a version, other than the run's last, is to be evaluated."""
+        if version == 0:
+            return self.evaluate_at_start
+        return self.evaluate_every is not None and version % self.evaluate_every == 0
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainingConfig:

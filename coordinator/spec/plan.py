@@ -188,7 +188,8 @@ class Plan:
             self._segments.append(_Segment(step, here, *last.place(step), self._epochs))
         self.steps_per_epoch = self._epochs.steps(0, 1, config.local_steps)
         self._starts = [segment.start for segment in self._segments]
-        self.total_steps = self._segments[-1].end(config.epochs)
+        self.all_steps = self._segments[-1].end(config.epochs)
+        self.total_steps = min(self.all_steps, config.most_steps or self.all_steps)
         self._asked: tuple[int | None, list[int]] = (None, [])
         self._orders: OrderedDict[int, Indices] = OrderedDict()
         self._trees: dict[int, FanIn] = {}  # each is asked for several times

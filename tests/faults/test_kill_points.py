@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults.laboratory import CONFIG, HOURS, Laboratory
 from tests.support import models
+from torchord import Plateau
 from torchord.coordinator.runtime.faults import POINTS, parse
 
 MODES: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
         "parameter_compression": "int8",
     },
     "rounds": {"round_steps": 6, "epochs": 6},
+    "deciding": {"stop_when": Plateau(patience=1, min_delta=1e6), "keep": "best", "evaluate_at_start": True},
     "tree": {"shards": 8, "fan_in": 2},
     "deep tree, all": {
         "shards": 8,
@@ -59,6 +61,8 @@ PLANS = (
     ("plain", "server.after_checkpoint:2:kill"),
     ("plain", "server.before_state:3:kill"),
     ("fp16", "server.after_state:3:kill"),
+    ("deciding", "client.after_evaluation:1:kill;server.before_stop:1:kill"),
+    ("deciding", "server.after_stop:1:kill"),
     ("plain", "server.before_finish:1:kill"),
     ("plain", "server.after_finish:1:kill"),
     ("plain", "supervisor.before_look:1:kill"),

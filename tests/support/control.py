@@ -169,7 +169,7 @@ def memory_state(plane: MemoryPlane) -> dict[str, Any]:
     return found
 
 
-CLOCKED = ("submitted_at", "committed_at", "changed", "token")
+CLOCKED = ("started_at", "submitted_at", "committed_at", "changed", "token")
 COUNTERS = ("late", "duplicates", "divergent")
 
 

@@ -27,6 +27,7 @@ from torchord.cache.keyring import NO_KEYS
 from torchord.cache.ledger.rounds import Seat, Turn
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.cache.settings import Settings
+from torchord.cache.stores.evaluations import EvaluationStore
 from torchord.cache.stores.gradients import GradientStore
 from torchord.cache.stores.parameters import ParameterCache
 from torchord.cache.tensors.codec import Manifest, views
@@ -53,7 +54,14 @@ RUN = "run"
 SEAT = "seat"  # what Celery has as a gradient of several steps
 RESTING = ("done", "failed", "cancelled", "paused")
 _AROUND = ("acquire", "initialise", "finish")
-_NEVER = ("server.before_rollback", "server.after_rollback", "client.before_part", "client.after_part")
+DECIDING = (
+    "client.before_part",
+    "client.after_part",
+    "client.after_evaluation",
+    "server.before_stop",
+    "server.after_stop",
+)
+_NEVER = ("server.before_rollback", "server.after_rollback", *DECIDING)
 ONCE = tuple(f"server.{when}_{what}" for what in _AROUND for when in ("before", "after"))
 EACH_STEP = tuple(p for p in POINTS if p.startswith(("server.", "client.")) and p not in (*ONCE, *_NEVER))
 """Points at which a process may be killed: in a run, or in a step. (Evaluations are none of this.)"""
@@ -194,6 +202,7 @@ class Fleet:
                 chunks=chunks,
                 parameters=ParameterCache(chunks),
                 gradients=GradientStore(chunks),
+                evaluations=EvaluationStore(chunks),
                 ledger=lambda run: ledger,
                 registry=SimpleNamespace(alive=self._alive, worker=lambda name: self._alive().get(name)),
                 keyring=NO_KEYS,
@@ -264,6 +273,9 @@ class Fleet:
         self._live(lambda: self._compute(client, task, kwargs), lambda: self._replace_client(number))
 
     def _compute(self, client: Client, task: str, kwargs: dict[str, Any]) -> None:
+        if task == task_names.EVALUATE:
+            client.inference.evaluate(**kwargs)
+            return
         slot = kwargs["slot"] if task == task_names.PARTIAL_SUM else kwargs["shard"]
         delivery = f"d{self.random.random()}"
         work = SlotTask(RUN, kwargs["step"], slot, kwargs["version"], delivery, backup=kwargs["backup"])
@@ -312,6 +324,9 @@ class Fleet:
                     self.post, RUN, step, plan.fan_in(step), self.ledger.slots_present(step),
                     version=plan.version_for(step), callback_queue=task_names.UPDATES,
                 )  # fmt: skip
+        for version, parts in self.ledger.pending_evaluations().items():
+            missing = set(range(parts)) - self.ledger.parts_present(version)
+            self.post.evaluation(RUN, version, sorted(missing or {0}), parts)
         self.post.advance(RUN)
 
     # --- lives and deaths -------------------------------------------------------------------

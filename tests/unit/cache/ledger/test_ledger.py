@@ -1374,6 +1374,32 @@ def test_an_evaluation_is_launched_once(plane: Plane, running: Ledger) -> None:
     assert running.pending_evaluations() == {0: 4}
 
 
+# --- the end by a rule ----------------------------------------------------------------------------
+
+
+def test_a_run_stops_at_its_present_version_once(plane: Plane, running: Ledger) -> None:
+    token = running.head().token
+    advance(running, token, 1)
+    assert running.stop(0, rule="Plateau", reason="no better", token=token) == "stale"
+    assert running.stop(1, rule="Plateau", reason="no better", token=token - 1) == "fenced"
+    assert running.head().stopped is None
+    assert running.stop(1, rule="Plateau", reason="no better", token=token) == "ok"
+    verdict = {"version": 1, "rule": "Plateau", "reason": "no better"}
+    assert (running.head().stopped, running.head().total_steps) == (verdict, 1)
+    last = running.read_events()[-1]
+    assert (last.type, last.data) == ("stopped", verdict)
+    assert only_counters_change(
+        plane, lambda: running.stop(1, rule="NotFinite", reason="another", token=token)
+    ) == ("ok")
+
+
+def test_a_run_that_stands_still_is_not_stopped(running: Ledger) -> None:
+    token = running.head().token
+    running.transition("paused", allowed=("running",), event="paused")
+    assert running.stop(0, rule="Plateau", reason="no better", token=token) == "paused"
+    assert running.head().stopped is None
+
+
 # --- predictions ----------------------------------------------------------------------------------
 
 
@@ -1446,6 +1472,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "commit": lambda ledger, token: commit(
         ledger, 1, token, shards=1, entry=NEXT, record=record(2, NEXT.chain)
     ),
+    "stop": lambda ledger, token: ledger.stop(1, rule="Plateau", reason="no better", token=token),
     "mark_launched": lambda ledger, token: ledger.mark_launched(1, token=token),
     "mark_called": lambda ledger, token: ledger.mark_called(1, token=token),
     "called": lambda ledger, token: ledger.called(1),

@@ -18,6 +18,8 @@ from torchord.coordinator.runtime.context import Contexts
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.server import TrainingServer
+from torchord.coordinator.server.warm_run import WarmRun
+from torchord.coordinator.spec.config import TrainingConfig
 
 
 class Ends(Finish):
@@ -26,20 +28,30 @@ class Ends(Finish):
     def __init__(self) -> None:
         self.launched: list[int] = []
 
-    def launch_evaluation(self, warm: Any) -> None:
+    def launch_evaluation(self, warm: Any) -> bool:
         self.launched.append(warm.version)
+        return True
 
 
-def evaluated(every: int | None, evaluation: object = "a dataset", total: int = 6) -> list[int]:
+class Warm(WarmRun):
+    """A run at one version, of which nothing is made."""
+
+    def __init__(self, version: int, context: Any) -> None:
+        self.version, self.context = version, context
+
+
+def evaluated(
+    every: int | None, evaluation: object = "a dataset", total: int = 6, start: bool = False
+) -> list[int]:
     """The versions of a run of `total` steps at which an evaluation is launched beside the steps."""
     ends = Ends()
     for version in range(total + 1):
         context = SimpleNamespace(
-            config=SimpleNamespace(evaluate_every=every),
+            config=TrainingConfig(evaluate_every=every, evaluate_at_start=start),
             plan=lambda: SimpleNamespace(total_steps=total),
             recipe=SimpleNamespace(evaluation=evaluation),
         )
-        ends.evaluate_if_due(SimpleNamespace(version=version, context=context))  # type: ignore[arg-type]
+        ends.evaluate_if_due(Warm(version, context))
     return ends.launched
 
 
@@ -56,6 +68,10 @@ def test_an_evaluation_is_launched_at_each_version_that_the_config_asks_for(
 
 def test_no_evaluation_without_a_dataset_for_it() -> None:
     assert evaluated(2, evaluation=None) == []
+
+
+def test_version_0_is_evaluated_where_the_config_asks_for_it() -> None:
+    assert evaluated(4, start=True) == [0, 4]
 
 
 # --- one thing at a time ------------------------------------------------------------------

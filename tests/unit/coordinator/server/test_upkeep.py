@@ -28,7 +28,12 @@ class Kept:
     """A run at a version, whose last published state is that of an earlier one."""
 
     def __init__(
-        self, version: int, state_version: int, pinned: set[int], oldest_needed: int | None = None
+        self,
+        version: int,
+        state_version: int,
+        pinned: set[int],
+        oldest_needed: int | None = None,
+        best: frozenset[int] = frozenset(),
     ) -> None:
         self.parameters = Parameters()
         self.upkeep = Upkeep(cast(Any, SimpleNamespace(parameters=self.parameters)), lambda name: None)
@@ -41,6 +46,7 @@ class Kept:
                 pinned=frozenset(pinned), trainer=SimpleNamespace(state=lambda copies: {}),
                 ledger=SimpleNamespace(put_version=lambda record, token: True),
                 oldest_needed=lambda: needed, context=SimpleNamespace(plan=lambda: plan),
+                end=100, best=frozenset(best),
             ),
         )  # fmt: skip
 
@@ -69,6 +75,14 @@ def test_the_version_of_the_last_state_goes_once_there_is_another(one: Kept, dro
     one.publish()
     one.upkeep.retain(one.warm, (12, 19, 20), one.warm.pinned)
     assert one.parameters.dropped == dropped
+
+
+def test_the_best_versions_stay() -> None:
+    one = Kept(20, 19, set(), best=frozenset({12}))
+    one.warm.stored = (12, 13, 19, 20)
+    assert one.upkeep.outlived(one.warm) == [13]
+    one.upkeep.retain(one.warm, (12, 13, 19, 20), frozenset())
+    assert one.parameters.dropped == [13]
 
 
 def test_the_commit_after_a_state_outlives_the_version_of_the_state_before() -> None:
