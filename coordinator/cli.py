@@ -32,11 +32,14 @@ from torchord.coordinator.commands.common import (
     settings_of,
 )
 from torchord.coordinator.commands.completion import completion
+from torchord.coordinator.commands.data import data
+from torchord.coordinator.commands.demo import demo
+from torchord.coordinator.commands.export import export
 from torchord.coordinator.commands.logs import logs
 from torchord.coordinator.commands.plot import plot
+from torchord.coordinator.commands.predict import predict
 from torchord.coordinator.commands.report import report
 from torchord.coordinator.doctor import doctor
-from torchord.coordinator.export_command import export
 from torchord.coordinator.key_commands import keys
 from torchord.coordinator.submit_command import submit
 from torchord.coordinator.trust_commands import liars, readmit
@@ -420,6 +423,9 @@ for command in (
     plot,
     report,
     export,
+    predict,
+    data,
+    demo,
     keys,
     liars,
     readmit,

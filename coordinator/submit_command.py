@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,11 +11,11 @@ from typing import Any
 import click
 
 from torchord.cache.errors import CacheUnreachable, InvalidInput, TorchordError
+from torchord.coordinator.commands.common import BAD, OK, UNREACHABLE, USAGE, find_modules_here
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
 from torchord.coordinator.spec.targets import Target
 
-OK, BAD, USAGE, UNREACHABLE = 0, 1, 2, 4
 _TABLES = ("metrics", "buffers")
 _WORDS = ("loss_over",)
 
@@ -108,8 +106,7 @@ def submit(file: Path, name: str | None, url: str | None, as_json: bool) -> int:
     from torchord.cache.ledger.figures import for_others
     from torchord.coordinator.master.master import Master
 
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that nothing there hides an installed module
+    find_modules_here()
     try:
         said = read(file.read_text(encoding="utf-8"))
         given = {} if said.start_from is None else {"start_from": said.start_from}

@@ -24,6 +24,7 @@ from torchord.coordinator.messages.broker import add
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import UPDATES, is_ours, private_queue
 from torchord.coordinator.runtime import faults
+from torchord.coordinator.runtime.last_lines import keep as keep_last_lines
 from torchord.tasks.allocator import keep_memory
 from torchord.tasks.celery_app import app, settings
 from torchord.tasks.log_lines import shorten
@@ -64,6 +65,7 @@ class Process:
         self.client = Client(self.contexts, self.heartbeat, self.sender, fault=fault)
         self.server = TrainingServer(self.contexts, self.heartbeat, self.sender, fault=fault)
         self.supervisor: Supervisor | None = None
+        keep_last_lines(self.heartbeat.info.id)
         self.heartbeat.start()
 
     def supervise(self) -> None:

@@ -22,6 +22,8 @@ from torchord.cache.datasets.record import Record, now
 from torchord.cache.datasets.writer import Advance, StreamWriter, Tally, Uploader, size_of, write
 from torchord.cache.errors import (
     CacheError,
+    ChunkCorrupt,
+    ChunkMissing,
     DatasetChanged,
     DatasetDamaged,
     DatasetExists,
@@ -34,6 +36,7 @@ CHUNK_NBYTES = 256 << 10
 """A compromise: a worker that needs one sample fetches its whole chunk."""
 _LET_GO_AT_ONCE = 4096  # so few that they are looked at again well before their grace ends
 _PASSES = 3
+_CHECKED_TOGETHER = 16
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +180,26 @@ class Datasets:
             CacheUnreachable: a server does not answer.
         """
         return _info(_record(place_of(self._settings, url), name), url)
+
+    def check(self, name: str, *, url: str | None = None) -> DatasetInfo:
+        """Read every chunk of a dataset from where it is stored, past all caches, and compare its digest.
+
+        Raises:
+            DatasetMissing: there is none of that name.
+            DatasetDamaged: a chunk is missing or damaged; `put` with `verify=True` sends it again.
+            CacheUnreachable: a server does not answer.
+        """
+        place = place_of(self._settings, url)
+        record = _record(place, name)
+        chunks = list(all_chunks(record, read_manifest(place, record)).values())
+        try:
+            for first in range(0, len(chunks), _CHECKED_TOGETHER):
+                place.read(chunks[first : first + _CHECKED_TOGETHER])
+        except (ChunkCorrupt, ChunkMissing) as error:
+            raise DatasetDamaged(
+                f"dataset {name!r} in {place.label} is damaged: {error}; put it again with verify=True"
+            ) from error
+        return _info(record, url)
 
     def delete(self, name: str, *, url: str | None = None) -> None:
         """Delete a dataset. Chunks that another dataset has, too, stay.

@@ -45,6 +45,12 @@ def guarded(perform: Callable[[], int]) -> int:
         return OK
 
 
+def find_modules_here() -> None:
+    """Let recipes' modules be found where this is started, as workers find them where they are."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there hides an installed module
+
+
 def told(said: str, value: Any, *, as_json: bool) -> None:
     """Print a sentence, or the value that it tells of as JSON."""
     from torchord.cache.ledger.figures import for_others

@@ -24,22 +24,9 @@ def report(name: str, url: str | None, checkpoint_dir: str | None, as_json: bool
     """See the help."""
 
     def perform() -> int:
-        from torchord.coordinator.commands.report_page import page
-        from torchord.coordinator.pages.pages import Pages
-
-        pages = Pages(settings_of(url, checkpoint_dir))
-        while True:
-            curves = pages.curves(name, points=_POINTS)
-            if curves["loaded"] >= curves["version"]:
-                break
-        try:
-            audit: dict[str, Any] | None = pages.audit(name)
-        except RunNotFound:  # it is on disk, and Redis knows it no more
-            audit = None
-        text = page(pages.overview(name), curves, pages.timeline(name, first=1), audit)
         path = file or Path(f"{name}.html")
         try:
-            path.write_text(text, encoding="utf-8")
+            written(name, url, checkpoint_dir, path)
         except OSError as error:
             click.echo(f"error: cannot write {path}: {error}; choose a directory that exists", err=True)
             return BAD
@@ -47,3 +34,27 @@ def report(name: str, url: str | None, checkpoint_dir: str | None, as_json: bool
         return OK
 
     return guarded(perform)
+
+
+def written(name: str, url: str | None, checkpoint_dir: str | None, path: Path) -> None:
+    """Write the report of a run.
+
+    Raises:
+        RunNotFound: there is no such run.
+        OSError: the file cannot be written.
+    """
+    from torchord.coordinator.commands.report_page import page
+    from torchord.coordinator.pages.pages import Pages
+
+    pages = Pages(settings_of(url, checkpoint_dir))
+    while True:
+        curves = pages.curves(name, points=_POINTS)
+        if curves["loaded"] >= curves["version"]:
+            break
+    try:
+        audit: dict[str, Any] | None = pages.audit(name)
+    except RunNotFound:  # it is on disk, and Redis knows it no more
+        audit = None
+    path.write_text(
+        page(pages.overview(name), curves, pages.timeline(name, first=1), audit), encoding="utf-8"
+    )

@@ -278,7 +278,7 @@ class Run(RunVersions):
         from torchord.coordinator.master.replay import Replay
 
         replay = Replay(
-            self._recipe(),
+            self.recipe(),
             plan,
             self._checkpoints(head.incarnation),
             {entry.version: entry for entry in entries},

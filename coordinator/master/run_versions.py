@@ -85,7 +85,7 @@ class RunVersions:
 
         head = self._ledger.head()
         wanted = self._wanted(head, version)
-        replica = Replica.build(self._recipe(), self._config(), "cpu")
+        replica = Replica.build(self.recipe(), self.config(), "cpu")
         replica.arrange(manifest_of(self._ledger))
         replica.load_tensors(stored_tensors(self._services, self._ledger, head, wanted))
         if averaged:
@@ -156,13 +156,15 @@ class RunVersions:
 
     # --- parts ----------------------------------------------------------------------------
 
-    def _config(self) -> TrainingConfig:
+    def config(self) -> TrainingConfig:
+        """The run's config, as submitted."""
         return TrainingConfig.from_json(self._spec()["config"])
 
     def _spec(self) -> dict[str, Any]:
         return self._ledger.spec()
 
-    def _recipe(self) -> ResolvedRecipe:
+    def recipe(self) -> ResolvedRecipe:
+        """The run's recipe with its modules imported, as this process's allow-list permits."""
         # This very process's own may be anything; other runs' modules are as its user's directory has them.
         given = ("*",) if self._trusted else self._services.settings.allowed_modules
         return resolve(self._spec()["recipe"], allowed=allow_list(Path.cwd(), given))
@@ -185,7 +187,7 @@ class RunVersions:
     def _wanted(self, head: Head, version: Version) -> int:
         """The version that is asked for, None being the newest."""
         if version == BEST:
-            return best_version(self._ledger, self._config())
+            return best_version(self._ledger, self.config())
         wanted = head.version if version is None else version
         if type(wanted) is not int or wanted < 0:
             raise InvalidInput(

@@ -48,6 +48,9 @@ def overview(subject: Subject, seen: Seen, line: dict[str, Any], alive: Containe
             "message": str(error.get("message", "")),
             "traceback": str(error.get("traceback", "")),
             "worker": str(error.get("worker", "")),
+            "log": [str(line) for line in error.get("log") or ()]
+            if isinstance(error.get("log"), list)
+            else [],
         },
         "recipe": seen.spec.get("recipe", {}),
         "config": seen.spec.get("config", {}),

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Self
 
 from torchord.cache.ledger.ledger import Ledger
+from torchord.coordinator.runtime.last_lines import of_worker
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Failure:
         shard: tuple[int, int] | None = None,
     ) -> None:
         """End the run as failed for this reason, and log it in a line; arguments: see `Ledger.transition`."""
+        lines = of_worker(self.details.get("worker"))
+        logged = {"log": lines} if lines else {}
         frames = "; ".join(str(self.details.get("traceback", "")).splitlines())
         log.error(
             "run %s failed: %s%s", ledger.run, " ".join(self.message.split()), frames and f" at {frames}"
@@ -67,7 +70,7 @@ class Failure:
             allowed=allowed,
             event="failed",
             data={"message": self.message},
-            error={"kind": self.kind, "message": self.message, **self.details},
+            error={"kind": self.kind, "message": self.message, **self.details, **logged},
             token=token,
             incarnation=incarnation,
             shard=shard,

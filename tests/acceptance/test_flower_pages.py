@@ -65,7 +65,13 @@ def server() -> Iterator[EmbeddedServer]:
         client = redis.Redis.from_url(started.url)
         entries = {str(entry.version): entry.to_json() for entry in history(12, 2)}
         other = {**SPEC, "config": {**SPEC["config"], "epochs": 5}}
-        reason = {"kind": "E", "message": "a NaN", "traceback": "model.py:3 in forward", "worker": "w0"}
+        reason: dict[str, Any] = {
+            "kind": "E",
+            "message": "a NaN",
+            "traceback": "model.py:3 in forward",
+            "worker": "w0",
+        }
+        reason["log"] = ["12:00 INFO the last line"]
         for number in range(RUNS):
             ledger = Ledger(connect(started.url), started.url, f"run-{number:03d}")
             ledger.create(other if number == OTHER else SPEC, incarnation="life")
@@ -273,6 +279,7 @@ def test_a_failure_has_its_reason_and_its_mark(site: Site, page: Page) -> None:
     opened(page, site, f"/run/run-00{FAILED}")
     page.until("document.querySelectorAll('.lane-mark').length === 2", "marks")
     assert "a NaN" in page.text("#run-failure") and "model.py:3 in forward" in page.text("#run-failure")
+    assert page.ask("document.getElementById('run-failure-lines').textContent") == "12:00 INFO the last line"
     said = page.ask(
         "Array.from(document.querySelectorAll('.lane-mark title')).map(n => n.textContent).join()"
     )

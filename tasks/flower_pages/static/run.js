@@ -78,6 +78,8 @@
     by("run-failure-message").textContent = run.failure.message;
     by("run-failure-traceback").textContent = run.failure.traceback;
     by("run-failure-traceback").hidden = !run.failure.traceback;
+    by("run-failure-log").hidden = !run.failure.log.length;
+    by("run-failure-lines").textContent = run.failure.log.join("\n");
     by("run-problem").textContent = run.problem;
     by("run-problem").hidden = !run.problem;
   }

@@ -127,10 +127,16 @@ def test_a_server_that_is_away_is_said_within_seconds(tmp_path: Path) -> None:
 
 def test_a_runs_page_says_what_happened_and_what_was_submitted(redis_url: str, pages: Pages) -> None:
     made = committed(redis_url, "digits-01", duplicates=3)
-    reason = {"kind": "E", "message": "a NaN", "traceback": "model.py:3 in forward", "worker": "w0"}
+    reason = {
+        "kind": "E",
+        "message": "a NaN",
+        "traceback": "model.py:3 in forward",
+        "worker": "w0",
+        "log": ["a"],
+    }
     made.transition("failed", allowed=("running",), event="failed", data={"message": "a NaN"}, error=reason)
     found = pages.overview("digits-01")
-    assert found["failure"] == {"message": "a NaN", "traceback": "model.py:3 in forward", "worker": "w0"}
+    assert found["failure"] == {key: value for key, value in reason.items() if key != "kind"}
     assert found["recipe"] == SPEC["recipe"] and found["config"] == SPEC["config"]
     assert found["counted"]["duplicates ignored"] == 3 and found["evaluations"] == [
         (10, {"loss": 0.4, "accuracy": 0.9})
