@@ -98,25 +98,27 @@ def picture(name: str, curves: Mapping[str, Any], wanted: tuple[str, ...] = ()) 
 
     Args:
         name: of the run.
-        curves: {"series": {name: curve}, "metrics": {name: curve}}, a curve being {"step": [...], "value":
-            [...]}.
+        curves: {"series": {name: curve}, "measured": {name: curve}, "metrics": {name: curve}}, a curve being
+            {"step": [...], "value": [...]}: "measured" by steps, "metrics" by evaluations.
         wanted: names of the curves that are drawn; () for loss, gradient norm, learning rate, speed and all
             metrics.
 
     Raises:
         InvalidInput: a name is none of theirs.
     """
-    series, metrics = curves["series"], curves["metrics"]
-    known = [*TITLES, *(metric for metric in metrics if metric != "loss")]
+    series, metrics = {**curves["series"], **curves["measured"]}, curves["metrics"]
+    known = [*TITLES, *sorted({*metrics, *curves["measured"]} - TITLES.keys())]
     if unknown := [each for each in wanted if each not in known]:
         raise InvalidInput(f"run {name!r} has no curve {unknown[0]!r}; it has {', '.join(known)}")
     charts = []
     for each in wanted or [each for each in known if each != "nbytes"]:
         lines = []
         if each in series:
-            lines.append(_line("training" if each == "loss" else TITLES[each], series[each]))
+            lines.append(
+                _line(TITLES[each] if each in TITLES and each != "loss" else "training", series[each])
+            )
         if each in metrics:
-            lines.append(_line("evaluation" if each == "loss" else each, metrics[each], marks=True))
+            lines.append(_line("evaluation", metrics[each], marks=True))
         charts.append(Chart(TITLES.get(each, each), tuple(lines)))
     return Picture(name, tuple(charts))
 

@@ -33,10 +33,15 @@ def pictured(
     for quantity, found in values.items():
         rows = sampled(found, _POINTS)
         series[quantity] = {"step": [versions[row] for row in rows], "value": [found[row] for row in rows]}
+    measured = {}
+    for metric in sorted({metric for report in history for metric in report.metrics}):
+        found = [report.metrics.get(metric, math.nan) for report in history]
+        rows = sampled(found, _POINTS)
+        measured[metric] = {"step": [versions[row] for row in rows], "value": [found[row] for row in rows]}
     metrics = {}
     for metric in sorted({metric for measured in evaluations.values() for metric in measured}):
         points = [
             (at, measured[metric]) for at, measured in sorted(evaluations.items()) if metric in measured
         ]
         metrics[metric] = {"step": [at for at, _ in points], "value": [value for _, value in points]}
-    return picture(name, {"series": series, "metrics": metrics})
+    return picture(name, {"series": series, "measured": measured, "metrics": metrics})
