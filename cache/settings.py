@@ -23,6 +23,20 @@ FLOWER_ALLOWS = frozenset({"pause", "resume", "cancel", "download"})
 REMOTE_CONTROL_ALL = "*"
 """Among the remote commands that a worker obeys: all of Celery's."""
 
+HARDWARE = ("native", "portable")
+"""Which kernels a process computes with: its machine's fastest, or those that machines share."""
+
+PORTABLE_KERNELS = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": (
+        "X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR"
+    ),
+}
+"""What a portable process has in its environment before torch and numpy are imported, which read it once."""
+
 _MOST_DIGITS = 18
 _ON, _OFF = frozenset({"", "on", "1", "yes", "true"}), frozenset({"off", "0", "no", "false"})
 
@@ -44,6 +58,7 @@ class Settings:
         host_cache: whether processes of one host share fetched versions.
         keep_memory: whether a worker keeps the memory that it frees for its next step.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
+        hardware: one of `HARDWARE`; see docs/portable.md.
         server_memory_bytes: how much model and optimizer state a training server keeps warm.
         memory_limit_bytes: resident memory at which a worker ends after its task and starts anew; 0: none.
         dataset_memory_bytes: how much of stored datasets a process keeps in memory.
@@ -72,6 +87,7 @@ class Settings:
     host_cache: bool = True
     keep_memory: bool = True
     device: str = "auto"
+    hardware: str = "native"
     server_memory_bytes: int = 4 << 30
     memory_limit_bytes: int = 0
     dataset_memory_bytes: int = 256 << 20
@@ -217,6 +233,37 @@ def _given(name: str) -> str:
     return value
 
 
+def portable() -> bool:
+    """Whether this process was told to compute with the kernels that machines share."""
+    return os.environ.get("TORCHORD_HARDWARE", "").strip().lower() == "portable"
+
+
+def pin_kernels() -> None:
+    """Have the libraries of a portable process choose the kernels that machines share, if it is one.
+
+    To be called before torch or numpy is imported.
+    """
+    if portable():
+        os.environ.update(PORTABLE_KERNELS)
+
+
+def _hardware(device: str) -> str:
+    """TORCHORD_HARDWARE.
+
+    Raises:
+        InvalidInput: it is none of `HARDWARE`, or contradicts the device.
+    """
+    word = os.environ.get("TORCHORD_HARDWARE", "").strip().lower() or HARDWARE[0]
+    if word not in HARDWARE:
+        raise InvalidInput(f"TORCHORD_HARDWARE must be {' or '.join(HARDWARE)}, not {word!r:.60}")
+    if word == "portable" and device.startswith("cuda"):
+        raise InvalidInput(
+            f"TORCHORD_HARDWARE=portable is for computing on the CPU, and TORCHORD_DEVICE is {device!r}; "
+            "leave one of them out"
+        )
+    return word
+
+
 def cublas_workspace() -> str:
     """The workspaces that cuBLAS is told to use, "" if it may choose: then its results can vary."""
     return os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
@@ -233,6 +280,7 @@ def from_environment() -> Settings:
     """
     env = os.environ
     allowed = env.get("TORCHORD_ALLOWED_MODULES")
+    device = env.get("TORCHORD_DEVICE") or "auto"
     return Settings(
         url=env.get("CELERY_BROKER_URL") or _given("TORCHORD_URL") or DEFAULT_URL,
         cache_urls=_urls(_given("TORCHORD_CACHE_URLS")),
@@ -243,7 +291,8 @@ def from_environment() -> Settings:
         allowed_modules=None if allowed is None else _words(allowed),
         host_cache=_on("TORCHORD_HOST_CACHE"),
         keep_memory=_on("TORCHORD_KEEP_MEMORY"),
-        device=env.get("TORCHORD_DEVICE") or "auto",
+        device=device,
+        hardware=_hardware(device),
         server_memory_bytes=_whole("TORCHORD_SERVER_MEMORY_BYTES", 4 << 30),
         memory_limit_bytes=_whole("TORCHORD_MEMORY_LIMIT_BYTES", 0),
         dataset_memory_bytes=_whole("TORCHORD_DATASET_MEMORY_BYTES", 256 << 20),

@@ -141,7 +141,8 @@ def _of_environments(environments: Iterable[str]) -> Iterator[Finding]:
             "devices",
             "look",
             f"workers differ, and a run is computed by those of one kind: {'; '.join(kinds)}",
-            "give all the same torch and device, or submit with skew='admit' (other bits)",
+            "give all the same torch and device, start all with TORCHORD_HARDWARE=portable "
+            "(docs/portable.md), or submit with skew='admit' (other bits)",
         )
 
 

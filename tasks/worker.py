@@ -136,13 +136,24 @@ _lock = threading.Lock()
 
 
 def process() -> Process:
-    """This process's parts, made at the first task (or when the worker is ready)."""
+    """This process's parts, made at the first task (or when the worker is ready).
+
+    Raises:
+        InvalidInput: it may not compute: see `torchord.coordinator.runtime.alike.kernels`.
+    """
     global _process
     with _lock:
         if _process is None or _process.pid != os.getpid():
+            _test_kernels()
             _process = Process(_node, _queues)
             _process.heartbeat.doing("", environment=_environment())
         return _process
+
+
+def _test_kernels() -> None:
+    from torchord.coordinator.runtime.alike import kernels
+
+    kernels()
 
 
 def _environment() -> str:
@@ -188,6 +199,7 @@ class TorchordStep(bootsteps.StartStopStep):
         _look_at_prefetching(parent)
         try:
             if _forks(parent):
+                _test_kernels()
                 self._tick(parent, _supervise_from_parent())
                 return
             parts = process()

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchord.cache.settings import pin_kernels
+
 if TYPE_CHECKING:
     from torchord.coordinator import (
         Audit,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     )
     from torchord.tasks import app
     from torchord.tasks.install import install
+
+pin_kernels()
 
 __all__ = [
     "Audit",

@@ -132,6 +132,12 @@ FIRST = Fields(
     open=True,
 )
 
+KERNELS = Fields(
+    "what the first worker said of its kernels",
+    {"worker": TEXT, "environment": TEXT, "digests": NAMED_TEXTS},
+    open=True,
+)
+
 DIGESTS = Fields(
     "the digests of a first shard",
     {"weights": NAMED_TEXTS, "batch": NAMED_TEXTS, "gradient": NAMED_TEXTS},

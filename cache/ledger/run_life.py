@@ -14,6 +14,7 @@ from torchord.cache.keyring import bare
 from torchord.cache.ledger.control_plane import ControlPlane, pairs
 from torchord.cache.ledger.fields import SPEC
 from torchord.cache.ledger.figures import to_text
+from torchord.cache.ledger.hardware import wanted
 from torchord.cache.ledger.records import (
     GENESIS,
     Head,
@@ -63,6 +64,7 @@ class RunLife(ControlPlane):
                     version,
                     chain,
                     spec.get("config", {}).get("skew", "admit"),
+                    wanted(spec),
                 ],
             )
             return None if verdict == "created" else SPEC.read(bare(text))

@@ -3,7 +3,8 @@
 -- name began another life.
 -- KEYS 1 head  hash  state of the run
 -- ARGV 1 worker id of the taker, 2 its node, 3 worker key prefix, 4 its private queue,
---      5 environment of the taker ('' if that is not known); the first server sets the run's,
+--      5 environment of the taker ('' if that is not known); the first server sets the run's
+--      ('portable' before that: the first one with portable kernels),
 --      6 the memory that it shares with processes of its host ('' for none)
 -- Returns {'acquired', token}, {'owned', queue of the live owner} when another node serves the run,
 -- {'skewed', environment that the run's updates need} or {'missing', 0}. A second process of the owner's own node may take over (prefork children take
@@ -24,7 +25,8 @@ if redis.call('HGET', KEYS[1], 'node') ~= ARGV[2] then
   redis.call('HDEL', KEYS[1], 'shared')
 end
 local environment = redis.call('HGET', KEYS[1], 'server_environment') or ''
-if environment == '' and ARGV[5] ~= '' then
+local portable = environment == 'portable' and string.find(ARGV[5], ', portable ', 1, true)
+if portable or (environment == '' and ARGV[5] ~= '') then
   redis.call('HSET', KEYS[1], 'server_environment', ARGV[5])
 elseif ARGV[5] ~= '' and environment ~= ARGV[5] and redis.call('HGET', KEYS[1], 'skew') == 'refuse' then
   return {'skewed', environment}

@@ -4,7 +4,8 @@
 --      3 leases hash  shard -> {"worker","attempt","delivery","open","since"} of this step
 -- ARGV 1 step, 2 shard, 3 worker id, 4 worker key prefix, 5 backup ('1': compute beside a live holder),
 --      6 TTL of the work (s), 7 delivery id (the Celery task id, for a request that is sent twice),
---      8 environment of the worker ('' if that is not known); the first one to compute sets the run's,
+--      8 environment of the worker ('' if that is not known); the first one to compute sets the run's
+--      ('portable' before that: the first one with portable kernels),
 --      9 version that the step is computed at (the step itself, or an earlier one with staleness)
 -- Returns {verdict, attempt, incarnation, memory that the training server shares with its host ('' for none;
 -- with 'compute' only)}: 'compute', 'duplicate' (slot written), 'late' (step committed),
@@ -30,7 +31,8 @@ if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
   return {'duplicate', 0, incarnation}
 end
 local environment = redis.call('HGET', KEYS[1], 'environment') or ''
-if environment == '' and ARGV[8] ~= '' then
+local portable = environment == 'portable' and string.find(ARGV[8], ', portable ', 1, true)
+if portable or (environment == '' and ARGV[8] ~= '') then
   redis.call('HSET', KEYS[1], 'environment', ARGV[8])
 elseif ARGV[8] ~= '' and environment ~= ARGV[8] and redis.call('HGET', KEYS[1], 'skew') == 'refuse' then
   return {'skewed', 0, incarnation}

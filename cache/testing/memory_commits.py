@@ -8,6 +8,7 @@ from typing import Any
 
 from torchord.cache import keys
 from torchord.cache.ledger.answers import Committed
+from torchord.cache.ledger.hardware import fits
 from torchord.cache.ledger.incarnation import revised
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import LedgerEntry, VersionRecord
@@ -34,7 +35,7 @@ class MemoryCommits(MemoryControlPlane):
             if head.get("node") != node:
                 plane.hdel(name, "shared")
             fixed = head.get("server_environment", "")
-            if not fixed and environment:
+            if environment and environment != fixed and fits(fixed, environment):
                 plane.hset(name, {"server_environment": environment})
             elif environment and environment != fixed and head.get("skew") == "refuse":
                 return "skewed", fixed

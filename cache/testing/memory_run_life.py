@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torchord.cache import keys
 from torchord.cache.errors import RunNotFound
 from torchord.cache.ledger.figures import to_text
+from torchord.cache.ledger.hardware import wanted
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import GENESIS, Head
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
@@ -48,6 +49,8 @@ class MemoryRunLife(MemoryControlPlane):
                 "duplicates": 0,
                 "late": 0,
             }
+            if environment := wanted(spec):
+                head |= {"environment": environment, "server_environment": environment}
             plane.hset(names.head, head, ttl)
             plane.put(keys.RUNS, {**(plane.get(keys.RUNS) or {}), self.run: now}, ttl)
             plane.put(keys.ACTIVE, (plane.get(keys.ACTIVE) or set()) | {self.run}, ttl)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from torchord.cache import keys
 from torchord.cache.blobs.notice import Notice, notices
 from torchord.cache.ledger.answers import BeginVerdict, Begun, Finished, Group, Lease, SlotVerdict
+from torchord.cache.ledger.hardware import fits
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import Head, SlotRecord
 from torchord.cache.ledger.slots import (
@@ -67,7 +68,7 @@ class MemorySlots(MemoryControlPlane):
                 plane.hincr(names.head, "duplicates")
                 return "duplicate", 0, incarnation
             first = head.get("environment", "")
-            if environment and not first:
+            if environment and environment != first and fits(first, environment):
                 plane.hset(names.head, {"environment": environment})
             elif environment and environment != first and head["skew"] == "refuse":
                 return "skewed", 0, incarnation

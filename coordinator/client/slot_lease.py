@@ -27,12 +27,14 @@ from torchord.cache.errors import (
     VersionMissing,
 )
 from torchord.cache.ledger.answers import Begun
+from torchord.cache.ledger.hardware import fits
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.records import Head
 from torchord.coordinator.messages.sender import Join, Sender
 from torchord.coordinator.messages.task_names import UPDATES
 from torchord.coordinator.runtime import cache_report as tiers
 from torchord.coordinator.runtime.context import Contexts, RunContext
+from torchord.coordinator.runtime.environment import unlike
 from torchord.coordinator.runtime.failures import Failure
 from torchord.coordinator.runtime.hindrances import Hindrances
 from torchord.coordinator.runtime.services import Services
@@ -198,12 +200,9 @@ class SlotLease:
     def unlike(self, run: str, head: Head) -> str:
         """Why this machine may not compute for the run; "" if it may."""
         here = self.heartbeat.info.environment
-        if head.skew != "refuse" or head.environment in ("", here):
+        if head.skew != "refuse" or fits(head.environment, here):
             return ""
-        return (
-            f"run {run!r} is computed on {head.environment}; this worker has {here}, which may give other "
-            "bits. Start a worker like the first, or run.resume(admit_skew=True)"
-        )
+        return unlike(run, head.environment, here)
 
     def refuse(self, receipt: dict[str, Any], reason: str) -> dict[str, Any]:
         """Leave a task to workers that may compute it: send it again, and step back for a while."""

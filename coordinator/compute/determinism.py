@@ -21,8 +21,9 @@ import torch
 import torch.utils.deterministic
 
 from torchord.cache.errors import InvalidInput
-from torchord.cache.settings import cublas_workspace
+from torchord.cache.settings import cublas_workspace, portable
 from torchord.coordinator.compute.frameworks import forget_generator
+from torchord.coordinator.compute.portable import install
 from torchord.coordinator.compute.switches import (
     own_thread,
     put_back_switches,
@@ -138,6 +139,8 @@ def set_generators(before: dict[str, Any]) -> None:
 
 
 def _set_switches(threads: int, deterministic: bool, *, fill: bool, cuda: bool) -> None:
+    if portable():
+        install()
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if torch.get_default_dtype() is not torch.float32:

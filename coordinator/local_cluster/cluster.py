@@ -25,7 +25,7 @@ from typing import Literal, Self
 
 from torchord.cache.errors import InvalidInput, NoWorker
 from torchord.cache.keyring import local_path, write_local
-from torchord.cache.settings import from_environment, located
+from torchord.cache.settings import HARDWARE, PORTABLE_KERNELS, from_environment, located
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, tail
 from torchord.coordinator.local_cluster.guardian import GRACE_SECONDS, Child, Guardian, GuardianLost
 from torchord.coordinator.local_cluster.import_path import allow_list, for_workers
@@ -174,6 +174,8 @@ class LocalCluster:
         app: Celery application of the workers, as for `celery -A`.
         keys: whether its server gets keys of its own, by which forged records are told (docs/keys.md); with
             `url` the keys are that server's.
+        hardware: "portable" for workers with the kernels of docs/portable.md, as runs with that `hardware`
+            need; "native" for this machine's fastest; None: what this process's environment says.
 
     Raises:
         InvalidInput: an argument is out of range.
@@ -202,11 +204,14 @@ class LocalCluster:
         grace_seconds: float = GRACE_SECONDS,
         app: str = "torchord",
         keys: bool = False,
+        hardware: str | None = None,
     ) -> None:
         if workers < 0 or standby < 0 or (concurrency is not None and concurrency < 1):
             raise InvalidInput("workers and standby must be 0 or more, concurrency 1 or more")
         if layout not in ("split", "single"):
             raise InvalidInput(f'layout is "split" or "single", not {layout!r}')
+        if hardware not in (None, *HARDWARE):
+            raise InvalidInput(f"hardware must be {' or '.join(HARDWARE)}, not {hardware!r}")
         if url is not None and persistence_dir is not None:
             raise InvalidInput("A server given by `url` keeps its own data; leave persistence_dir out")
         self._workers = workers
@@ -216,7 +221,7 @@ class LocalCluster:
         self._concurrency = concurrency
         self._standby = standby
         self._queues = {**QUEUES, **(queues or {})}
-        self._env = dict(env or {})
+        self._env = {**_kernels(hardware), **(env or {})}
         self._log_dir = None if log_dir is None else Path(located(log_dir))
         self._checkpoint_dir = None if checkpoint_dir is None else located(checkpoint_dir)
         self._persistence_dir = persistence_dir
@@ -476,3 +481,13 @@ class LocalCluster:
 def _report(worker: WorkerProcess, what: str) -> str:
     log = f"The end of its log ({worker.log}):\n{worker.tail()}"
     return f"Worker {worker.name!r} {what}.\n  Command: {worker.command}\n  {log}"
+
+
+def _kernels(hardware: str | None) -> dict[str, str | None]:
+    """Changes to the environment of workers that are to have portable kernels, or are not to."""
+    if hardware is None:
+        return {}
+    if hardware == "portable":
+        return {"TORCHORD_HARDWARE": hardware, **PORTABLE_KERNELS}
+    inherited = dict.fromkeys(PORTABLE_KERNELS) if from_environment().hardware == "portable" else {}
+    return {"TORCHORD_HARDWARE": hardware, **inherited}

@@ -134,6 +134,8 @@ class Waits:
             return None
         what = f"a worker on queue {queue!r} that may work on it; all refuse ({_some(reasons)})"
         ends = "give them what the run was submitted with and restart them"
+        if all("TORCHORD_HARDWARE" in reason for reason in reasons):
+            return Wait(WaitKind.REFUSED, what, f"start one: TORCHORD_HARDWARE=portable {command}", since)
         if any("admit_code" in reason for reason in reasons):
             ends += ", or run.resume(admit_code=True) where the new code is right"
         return Wait(WaitKind.REFUSED, what, f"{ends}, or run.resume(admit_skew=True)", since)

@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from torchord.cache.settings import cublas_workspace
+from torchord.cache.ledger.hardware import PORTABLE, is_portable
+from torchord.cache.settings import cublas_workspace, portable
 from torchord.coordinator.compute.determinism import CUBLAS_WORKSPACE
 
 _VENDOR_FIELDS = ("vendor_id", "CPU implementer")  # of /proc/cpuinfo on x86 and on Arm
@@ -22,10 +23,10 @@ def set_device(name: str) -> None:
 
 
 def device() -> str:
-    """The device of this process; "auto" picks CUDA if there is one."""
+    """The device of this process; "auto" picks CUDA if there is one, unless kernels are portable."""
     global _device
     if _device is None:
-        _device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        _device = "cuda:0" if torch.cuda.is_available() and not portable() else "cpu"
     return _device
 
 
@@ -41,12 +42,33 @@ def processor_vendor() -> str:
         return ""
 
 
+def unlike(run: str, there: str, here: str, *, does: str = "computed") -> str:
+    """Why a worker with one environment may not work on a run that has another.
+
+    Args:
+        there: the run's.
+        here: the worker's.
+        does: what the run has from workers like that.
+    """
+    if is_portable(there) and not is_portable(here):
+        return (
+            f"run {run!r} has hardware='portable', for which a worker pins its kernels when it starts, and "
+            f"this worker has {here}; start workers with TORCHORD_HARDWARE=portable in their environment"
+        )
+    return (
+        f"run {run!r} is {does} on {there}; this worker has {here}, which may give other bits. Start a "
+        "worker like the first, or run.resume(admit_skew=True)"
+    )
+
+
 def environment(toolchain: str = "") -> str:
     """What of this process could change the bits of a gradient, in one line.
 
     Args:
         toolchain: what compiles the kernels of a compiled run, see `torchord.coordinator.compute.compiling`.
     """
+    if portable():
+        return f"torch {torch.__version__}, {PORTABLE} {platform.machine().replace('_', '-')}"
     kind = device()
     on_cuda = kind.startswith("cuda")
     name = torch.cuda.get_device_name(kind) if on_cuda else torch.backends.cpu.get_cpu_capability()

@@ -19,6 +19,7 @@ from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.records import UNLIKE
 from torchord.coordinator.compute.first_shard import FirstShard, first_shard
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.runtime.alike import require_same_kernels
 from torchord.coordinator.runtime.context import RunContext
 from torchord.coordinator.runtime.environment import device, environment
 from torchord.coordinator.runtime.machine import spare_memory_nbytes, used_memory_nbytes
@@ -35,7 +36,7 @@ _SERVER_SECONDS = 5.0  # a training server computes what took its Client no long
 
 
 def join(context: RunContext, worker: str) -> None:
-    """Compare this Client's first shard with that of the run's first Client; it is done once a process.
+    """Compare this Client's kernels and first shard with the run's first Client's; it is done once a process.
 
     Called before the process computes for the run, under the context's lock.
 
@@ -44,9 +45,16 @@ def join(context: RunContext, worker: str) -> None:
 
     Raises:
         Impure: they differ, and no step was committed yet, or nobody else is at the run.
-        Skewed: they differ; the run goes on without this process.
+        Skewed: they differ, and the run goes on without this process; or its kernels do.
     """
-    if context.joined or not _compared(context):
+    if context.joined:
+        return
+    try:
+        require_same_kernels(context, worker)
+    except Skewed as error:
+        context.unlike = str(error)
+        raise
+    if not _compared(context):
         context.joined = True
         return
     began = time.monotonic()

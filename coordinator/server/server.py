@@ -34,7 +34,9 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import private_queue
 from torchord.coordinator.runtime import activity
 from torchord.coordinator.runtime import cache_report as tiers
+from torchord.coordinator.runtime.alike import compare_kernels, require_same_kernels
 from torchord.coordinator.runtime.context import Contexts
+from torchord.coordinator.runtime.environment import unlike
 from torchord.coordinator.runtime.failures import Failure, contained, noted, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.hindrances import Hindrances
@@ -381,6 +383,7 @@ class TrainingServer:
         info = self.heartbeat.info
         context = self.contexts.of(run, ledger.head().incarnation)
         context.require_same_code()
+        compare_kernels(context)
         verdict, value = ledger.acquire(
             worker=info.id,
             node=info.node,
@@ -391,10 +394,8 @@ class TrainingServer:
         if verdict == "owned":
             return str(value)
         if verdict == "skewed":
-            raise Skewed(
-                f"run {run!r} is updated on {value}; this worker has {info.environment}, which may give "
-                "other bits. Start a worker like the first, or run.resume(admit_skew=True)"
-            )
+            raise Skewed(unlike(run, str(value), info.environment, does="updated"))
+        require_same_kernels(context, info.id, updates=True)
         self.heartbeat.refuse(run, None)
         self._warm.pop(run, None)
         token = self._tokens[run] = int(value)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torchord.cache.errors import ConfigError
+from torchord.cache.settings import HARDWARE
 from torchord.coordinator.spec import stopping
 from torchord.coordinator.spec.aggregation import AGGREGATIONS, require_robust
 from torchord.coordinator.spec.stopping import Keep, MaxSteps, Rule
@@ -126,6 +127,9 @@ class TrainingConfig:
         keep: which versions are kept beside the newest: "best", by the evaluations' loss, or a
             `torchord.Keep`; None: no others. What comes behind an evaluation waits for it, likewise.
         evaluate_at_start: whether version 0 is evaluated, too.
+        hardware: "native", or "portable" for kernels that give the same bits on all x86-64 processors with
+            AVX2, whoever made them, at a price in speed. Workers pin them when they start
+            (TORCHORD_HARDWARE=portable); others leave the run to those. See docs/portable.md.
 
     Raises:
         ConfigError: a value is out of range; the message names field, value and range.
@@ -171,6 +175,7 @@ class TrainingConfig:
     stop_when: Rule | Sequence[Rule] | None = ()
     keep: Keep | str | None = None
     evaluate_at_start: bool = False
+    hardware: str = "native"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -216,6 +221,9 @@ class TrainingConfig:
         self._choice("skew", _SKEW)
         self._choice("precision", _PRECISIONS)
         self._choice("memory_format", _MEMORY_FORMATS)
+        self._choice("hardware", HARDWARE)
+        if self.hardware == "portable":
+            self._require_portable()
         for name in ("compression", "parameter_compression"):
             if getattr(self, name) != "none":
                 from torchord.coordinator.spec.codecs import check  # loads torch
@@ -224,6 +232,18 @@ class TrainingConfig:
                     check(getattr(self, name))
                 except ConfigError as error:
                     raise ConfigError(str(error).replace("compression", name, 1)) from None
+
+    def _require_portable(self) -> None:
+        if self.compile:
+            raise ConfigError(
+                "hardware='portable' has kernels that machines share, and compile=True makes some for the "
+                "machine that it is on; leave one of them out"
+            )
+        if self.skew != "refuse" or not self.deterministic:
+            raise ConfigError(
+                "hardware='portable' promises the same bits on unlike machines, which skew='admit' and "
+                "deterministic=False give up; leave it out, or those"
+            )
 
     def _integer(
         self,

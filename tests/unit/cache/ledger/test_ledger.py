@@ -403,6 +403,23 @@ def test_a_run_may_admit_other_environments(plane: Plane) -> None:
     assert begin(ledger, shard=1, worker="w1", environment="torch 2.4")[0] == "compute"
 
 
+def test_a_portable_run_is_for_workers_with_portable_kernels(plane: Plane) -> None:
+    """From its first moment: who comes first does not decide what the run is computed on."""
+    ledger = plane.ledger()
+    config = {"skew": "refuse", "hardware": "portable"}
+    ledger.create({"recipe": {}, "config": config}, incarnation="life")
+    assert (ledger.head().environment, ledger.head().server_environment) == ("portable", "portable")
+    native, shared = "torch 2.13, cpu AVX512, x86_64", "torch 2.13, portable x86-64"
+    server = {"worker": "s0", "node": "celery@s0", "queue": "updates.s0"}
+    assert ledger.acquire(**server, environment=native) == ("skewed", "portable")
+    assert ledger.acquire(**server, environment=shared)[0] == "acquired"
+    start(ledger)
+    assert begin(ledger, worker="w0", environment=native)[0] == "skewed"
+    assert begin(ledger, worker="w1", environment=shared)[0] == "compute"
+    assert (ledger.head().environment, ledger.head().server_environment) == (shared, shared)
+    assert begin(ledger, shard=1, worker="w2", environment="torch 2.12, portable x86-64")[0] == "skewed"
+
+
 # --- late_shard -----------------------------------------------------------------------------------
 
 

@@ -16,9 +16,10 @@ from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.cache.testing.memory_registry import MemoryRegistry
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.waiting import QUIET_SECONDS, SHOWN_SECONDS, Quiet
-from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES
+from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_command
 from torchord.coordinator.messages.waits import Wait, WaitKind, Waits, duration
 from torchord.coordinator.runtime import activity
+from torchord.coordinator.runtime.environment import unlike
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
 
@@ -96,6 +97,14 @@ def test_all_that_serve_a_queue_refuse(lab: Laboratory) -> None:
     assert "or run.resume(admit_code=True) where the new code is right" in lab.the(WaitKind.REFUSED).ends
     lab.say("w1", refuses={"another": "run"})
     assert WaitKind.REFUSED not in lab.look()
+
+
+def test_all_refuse_for_want_of_portable_kernels(lab: Laboratory) -> None:
+    for id in ("w0", "w1"):
+        lab.say(id, refuses={RUN: unlike(RUN, "portable", "torch 2, cpu AVX512, x86_64")})
+    found = lab.the(WaitKind.REFUSED)
+    assert "hardware='portable'" in found.what
+    assert found.ends == f"start one: TORCHORD_HARDWARE=portable {worker_command(GRADIENTS)}"
 
 
 def test_a_worker_is_deaf(lab: Laboratory) -> None:

@@ -61,6 +61,8 @@ def test_a_config_from_before_there_were_checks_has_none() -> None:
         ("loss_scale_interval", 0),
         ("memory_format", "channels_first"),
         ("compile", 1),
+        ("hardware", "x86"),
+        ("hardware", None),
         ("shuffle", 0),
         ("drop_last", "yes"),
         ("precision", "double"),
@@ -92,6 +94,14 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_known_codec_or_an_import_path_is_taken(compression: str) -> None:
     config = TrainingConfig(local_steps=4, staleness=2, compression=compression)
     assert TrainingConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(("field", "value"), [("compile", True), ("skew", "admit"), ("deterministic", False)])
+def test_portable_hardware_goes_with_nothing_that_gives_bits_up(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"hardware='portable' .*{field}={value!r}"):
+        TrainingConfig(hardware="portable", **{field: value})
+    assert TrainingConfig(hardware="portable").hardware == "portable"
+    assert TrainingConfig.from_json({}).hardware == "native"
 
 
 def test_unknown_fields_are_named() -> None:
