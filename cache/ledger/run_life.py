@@ -158,6 +158,34 @@ class RunLife(ControlPlane):
                 ),
             )
 
+    def extend(self, spec: dict[str, Any], *, incarnation: str, following: str, data: dict[str, Any]) -> str:
+        """Let a run that is done go on: see scripts/extend.lua.
+
+        Args:
+            spec: with the config that holds from now on.
+            incarnation: what the caller read; `following` replaces it.
+            data: for the event.
+        """
+        names = self.keys
+        others = [name for name in names.lasting() if name not in (names.spec, names.head, names.events)]
+        with self._during("let it go on"):
+            return cast(
+                str,
+                self._script(
+                    "extend",
+                    [names.spec, names.head, names.events, keys.ACTIVE, *others],
+                    [
+                        self.run,
+                        self._sealed_spec(spec, following),
+                        incarnation,
+                        following,
+                        keys.RUN_TTL_SECONDS,
+                        to_text(data),
+                        keys.EVENTS_KEPT,
+                    ],
+                ),
+            )
+
     def server_memory(self) -> str:
         """Identity of the memory that the training server shares with its host; "" for none."""
         with self._during("ask where the training server is"):

@@ -112,6 +112,29 @@ class MemoryRunLife(MemoryControlPlane):
             self.emit("switched", data)
             return "ok"
 
+    def extend(self, spec: dict[str, Any], *, incarnation: str, following: str, data: dict[str, Any]) -> str:
+        """See `Ledger.extend`."""
+        plane, names = self.plane, self.keys
+        with plane.changed:
+            head = self._head
+            if head and head["incarnation"] == following:
+                return "ok"
+            if head.get("status") != "done":
+                return str(head.get("status", "missing"))
+            if head["incarnation"] != incarnation:
+                return "changed"
+            if "stopped" in head:
+                return "stopped"
+            ttl = keys.RUN_TTL_SECONDS
+            plane.put(names.spec, json.dumps(spec), ttl)
+            plane.hset(names.head, {"status": "pending", "incarnation": following})
+            plane.hdel(names.head, "total_steps", "launched", "called", "round", "started_at")
+            plane.put(keys.ACTIVE, (plane.get(keys.ACTIVE) or set()) | {self.run}, ttl)
+            self._event("extended", data)
+            for name in names.lasting():
+                plane.expire(name, ttl)
+            return "ok"
+
     def server_memory(self) -> str:
         """See `Ledger.server_memory`."""
         return str(self._head.get("memory", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torchord.cache.ledger.records import LedgerEntry
 from torchord.coordinator.drawing.picture import Picture
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit, opened, said_of_workers
+from torchord.coordinator.master.extending import extend
 from torchord.coordinator.master.follower import Follower
 from torchord.coordinator.master.plotting import pictured
 from torchord.coordinator.master.progress import Progress
@@ -33,6 +35,7 @@ from torchord.coordinator.master.stored_version import (
     statement_of,
 )
 from torchord.coordinator.master.switching import SWITCHABLE, switch
+from torchord.coordinator.master.verdicts import unfounded
 from torchord.coordinator.master.waiting import (
     POLL_SECONDS,
     RESTING,
@@ -44,6 +47,8 @@ from torchord.coordinator.master.waiting import (
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
+
+log = logging.getLogger(__name__)
 
 
 class Run(RunVersions):
@@ -243,6 +248,23 @@ class Run(RunVersions):
             )
         return switch(self._ledger, fields)
 
+    def extend(self, *, epochs: int) -> None:
+        """Let the run go on for more epochs, now that it is done.
+
+        It goes on from its last checkpoint, under its own name, and ends with the bits of a run that was
+        submitted with all the epochs, unless its recipe says how long it is: a scheduler with a `total_steps`
+        of its own keeps that, which a warning and the event `extended` say.
+
+        Args:
+            epochs: how many more, at least 1.
+
+        Raises:
+            RunError: the run is not done, or was ended by one of its rules, or has staleness.
+        """
+        if said := extend(self._ledger, epochs):
+            log.warning("run %r: %s", self.name, said)
+        self._sender.advance(self.name)
+
     def statement(self) -> str | None:
         """What the training server states of the run, sealed (docs/keys.md); None if it does not.
 
@@ -271,7 +293,8 @@ class Run(RunVersions):
         entries = [LedgerEntry.from_json(bare(text)) for text in texts.values()]
         unlike = said_of_workers(self._ledger.claims(), entries)
         stored, forged = opened(self._ledger, texts, head.version)
-        found = audit(head, entries, plan, stored, [*forged, *unlike])
+        ends = unfounded(head, self.config(), self.evaluations(), entries)
+        found = audit(head, entries, plan, stored, [*forged, *unlike, *ends])
         steps = tuple(reexecute)
         if not steps or plan is None:
             return found

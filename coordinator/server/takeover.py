@@ -123,6 +123,7 @@ class TakeOver:
         else:
             make = partial(self._tried, plan, evaluation_size)
             trainer, record = self._first(make, plan.size)
+        before = ledger.version(head.version)
         self.fault("server.before_initialise")
         verdict = ledger.initialise(
             token=self.token,
@@ -136,6 +137,8 @@ class TakeOver:
         if verdict != "ok":
             raise Fenced(f"run {context.run!r}: another server or a person acted before it was initialised")
         self.fault("server.after_initialise")
+        if before is not None and before.blob.key != record.blob.key:  # a run that was done goes on
+            self.services.chunks.delete(before.own_blobs())
         return self._made(trainer, record, time.time(), spilled=head.version)
 
     def _restore(self, head: Head) -> WarmRun:

@@ -6,19 +6,38 @@ import copy
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.support import inprocess, models
+from tests.support.fleet import finished
 from tests.support.one_process import DECIDING, RUN, Fleet, Outcome
-from torchord import Keep, MaxSeconds, MaxSteps, NotFinite, Plateau, Recipe, Threshold, TrainingConfig
+from tests.support.shuffle import EvaluatingPost, Shuffle
+from torchord import (
+    Keep,
+    Master,
+    MaxSeconds,
+    MaxSteps,
+    NotFinite,
+    Plateau,
+    Recipe,
+    Threshold,
+    TrainedModel,
+    TrainingConfig,
+)
+from torchord.cache.errors import InvalidInput, RunError
 from torchord.cache.files.checkpoint import CheckpointStore
+from torchord.cache.settings import Settings
+from torchord.coordinator.averages import ema
+from torchord.coordinator.master.extending import extend
 
 CONFIG = TrainingConfig(
     epochs=8,
@@ -223,3 +242,131 @@ def test_no_step_behind_the_verdict_is_committed_whatever_is_under_way(
     assert found.decided == trial(tmp_path / "other", RECIPE, config, seed=9).decided
     assert found.stopped is not None
     assert found.stopped["version"] == len(found.outcome.losses) == max(found.evaluations)
+
+
+# --- through Redis, as a person uses them -------------------------------------------------------------------
+
+
+class Laboratory(Shuffle):
+    """A run whose training server and Clients are in this process."""
+
+    POST = EvaluatingPost
+
+    def train(self) -> TrainedModel:
+        """Deliver messages until the run has ended."""
+        while self.run.status().state in ("pending", "running"):
+            if self.post.parts:
+                version, part, of = self.post.parts.pop(0)
+                self.clients[part % 2].inference.evaluate(self.run.name, version, part, of)
+            else:
+                self._in_order()
+        return finished(self.run)
+
+
+@pytest.fixture
+def submit(redis_url: str, tmp_path: Path) -> Callable[..., Laboratory]:
+    """A function (config, name, recipe) -> a run that is submitted and not begun."""
+
+    def make(config: TrainingConfig, name: str = "decided", recipe: Recipe = RECIPE) -> Laboratory:
+        run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, config, name=name)
+        return Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
+
+    return make
+
+
+def test_the_reason_is_told_and_the_best_version_given_back(submit: Callable[..., Laboratory]) -> None:
+    lab = submit(dataclasses.replace(CONFIG, stop_when=Plateau(patience=3, min_delta=0.01), keep="best"))
+    trained = lab.train()
+    status = lab.run.status()
+    assert trained.reason == status.reason
+    assert status.reason.startswith("stopped: eval loss has not improved by 0.01 in 3 evaluations; best")
+    stopped = [event for event in lab.run.events() if event.type == "stopped"]
+    assert [event.data["version"] for event in stopped] == [trained.version]
+    best = lab.run.best()
+    losses = {version: found["loss"] for version, found in trained.evaluations.items()}
+    assert best.version == min(losses, key=losses.__getitem__) < trained.version
+    assert best.metrics == trained.evaluations[best.version]
+    plain = inprocess.InProcess(inprocess.resolved(RECIPE), CONFIG).train(stop=best.version)
+    expected = plain.trainer.replica.model.state_dict()
+    for state in (best.module.state_dict(), lab.run.state_dict("best")):
+        assert all(inprocess.same(expected[name], tensor) for name, tensor in state.items())
+    assert {best.version, trained.version} <= set(lab.run._ledger.versions()), "predict has them, too"
+    lab.run._ledger.client.hset(lab.run._ledger.keys.evaluations, str(best.version), '{"loss": 1e9}')
+    (problem,) = lab.run.verify().problems
+    assert "which its figures do not say" in problem or "went on behind version" in problem
+
+
+def test_a_run_that_keeps_nothing_says_how_it_would(submit: Callable[..., Laboratory]) -> None:
+    lab = submit(dataclasses.replace(CONFIG, epochs=1))
+    lab.train()
+    with pytest.raises(InvalidInput, match=r"submit it with TrainingConfig\(keep='best'\)"):
+        lab.run.best()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        (RECIPE, {}),
+        (models.mlp(), {"compression": "topk:0.1"}),
+        (models.cnn(), {"precision": "fp16", "loss_scale": 8.0}),
+        (models.mlp(average=partial(ema, decay=0.5)), {"keep": "best", "evaluate_every": 3}),
+    ],
+    ids=["sgd", "error feedback", "loss scale and scheduler", "an average"],
+)
+def test_a_run_that_is_extended_ends_with_the_bits_of_a_longer_one(
+    submit: Callable[..., Laboratory], recipe: Recipe, changes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, **{"evaluate_every": None, "epochs": 3, **changes})
+    longer = submit(config, "longer", recipe).train()
+    lab = submit(dataclasses.replace(config, epochs=1), "extended", recipe)
+    lab.train()
+    lab.run.extend(epochs=2)
+    assert lab.run.status().state == "pending"
+    lab.post.callbacks += 1
+    extended = lab.train()
+    assert [report.loss for report in extended.history] == [report.loss for report in longer.history]
+    expected = longer.module.state_dict()
+    assert all(inprocess.same(expected[name], t) for name, t in extended.module.state_dict().items())
+    assert "extended" in [event.type for event in lab.run.events()]
+    with pytest.raises(RunError, match="at least 1"):
+        lab.run.extend(epochs=0)
+
+
+def test_what_cannot_be_extended_says_why(submit: Callable[..., Laboratory]) -> None:
+    lab = submit(dataclasses.replace(CONFIG, stop_when=MaxSteps(3)))
+    with pytest.raises(RunError, match="is pending; only a run that is done is extended"):
+        lab.run.extend(epochs=1)
+    lab.train()
+    with pytest.raises(RunError, match=r"ended by one of its rules \(3 steps are taken, of 40\).*fork"):
+        lab.run.extend(epochs=1)
+
+
+def test_a_schedule_that_knows_its_length_is_named(
+    submit: Callable[..., Laboratory], caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=5)
+    recipe = dataclasses.replace(RECIPE, scheduler=scheduler)
+    lab = submit(dataclasses.replace(CONFIG, epochs=1), recipe=recipe)
+    lab.train()
+    lab.run.extend(epochs=1)
+    assert "its scheduler has T_max=5, which stays" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["server.after_acquire", "server.before_initialise", "server.after_initialise", "server.after_commit"],
+)
+def test_a_kill_while_a_run_is_extended_changes_nothing(tmp_path: Path, point: str) -> None:
+    config = dataclasses.replace(CONFIG, evaluate_every=None, epochs=2)
+    longer = trial(tmp_path / "longer", RECIPE, config)
+    fleet = Fleet(str(tmp_path / "extended"), 2, kill=(point, 7 if point == "server.after_commit" else 2))
+    assert fleet.run(RECIPE, dataclasses.replace(config, epochs=1)).kills == ()
+    fleet._over.clear()
+    extend(fleet.ledger, 1)
+    fleet.post.advance(RUN)
+    with patch("torchord.coordinator.runtime.context.fingerprint", return_value=""):
+        fleet._until_rest()
+    fleet._over.set()
+    found = fleet._outcome()
+    assert found.kills == (point,)
+    assert (found.bits, found.losses) == (longer.outcome.bits, longer.outcome.losses)

@@ -1417,6 +1417,32 @@ def test_a_run_that_stands_still_is_not_stopped(running: Ledger) -> None:
     assert running.head().stopped is None
 
 
+def test_a_run_that_is_done_goes_on(plane: Plane, running: Ledger) -> None:
+    head = running.head()
+    following = f"{head.incarnation}.1"
+
+    def extend(incarnation: str = head.incarnation) -> str:
+        return running.extend(SPEC, incarnation=incarnation, following=following, data={"epochs": 3})
+
+    assert only_counters_change(plane, extend) == "running"
+    running.transition("done", allowed=("running",), event="done")
+    running.retire()
+    assert only_counters_change(plane, lambda: extend("another")) == "changed"
+    assert extend() == "ok"
+    found = running.head()
+    assert (found.status, found.version, found.total_steps) == ("pending", head.version, None)
+    assert found.incarnation == following
+    assert running.read_events()[-1].type == "extended"
+    assert only_counters_change(plane, extend) == "ok"
+
+
+def test_a_run_that_a_rule_has_ended_does_not_go_on(running: Ledger) -> None:
+    head = running.head()
+    running.stop(head.version, rule="Plateau", reason="no better", token=head.token)
+    running.transition("done", allowed=("running",), event="done")
+    assert running.extend(SPEC, incarnation=head.incarnation, following="life.1", data={}) == "stopped"
+
+
 # --- predictions ----------------------------------------------------------------------------------
 
 
@@ -1464,6 +1490,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "switch": lambda ledger, token: ledger.switch(
         SPEC, step=9, incarnation="life", following="life+1", total_steps=9, data={}
     ),
+    "extend": lambda ledger, token: ledger.extend(SPEC, incarnation="life", following="life.1", data={}),
     "server_memory": lambda ledger, token: ledger.server_memory(),
     "incarnation": lambda ledger, token: ledger.incarnation(),
     "head": lambda ledger, token: ledger.head(),
