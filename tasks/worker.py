@@ -17,6 +17,7 @@ from celery import bootsteps, current_app, signals
 from celery.utils.nodenames import gethostname
 
 from torchord.cache.errors import CacheError, InvalidInput
+from torchord.cache.keyring import ROLES
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.workers import WorkerInfo, new_info
 from torchord.cache.servers.redis_client import WORKER_PATIENCE_SECONDS
@@ -105,7 +106,8 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
         services.registry.require_placement(services.placement, claim=True)
     except CacheError as error:  # gone again; the heartbeat will say so, too
         log.warning("placement: %s", error)
-    info = new_info(node, queues, placement=services.placement)
+    signs = [role for role in ROLES if services.keyring.signs(role)]
+    info = new_info(node, queues, placement=services.placement, signs=signs)
     if not _forked:
         warn_of_namesakes(services.registry, info)
 

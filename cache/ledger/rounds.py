@@ -82,6 +82,8 @@ class RoundState:
         first, last: its steps.
         token: under which it was opened.
         participants: ids of the workers in it; they may have died.
+        waiting: those that have waited for others since a step was last complete.
+        ending: whether it is to end before its last step.
         published: the version that was stored at its end, None before that.
         disputed: the version of which two participants made different bytes, None if there is none.
         rivals: digest of that version's parameters by worker, as each of the two had reported it.
@@ -94,6 +96,8 @@ class RoundState:
     published: int | None = None
     disputed: int | None = None
     rivals: dict[str, str] = field(default_factory=dict)
+    waiting: tuple[str, ...] = ()
+    ending: bool = False
 
     @classmethod
     def of(cls, fields: Mapping[str, str]) -> RoundState:
@@ -116,6 +120,8 @@ class RoundState:
             published=number("published"),
             disputed=disputed,
             rivals=rivals if disputed is not None else {},
+            waiting=tuple(filter(None, fields.get("waiting", "").split(","))),
+            ending="ending" in fields,
         )
 
 

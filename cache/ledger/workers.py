@@ -73,6 +73,7 @@ class WorkerInfo:
             if that is not known.
         where: task -> the line of code that it is at, of tasks that it has been at for some seconds.
         hindered: run -> what failed when it made the run's next move, which it will try again.
+        signs: the roles that it has keys of; () without keys.
     """
 
     id: str
@@ -92,6 +93,7 @@ class WorkerInfo:
     silent: float = 0.0
     where: dict[str, str] = field(default_factory=dict)
     hindered: dict[str, str] = field(default_factory=dict)
+    signs: tuple[str, ...] = ()
 
     @property
     def deaf(self) -> bool:
@@ -109,7 +111,14 @@ class WorkerInfo:
         return tuple(self.task.split("; ")) if self.task else ()
 
 
-def new_info(node: str, queues: Iterable[str], environment: str = "", *, placement: str = "") -> WorkerInfo:
+def new_info(
+    node: str,
+    queues: Iterable[str],
+    environment: str = "",
+    *,
+    placement: str = "",
+    signs: Iterable[str] = (),
+) -> WorkerInfo:
     """Describe this process under a fresh id."""
     host = socket.gethostname() or platform.node()
     unique, pid = uuid.uuid4().hex[:8], os.getpid()
@@ -123,6 +132,7 @@ def new_info(node: str, queues: Iterable[str], environment: str = "", *, placeme
         place=process.place(),
         started=process.started(pid),
         placement=placement,
+        signs=tuple(signs),
     )
 
 
@@ -133,7 +143,7 @@ def read(text: str) -> WorkerInfo:
         RecordDamaged: it is none; the message names the field.
     """
     fields = _HEARTBEAT.read(text)
-    fields["queues"] = tuple(fields["queues"])
+    fields["queues"], fields["signs"] = tuple(fields["queues"]), tuple(fields.get("signs", ()))
     return WorkerInfo(**{name: fields[name] for name in WorkerInfo.__slots__ if name in fields})
 
 
@@ -148,6 +158,7 @@ _HEARTBEAT = Fields(
         **dict.fromkeys(("refuses", "discarded", "where", "hindered"), NAMED_TEXTS),
         "pace": NAMED_FIGURES,
         "started": COUNT,
+        "signs": TEXTS,
     },
     open=True,
 )

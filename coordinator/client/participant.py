@@ -16,10 +16,11 @@ from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
+from torchord.cache.blobs.content_digest import content_digest
 from torchord.cache.blobs.tiered_store import INLINE_NBYTES
 from torchord.cache.errors import CacheError, InvalidInput, ManifestMismatch
 from torchord.cache.ledger.ledger import Ledger
-from torchord.cache.ledger.records import Head, SlotRecord, StateRecord, VersionRecord
+from torchord.cache.ledger.records import CONTENT, Head, SlotRecord, StateRecord, VersionRecord
 from torchord.cache.ledger.rounds import KEPT_STEPS, Report
 from torchord.cache.stores.gradients import StoredGradient
 from torchord.cache.tensors.codec import as_bytes
@@ -149,7 +150,7 @@ class Participant:
         before, self.chain = self.chain, ""
         self._read[step] = [slot.blob for slot in slots.values()]
         self._keep(step, slots, skipped=updated.report.skipped)
-        digest = self._pack()
+        digest, kind = self._pack(), self.ledger.digest
         entry = entry_of(
             context,
             step,
@@ -160,7 +161,7 @@ class Participant:
             committed_at=self._committed_at,
             token=token,
             server=self.worker,
-            notes={},
+            notes={CONTENT: [content_digest(kind, as_bytes(self._flats[0]))]} if kind else {},
         )
         self.version, self.chain, self.digest = step + 1, entry.chain, digest
         self._committed_at = entry.committed_at

@@ -20,6 +20,7 @@ from torchord.cache.ledger.records import SlotRecord, VersionRecord, combined_di
 from torchord.cache.ledger.step_metrics import METRICS
 from torchord.cache.servers.fast_client import Command
 from torchord.cache.stores.gradients import StoredGradient
+from torchord.coordinator.client import optimizer_imports
 from torchord.coordinator.client.check_turn import CheckTurns
 from torchord.coordinator.client.fresh_copy import FreshCopies
 from torchord.coordinator.client.gradient_upload import GradientUploads, Outgoing
@@ -141,6 +142,8 @@ class ShardTask:
         if not checks:  # one takes longer
             self.lease.heartbeat.worked(task.run, slot.seconds)
         self.downloads.idle(context, begun.memory)
+        if context.config.round_steps != 1 and not context.config.compile:  # there will be rounds
+            optimizer_imports.begin()
         return {**written, "status": verdict}
 
     def computed(

@@ -7,12 +7,14 @@ all of them say the same. docs/errors.md has the list as a table.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from torchord.cache.ledger.answers import Lease
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head
+from torchord.cache.ledger.rounds import RoundState
 from torchord.cache.ledger.workers import StoreMemory, WorkerInfo
 from torchord.coordinator.messages.task_names import GRADIENTS, UPDATES, worker_command
 from torchord.coordinator.runtime import activity
@@ -39,6 +41,7 @@ class WaitKind(Enum):
     UPDATE = "its training server, which is at an update"
     QUEUE = "Clients that take its shards out of the queue"
     SHARDS = "Clients that compute its shards"
+    ROUND = "the participants of its round"
     EVALUATION = "Clients that evaluate"
 
 
@@ -188,12 +191,8 @@ class Waits:
             return self._evaluations(alive, since)
         slots = plan.fan_in(head.version)
         missing = sorted(set(range(slots.total)) - ledger.slots_present(head.version))
-        taking = [info for info in alive.values() if _does(info, activity.in_round(run, head.version))]
-        if taking and not missing:
-            who = _some([info.id for info in taking])
-            what = f"its Clients {who}, which take step {head.version} themselves"
-            ends = f"they end by themselves; else look at their logs, or run.cancel(): {_AGAIN}"
-            return [Wait(WaitKind.UPDATE, what, ends, since)]
+        if head.round is not None and (found := self._round(head, plan, alive, missing, since)):
+            return [found]
         if not missing:
             what = f"its training server {owner.id}, which is called"
             return [Wait(WaitKind.CALL, what, "it comes within seconds", since)]
@@ -202,30 +201,12 @@ class Waits:
     def _shards(
         self, head: Head, plan: Plan, alive: Mapping[str, WorkerInfo], missing: list[int], since: float
     ) -> list[Wait]:
-        ledger = self._ledger
-        leases = ledger.leases(head.version)
-        held = {
-            slot: leases[slot]
-            for slot in missing
-            if slot in leases and leases[slot].open and leases[slot].worker in alive
-        }
-        found = []
+        held, found = self._held(head, alive, missing), []
         if held:
-            run, config, partials = ledger.run, plan.config, plan.fan_in(head.version).partials
-            who = []
-            for slot, lease in held.items():
-                name = activity.partial_sum if slot in partials else activity.gradient
-                place = _at(alive[lease.worker], name(run, head.version, slot))
-                who.append(f"slot {slot} at {lease.worker}, try {lease.attempt}{place}")
+            who = self._holders(head, plan, alive, held)
             what = f"{len(held)} of the {len(missing)} missing slots of step {head.version} ({_some(who)})"
-            limit = config.shard_timeout_seconds
-            ends = "they end by themselves, else "
-            ends += (
-                f"shard_timeout_seconds={limit:g} ends them: each gets {config.max_attempts} tries"
-                if limit is not None
-                else f"run.cancel() does, since the run has no shard_timeout_seconds: {_AGAIN}"
-            )
-            found.append(Wait(WaitKind.SHARDS, what, ends, min(lease.since for lease in held.values())))
+            began = min(lease.since for lease in held.values())
+            found.append(Wait(WaitKind.SHARDS, what, _ended_by(plan), began))
         if len(held) < len(missing):
             clients = [info for info in alive.values() if GRADIENTS in info.queues]
             others = [f"{info.id}: {info.task}" for info in clients if info.task]
@@ -234,6 +215,60 @@ class Waits:
             ends = f"a Client takes them, or start more: {worker_command(GRADIENTS)}"
             found.append(Wait(WaitKind.QUEUE, what, ends, since))
         return found
+
+    def _held(self, head: Head, alive: Mapping[str, WorkerInfo], missing: Iterable[int]) -> dict[int, Lease]:
+        """The missing slots of the present step that living workers are at."""
+        leases = self._ledger.leases(head.version)
+        return {
+            slot: leases[slot]
+            for slot in missing
+            if slot in leases and leases[slot].open and leases[slot].worker in alive
+        }
+
+    def _holders(
+        self, head: Head, plan: Plan, alive: Mapping[str, WorkerInfo], held: Mapping[int, Lease]
+    ) -> list[str]:
+        run, partials = self._ledger.run, plan.fan_in(head.version).partials
+        who = []
+        for slot, lease in held.items():
+            name = activity.partial_sum if slot in partials else activity.gradient
+            place = _at(alive[lease.worker], name(run, head.version, slot))
+            who.append(f"slot {slot} at {lease.worker}, try {lease.attempt}{place}")
+        return who
+
+    def _round(
+        self,
+        head: Head,
+        plan: Plan,
+        alive: Mapping[str, WorkerInfo],
+        missing: list[int],
+        since: float,
+    ) -> Wait | None:
+        """Who of the open round is at what, and who waits for it; None if nobody is in it, or it is over."""
+        state, ours = self._ledger.round(), activity.of(self._ledger.run)
+        if state is None or state.published == head.version:
+            return None
+        in_it = [info for info in alive.values() if any(map(ours, info.tasks)) and _is_in(info, state, ours)]
+        if not in_it:
+            return None
+        whose = f"the participants of its round of steps {state.first} to {state.last}"
+        if held := self._held(head, alive, missing):
+            busy = {lease.worker for lease in held.values()}
+            at = _some(self._holders(head, plan, alive, held))
+            what = f"{whose}: {len(held)} of the {len(missing)} missing slots of step {head.version} ({at})"
+            began, ends = min(lease.since for lease in held.values()), _ended_by(plan)
+        else:
+            at_it = [info for info in in_it if info.id not in state.waiting] or in_it
+            busy = {info.id for info in at_it}
+            at = _some([f"{info.id}{''.join(_at(info, task) for task in info.tasks)}" for info in at_it])
+            over = head.version > state.last or state.ending
+            what = f"step {head.version} is {'begun' if missing else 'taken'} by {at}"
+            what = f"{whose}: {f'version {head.version} is stored by {at}' if over else what}"
+            began = max(since, min(info.since for info in at_it))
+            ends = f"it ends by itself; else look at the workers' logs, or run.cancel(): {_AGAIN}"
+        if idle := [worker for worker in state.waiting if worker in alive and worker not in busy]:
+            what += f"; waited for by {_some(idle)}"
+        return Wait(WaitKind.ROUND, what, ends, began)
 
     def _evaluations(self, alive: Mapping[str, WorkerInfo], since: float) -> list[Wait]:
         run, found = self._ledger.run, []
@@ -246,6 +281,21 @@ class Waits:
             ends = f"the Clients do, or more of them: {worker_command(GRADIENTS)}; or run.cancel(): {_AGAIN}"
             found.append(Wait(WaitKind.EVALUATION, what, ends, since))
         return found
+
+
+def _is_in(info: WorkerInfo, state: RoundState, ours: Callable[[str], bool]) -> bool:
+    """Whether a worker takes part in a round, or restores what it takes for that."""
+    return info.id in state.participants or any(": round, " in task for task in info.tasks if ours(task))
+
+
+def _ended_by(plan: Plan) -> str:
+    """Who can end the computing of a shard."""
+    config = plan.config
+    if (limit := config.shard_timeout_seconds) is not None:
+        how = f"shard_timeout_seconds={limit:g} ends them: each gets {config.max_attempts} tries"
+    else:
+        how = f"run.cancel() does, since the run has no shard_timeout_seconds: {_AGAIN}"
+    return f"they end by themselves, else {how}"
 
 
 def _does(info: WorkerInfo, prefix: str) -> list[str]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Iterable
 from typing import Literal
 
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import FALSIFIED, Head, VersionRecord
 from torchord.cache.ledger.rounds import RoundState
+from torchord.cache.ledger.workers import WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS
 from torchord.coordinator.runtime.faults import Hook
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 1.0
 """What an automatic round is to last: a chord and two hand-overs cost some 20 ms, of this a fiftieth."""
+
+_LOOK_AGAIN_SECONDS = 5.0  # whether what prevents rounds still does
 
 Going = Literal["published", "under way", "lost", "waiting"]
 
@@ -48,6 +53,7 @@ class RoundOpener:
         self.upkeep = upkeep
         self.queue = queue
         self.fault = fault
+        self._rests: dict[str, float] = {}  # run -> until when (monotonic, s) single steps are taken for sure
 
     def open(self, warm: WarmRun) -> int | None:
         """Open a round at the present version; None if its next step is to be a single one.
@@ -58,10 +64,14 @@ class RoundOpener:
         Raises:
             Fenced: another server has taken the run over.
         """
-        steps = self._steps(warm)
+        steps = self.steps(warm, warm.version, seconds=warm.seconds)
         if steps < 2:
             return None
-        seats = min(warm.context.plan().shards_in(warm.version), self._clients(warm))
+        here = [i for i in self.services.registry.alive().values() if GRADIENTS in i.queues and i.environment]
+        if self._prevented(warm, here):
+            self._rests[warm.run] = time.monotonic() + _LOOK_AGAIN_SECONDS
+            return None
+        seats = min(warm.context.plan().shards_in(warm.version), len(here))
         if not seats:
             return None
         if warm.state_version != warm.version:
@@ -73,24 +83,32 @@ class RoundOpener:
         self.sender.step(warm.run, first, range(seats), version=first, callback_queue=self.queue, steps=steps)
         return last
 
-    def _clients(self, warm: WarmRun) -> int:
-        """How many living workers may take part."""
-        here = self.services.registry.alive().values()
-        return sum(GRADIENTS in info.queues and bool(info.environment) for info in here)
+    def _prevented(self, warm: WarmRun, clients: Iterable[WorkerInfo]) -> bool:
+        """Whether there are Clients whose bits may be others, or who have no key to sign a version with."""
+        keyring = self.services.keyring
+        lacking = bool(keyring) and not keyring.local and any("server" not in i.signs for i in clients)
+        return lacking or warm.ledger.head().skew != "refuse"
 
-    def _steps(self, warm: WarmRun) -> int:
-        """How many steps the next round has; 1: none, a single step."""
+    def steps(self, warm: WarmRun, first: int, *, seconds: float) -> int:
+        """How many steps the round from one step on would have; 1: none, a single step.
+
+        Args:
+            first: the step.
+            seconds: what the one before took, 0 if that is not known.
+        """
         context = warm.context
-        plan, config, first = context.plan(), context.config, warm.version
-        if first >= plan.total_steps or not self._may(warm):
+        plan, config = context.plan(), context.config
+        if first >= plan.total_steps or not self._may(warm, first):
             return 1
         if warm.disputed is not None or first <= warm.alone_until:
             return 1
+        if time.monotonic() < self._rests.get(warm.run, 0.0):
+            return 1
         wanted = config.round_steps
         if isinstance(wanted, str):
-            if not warm.seconds:
+            if not seconds:
                 return 1
-            wanted = max(1, math.floor(ROUND_SECONDS / warm.seconds))
+            wanted = max(1, math.floor(ROUND_SECONDS / seconds))
         end = min(first + wanted, plan.total_steps)
         for every in (config.checkpoint_every, config.evaluate_every):
             if every is not None:
@@ -101,17 +119,12 @@ class RoundOpener:
                 return max(1, step - first)
         return end - first
 
-    def _may(self, warm: WarmRun) -> bool:
+    def _may(self, warm: WarmRun, step: int) -> bool:
         """Whether the run's Clients can step its optimizer; what a single step has and a round has not."""
-        context, keyring = warm.context, self.services.keyring
-        config = context.plan().config_at(warm.version)
+        config = warm.context.plan().config_at(step)
         if config.round_steps == 1 or config.staleness or not config.deterministic:
             return False
-        if config.decides_by_steps:
-            return False
-        if (keyring and not keyring.local) or warm.ledger.digest:
-            return False
-        return warm.ledger.head().skew == "refuse"
+        return not config.decides_by_steps
 
     # --- what has become of one -----------------------------------------------------------------
 

@@ -6,12 +6,13 @@ comes late. Processes and their deaths are in test_rounds.py and tests/faults.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from tests.support import models, recipes_more, reference
 from tests.support.one_process import Fleet, Outcome
 from torchord import Recipe, TrainingConfig
 from torchord.cache.blobs.host_tier import HostTier
+from torchord.cache.keyring import Keyring
+from torchord.cache.ledger.records import CONTENT
 from torchord.coordinator.local_steps import diloco
-from torchord.coordinator.runtime import faults
+from torchord.coordinator.runtime import faults, key_files
+from torchord.coordinator.server import rounds
 from torchord.coordinator.spec.plan import Plan
 
 HALF = {"precision": "fp16", "loss_scale": 2.0**18, "loss_scale_interval": 3}
@@ -124,6 +128,45 @@ def test_what_slots_keep_may_lie_in_the_hosts_memory(tmp_path: Path, mode: str) 
         tmp_path / "2", given, replace(how, round_steps=3), 3, host=tier, kill=("round.after_report", 2)
     )
     assert tier.counters.hits and found.kills and found.bits == expected.bits
+
+
+def test_each_version_of_a_round_has_the_digest_of_its_content(tmp_path: Path) -> None:
+    """Though only the last of a round is stored."""
+    given, how = recipe(), config(digest="sha256", round_steps=5)
+    fleet = Fleet(str(tmp_path), 3)
+    assert fleet.run(given, how).bits == trained(tmp_path / "1", given, config(), 1).bits
+    entries = fleet.ledger.entries()
+    assert len({entry.notes[CONTENT][0] for entry in entries}) == len(entries) == 10
+    _, flat, _ = fleet.services.parameters.fetch(fleet.ledger, 10)
+    assert entries[-1].notes[CONTENT] == [f"sha256:{hashlib.sha256(flat.numpy()).hexdigest()}"]
+
+
+@pytest.mark.parametrize(
+    "signs", [("worker",), ("worker", "server")], ids=["Clients' keys", "a fleet's keys"]
+)
+def test_who_cannot_sign_a_version_gets_no_seat(tmp_path: Path, signs: tuple[str, ...]) -> None:
+    fleet = Fleet(str(tmp_path), 2)
+    key_files.new(tmp_path / "keys", "blake2b")
+    cast(Any, fleet.services).keyring = Keyring(tmp_path / "keys" / "fleet.json")
+    for client in fleet.clients:
+        heartbeat = cast(Any, client.heartbeat)
+        heartbeat.info = replace(heartbeat.info, signs=signs)
+    assert fleet.run(recipe(), config(round_steps=5)).state == "done"
+    by_server = [entry.server.startswith("server") for entry in fleet.ledger.entries()]
+    assert all(by_server) if "server" not in signs else not any(by_server)
+
+
+@pytest.mark.parametrize(("seconds", "drafts"), [(0.0, 9), (1e9, 0)], ids=["long steps", "short steps"])
+def test_a_single_step_is_launched_within_the_commit_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, drafts: int
+) -> None:
+    """Where "auto" comes to single steps, they cost what they cost without it: no round trip more."""
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", seconds)
+    fleet = Fleet(str(tmp_path), 2)
+    drafted: list[int] = []
+    monkeypatch.setattr(fleet.post, "drafted", lambda run, step, *args, **options: drafted.append(step))
+    assert fleet.run(recipe(), config(round_steps="auto")).state == "done"
+    assert len(drafted) == drafts
 
 
 # --- plain loops ------------------------------------------------------------------------

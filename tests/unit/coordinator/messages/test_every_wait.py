@@ -48,6 +48,11 @@ def computed(lab: Laboratory) -> None:
     begin(lab.begun().ledger, 0, 1, worker="w1", delivery="d1")
 
 
+def in_a_round(lab: Laboratory) -> None:
+    lab.begun().round()
+    lab.turn("w0")
+
+
 def evaluated(lab: Laboratory) -> None:
     lab.begun().ledger.launch_evaluation(0, 2, pin_seconds=60)
     lab.version = 3
@@ -76,6 +81,7 @@ REACHED: dict[WaitKind, Callable[[Laboratory], None]] = {
     WaitKind.UPDATE: says("s0", task=activity.update(RUN, 0)),
     WaitKind.QUEUE: lambda lab: lab.begun() and None,
     WaitKind.SHARDS: computed,
+    WaitKind.ROUND: in_a_round,
     WaitKind.EVALUATION: evaluated,
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.control import SPEC, begin, record, slot, worker, write
 from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.rounds import Seat, Turn
 from torchord.cache.ledger.workers import DEAF_SECONDS, StoreMemory, WorkerInfo
 from torchord.cache.testing.memory_ledger import MemoryLedger
 from torchord.cache.testing.memory_plane import MemoryPlane
@@ -58,6 +59,17 @@ class Laboratory:
         self.ledger.mark_launched(0, token=token)
         return self
 
+    def round(self) -> None:
+        """Its steps are taken in a round."""
+        assert self.ledger.open_round(0, 1, token=self.ledger.head().token) == "ok"
+
+    def turn(self, id: str, **more: Any) -> Turn:
+        """A Client asks what is next in the first step of that round, and says what it is at."""
+        turn = self.ledger.turn(Seat(id, "", self.ledger.head().token, 0, "life", 3), 0, shards=4, **more)
+        at = turn.verdict == "compute"
+        self.say(id, task=activity.gradient(RUN, 0, turn.shard) if at else activity.in_round(RUN, 0))
+        return turn
+
     def say(self, id: str, **changes: Any) -> None:
         self.living[id] = replace(self.living[id], **changes)
 
@@ -77,6 +89,33 @@ class Laboratory:
 @pytest.fixture
 def lab() -> Laboratory:
     return Laboratory()
+
+
+def test_a_participant_of_a_round_is_awaited(lab: Laboratory) -> None:
+    """Nobody has come; one restores what it needs; one is at a shard, and others wait; the step is taken."""
+    lab.begun().round()
+    assert "that nobody has begun" in lab.the(WaitKind.QUEUE).what
+    lab.say("w0", task=activity.in_round(RUN, 0), since=1000.0)
+    assert lab.the(WaitKind.ROUND).what.endswith("of steps 0 to 1: step 0 is begun by w0")
+    for shard in range(3):
+        assert lab.turn("w0", slot=slot(0, shard - 1, "n") if shard else None).shard == shard
+    assert lab.turn("w1").shard == 3
+    assert lab.turn("w1", slot=slot(0, 3, "n")).verdict == "wait"
+    lab.now += 25
+    found = lab.the(WaitKind.ROUND)
+    assert found.what.endswith("1 of the 1 missing slots of step 0 (slot 2 at w0, try 1); waited for by w1")
+    assert found.since == 1000.0 and "run.cancel()" in found.ends
+    lab.say("w0", where={activity.gradient(RUN, 0, 2): "models.py:7 in forward"})
+    assert "slot 2 at w0, try 1, at models.py:7 in forward" in lab.the(WaitKind.ROUND).what
+    assert lab.turn("w0", slot=slot(0, 2, "n")).verdict == "complete"
+    lab.say("w0", since=1025.0)
+    assert (
+        lab.the(WaitKind.ROUND).what.endswith("step 0 is taken by w0; w1")
+        or "w0" in lab.the(WaitKind.ROUND).what
+    )
+    del lab.living["w0"], lab.living["w1"]
+    lab.living["w2"] = worker("w2", queues=(GRADIENTS,))
+    assert "which is called" in lab.the(WaitKind.CALL).what
 
 
 def test_nobody_serves_a_queue(lab: Laboratory) -> None:
