@@ -228,6 +228,10 @@ class Places:
         """The figures of an evaluation."""
         return f"the metrics of version {version} of run {self.run} in its life {life}"
 
+    def telling(self, id: str, life: str) -> str:
+        """An entry of the outbox."""
+        return f"entry {id} of the outbox of run {self.run} in its life {life}"
+
     def output(self, request: str, part: int) -> str:
         """A part of a prediction."""
         return f"part {part} of the prediction {request} from run {self.run}"

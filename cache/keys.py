@@ -14,6 +14,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:distrusted | hash node -> JSON of Distrusted | server | DISTRUST_TTL after the last |
 | torchord:placement | string, where chunks lie, in words | workers | WORKER_LEASE, renewed by a thread |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
+| torchord:telling | set of names of the runs that have something to tell | scripts only | RUN_TTL after the last entry |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
 | torchord:{RUN}:head | hash, see cache/scripts | scripts only | RUN_TTL, renewed at commit |
 | torchord:{RUN}:manifest | string, JSON of the parameter layout, sizes of given batches | server | RUN_TTL, renewed at commit |
@@ -25,6 +26,8 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:events | stream, capped | scripts | RUN_TTL, renewed at commit |
 | torchord:{RUN}:evaluations | hash version -> JSON of metrics | evaluate | RUN_TTL, renewed at commit |
 | torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
+| torchord:{RUN}:outbox | hash id -> JSON of what is to be told | scripts only | RUN_TTL; fields leave when told |
+| torchord:{RUN}:telling | hash id -> JSON of how its delivery stands | scripts only | RUN_TTL; fields leave when told |
 | torchord:{RUN}:slots:STEP | hash shard -> JSON of SlotRecord | write_slot.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:round | hash: token, steps, participants, see take_turn.lua | scripts only | RUN_TTL; deleted when it is closed |
@@ -78,6 +81,7 @@ QUARANTINE = f"{PREFIX}:quarantine"
 QUARANTINED = f"{PREFIX}:quarantined"
 DISTRUSTED = f"{PREFIX}:distrusted"
 DATASETS = f"{PREFIX}:datasets"
+TELLING = f"{PREFIX}:telling"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -154,6 +158,8 @@ class RunKeys:
         self.pending_evaluations = f"{root}:evaluating"
         self.underway = f"{root}:underway"
         self.round = f"{root}:round"
+        self.outbox = f"{root}:outbox"
+        self.telling = f"{root}:telling"
 
     def lasting(self) -> list[str]:
         """The keys that live as long as the run can be asked about."""
@@ -170,6 +176,8 @@ class RunKeys:
             self.evaluations,
             self.pending_evaluations,
             self.round,
+            self.outbox,
+            self.telling,
         ]
 
     def slots(self, step: int) -> str:

@@ -22,6 +22,7 @@ from torchord.cache.servers.redis_client import translated
 log = logging.getLogger(__name__)
 
 _Record = TypeVar("_Record")
+_ANY: tuple[Role, ...] = ("worker", "submit", "server")
 
 
 class ControlPlane:
@@ -71,6 +72,18 @@ class ControlPlane:
     def _opened(self, role: Role, place: Callable[..., str], *where: object, text: str) -> str:
         """A record that was read, if it is one of this place in the present life; arguments as `_sealed`."""
         return self._opened_for(life, role, place, *where, text=text)
+
+    def _sealed_by_any(self, place: Callable[..., str], *where: object, text: str) -> str:
+        """`_sealed`, by the role that this process has; what anybody of the fleet may write."""
+        role = next((role for role in _ANY if self.keyring.signs(role)), _ANY[0])
+        return self._sealed(role, place, *where, text=text)
+
+    def _opened_by_any(self, place: Callable[..., str], *where: object, text: str) -> str:
+        """The inverse of `_sealed_by_any`, whichever role had sealed it."""
+        for role in _ANY[1:]:
+            with suppress(NotAuthentic):
+                return self._opened(role, place, *where, text=text)
+        return self._opened(_ANY[0], place, *where, text=text)
 
     def _opened_for(
         self,

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
 from typing import Any, cast
 
 from torchord.cache import keys
-from torchord.cache.errors import NotAuthentic, RecordDamaged
-from torchord.cache.keyring import Role
+from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger.control_plane import ControlPlane
 from torchord.cache.ledger.fields import METRICS, OUTPUT, PART
 from torchord.cache.ledger.figures import figures_in, from_text, to_text
+from torchord.cache.ledger.outbox import entry_arguments, entry_text
 from torchord.cache.ledger.records import StateRecord
 from torchord.cache.reading import number_of
 
 MOST_PARTS = 1 << 20
-
-_MEASURING: tuple[Role, ...] = ("worker", "submit", "server")
-"""Who records metrics: the Client with the last part, or whoever restores a run from its checkpoint."""
 
 
 class Evaluations(ControlPlane):
@@ -69,6 +65,8 @@ class Evaluations(ControlPlane):
 
     def record_evaluation(self, version: int, metrics: dict[str, Any]) -> bool:
         """Record the metrics of a version once; True if this call did."""
+        data, id = {"version": version, "metrics": metrics}, f"evaluated-{version}"
+        entry = entry_text("evaluated", time.time(), data)
         with self._during(f"record the evaluation of version {version}"):
             return bool(
                 self._script(
@@ -79,13 +77,16 @@ class Evaluations(ControlPlane):
                         self.keys.pins,
                         self.keys.events,
                         self.keys.pending_evaluations,
+                        *(self.keys.head, self.keys.outbox, keys.TELLING),
                     ],
                     [
                         version,
                         self._sealed_metrics(version, metrics),
-                        to_text({"version": version, "metrics": metrics}),
-                        keys.RUN_TTL_SECONDS,
-                        keys.EVENTS_KEPT,
+                        to_text(data),
+                        *(keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT, self.run),
+                        *entry_arguments(
+                            "evaluated", id, self._sealed_by_any(self.places.telling, id, text=entry)
+                        ),
                     ],
                 )
             )
@@ -139,15 +140,11 @@ class Evaluations(ControlPlane):
 
     def _sealed_metrics(self, version: int, metrics: dict[str, Any]) -> str:
         """Metrics as they are stored: by the Client with the last part, or by who restores a run."""
-        role = next((role for role in _MEASURING if self.keyring.signs(role)), _MEASURING[0])
-        return self._sealed(role, self.places.metrics, version, text=to_text(metrics))
+        return self._sealed_by_any(self.places.metrics, version, text=to_text(metrics))
 
     def _opened_metrics(self, version: int, text: str) -> str:
         """The text of metrics that somebody has sealed who may record them."""
-        for role in _MEASURING[1:]:
-            with suppress(NotAuthentic):
-                return self._opened(role, self.places.metrics, version, text=text)
-        return self._opened(_MEASURING[0], self.places.metrics, version, text=text)
+        return self._opened_by_any(self.places.metrics, version, text=text)
 
     def write_output(self, request: str, part: int, answer: dict[str, Any]) -> bool:
         """Write one part of a prediction once; True if this call did."""

@@ -143,6 +143,12 @@ DIGESTS = Fields(
     {"weights": NAMED_TEXTS, "batch": NAMED_TEXTS, "gradient": NAMED_TEXTS},
 )
 
+ENTRY_TOLD = Fields("an entry of the outbox", {"event": TEXT, "at": FINITE, "data": OBJECT})
+
+TELLING = Fields(
+    "how a delivery stands", {}, {"tries": COUNT, "due": FINITE, "error": TEXT, "dead": FLAG}, open=True
+)
+
 EVENT = Fields("an event", {"type": TEXT, "data": TEXT}, open=True)
 
 EVENT_DATA = Fields("what an event says", {}, open=True)

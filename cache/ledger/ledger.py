@@ -10,12 +10,13 @@ from __future__ import annotations
 from torchord.cache.ledger.commits import Commits
 from torchord.cache.ledger.evaluations import Evaluations
 from torchord.cache.ledger.events import Events
+from torchord.cache.ledger.outbox import Outbox
 from torchord.cache.ledger.rounds import Rounds
 from torchord.cache.ledger.run_life import RunLife
 from torchord.cache.ledger.versions import Versions
 
 
-class Ledger(RunLife, Rounds, Commits, Versions, Evaluations, Events):
+class Ledger(RunLife, Rounds, Commits, Versions, Evaluations, Outbox, Events):
     """All operations on one run's control keys; arguments as for `control_plane.ControlPlane`.
 
     Raises:

@@ -394,6 +394,7 @@ class Head:
         backups: shards that were sent to another worker as well, because their holder was slow.
         shared: several processes of one node take turns as server.
         round: the last step of the round that is open, None if there is none.
+        on: what is to be told of the run, to how many: ",done=1,failed=2,"; "" for nothing.
         error: why the run failed: {"message", "kind", ...}.
         stopped: the verdict that ends the run before its last step: {"version", "rule", "reason"}; None if
             there is none.
@@ -429,6 +430,7 @@ class Head:
     round: int | None = None
     stopped: dict[str, Any] | None = None
     started_at: float = 0.0
+    on: str = ""
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -478,6 +480,7 @@ class Head:
             round=integer("round"),
             stopped=known.STOPPED.read(fields["stopped"]) if fields.get("stopped") else None,
             started_at=seconds("started_at"),
+            on=fields.get("on", ""),
         )
 
 

@@ -15,6 +15,7 @@ from torchord.cache.ledger.control_plane import ControlPlane, pairs
 from torchord.cache.ledger.fields import SPEC
 from torchord.cache.ledger.figures import to_text
 from torchord.cache.ledger.hardware import wanted
+from torchord.cache.ledger.outbox import entry_arguments, entry_text, subscribed
 from torchord.cache.ledger.records import (
     GENESIS,
     Head,
@@ -65,6 +66,7 @@ class RunLife(ControlPlane):
                     chain,
                     spec.get("config", {}).get("skew", "admit"),
                     wanted(spec),
+                    subscribed(spec),
                 ],
             )
             return None if verdict == "created" else SPEC.read(bare(text))
@@ -230,6 +232,9 @@ class RunLife(ControlPlane):
             (done, status before).
         """
         reason = "-" if error == "keep" else "" if error is None else to_text(error)
+        nonce, said = secrets.token_hex(6), data or {}
+        id = f"{event}-{said.get('version') if event == 'done' else nonce}"
+        entry = entry_text(event, time.time(), error if isinstance(error, dict) else {}, said)
         with self._during(f"set status {status!r}"):
             step = self.client.hget(self.keys.head, "version") or 0 if shard is None else shard[0]
             verdict, before = self._script(
@@ -240,21 +245,14 @@ class RunLife(ControlPlane):
                     self.keys.events,
                     self.keys.slots(int(cast(str, step))),
                     self.keys.leases(int(cast(str, step))),
+                    *(self.keys.outbox, keys.TELLING),
                 ],
                 [
-                    self.run,
-                    status,
-                    "," + ",".join(allowed) + ",",
-                    event,
-                    to_text(data or {}),
-                    reason,
-                    keys.RUN_TTL_SECONDS,
-                    keys.EVENTS_KEPT,
-                    "" if token is None else token,
-                    secrets.token_hex(6),
+                    *(self.run, status, "," + ",".join(allowed) + ",", event, to_text(said), reason),
+                    *(keys.RUN_TTL_SECONDS, keys.EVENTS_KEPT, "" if token is None else token, nonce),
                     incarnation or "",
-                    "" if shard is None else shard[0],
-                    "" if shard is None else shard[1],
+                    *(("", "") if shard is None else shard),
+                    *entry_arguments(event, id, self._sealed_by_any(self.places.telling, id, text=entry)),
                 ],
             )
         return verdict == "ok", before

@@ -346,6 +346,11 @@ class Registry:
         with translated(self.url, "list the active runs"):
             return sorted(cast(set[str], self.client.smembers(keys.ACTIVE)))
 
+    def telling_runs(self) -> list[str]:
+        """Names of the runs that may have something to tell."""
+        with translated(self.url, "list what is to be told"):
+            return sorted(filter(keys.is_name, cast(set[str], self.client.smembers(keys.TELLING))))
+
     def forget_run(self, run: str) -> None:
         """Take a run off the list of active ones, unless it has become active again."""
         with translated(self.url, "forget a run"):

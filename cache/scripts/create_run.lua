@@ -6,7 +6,8 @@
 --      5... the run's other keys, the slots and leases of the first step included
 -- ARGV 1 name, 2 spec JSON, 3 now (s), 4 TTL of a run (s), 5 incarnation (unique id), 6 version, 7 chain,
 --      8 skew: 'refuse' if workers of different environments must not mix, else 'admit',
---      9 environment: 'portable' if only workers with portable kernels may compute and update, else ''
+--      9 environment: 'portable' if only workers with portable kernels may compute and update, else '',
+--      10 what is to be told of the run, to how many: ',done=1,failed=2,' ('' for nothing)
 -- Returns {'created', spec} or {'exists', spec of the one that is there}.
 local spec = redis.call('GET', KEYS[1])
 if spec and redis.call('EXISTS', KEYS[2]) == 1 then
@@ -22,6 +23,9 @@ redis.call('HSET', KEYS[2], 'status', 'pending', 'version', ARGV[6], 'chain', AR
   'duplicates', 0, 'late', 0)
 if ARGV[9] ~= '' then
   redis.call('HSET', KEYS[2], 'environment', ARGV[9], 'server_environment', ARGV[9])
+end
+if ARGV[10] ~= '' then
+  redis.call('HSET', KEYS[2], 'on', ARGV[9])
 end
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])

@@ -1,10 +1,11 @@
 -- Change the status of a run, if it is in one of the states that allow it.
 -- KEYS 1 head hash, 2 active set, 3 events stream, 4 slots hash of the step in ARGV 12 (of the present
---      step if there is none), 5 leases hash of the same step
+--      step if there is none), 5 leases hash of the same step, 6 outbox hash, 7 set of the runs that have one
 -- ARGV 1 name, 2 new status, 3 allowed states (comma-separated, with a comma at both ends), 4 event type,
 --      5 event JSON, 6 error JSON ('' to clear, '-' to leave), 7 TTL of a run (s), 8 events kept,
 --      9 token ('' if the caller is not the training server), 10 nonce of the request,
---      11 incarnation that it is about ('' for any), 12 step and 13 shard that it is about ('' for none)
+--      11 incarnation that it is about ('' for any), 12 step and 13 shard that it is about ('' for none),
+--      14 id and 15 text of the entry for the outbox, 16 entries there at most, 17 event JSON where it is full
 -- Returns {'ok', old status}, {'fenced', status}, {'refused', present status}, or {'late', status}: the
 -- reason for the change no longer holds (the shard's slot is written, or it is another run by now).
 local status = redis.call('HGET', KEYS[1], 'status')
@@ -48,4 +49,15 @@ else
 end
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[8], '*', 'type', ARGV[4], 'data', ARGV[5])
 redis.call('EXPIRE', KEYS[3], ARGV[7])
+local many = string.match(redis.call('HGET', KEYS[1], 'on') or '', ',' .. ARGV[4] .. '=(%d),')
+for place = 0, tonumber(many or '0') - 1 do
+  if redis.call('HLEN', KEYS[6]) < tonumber(ARGV[16]) then
+    redis.call('HSETNX', KEYS[6], ARGV[14] .. '.' .. place, ARGV[15])
+    redis.call('EXPIRE', KEYS[6], ARGV[7])
+    redis.call('SADD', KEYS[7], ARGV[1])
+    redis.call('EXPIRE', KEYS[7], ARGV[7])
+  else
+    redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[8], '*', 'type', 'not told', 'data', ARGV[17])
+  end
+end
 return {'ok', status}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchord.cache import keys
 from torchord.cache.ledger.figures import from_text, to_text
+from torchord.cache.ledger.outbox import entry_text
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
 
 
@@ -49,7 +50,10 @@ class MemoryEvaluations(MemoryControlPlane):
             plane.hdel(names.pins, field)
             plane.hdel(names.pending_evaluations, field)
             if first:
-                self._event("evaluation", {"version": version, "metrics": metrics})
+                data = {"version": version, "metrics": metrics}
+                self._event("evaluation", data)
+                entry = entry_text("evaluated", plane.clock(), data)
+                self._to_tell("evaluated", f"evaluated-{version}", entry)
             return first
 
     def launch_evaluation(self, version: int, parts: int, *, pin_seconds: float) -> bool:

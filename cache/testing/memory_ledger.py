@@ -9,13 +9,14 @@ from __future__ import annotations
 from torchord.cache.testing.memory_commits import MemoryCommits
 from torchord.cache.testing.memory_evaluations import MemoryEvaluations
 from torchord.cache.testing.memory_events import MemoryEvents
+from torchord.cache.testing.memory_outbox import MemoryOutbox
 from torchord.cache.testing.memory_rounds import MemoryRounds
 from torchord.cache.testing.memory_run_life import MemoryRunLife
 from torchord.cache.testing.memory_versions import MemoryVersions
 
 
 class MemoryLedger(
-    MemoryRunLife, MemoryRounds, MemoryCommits, MemoryVersions, MemoryEvaluations, MemoryEvents
+    MemoryRunLife, MemoryRounds, MemoryCommits, MemoryVersions, MemoryEvaluations, MemoryOutbox, MemoryEvents
 ):
     """`Ledger` without a server.
 

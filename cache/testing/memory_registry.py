@@ -112,6 +112,10 @@ class MemoryRegistry(Registry):
         """See `Registry.active_runs`."""
         return sorted(self.plane.get(keys.ACTIVE) or ())
 
+    def telling_runs(self) -> list[str]:
+        """See `Registry.telling_runs`."""
+        return sorted(self.plane.get(keys.TELLING) or ())
+
     def forget_run(self, run: str) -> None:
         """See `Registry.forget_run`."""
         with self.plane.changed:

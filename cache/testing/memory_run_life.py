@@ -12,6 +12,7 @@ from torchord.cache.errors import RunNotFound
 from torchord.cache.ledger.figures import to_text
 from torchord.cache.ledger.hardware import wanted
 from torchord.cache.ledger.incarnation import revision
+from torchord.cache.ledger.outbox import entry_text, subscribed
 from torchord.cache.ledger.records import GENESIS, Head
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
 
@@ -51,7 +52,7 @@ class MemoryRunLife(MemoryControlPlane):
             }
             if environment := wanted(spec):
                 head |= {"environment": environment, "server_environment": environment}
-            plane.hset(names.head, head, ttl)
+            plane.hset(names.head, head | ({"on": on} if (on := subscribed(spec)) else {}), ttl)
             plane.put(keys.RUNS, {**(plane.get(keys.RUNS) or {}), self.run: now}, ttl)
             plane.put(keys.ACTIVE, (plane.get(keys.ACTIVE) or set()) | {self.run}, ttl)
         return None
@@ -197,6 +198,10 @@ class MemoryRunLife(MemoryControlPlane):
             else:
                 plane.put(keys.ACTIVE, active - {self.run})
             self._event(event, data or {})
+            said, nonce = data or {}, secrets.token_hex(6)
+            id = f"{event}-{said.get('version') if event == 'done' else nonce}"
+            told = entry_text(event, plane.clock(), error if isinstance(error, dict) else {}, said)
+            self._to_tell(event, id, told)
             return True, before
 
     def retire(self, working_steps: Iterable[int] = ()) -> None:

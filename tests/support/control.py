@@ -25,7 +25,11 @@ from torchord.cache.ledger.workers import Registry, WorkerInfo
 from torchord.cache.testing.memory_plane import MemoryPlane
 from torchord.coordinator.messages.task_names import QUEUES
 
-SPEC = {"recipe": {"model": {"target": "m:Model"}}, "config": {"epochs": 1, "skew": "refuse"}}
+SPEC = {
+    "recipe": {"model": {"target": "m:Model"}},
+    "config": {"epochs": 1, "skew": "refuse"},
+    "on": {"evaluated": ["shop.tasks.look", "https://shop.example/look"], "paused": ["shop.tasks.look"]},
+}
 
 
 def digest(*parts: object) -> str:
@@ -187,6 +191,10 @@ def comparable(state: dict[str, Any], *, counters: bool = True) -> dict[str, Any
             value = {field: text for field, text in value.items() if field != "token"}
         elif kind == "leases":
             value = {shard: {**json.loads(text), "since": 0} for shard, text in value.items()}
+        elif kind == "outbox":
+            value = sorted(json.dumps({**json.loads(text), "at": 0}) for text in value.values())
+        elif kind == "telling":
+            value = sorted(json.dumps({**json.loads(text), "due": 0, "nonce": ""}) for text in value.values())
         elif kind == "pins" or name == keys.RUNS:
             value = set(value)
         elif kind == "events":

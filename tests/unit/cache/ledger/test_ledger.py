@@ -43,6 +43,7 @@ from torchord.cache.ledger.answers import Finished, Group
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.outbox import Telling
 from torchord.cache.ledger.records import GENESIS, Head, LedgerEntry, SlotRecord
 from torchord.cache.ledger.rounds import Report, Seat, Turn
 from torchord.cache.ledger.workers import Registry, WorkerInfo
@@ -1557,11 +1558,17 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "end_round": lambda ledger, token: ledger.end_round(seat(token), 1, record=record(1, FIRST.chain)),
     "leave_round": lambda ledger, token: ledger.leave_round("w0"),
     "kept_versions": lambda ledger, token: ledger.kept_versions(),
+    "claim_telling": lambda ledger, token: getattr(ledger.claim_telling("w0", seconds=60), "id", None),
+    "settle_telling": lambda ledger, token: ledger.settle_telling(TOLD, "w0", "dead", error="away", to="it"),
+    "outbox": lambda ledger, token: [each.id for each in ledger.outbox()],
+    "tell_again": lambda ledger, token: ledger.tell_again(),
     "emit": lambda ledger, token: ledger.emit("tick", {}),
     "read_events": lambda ledger, token: ledger.read_events(),
 }
 FIRST = entry(1, [slot(0, 0)])
 NEXT = entry(2, [slot(1, 0)], FIRST.chain)
+TOLD = Telling("evaluated-0.0", "evaluated", 0, 0.0, {}, tries=1)
+TELLS = ("claim_telling", "settle_telling", "outbox", "tell_again")
 IN_ROUND = ("close_round", "round", "turn", "end_round", "leave_round")
 
 # Sent twice, these answer the second time that it has been done; callers count on no more than that.
@@ -1596,6 +1603,10 @@ def seat(token: int) -> Seat:
 def prepared(plane: Plane, name: str, run: str = "run-1") -> tuple[Ledger, int]:
     """A run that is under way; in a round if the operation is one of those that need one."""
     ledger, token = under_way(plane, run)
+    if name in TELLS:
+        ledger.record_evaluation(0, {"loss": 1.0})
+        if name == "settle_telling":
+            assert ledger.claim_telling("w0", seconds=60) is not None
     if name in IN_ROUND:
         assert ledger.open_round(1, 3, token=token) == "ok"
         assert ledger.turn(seat(token), 1, shards=1).verdict == "complete"
