@@ -137,6 +137,10 @@ class RunFailed(RunError):
     """The run stopped on an error; correct the cause, then call run.resume()."""
 
 
+class NotTold(RunError):
+    """Somebody who was to be told of a run could not be; see the message, it is tried again."""
+
+
 class RunCancelled(RunError):
     """The run was cancelled; submit it under a new name to train again."""
 

@@ -13,6 +13,7 @@ from torchord.cache.errors import InvalidInput
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
+DEFAULT_TELL_QUEUE = "celery"
 OVERLAPS = frozenset({"upload", "collect", "fetch"})
 """upload: gradients leave a Client while its backward runs. collect: the training server reads them while
 the step is computed. fetch: Clients read the next version while the training server stores it."""
@@ -74,6 +75,11 @@ class Settings:
             is one's; "off" for none.
         remote_control: Celery's remote commands that a worker obeys beyond those that only ask, by name;
             `REMOTE_CONTROL_ALL` among them for all; None for none at all, questions included.
+        tell_tasks: tasks of other Celery apps that a run may have called when something happens, by name;
+            a name that ends in "*" stands for all that begin so.
+        tell_urls: schemes and places whose addresses a run may have called, as for `dataset_urls`.
+        tell_key: with what such a call is signed; "" calls none.
+        tell_queue: the queue that such tasks are sent to.
         faults: plan of injected faults, for tests (see torchord.coordinator.runtime.faults); "" for none.
     """
 
@@ -98,6 +104,10 @@ class Settings:
     overlap: frozenset[str] = OVERLAPS
     keys: str = ""
     remote_control: frozenset[str] | None = frozenset()
+    tell_tasks: tuple[str, ...] = ()
+    tell_urls: tuple[str, ...] = ()
+    tell_key: str = field(default="", repr=False)
+    tell_queue: str = DEFAULT_TELL_QUEUE
     faults: str = ""
 
 
@@ -303,5 +313,9 @@ def from_environment() -> Settings:
         overlap=_overlap("TORCHORD_OVERLAP"),
         keys=_keys(env.get("TORCHORD_KEYS", "").strip()),
         remote_control=_remote_control("TORCHORD_REMOTE_CONTROL"),
+        tell_tasks=_words(env.get("TORCHORD_TELL_TASKS", "")),
+        tell_urls=_words(env.get("TORCHORD_TELL_URLS", "")),
+        tell_key=_given("TORCHORD_TELL_KEY"),
+        tell_queue=env.get("TORCHORD_TELL_QUEUE", "").strip() or DEFAULT_TELL_QUEUE,
         faults=env.get("TORCHORD_FAULTS", ""),
     )

@@ -39,6 +39,7 @@ from torchord.coordinator.commands.logs import logs
 from torchord.coordinator.commands.plot import plot
 from torchord.coordinator.commands.predict import predict
 from torchord.coordinator.commands.report import report
+from torchord.coordinator.commands.told import told
 from torchord.coordinator.doctor import doctor
 from torchord.coordinator.key_commands import keys
 from torchord.coordinator.submit_command import submit
@@ -268,6 +269,8 @@ def _status(plane: ControlPlane, options: Options) -> int:
         print(f"  waits for {wait['what']}, since {since}; {wait['ends']}")
     for refusal in found["refused"]:
         print(f"  refused      {refusal}")
+    for telling in found["untold"]:
+        print(f"  not told     {telling}")
     return OK
 
 
@@ -426,6 +429,7 @@ for command in (
     predict,
     data,
     demo,
+    told,
     keys,
     liars,
     readmit,

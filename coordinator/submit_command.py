@@ -28,13 +28,14 @@ class Submission:
         name: of the run; None: one made from the time.
         recipe: what to train.
         config: how.
-        start_from: see `Master.submit`.
+        start_from, on: see `Master.submit`.
     """
 
     name: str | None
     recipe: Recipe
     config: TrainingConfig
     start_from: str | None
+    on: dict[str, Any] | None
 
 
 def read(text: str) -> Submission:
@@ -52,8 +53,8 @@ def read(text: str) -> Submission:
         said = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"it is no TOML: {error}") from error
-    if unknown := sorted(said.keys() - {"name", "recipe", "config", "start_from"}):
-        raise InvalidInput(f"it has {unknown[0]!r}; a run has name, [recipe], [config] and start_from")
+    if unknown := sorted(said.keys() - {"name", "recipe", "config", "start_from", "on"}):
+        raise InvalidInput(f"it has {unknown[0]!r}; a run has name, [recipe], [config], start_from and [on]")
     recipe, config = said.get("recipe"), said.get("config", {})
     if not isinstance(recipe, dict) or not isinstance(config, dict):
         raise InvalidInput("a run needs a table [recipe]: model, dataset, optimizer, and a loss or a step")
@@ -65,7 +66,13 @@ def read(text: str) -> Submission:
     if unknown := sorted(config.keys() - {field.name for field in fields(TrainingConfig)}):
         raise InvalidInput(f"[config] has {unknown[0]!r}, which is no field of TrainingConfig")
     entries = {name: _entries(name, value) for name, value in recipe.items()}
-    return Submission(said.get("name"), Recipe(**entries), TrainingConfig(**config), said.get("start_from"))
+    return Submission(
+        said.get("name"),
+        Recipe(**entries),
+        TrainingConfig(**config),
+        said.get("start_from"),
+        said.get("on"),
+    )
 
 
 def _entries(name: str, value: Any) -> Any:
@@ -109,8 +116,9 @@ def submit(file: Path, name: str | None, url: str | None, as_json: bool) -> int:
     find_modules_here()
     try:
         said = read(file.read_text(encoding="utf-8"))
-        given = {} if said.start_from is None else {"start_from": said.start_from}
-        run = Master(url).submit(said.recipe, said.config, name=name or said.name, **given)
+        run = Master(url).submit(
+            said.recipe, said.config, name=name or said.name, start_from=said.start_from, on=said.on
+        )
         state = run.status().state
     except InvalidInput as error:
         click.echo(f"error: {file}: {error}", err=True)

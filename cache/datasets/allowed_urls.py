@@ -36,16 +36,24 @@ def require_allowed(url: str, allowed: Iterable[str] | None) -> None:
     """
     words = USUAL if allowed is None else tuple(allowed)
     try:
-        place = _plain(url)
+        if any(lies_below(url, word) for word in words):
+            return
     except (ValueError, OSError) as error:
         raise InvalidInput(f"datasets cannot be kept at {masked(url)!r:.200}: {error}") from error
-    if any(_below(place, _plain(word)) for word in words):
-        return
     among = ", ".join(words) if allowed is not None else "directories and object stores"
     raise InvalidInput(
         f"this process opens no stored datasets at {masked(url)!r:.200}, only at {among}: add the place to "
         "TORCHORD_DATASET_URLS, on the workers, too"
     )
+
+
+def lies_below(url: str, word: str) -> bool:
+    """Whether a URL or directory is the scheme or place of an allow-list's word, or lies below it.
+
+    Raises:
+        ValueError, OSError: it is no place at all.
+    """
+    return _below(_plain(url), _plain(word))
 
 
 def _plain(place: str) -> str:

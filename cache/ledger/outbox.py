@@ -1,8 +1,8 @@
-"""What a run has to tell others: entries that are written with the events that cause them, and their delivery.
+"""What a run has to tell others: entries that are written with the events that cause them.
 
 An entry lies in the outbox from its event on until somebody was told, or until nobody could be: then it stays
-there, dead, as long as the run can be asked about. Who delivers takes its lease, so that a dead deliverer's entry
-goes to the next one; an addressee may be told twice, and knows that by the entry's id.
+there, dead, as long as the run can be asked about. Who delivers takes its lease, so that a dead deliverer's
+entry goes to the next one; an addressee may be told twice, and knows that by the entry's id.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Telling:
         entry = ENTRY_TOLD.read(text, figures_in(text))
         if entry["event"] not in TOLD:
             raise RecordDamaged(f"no event {entry['event']:.60} is told")
-        return cls(id=id, place=number_of(id.rpartition(".")[2], "the place of an addressee"), **entry, **standing)
+        return cls(
+            id=id, place=number_of(id.rpartition(".")[2], "the place of an addressee"), **entry, **standing
+        )
 
 
 class Outbox(ControlPlane):
@@ -182,11 +184,9 @@ def entry_text(event: str, at: float, *said: Mapping[str, Any]) -> str:
 
 
 def entry_arguments(event: str, id: str, sealed: str) -> Iterable[Any]:
-    """The last four arguments of a script that writes an entry: id, text, most entries, event where it is full."""
+    """The last arguments of a script that writes an entry: id, text, most entries, event where it is full."""
     full = {"id": id, "event": event, "message": "the outbox is full: nobody could be told of what is in it"}
     return (id, sealed, _MOST_EVALUATED if event == "evaluated" else _MOST_ENTRIES, to_text(full))
-
-
 
 
 def _standing(text: str | None) -> dict[str, Any]:

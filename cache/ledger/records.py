@@ -444,11 +444,9 @@ class Head:
 
         def seconds(name: str) -> float:
             try:
-                return float(fields.get(name, "0"))
+                return float(value := fields.get(name, "0"))
             except ValueError:
-                raise RecordDamaged(
-                    f"field {name!r} of a run's head is {fields[name]:.60}, no time"
-                ) from None
+                raise RecordDamaged(f"field {name!r} of a run's head is {value:.60}, no time") from None
 
         return cls(
             status=fields["status"],
@@ -490,6 +488,5 @@ _HEAD_NEEDS = {"status", "version", "incarnation", "chain", "token", "submitted_
 def combined_digest(digest: str, state: StateRecord) -> str:
     """One digest over a slot's payload and the state that it keeps."""
     kept = "" if state.blob is None else state.blob.digest
-    return hashlib.blake2b(
-        f"{digest} {kept} {canonical(state.skeleton)}".encode(), digest_size=16
-    ).hexdigest()
+    text = f"{digest} {kept} {canonical(state.skeleton)}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

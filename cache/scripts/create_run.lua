@@ -25,7 +25,7 @@ if ARGV[9] ~= '' then
   redis.call('HSET', KEYS[2], 'environment', ARGV[9], 'server_environment', ARGV[9])
 end
 if ARGV[10] ~= '' then
-  redis.call('HSET', KEYS[2], 'on', ARGV[9])
+  redis.call('HSET', KEYS[2], 'on', ARGV[10])
 end
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])

@@ -15,7 +15,7 @@ if first == 1 then
   local many = string.match(redis.call('HGET', KEYS[6], 'on') or '', ',evaluated=(%d),')
   for place = 0, tonumber(many or '0') - 1 do
     if redis.call('HLEN', KEYS[7]) < tonumber(ARGV[9]) then
-      redis.call('HSETNX', KEYS[7], ARGV[7] .. '.' .. place, ARGV[8])
+      redis.call('HSET', KEYS[7], ARGV[7] .. '.' .. place, ARGV[8])
       redis.call('EXPIRE', KEYS[7], ARGV[4])
       redis.call('SADD', KEYS[8], ARGV[6])
       redis.call('EXPIRE', KEYS[8], ARGV[4])

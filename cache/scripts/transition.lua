@@ -52,7 +52,7 @@ redis.call('EXPIRE', KEYS[3], ARGV[7])
 local many = string.match(redis.call('HGET', KEYS[1], 'on') or '', ',' .. ARGV[4] .. '=(%d),')
 for place = 0, tonumber(many or '0') - 1 do
   if redis.call('HLEN', KEYS[6]) < tonumber(ARGV[16]) then
-    redis.call('HSETNX', KEYS[6], ARGV[14] .. '.' .. place, ARGV[15])
+    redis.call('HSET', KEYS[6], ARGV[14] .. '.' .. place, ARGV[15])
     redis.call('EXPIRE', KEYS[6], ARGV[7])
     redis.call('SADD', KEYS[7], ARGV[1])
     redis.call('EXPIRE', KEYS[7], ARGV[7])

@@ -69,7 +69,9 @@ class MemoryOutbox(MemoryControlPlane):
         """See `Ledger.outbox`."""
         fields = ("tries", "due", "error", "dead")
         found = [
-            Telling.of(id, text, **{name: value for name, value in self._standing(id).items() if name in fields})
+            Telling.of(
+                id, text, **{name: value for name, value in self._standing(id).items() if name in fields}
+            )
             for id, text in self.plane.hash(self.keys.outbox).items()
         ]
         return sorted(found, key=lambda each: (each.at, each.id))

@@ -18,6 +18,7 @@ from torchord.coordinator.compute.optimizer_trial import try_optimizers
 from torchord.coordinator.master.reports import TrainedModel
 from torchord.coordinator.master.run import Run
 from torchord.coordinator.master.starting_point import StartFrom, StartingPoint, read_start
+from torchord.coordinator.messages.addressees import On, read_on
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
@@ -88,6 +89,7 @@ class Master:
         *,
         name: str | None = None,
         start_from: StartFrom | None = None,
+        on: On | None = None,
     ) -> Run:
         """Queue a run and return at once; it goes on without this process.
 
@@ -102,9 +104,12 @@ class Master:
                 made: a run or its name (its newest version, as `run.model()` gives it), (run or name,
                 version), or the path of a safetensors file on this machine, a `Path` or a string with a
                 slash or the ending ".safetensors". Names, shapes and dtypes must be the model's.
+            on: whom to tell what happens to the run (docs/told.md): an event, of done, failed, cancelled,
+                paused, resumed and evaluated, -> the name of a task of your own Celery app, or a URL; or a
+                list of them. A run that is there keeps what it was submitted with where this is None.
 
         Raises:
-            ConfigMismatch: the name is taken by a run with another recipe, config or start; the message
+            ConfigMismatch: the name is taken by a run with another recipe, config, start or `on`; the message
                 names the fields.
             RecipeError: an entry cannot travel to the workers, or the config contradicts it.
             InvalidInput: an argument is of another type, or torch's default dtype is not float32 here; or no
@@ -138,6 +143,8 @@ class Master:
         try_optimizers(recipe, config)
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations
+        if on is not None:
+            spec["on"] = read_on(on, self._services.settings)
         start = None if start_from is None else read_start(start_from, self.run)
         there = self._create(name, spec, start)
         if there is None:
@@ -151,6 +158,8 @@ class Master:
         )
         if there.get("start_from", {}).get("digest") != (None if start is None else start.digest):
             differing = [*differing, "start_from"]
+        if on is not None and there.get("on", {}) != spec["on"]:
+            differing = [*differing, "on"]
         if differing:
             raise ConfigMismatch(
                 f"run {name!r} exists with another {', '.join(differing)}; choose another name, or submit it "
@@ -190,11 +199,12 @@ class Master:
         *,
         name: str | None = None,
         start_from: StartFrom | None = None,
+        on: On | None = None,
         progress: bool = True,
         timeout: float | None = None,
     ) -> TrainedModel:
         """`submit`, then `Run.wait`; arguments and errors as there."""
-        run = self.submit(recipe, config, name=name, start_from=start_from)
+        run = self.submit(recipe, config, name=name, start_from=start_from, on=on)
         return run.wait(progress=progress, timeout=timeout)
 
     def run(self, name: str) -> Run:

@@ -51,6 +51,7 @@ class RunStatus:
         waits: what the run waits for now, since when and who can end it; () at rest.
         reason: which of its rules ends the run before its last step, and why (`TrainingConfig.stop_when`); ""
             where none does.
+        untold: what others were to be told, and have not been at the first try: what it was, and why.
     """
 
     name: str
@@ -67,6 +68,7 @@ class RunStatus:
     discarded: tuple[str, ...] = ()
     waits: tuple[Wait, ...] = ()
     reason: str = ""
+    untold: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         said = f"<RunStatus of {self.name!r}: {self.state}, step {self.version} of {self._total}"

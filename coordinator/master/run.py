@@ -15,6 +15,7 @@ from torchord.cache.errors import (
 )
 from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
+from torchord.cache.ledger.outbox import Telling
 from torchord.cache.ledger.records import LedgerEntry
 from torchord.coordinator.drawing.picture import Picture
 from torchord.coordinator.master.admitting import respecify
@@ -272,6 +273,14 @@ class Run(RunVersions):
             NotAuthentic: this process has keys, and the seal is none that they trust.
         """
         return statement_of(self._services.keyring, self._checkpoints(self._ledger.head().incarnation))
+
+    def untold(self) -> list[Telling]:
+        """What others have not been told yet, oldest first, and what they could not be: see docs/told.md."""
+        return self._ledger.outbox()
+
+    def tell_again(self) -> int:
+        """Have tried again whatever nobody could be told; returns how many entries that are."""
+        return self._ledger.tell_again()
 
     # --- using ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger.ledger import Ledger
+from torchord.cache.ledger.outbox import Telling
 from torchord.cache.ledger.records import Head
 from torchord.coordinator.master.fleet import Fleet
 from torchord.coordinator.master.follower import Follower
@@ -15,6 +16,19 @@ from torchord.coordinator.master.waiting import RESTING, Quiet, Shown
 from torchord.coordinator.messages.waits import Waits
 from torchord.coordinator.runtime.control_plane import ControlPlane
 from torchord.coordinator.spec.plan import Plan
+
+_UNTOLD_SHOWN = 20
+
+
+def untold(telling: Telling) -> str:
+    """What could not be told at once, in words; "" where nothing has gone wrong."""
+    if not telling.error:
+        return ""
+    tries = f"{telling.tries} {'try' if telling.tries == 1 else 'tries'}"
+    stands = (
+        f"given up after {tries}, until `torchord told NAME --again`" if telling.dead else f"{tries} so far"
+    )
+    return f"{telling.event} ({telling.id}), {stands}: {telling.error}"
 
 
 class Standing:
@@ -65,7 +79,11 @@ class Standing:
             discarded=self.fleet.discarded(alive),
             waits=self._waits.look(head, alive),
             reason=stop_reason(head),
+            untold=self._untold() if head.on else (),
         )
+
+    def _untold(self) -> tuple[str, ...]:
+        return tuple(filter(None, map(untold, self.ledger.outbox())))[-_UNTOLD_SHOWN:]
 
     def follow(self, after: str = "0-0") -> Follower:
         """See `Run.follow`."""

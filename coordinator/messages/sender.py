@@ -6,6 +6,7 @@ is named by (run, step, shard, version) and lies in the cache.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,8 @@ from torchord.cache.servers.redis_client import hint_of
 from torchord.coordinator.messages import task_names
 from torchord.coordinator.messages.templates import StepTemplate, push, push_front
 from torchord.coordinator.runtime.faults import Injector
+
+_NOTICES = uuid.UUID("0a5a2a52-7c56-4bb4-a2ea-5a8a2ad22f4c")
 
 Join = tuple[str, dict[str, Any]]  # a chord, as (group id, callback)
 
@@ -66,6 +69,23 @@ class Sender:
     def advance(self, run: str, *, queue: str = task_names.UPDATES) -> None:
         """Ask a training server to do whatever comes next in a run."""
         self.send(task_names.ADVANCE, {"run": run}, queue=queue)
+
+    def tell(self, task: str, notice: dict[str, Any], *, queue: str) -> None:
+        """Publish a task of another app, with a notice of what happened in a run as its one argument.
+
+        The same notice makes a message of the same id.
+
+        Raises:
+            CacheUnreachable: if the broker does not take it.
+        """
+        id = str(uuid.uuid5(_NOTICES, str(notice["id"])))
+        seen = f"({notice['event']!r} of {notice['run']!r},)"
+        try:
+            self.app.send_task(
+                task, args=(notice,), task_id=id, queue=queue, ignore_result=True, argsrepr=seen, **_PUBLISH
+            )
+        except OperationalError as error:
+            raise self._unreachable(f"send {task} of run {notice['run']!r}", error) from error
 
     def gradient(
         self, run: str, step: int, shard: int, *, version: int | None = None, backup: bool = False

@@ -7,11 +7,13 @@ from collections.abc import Container
 from typing import Any
 
 from torchord.cache.ledger.answers import Event
+from torchord.coordinator.master.standing import untold
 from torchord.coordinator.pages.subject import Seen, Subject
 
 _EVENTS_SHOWN = 300
 _EVALUATIONS_SHOWN = 300
 _WORKERS_SHOWN = 100
+_UNTOLD_SHOWN = 50
 _STEPS_LOOKED_AT = 2000
 """Of who works: the last steps say it."""
 
@@ -59,12 +61,18 @@ def overview(subject: Subject, seen: Seen, line: dict[str, Any], alive: Containe
         "evaluations_left_out": max(0, len(evaluations) - _EVALUATIONS_SHOWN),
         "checkpoints": checkpoints,
         "checkpoint_dir": place,
+        "untold": _untold(subject) if head is not None and head.on else [],
         "events": [_event(event) for event in list(history.events)[-_EVENTS_SHOWN:]],
         "crew": _crew(subject, alive),
         "loaded": history.loaded,
         "steps_known": len(history.columns),
         "problem": history.problem,
     }
+
+
+def _untold(subject: Subject) -> list[str]:
+    """What others were to be told of the run and could not be, or not at once, in words."""
+    return [said for telling in subject.ledger.outbox() if (said := untold(telling))][:_UNTOLD_SHOWN]
 
 
 def _event(event: Event) -> dict[str, Any]:

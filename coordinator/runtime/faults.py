@@ -83,6 +83,8 @@ POINTS = (
     "round.before_store",  # the round's end, to be stored here
     "round.before_publish",  # stored, not recorded
     "round.after_publish",  # recorded, the training server not called
+    "messenger.before_send",  # an entry of the outbox taken, nobody told
+    "messenger.after_send",  # told, not recorded
     "supervisor.before_look",  # elected, about to look
 )
 _SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "hup": "SIGHUP"}

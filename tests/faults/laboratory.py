@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.faults.recipes import Slow
 from tests.support import models
+from tests.support.receiver import KEY, receiving
 from tests.support.waiting import wait_until
 from torchord import Audit, LocalCluster, Master, Recipe, Run, TrainingConfig
 from torchord.coordinator.local_cluster.cluster import WorkerProcess
@@ -72,6 +73,8 @@ class Laboratory:
         self.code = folder / "code"
         self.code.mkdir(exist_ok=True)
         self.checkpoints = str(folder / "checkpoints")
+        self._held = ExitStack()
+        self.receiver = self._held.enter_context(receiving())
         self.cluster = LocalCluster(
             arguments.pop("workers", 2),
             **{
@@ -82,6 +85,8 @@ class Laboratory:
                     "TORCHORD_FAULTS": f"@{self.plan}",
                     "TORCHORD_ALLOWED_MODULES": "tests,benchmarks,torch,my_loss",
                     "TORCHORD_REMOTE_CONTROL": "shutdown",
+                    "TORCHORD_TELL_URLS": self.receiver.url,
+                    "TORCHORD_TELL_KEY": KEY,
                     **arguments.pop("env", {}),
                 },
                 "wait_ready": True,
@@ -99,6 +104,7 @@ class Laboratory:
         for worker in self.cluster.processes.values():
             worker.kill()
         self.cluster.stop()
+        self._held.close()
 
     # --- faults ---------------------------------------------------------------------------
 

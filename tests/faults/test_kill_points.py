@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.faults.laboratory import CONFIG, HOURS, Laboratory
+from tests.faults.test_told import PLANS as TOLD
 from tests.support import models
 from torchord import Plateau
 from torchord.coordinator.runtime.faults import POINTS, parse
@@ -133,4 +134,5 @@ def test_rounds_have_the_bits_of_single_steps(lab: Laboratory) -> None:
 
 
 def test_every_point_is_tried() -> None:
-    assert {fault.point for _, plan in PLANS for fault in parse(plan)} == set(POINTS)
+    tried = {fault.point for _, plan in (*PLANS, *TOLD) for fault in parse(plan)}
+    assert tried == set(POINTS)

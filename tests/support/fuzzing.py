@@ -48,6 +48,7 @@ from torchord.cache.errors import CacheError, TorchordError
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.answers import Lease
 from torchord.cache.ledger.delta_record import DeltaRecord
+from torchord.cache.ledger.outbox import Telling, entry_text
 from torchord.cache.ledger.records import (
     Head,
     LedgerEntry,
@@ -68,6 +69,7 @@ from torchord.cache.settings import Settings, from_environment
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import Manifest, layout, pack, views
 from torchord.coordinator import cli
+from torchord.coordinator.messages import addressees
 from torchord.coordinator.messages.inspection import fault_of, fault_of_any, fault_of_taken, fault_of_text
 from torchord.coordinator.messages.task_names import OUR_TASKS
 from torchord.coordinator.runtime import key_files, statement
@@ -509,6 +511,32 @@ def _codec(text: str) -> None:
     parse_codec(text)
 
 
+_TOLD = entry_text("evaluated", 1.0, {"version": 3, "metrics": {"loss": math.nan}})
+_TELLS = Settings(tell_tasks=("shop.*",), tell_urls=("https://shop.example/hook", "http://"))
+ADDRESSEES = (
+    "https://",
+    "http://",
+    "shop.",
+    "shop.example",
+    "/hook",
+    "/..",
+    "%2e",
+    "?",
+    "#",
+    "@",
+    ":",
+    "[",
+    "]",
+)
+
+
+def _addressee(text: str) -> None:
+    addressees.check("done", text)
+    addressees.shown(text)
+    addressees.named(text, _TELLS)
+    addressees.require_allowed(text, _TELLS)
+
+
 def _words(*words: str) -> st.SearchStrategy[str]:
     """Texts of these words, mostly."""
     sign = st.sampled_from(words) | st.text(max_size=3)
@@ -637,6 +665,8 @@ def parsers() -> dict[str, Parser]:
         "replies": Parser(torn(REPLIES), _server),
         "URL": Parser(_words(*URLS), _url),
         "settings": Parser(_environment(), _settings),
+        "entry of the outbox": Parser(_texts([json.loads(_TOLD)]), lambda text: Telling.of("done-3.0", text)),
+        "addressee": Parser(_words(*ADDRESSEES), _addressee),
         "arguments": Parser(
             st.lists(st.sampled_from(COMMANDS) | st.text(max_size=4), max_size=6), _arguments
         ),

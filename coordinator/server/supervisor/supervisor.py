@@ -32,6 +32,7 @@ from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.supervisor.discards import Discards
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
+from torchord.coordinator.server.supervisor.messenger import Messenger
 from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS, ShardWatch
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
@@ -76,6 +77,7 @@ class Supervisor:
         self.fault = fault
         self.memory = Memory(clock)
         self.discards = Discards(clock, report)
+        self.messenger = Messenger(services, worker, sender, fault=fault)
         self._plans: dict[tuple[str, str], Plan] = {}
         self._known: dict[str, str] = {}  # active run -> id of the Redis that knew it
         self._round_ended = clock()
@@ -105,6 +107,7 @@ class Supervisor:
                 registry = self.services.registry
                 if self._elected(registry):
                     self.fault("supervisor.before_look")
+                    self.messenger.look(registry)
                     self.look(registry)
             except TorchordError as error:
                 self._settled_at = self.clock() + SETTLE_SECONDS

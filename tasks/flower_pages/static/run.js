@@ -73,6 +73,14 @@
     })));
   }
 
+  function untold(run) {
+    var box = t.clear(by("run-untold"));
+    box.hidden = !run.untold.length;
+    if (!run.untold.length) { return; }
+    box.appendChild(el("h2", { text: "Not told" }));
+    box.appendChild(el("ul", {}, run.untold.map(function (said) { return el("li", { text: said }); })));
+  }
+
   function failure(run) {
     by("run-failure").hidden = !run.failure.message;
     by("run-failure-message").textContent = run.failure.message;
@@ -246,6 +254,7 @@
     figures(run);
     waits(run);
     failure(run);
+    untold(run);
     lists(run);
     askCurves();
     if (!drawnAt || drawnAt !== run.version + run.state) { lookAtTimeline(); }

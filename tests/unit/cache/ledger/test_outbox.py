@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,14 @@ import pytest
 from tests.support.control import Plane, record, worker
 from torchord.cache import keys
 from torchord.cache.errors import RecordDamaged
+from torchord.cache.keyring import Keyring
 from torchord.cache.ledger import outbox
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.outbox import TOLD, Telling, entry_text, subscribed
+from torchord.cache.ledger.workers import Registry
+from torchord.cache.servers.redis_client import connect
 from torchord.cache.testing.memory_ledger import MemoryLedger
+from torchord.coordinator.runtime import key_files
 
 BOTH = ["shop.tasks.look", "https://shop.example/look"]
 SPEC: dict[str, Any] = {
@@ -148,7 +153,9 @@ def test_what_nobody_could_be_told_stays_and_may_be_tried_again(plane: Plane, ru
     assert (again.id, again.tries) == (taken.id, 1)
 
 
-def test_an_outbox_is_bounded_and_keeps_room_for_the_end(run: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outbox_is_bounded_and_keeps_room_for_the_end(
+    run: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outbox, "_MOST_EVALUATED", 2)
     monkeypatch.setattr(outbox, "_MOST_ENTRIES", 3)
     for version in range(4):
@@ -159,9 +166,35 @@ def test_an_outbox_is_bounded_and_keeps_room_for_the_end(run: Ledger, monkeypatc
     assert "full" in told(run)[0][1]["message"]
 
 
+def test_with_keys_an_entry_is_nobodys_who_has_none(redis_url: str, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    key_files.new(tmp_path, "ed25519")
+    client = connect(redis_url)
+    submit, server = (
+        Ledger(client, redis_url, "run-1", keyring=Keyring(tmp_path / f"{role}.json"))
+        for role in ("submit", "server")
+    )
+    submit.create(SPEC, incarnation="life")
+    Registry(client, redis_url).beat(worker("w0"))
+    write(submit, submit.keys.outbox, "done-3.0", entry_text("done", 1.0, {"version": 3}))
+    submit.record_evaluation(0, {})
+    client.hset(submit.keys.outbox, "evaluated-1.0", str(client.hget(submit.keys.outbox, "evaluated-0.0")))
+    taken = [server.claim_telling("w0", seconds=60) for _ in range(3)]
+    assert [each.id for each in taken if each is not None] == ["evaluated-0.0"]
+    assert [each.id for each in server.outbox()] == ["evaluated-0.0"], "neither what was forged nor a copy"
+    client.close()
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"event": "done"}', '{"event": "shell", "at": 1, "data": {}}', '{"event":1,"at":1,"data":[]}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"event": "done"}',
+        '{"event": "shell", "at": 1, "data": {}}',
+        '{"event":1,"at":1,"data":[]}',
+    ],
 )
 def test_what_is_no_entry_is_told_to_nobody_and_hides_no_other(run: Ledger, text: str) -> None:
     if isinstance(run, MemoryLedger):
@@ -177,7 +210,16 @@ def test_what_is_no_entry_is_told_to_nobody_and_hides_no_other(run: Ledger, text
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", "3", "null", '{"due": [], "tries": {}, "holder": 3}', '{"tries": "x", "error": {}}', '{"nonce": 1}'],
+    [
+        "",
+        "[]",
+        "{",
+        "3",
+        "null",
+        '{"due": [], "tries": {}, "holder": 3}',
+        '{"tries": "x", "error": {}}',
+        '{"nonce": 1}',
+    ],
 )
 def test_a_standing_that_is_none_costs_no_entry(run: Ledger, text: str) -> None:
     if isinstance(run, MemoryLedger):
