@@ -21,7 +21,7 @@ from tests.support import models
 from tests.support.roles import ROLES, Guarded, guarded, rules
 from tests.support.tls import certificates, options, tls_front
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
-from torchord import LocalCluster, Master, TrainingConfig, stored_dataset
+from torchord import LocalCluster, Master, Run, TrainingConfig, stored_dataset
 from torchord.cache import keys
 from torchord.cache.errors import CacheUnreachable, RunFailed
 from torchord.coordinator import cli
@@ -153,6 +153,7 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.Mo
     folder = certificates(tmp_path)
     key_files.new(tmp_path / "keys", "ed25519")
     monkeypatch.setenv("TORCHORD_KEYS", str(tmp_path / "keys/submit.json"))
+    monkeypatch.setenv("TORCHORD_TELL_TASKS", "shop.note")
     with (
         guarded() as store,
         guarded() as tensors,
@@ -178,6 +179,7 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.Mo
                         "TORCHORD_KEYS": f"{tmp_path}/keys/{role}.json",
                         "TORCHORD_HOST_CACHE": "off",
                         "TORCHORD_ALLOWED_MODULES": "tests,torch",
+                        "TORCHORD_TELL_TASKS": "shop.note",
                     },
                 )
             made.wait_ready()
@@ -200,6 +202,7 @@ def test_everybody_does_his_work_over_tls(tmp_path: Path, monkeypatch: pytest.Mo
             for password in guarded_one.passwords.values()
         )
         assert store.denied() == [] and tensors.denied() == []
+        assert store.owner.llen("celery") >= 5, "three roles had something to tell, and one has told it"
         stranger = store.url("worker", port=port, tls=options(folder, "stranger"))
         with pytest.raises(CacheUnreachable):
             Master(stranger).runs()
@@ -222,7 +225,7 @@ def of(process: psutil.Process) -> str:
 def work(master: Master, made: LocalCluster) -> None:
     """What a person does with runs."""
     config = TrainingConfig(epochs=2, batch_size=8, shards=8, fan_in=2, checkpoint_every=5, evaluate_every=3)
-    run = master.submit(models.mlp(size=40), config, name="tree")
+    run = master.submit(models.mlp(size=40), config, name="tree", on={"evaluated": "shop.note"})
     run.wait(timeout=PATIENCE_SECONDS)
     assert run.verify().ok and len(run.history()) == 10
     assert run.predict(models.points(20)).shape == (20, 3)
@@ -232,7 +235,7 @@ def work(master: Master, made: LocalCluster) -> None:
     wide = partial(models.Mlp, hidden=600)  # too large to travel inside a record
     stored = models.mlp(size=40, model=wide, dataset=partial(stored_dataset, "points"))
     config = TrainingConfig(epochs=40, batch_size=8, shards=2, compression="topk:0.2", checkpoint_every=5)
-    run = master.submit(stored, config, name="stored")
+    run = master.submit(stored, config, name="stored", on={"paused": "shop.note"})
     wait_until(lambda: run.status().version >= 4, message="the fourth step")
     run.pause()
     wait_until(lambda: run.status().state == "paused", message="the pause")
@@ -244,9 +247,16 @@ def work(master: Master, made: LocalCluster) -> None:
     wait_until(lambda: run.status().version >= at + 2, message="the switch")
     run.cancel()
     master.datasets.delete("points")
-    broken = master.submit(models.mlp(size=40, loss=models.raising_loss), config, name="broken")
+    raising = models.mlp(size=40, loss=models.raising_loss)
+    broken = master.submit(raising, config, name="broken", on={"failed": "shop.note"})
     with pytest.raises(RunFailed):
         broken.wait(timeout=PATIENCE_SECONDS)
+    for name in master.runs():
+        wait_until(partial(all_told, master.run(name)), message="all to be told")
+
+
+def all_told(run: Run) -> bool:
+    return not run.untold()
 
 
 def look(url: str, folder: Path) -> list[str]:
@@ -295,6 +305,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "name a dataset": ("HSET", keys.dataset("d"), "digest", "x"),
     "read weights": ("GET", f"{RUN.parameters_blob(3, 'x')}:0"),
     "be the supervisor": ("SET", keys.SUPERVISOR, "me"),
+    "have others told": ("HSET", RUN.outbox, "done-3.0", "{}"),
+    "say that somebody was told": ("HDEL", RUN.telling, "done-3.0"),
+    "send others' tasks": ("LPUSH", "celery", "x"),
     "send a shard": ("LPUSH", "torchord.gradients", "x"),
     "call the server": ("LPUSH", "torchord.updates", "x"),
     "take a shard's message": ("RPOP", "torchord.gradients"),
@@ -331,6 +344,8 @@ MAY = {
         "tell an event",
         "replace a chunk of a dataset",
         "name a dataset",
+        "have others told",
+        "say that somebody was told",
         "read weights",
         "send a shard",
         "call the server",
@@ -343,6 +358,7 @@ MAY = {
         "take a shard",
         "tell an event",
         "replace a gradient",
+        "have others told",
         "read weights",
         "send a shard",
         "call the server",

@@ -13,7 +13,14 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torchord.cache.errors import CacheUnreachable, InvalidInput, NotTold, RunNotFound, TorchordError
+from torchord.cache.errors import (
+    CacheError,
+    CacheUnreachable,
+    InvalidInput,
+    NotTold,
+    RunNotFound,
+    TorchordError,
+)
 from torchord.cache.ledger.figures import for_others
 from torchord.cache.ledger.incarnation import life
 from torchord.cache.ledger.ledger import Ledger
@@ -164,7 +171,10 @@ class Messenger:
         if is_url(addressee):
             self._post(addressee, told, key=settings.tell_key, private=named(addressee, settings))
         else:
-            self.sender.tell(addressee, told, queue=settings.tell_queue)
+            try:
+                self.sender.tell(addressee, told, queue=settings.tell_queue)
+            except CacheError as error:  # a role that may not write to that queue, say
+                raise NotTold(str(error)) from error
         self.fault("messenger.after_send")
 
 

@@ -202,18 +202,30 @@ def test_a_spec_that_names_nobody_is_said(office: Office) -> None:
     assert "names nobody" in run.outbox()[0].error + run.outbox()[1].error
 
 
-def test_a_store_that_is_away_costs_no_try(office: Office) -> None:
+def test_a_store_that_is_away_costs_no_try(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     run = office.run({"evaluated": [URL]})
     run.record_evaluation(0, {})
 
-    def lost(notice: dict[str, Any]) -> None:
+    def lost() -> Any:
         raise CacheUnreachable("away")
 
-    office.answer = lost
+    monkeypatch.setattr(MemoryLedger, "spec", lambda ledger: lost())
     office.look()
     (waiting,) = run.outbox()
     assert (waiting.error, waiting.dead) == ("", False)
     assert waiting.due == office.now + LEASE_SECONDS
+
+
+def test_a_broker_that_takes_no_task_is_said(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = office.run({"evaluated": ["shop.look"]})
+    run.record_evaluation(0, {})
+
+    def denied(*words: Any, **more: Any) -> None:
+        raise CacheUnreachable("no permissions to access a key")
+
+    monkeypatch.setattr(office, "tell", denied)
+    office.look()
+    assert "no permissions" in run.outbox()[0].error
 
 
 def test_a_run_that_is_gone_leaves_the_list(office: Office) -> None:
