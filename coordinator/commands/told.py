@@ -11,8 +11,8 @@ from torchord.coordinator.commands.common import BAD, OK, guarded, of_a_run, set
 
 @click.command(
     "told",
-    help="What of a run others (submit's `on`) have not been told yet, or could not be; with --again, what was "
-    "given up is tried anew. Exit code 1 if something was given up.",
+    help="What of a run others (submit's `on`) have not been told yet, or could not be; with --again, what "
+    "was given up is tried anew. Exit code 1 if something was given up.",
 )
 @of_a_run
 @click.option("--again", is_flag=True, help="Have tried anew what was given up.")

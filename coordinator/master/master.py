@@ -151,16 +151,7 @@ class Master:
             self._submitted.add(name)
             self._sender.advance(name)
             return self.run(name)
-        before = {"loss_over": recipe.loss_over, **there["recipe"]}
-        before_checks = {"audit_fraction": config.audit_fraction}  # such a run goes on without them
-        differing = _differences(described, Recipe.from_spec(before).to_spec()) + config.differences(
-            TrainingConfig.from_json({**before_checks, **there["config"]})
-        )
-        if there.get("start_from", {}).get("digest") != (None if start is None else start.digest):
-            differing = [*differing, "start_from"]
-        if on is not None and there.get("on", {}) != spec["on"]:
-            differing = [*differing, "on"]
-        if differing:
+        if differing := _other(spec, there, recipe, config, start):
             raise ConfigMismatch(
                 f"run {name!r} exists with another {', '.join(differing)}; choose another name, or submit it "
                 "with what it has"
@@ -224,6 +215,26 @@ class Master:
     def runs(self) -> list[str]:
         """Names of the runs that the server knows, oldest first."""
         return self._services.runs.known()
+
+
+def _other(
+    spec: dict[str, Any],
+    there: dict[str, Any],
+    recipe: Recipe,
+    config: TrainingConfig,
+    start: StartingPoint | None,
+) -> list[str]:
+    """What of the run that is there is another than what was submitted."""
+    before = {"loss_over": recipe.loss_over, **there["recipe"]}
+    before_checks = {"audit_fraction": config.audit_fraction}  # such a run goes on without them
+    differing = _differences(spec["recipe"], Recipe.from_spec(before).to_spec()) + config.differences(
+        TrainingConfig.from_json({**before_checks, **there["config"]})
+    )
+    if there.get("start_from", {}).get("digest") != (None if start is None else start.digest):
+        differing.append("start_from")
+    if "on" in spec and there.get("on", {}) != spec["on"]:
+        differing.append("on")
+    return differing
 
 
 def _differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
