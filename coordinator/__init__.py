@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchord.coordinator.adapters.keras import keras
     from torchord.coordinator.adapters.lightning import lightning
     from torchord.coordinator.compute.step_metrics import Measure
     from torchord.coordinator.datasets import stored_dataset
@@ -45,6 +46,7 @@ _HOME = {
     "Threshold": "torchord.coordinator.spec.stopping",
     "TrainedModel": "torchord.coordinator.master.reports",
     "TrainingConfig": "torchord.coordinator.spec.config",
+    "keras": "torchord.coordinator.adapters.keras",
     "lightning": "torchord.coordinator.adapters.lightning",
     "stored_dataset": "torchord.coordinator.datasets",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "Threshold",
     "TrainedModel",
     "TrainingConfig",
+    "keras",
     "lightning",
     "stored_dataset",
 ]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Threshold,
         TrainedModel,
         TrainingConfig,
+        keras,
         lightning,
         stored_dataset,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "TrainingConfig",
     "app",
     "install",
+    "keras",
     "lightning",
     "stored_dataset",
 ]

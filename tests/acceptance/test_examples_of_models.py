@@ -17,6 +17,7 @@ from torchord import LocalCluster, Master
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the libraries' own
 EXAMPLES = {
     # name of the example: (its packages, a figure, what it must reach, whether more is better)
+    "keras_digits": (("keras", "sklearn"), "accuracy", 0.85),
     "lightning_digits": (("lightning", "sklearn"), "val_accuracy", 0.85),
 }
 
