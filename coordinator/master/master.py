@@ -27,7 +27,7 @@ from torchord.coordinator.spec.buffer_entries import require_apart
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.fingerprints import fingerprint
-from torchord.coordinator.spec.recipe import Recipe
+from torchord.coordinator.spec.recipe import Recipe, measures_more
 from torchord.coordinator.spec.stopping import require_decidable
 
 
@@ -131,15 +131,16 @@ class Master:
             time.strftime("run-%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4] if name is None else name
         )
         require_apart(recipe.buffers, config)
+        described = recipe.to_spec()
         require_decidable(
             config.rules,
             config.keep_rule,
             every=config.evaluate_every,
             evaluation=recipe.evaluation is not None,
             metrics=recipe.metrics or (),
+            others=measures_more(described),
         )
         require_equal_shards(recipe.weight, recipe.loss_over, config.aggregation)
-        described = recipe.to_spec()
         try_optimizers(recipe, config)
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations

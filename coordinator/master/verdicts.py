@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torchord.cache.ledger.records import Head, LedgerEntry
 from torchord.coordinator.spec.config import TrainingConfig
-from torchord.coordinator.spec.stopping import Verdict, Watch
+from torchord.coordinator.spec.stopping import Verdict, Watch, step_figures
 
 
 def unfounded(
@@ -53,7 +53,7 @@ def _verdicts(
     found: dict[int, Verdict] = {}
     steps, watch = Watch(config.rules, "steps"), Watch(config.rules, "evaluations")
     for entry in sorted(entries, key=lambda entry: entry.version):
-        verdict = steps.see(entry.version, {"loss": entry.loss, "grad_norm": entry.grad_norm})
+        verdict = steps.see(entry.version, step_figures(entry.loss, entry.grad_norm, entry.metrics))
         if verdict is not None and entry.version <= head.version:
             found[entry.version] = verdict
     for version in sorted(evaluations):

@@ -12,7 +12,7 @@ from torchord.cache.errors import Fenced, NonFinite, RunError
 from torchord.coordinator.runtime.faults import Hook
 from torchord.coordinator.server.finish import Finish
 from torchord.coordinator.server.warm_run import WarmRun
-from torchord.coordinator.spec.stopping import MaxSteps, NotFinite, Verdict, over_evaluations
+from torchord.coordinator.spec.stopping import MaxSteps, NotFinite, Verdict, over_evaluations, unread
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ class Decisions:
 
         Raises:
             Fenced: another server or a person acted.
-            RunError: the run has no examples to evaluate, which its config needs.
+            RunError: the run has no examples to evaluate, or does not measure what its rules read.
         """
         if not warm.open_verdict:
             return None
-        version = warm.version
+        version, config = warm.version, warm.context.config
+        if warm.watch is not None and warm.watch.unread:
+            raise RunError(f"run {warm.run!r}: {warm.watch.unread}")
         verdict = warm.watch.verdict if warm.watch is not None and warm.watch.version == version else None
         if warm.waits_at(version):
             evaluations = warm.ledger.evaluations()
@@ -54,7 +56,10 @@ class Decisions:
                         "have nothing to read; give the recipe another one"
                     )
                 return "evaluating"
-            verdict = over_evaluations(warm.context.config.rules, evaluations, version) or verdict
+            first = evaluations[min(evaluations)]
+            if missing := unread(config.rules, config.keep_rule, "evaluations", first):
+                raise RunError(f"run {warm.run!r}: {missing}")
+            verdict = over_evaluations(config.rules, evaluations, version) or verdict
             if not self._kept(warm, evaluations):
                 return "checkpoint not written"
         if verdict is not None:

@@ -8,7 +8,7 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.keyring import bare
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import LedgerEntry
-from torchord.coordinator.spec.stopping import MaxSeconds, Rule, Verdict, Watch
+from torchord.coordinator.spec.stopping import MaxSeconds, Rule, Verdict, Watch, step_figures, unread
 
 
 class StepWatch:
@@ -21,12 +21,15 @@ class StepWatch:
     Attributes:
         version: the last that was shown, 0 before the first.
         verdict: what came of that.
+        unread: which figure they read that the first step does not have, in a sentence; "" if there is none.
     """
 
     def __init__(self, rules: Sequence[Rule], started_at: float) -> None:
         self._watch = Watch(rules, "steps")
         self._seconds = min((rule.seconds for rule in rules if isinstance(rule, MaxSeconds)), default=None)
         self._started_at = started_at
+        self._rules = rules
+        self.unread = ""
         self.version = 0
         self.verdict: Verdict | None = None
 
@@ -34,7 +37,9 @@ class StepWatch:
         """Show the rules one entry, the next or the last again; what they say of it."""
         if entry.version != self.version:
             self.version = entry.version
-            figures = {"loss": entry.loss, "grad_norm": entry.grad_norm}
+            figures = step_figures(entry.loss, entry.grad_norm, entry.metrics)
+            if entry.version == 1:
+                self.unread = unread(self._rules, None, "steps", figures)
             self.verdict = self._watch.see(entry.version, figures) or self._timed(entry)
         return self.verdict
 

@@ -119,15 +119,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.step is None):
-            given = "neither" if self.loss is None else "both"
+            given = "neither was" if self.loss is None else "both were"
             raise RecipeError(
                 "a recipe needs exactly one of loss=(outputs, targets) -> scalar and step=(model, batch) -> "
-                f"scalar; {given} was given"
+                f"scalar; {given} given"
             )
         if self.metrics and self.step is not None and self.predict is None:
             raise RecipeError(
-                "metrics need outputs to measure, and a step returns only its loss; give "
-                "predict=(model, batch) -> outputs beside it, or model and loss separately"
+                "metrics need outputs to measure, and a step returns none; have it return (loss, {name: "
+                "metric}), give predict=(model, batch) -> outputs beside it, or model and loss separately"
             )
         if self.loss_over not in _LOSS_OVER:
             shown = ", ".join(map(repr, _LOSS_OVER))
@@ -267,6 +267,17 @@ def targets_of(recipe: Recipe) -> set[str]:
     """Return all that a recipe made from a spec has its workers import."""
     entries = (entry for entry in entries_of(recipe).values() if isinstance(entry, Target))
     return set().union(*(entry.targets() for entry in entries))
+
+
+def measures_more(spec: Mapping[str, Any]) -> bool:
+    """Whether a recipe may measure more than its loss and the names of its metrics, as far as that is said.
+
+    Args:
+        spec: from `Recipe.to_spec`.
+    """
+    loss = spec.get("loss")
+    own = loss is not None and str(loss["target"]).startswith("torch.")
+    return not own or "" in (spec.get("metrics") or {})
 
 
 def _check_reduction(loss: Target, weighed: bool) -> None:

@@ -18,7 +18,7 @@ from torchord.cache.errors import ConfigError, RecipeError
 MODES = ("min", "max")
 OVER = ("evaluations", "steps")
 STEP_METRICS = ("loss", "grad_norm")
-"""What a step has of figures: those of its `StepReport`."""
+"""What each step has of figures, beside the metrics that its recipe's `step` or `loss` returns."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,6 @@ class _Watching:
         _require_name(name, self.metric)
         _require_choice(name, "mode", mode, MODES)
         _require_choice(name, "over", over, OVER)
-        if over == "steps" and self.metric not in STEP_METRICS:
-            raise ConfigError(
-                f"{name}(over='steps') reads {' or '.join(map(repr, STEP_METRICS))}, not {self.metric!r}; "
-                "leave "
-                "over out for what evaluations measure"
-            )
 
 
 @dataclass(frozen=True)
@@ -49,11 +43,12 @@ class Plateau(_Watching):
     in a row that does not improve. Keras' `EarlyStopping` and Lightning's count alike.
 
     Attributes:
-        metric: "loss", or the name of one of the recipe's `metrics` ("name.key" of one that has several).
+        metric: "loss", the name of one of the recipe's `metrics` ("name.key" of one that has several), or of
+            one that its `step` or `loss` returns.
         patience: values in a row without an improvement, at least 1.
         min_delta: by how much a value must be better to be an improvement, 0 or more.
         mode: "min" where less is better, "max" where more is.
-        over: "evaluations", or "steps" for "loss" and "grad_norm" of each step.
+        over: "evaluations", or "steps" for "loss", "grad_norm" and metrics of each step.
 
     Raises:
         ConfigError: a value is out of range.
@@ -276,6 +271,11 @@ def reads(rule: Rule) -> str:
     return "clock" if isinstance(rule, MaxSeconds) else ""
 
 
+def step_figures(loss: float, grad_norm: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a rule over steps may read of one."""
+    return {**metrics, "loss": loss, "grad_norm": grad_norm}
+
+
 class Watch:
     """The rules that read one kind of figures, which they are shown version by version.
 
@@ -355,6 +355,33 @@ def over_evaluations(
     return watch.verdict if watch.version == version else None
 
 
+def named(rules: Iterable[Rule], keep: Keep | None, over: str) -> list[tuple[str, str]]:
+    """(who reads it, figure) of each figure that rules, and `keep`, read of evaluations or of steps."""
+    found: list[tuple[str, str]] = [
+        (type(rule).__name__, rule.metric)
+        for rule in rules
+        if isinstance(rule, (Plateau, Threshold)) and rule.over == over
+    ]
+    return found if keep is None or over == "steps" else [*found, ("keep", keep.metric)]
+
+
+def unread(rules: Iterable[Rule], keep: Keep | None, over: str, figures: Mapping[str, float]) -> str:
+    """The first figure that is read and was not measured, in a sentence; "" if all were.
+
+    Args:
+        figures: of the run's first evaluation, or first step.
+    """
+    for name, metric in named(rules, keep, over):
+        if metric not in figures:
+            return _unmeasured(name, metric, over, figures)
+    return ""
+
+
+def _unmeasured(name: str, metric: str, over: str, known: Iterable[str]) -> str:
+    what = {"evaluations": "evaluation", "steps": "step"}[over]
+    return f"{name} reads {metric!r}, which no {what} measures: there are {', '.join(map(repr, known))}"
+
+
 def _require_name(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name}'s metric is the name of a figure such as 'loss', not {value!r:.80}")
@@ -380,7 +407,13 @@ def _require_number(name: str, field: str, value: object, *, least: float = -mat
 
 
 def require_decidable(
-    rules: Iterable[Rule], keep: Keep | None, *, every: int | None, evaluation: bool, metrics: Iterable[str]
+    rules: Iterable[Rule],
+    keep: Keep | None,
+    *,
+    every: int | None,
+    evaluation: bool,
+    metrics: Iterable[str],
+    others: bool = False,
 ) -> None:
     """Refuse rules that read what a run does not measure.
 
@@ -390,18 +423,16 @@ def require_decidable(
         every: global steps between two evaluations, None for one at the end.
         evaluation: whether the recipe has a dataset for evaluations.
         metrics: names of the recipe's metrics.
+        others: whether there may be more, which only the first evaluation and the first step show.
 
     Raises:
         RecipeError: names the rule, and the way out.
     """
-    known = ("loss", *metrics)
-    named: list[tuple[str, str]] = [
-        (type(rule).__name__, rule.metric)
-        for rule in rules
-        if isinstance(rule, (Plateau, Threshold)) and rule.over == "evaluations"
-    ]
-    named += [] if keep is None else [("keep", keep.metric)]
-    for name, metric in named:
+    given, known = list(rules), ("loss", *metrics)
+    for name, metric in [] if others else named(given, None, "steps"):
+        if metric not in STEP_METRICS:
+            raise RecipeError(_unmeasured(name, metric, "steps", STEP_METRICS))
+    for name, metric in named(given, keep, "evaluations"):
         if not evaluation:
             raise RecipeError(
                 f"{name} reads the evaluations' {metric!r}, and the recipe has no evaluation dataset; "
@@ -412,8 +443,5 @@ def require_decidable(
                 f"{name} reads the evaluations' {metric!r}, and without evaluate_every there is one only, "
                 "at the end; set evaluate_every to the steps between two"
             )
-        if metric not in known and metric.partition(".")[0] not in known:
-            raise RecipeError(
-                f"{name} reads {metric!r}, which no evaluation measures: there are "
-                f"{', '.join(map(repr, known))}"
-            )
+        if not others and metric not in known and metric.partition(".")[0] not in known:
+            raise RecipeError(_unmeasured(name, metric, "evaluations", known))

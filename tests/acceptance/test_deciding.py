@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support import inprocess, models
+from tests.support import recipes_step_metrics as stepping
 from tests.support.fleet import finished
 from tests.support.one_process import DECIDING, RUN, Fleet, Outcome
 from tests.support.shuffle import EvaluatingPost, Shuffle
@@ -38,6 +39,7 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.settings import Settings
 from torchord.coordinator.averages import ema
 from torchord.coordinator.master.extending import extend
+from torchord.coordinator.master.verdicts import unfounded
 
 CONFIG = TrainingConfig(
     epochs=8,
@@ -157,6 +159,44 @@ def test_each_rule_ends_the_run_where_it_says(
         losses = inprocess.InProcess(inprocess.resolved(RECIPE), CONFIG).train(stop=20).losses
         version = plain_plateau(dict(enumerate(losses, 1)), 2, 0.0)
     assert found.stopped["version"] == version == len(found.outcome.losses)
+
+
+@pytest.mark.parametrize("over", ["evaluations", "steps"])
+def test_rules_read_what_steps_measure(tmp_path: Path, over: str) -> None:
+    recipe = stepping.recipe(stepping.accuracy, evaluation=models.points)
+    rule = Threshold("of class 0", 0.0, mode="max", over=over)  # met as soon as it is measured
+    keep = Keep("accuracy", mode="max")
+    config = dataclasses.replace(CONFIG, stop_when=rule, keep=keep)
+    fleet = Fleet(str(tmp_path), 2)
+    fleet.run(recipe, config)
+    head = fleet.ledger.head()
+    assert head.stopped is not None
+    assert head.stopped["version"] == {"steps": 1, "evaluations": 2}[over]
+    assert f"{over[:4]} of class 0 is" in head.stopped["reason"]
+    entries = fleet.ledger.entries(1, head.version)
+    assert unfounded(head, config, fleet.ledger.evaluations(), entries) == []
+    later = dataclasses.replace(head, stopped={**head.stopped, "version": head.version + 1})
+    assert unfounded(later, config, fleet.ledger.evaluations(), entries) != []
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"stop_when": Plateau("f1")}, "Plateau reads 'f1', which no evaluation measures: there are"),
+        ({"stop_when": Plateau("f1", over="steps")}, "Plateau reads 'f1', which no step measures: there are"),
+        ({"keep": Keep("f1")}, "keep reads 'f1', which no evaluation measures: there are"),
+    ],
+    ids=["evaluations", "steps", "keep"],
+)
+def test_a_rule_over_what_nothing_measures_ends_the_run_with_a_sentence(
+    tmp_path: Path, given: dict[str, Any], sentence: str
+) -> None:
+    recipe = stepping.recipe(stepping.accuracy, evaluation=models.points)
+    fleet = Fleet(str(tmp_path), 2)
+    outcome = fleet.run(recipe, dataclasses.replace(CONFIG, **given))
+    assert outcome.state == "failed"
+    assert sentence in outcome.error
+    assert len(outcome.losses) <= CONFIG.evaluate_every
 
 
 def test_a_run_whose_rules_are_never_met_has_the_bits_of_one_without(tmp_path: Path) -> None:

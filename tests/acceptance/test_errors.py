@@ -124,7 +124,7 @@ UNSENDABLE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an object": ({"model": models.Mlp()}, r"'model' is an object of class Mlp.*not called"),
     "no name": ({"loss": "cross_entropy"}, r"'loss' is 'cross_entropy'.*package\.module:attribute"),
-    "loss and step": ({"step": models.classifier_step}, r"exactly one of loss.*both was given"),
+    "loss and step": ({"step": models.classifier_step}, r"exactly one of loss.*both were given"),
     "neither": ({"loss": None}, r"exactly one of loss.*neither was given"),
 }  # fmt: skip
 

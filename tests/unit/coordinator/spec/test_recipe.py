@@ -370,7 +370,7 @@ def test_exactly_one_of_loss_and_step(given: dict[str, Any]) -> None:
 
 
 def test_metrics_need_a_loss() -> None:
-    with pytest.raises(RecipeError, match="a step returns only its loss"):
+    with pytest.raises(RecipeError, match="a step returns none"):
         models.gpt(metrics={"accuracy": models.accuracy})
 
 

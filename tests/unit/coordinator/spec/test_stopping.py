@@ -22,6 +22,7 @@ from torchord.coordinator.spec.stopping import (
     Watch,
     over_evaluations,
     require_decidable,
+    unread,
 )
 
 NAN = math.nan
@@ -143,7 +144,6 @@ def test_a_config_refuses_what_is_no_rule(fields: dict[str, Any], words: str) ->
         (Plateau, {"mode": "least"}),
         (Plateau, {"over": "epochs"}),
         (Plateau, {"metric": ""}),
-        (Plateau, {"metric": "accuracy", "over": "steps"}),
         (Threshold, {"value": math.inf}),
         (Threshold, {"value": "1"}),
         (MaxSteps, {"steps": 1.5}),
@@ -173,6 +173,7 @@ def test_steps_are_limited_in_the_plan() -> None:
             {},
             "Threshold reads 'f1', which no evaluation measures: there are 'loss', 'auc'",
         ),
+        (Threshold("f1", 0.9, over="steps"), {}, "which no step measures: there are 'loss', 'grad_norm'"),
         (Plateau(), {"every": None}, "set evaluate_every"),
         (None, {"every": None}, "keep reads.*set evaluate_every"),
     ],
@@ -188,6 +189,17 @@ def test_rules_over_what_is_not_measured_are_refused(
     require_decidable(
         [Plateau("auc.macro"), Plateau(over="steps"), NotFinite()], None, **{**given, **DECIDABLE}
     )
+
+
+def test_what_a_step_may_measure_is_left_to_the_first_evaluation_and_the_first_step() -> None:
+    rules = [Plateau("f1"), Threshold("reward", 1.0, over="steps")]
+    require_decidable(rules, Keep("f1"), metrics=(), others=True, **DECIDABLE)
+    assert unread(rules, None, "evaluations", {"loss": 1.0, "f1": NAN}) == ""
+    assert (
+        unread(rules, Keep("auc"), "evaluations", {"loss": 1.0, "f1": 0.5})
+        == "keep reads 'auc', which no evaluation measures: there are 'loss', 'f1'"
+    )
+    assert "Threshold reads 'reward', which no step" in unread(rules, None, "steps", {"loss": 1.0})
 
 
 DECIDABLE: dict[str, Any] = {"every": 2, "evaluation": True}
