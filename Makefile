@@ -8,6 +8,7 @@
 # make lock     requirements/: hashes of what constraints.txt pins (asks the index, minutes)
 # make audit    known faults of the pinned versions (asks the index of advisories)
 # make ranges   unit tests and demo with the lowest and newest versions on each Python (long; docs/dependencies.md)
+# make docs     the documentation as a site, in build/site     make docs-serve  at http://localhost:8000, anew after each change
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
 # PYTHON=python3.12         the interpreter that .venv is made with (3.11 or newer)
@@ -33,7 +34,7 @@ HASHED = $(PIP) install -qq --require-hashes --no-deps -r requirements/torch.txt
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test ranges fuzz bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
+.PHONY: demo test docs docs-serve ranges fuzz bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -48,6 +49,13 @@ check: lint $(VENV)/.installed-dev
 
 ranges: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.ranges $(ARGS)
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo build/site/index.html
+
+docs-serve: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS) --fuzz 10000 --timeout 3600 tests/security/test_fuzzing.py $(ARGS)
@@ -106,7 +114,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "torchord: installing torchord with its test and lint tools into $(VENV) (once; a few minutes) ..."
-	@$(if $(HASHES),$(call HASHED,dev),$(INSTALL) -e '.[demo,dev,images,keys,models]')
+	@$(if $(HASHES),$(call HASHED,dev),$(INSTALL) -e '.[demo,dev,docs,images,keys,models]')
 	@touch $@ $(VENV)/.installed-demo
 
 # pip is the last thing that venv writes: an interrupted or failed attempt is made again.

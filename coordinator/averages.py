@@ -20,7 +20,9 @@ def ema(decay: float = 0.999, *, start: int = 0, every: int = 1, buffers: bool =
 
     Args:
         decay: in [0, 1].
-        start, every, buffers: as in `Average`.
+        start: as in `Average`.
+        every: as in `Average`.
+        buffers: as in `Average`.
 
     Example:
         >>> ema(0.9).every
@@ -34,7 +36,9 @@ def swa(*, start: int, every: int = 1, buffers: bool = False) -> Average:
     """Stochastic weight averaging: the mean of the weights of versions `start`, `start + every`, ...
 
     Args:
-        start, every, buffers: as in `Average`.
+        start: as in `Average`.
+        every: as in `Average`.
+        buffers: as in `Average`.
 
     Paper:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",

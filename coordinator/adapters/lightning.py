@@ -85,8 +85,7 @@ def lightning(
 
     Raises:
         InvalidInput: the module does what a run cannot do (manual optimization, several optimizers, hooks
-        that
-            change a step, ...); the message names it and the way out.
+            that change a step, ...); the message names it and the way out.
         RecipeError: an entry cannot be one of a recipe.
 
     Example:

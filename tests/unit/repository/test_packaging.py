@@ -65,7 +65,7 @@ def foreign_imports(*folders: str) -> dict[str, str]:
     ("folders", "extras"),
     [
         (PACKAGES, ("keys",)),
-        (("tests", "benchmarks", ".ci"), ("demo", "dev", "images", "keys", "models")),
+        (("tests", "benchmarks", ".ci"), ("demo", "dev", "docs", "images", "keys", "models")),
     ],
 )
 def test_every_import_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:

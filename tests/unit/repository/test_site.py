@@ -1,0 +1,81 @@
+"""The site of the documentation: every page has its place, and links lead to places of the site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import docs_docstrings
+import docs_site
+import torchord
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Settings(yaml.SafeLoader):
+    """mkdocs.yml, in which one entry names a function of Python's."""
+
+
+Settings.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+SETTINGS = yaml.load((ROOT / "mkdocs.yml").read_text(), Settings)
+
+
+def entries(nav: Any) -> Iterator[str]:
+    """The pages of a nav, at any depth."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for each in nav.values() if isinstance(nav, dict) else nav:
+            yield from entries(each)
+
+
+def test_every_page_has_one_line_in_the_nav() -> None:
+    listed = list(entries(SETTINGS["nav"]))
+    for page in docs_site.pages():
+        name = docs_site.place(page)
+        assert listed.count(name) == 1, (
+            f"{page} is {listed.count(name)} times in the nav of mkdocs.yml; add the line "
+            f"`- Its title: {name}` to the section where a reader looks for it"
+        )
+    known = {*map(docs_site.place, docs_site.pages()), *docs_site.reference()}
+    assert set(listed) - known == set(), "the nav of mkdocs.yml names pages that are not there"
+
+
+def test_nothing_is_asked_of_other_hosts_by_the_settings() -> None:
+    assert SETTINGS["theme"]["font"] is False
+    assert not {"repo_url", "site_url", "extra_javascript", "edit_uri"} & SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "expected"),
+    [
+        ("docs/a.md", "[x](b.md#c) [y](#d)", "[x](b.md#c) [y](#d)"),
+        ("docs/a.md", "[x](../README.md)", "[x](index.md)"),
+        ("docs/a.md", "[x](../deploy/users.acl)", "[x](files/deploy/users.acl)"),
+        ("README.md", "[x](docs/b.md#c) ![p](docs/p.png)", "[x](b.md#c) ![p](p.png)"),
+        ("README.md", '<img src="docs/p.png">', '<img src="p.png">'),
+        ("benchmarks/README.md", "[x](results/a.png)", "[x](files/benchmarks/results/a.png)"),
+        ("benchmarks/README.md", "[y](overhead.md)", "[y](benchmarks-overhead.md)"),
+        ("docs/a.md", "[x](https://e.org/a) [m](mailto:a@e.org)", "[x](https://e.org/a) [m](mailto:a@e.org)"),
+        ("README.md", "```\n[x](docs/b.md)\n```\n[x](docs/b.md)", "```\n[x](docs/b.md)\n```\n[x](b.md)"),
+    ],
+)
+def test_a_link_leads_to_the_sites_own_place(page: str, text: str, expected: str) -> None:
+    assert docs_site.relinked(text, page) == expected
+
+
+def test_the_reference_names_all_that_is_public() -> None:
+    page = docs_site.reference()["reference.md"]
+    for name in torchord.__all__:
+        assert name == "app" or f"::: torchord.{name}\n" in page
+
+
+def test_sections_of_our_docstrings_are_what_the_site_knows() -> None:
+    text = "Mean.\n\nEquation:\n    a_1 = w\n    a_2 = v\n\nExample:\n    >>> mean()\n"
+    assert docs_docstrings.shown(text) == (
+        "Mean.\n\nEquation:\n    ```text\n    a_1 = w\n    a_2 = v\n    ```\n\nExamples:\n    >>> mean()\n"
+    )
