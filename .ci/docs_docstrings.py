@@ -17,7 +17,7 @@ EQUATION = re.compile(r"^( *)Equation:\n((?:\1 +\S.*\n|\n(?=\1 ))+)", re.MULTILI
 def shown(docstring: str) -> str:
     """The docstring with both sections as griffe and Markdown know them."""
     text = re.sub(r"^( *)Example:$", r"\1Examples:", docstring, flags=re.MULTILINE)
-    return EQUATION.sub(r"\1Equation:\n\1    ```text\n\2\1    ```\n", text)
+    return EQUATION.sub(r"\1Equation:\n\1    ```text\n\2\1    ```\n", f"{text}\n")
 
 
 class Docstrings(Extension):

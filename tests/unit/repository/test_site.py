@@ -75,7 +75,7 @@ def test_the_reference_names_all_that_is_public() -> None:
 
 
 def test_sections_of_our_docstrings_are_what_the_site_knows() -> None:
-    text = "Mean.\n\nEquation:\n    a_1 = w\n    a_2 = v\n\nExample:\n    >>> mean()\n"
+    text = "Mean.\n\nEquation:\n    a_1 = w\n    a_2 = v\n\nExample:\n    >>> mean()"
     assert docs_docstrings.shown(text) == (
         "Mean.\n\nEquation:\n    ```text\n    a_1 = w\n    a_2 = v\n    ```\n\nExamples:\n    >>> mean()\n"
     )
