@@ -36,6 +36,7 @@ from torchord.coordinator.commands.data import data
 from torchord.coordinator.commands.demo import demo
 from torchord.coordinator.commands.export import export
 from torchord.coordinator.commands.logs import logs
+from torchord.coordinator.commands.metrics import metrics
 from torchord.coordinator.commands.plot import plot
 from torchord.coordinator.commands.predict import predict
 from torchord.coordinator.commands.report import report
@@ -430,6 +431,7 @@ for command in (
     data,
     demo,
     told,
+    metrics,
     keys,
     liars,
     readmit,

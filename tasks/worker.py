@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -106,6 +107,8 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
         services.registry.require_placement(services.placement, claim=True)
     except CacheError as error:  # gone again; the heartbeat will say so, too
         log.warning("placement: %s", error)
+    from torchord.coordinator.runtime.cache_report import counted
+
     signs = [role for role in ROLES if services.keyring.signs(role)]
     info = new_info(node, queues, placement=services.placement, signs=signs)
     if not _forked:
@@ -125,7 +128,7 @@ def _heartbeat(services: Services, node: str, queues: tuple[str, ...], *, forks:
         if not memory.look():
             renewal(said)
 
-    return Heartbeat(services.registry, info, after=after)
+    return Heartbeat(services.registry, info, after=after, counters=partial(counted, services))
 
 
 _QUEUES_SETTING = "torchord_queues"

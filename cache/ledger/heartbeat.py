@@ -29,17 +29,24 @@ class Heartbeat:
         registry: where to.
         info: what to say; `doing` changes it.
         after: called from the thread with what a beat has said, once that has arrived.
+        counters: what the tiers of the model cache have done in this process, as `WorkerInfo.cache` has it.
 
     Attributes:
         distrusted: whom nobody trusts, by node, as of the last beat.
     """
 
     def __init__(
-        self, registry: Registry, info: WorkerInfo, *, after: Callable[[WorkerInfo], None] | None = None
+        self,
+        registry: Registry,
+        info: WorkerInfo,
+        *,
+        after: Callable[[WorkerInfo], None] | None = None,
+        counters: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.registry = registry
         self._info = info
         self._after = after
+        self._counters = counters
         self.distrusted: dict[str, Distrusted] = {}
         self._doing: dict[int, tuple[str, float]] = {}  # thread -> task, since when by the monotonic clock
         self._since = 0.0
@@ -66,6 +73,7 @@ class Heartbeat:
                 pace=pace,
                 silent=self._silent or 0.0,
                 where=self._where(),
+                cache=self._counters(),
             )
 
     def _where(self) -> dict[str, str]:

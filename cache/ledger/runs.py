@@ -32,6 +32,11 @@ class Runs:
         with translated(self.url, "list the runs"):
             return cast(list[str], self.client.zrange(keys.RUNS, 0, -1))
 
+    def newest(self, count: int) -> list[str]:
+        """Names of the runs that were submitted last, oldest first; some may have expired."""
+        with translated(self.url, "list the newest runs"):
+            return cast(list[str], self.client.zrange(keys.RUNS, -count, -1))
+
     def known(self) -> list[str]:
         """Names of the runs that are there, oldest first; those that have expired leave the registry."""
         names = [name for name in self.listed() if keys.is_name(name)]

@@ -15,7 +15,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import cast
 
@@ -74,6 +74,7 @@ class WorkerInfo:
         where: task -> the line of code that it is at, of tasks that it has been at for some seconds.
         hindered: run -> what failed when it made the run's next move, which it will try again.
         signs: the roles that it has keys of; () without keys.
+        cache: what the tiers of the model cache have done in this process: TIER.COUNTER -> so far.
     """
 
     id: str
@@ -94,6 +95,7 @@ class WorkerInfo:
     where: dict[str, str] = field(default_factory=dict)
     hindered: dict[str, str] = field(default_factory=dict)
     signs: tuple[str, ...] = ()
+    cache: dict[str, float] = field(default_factory=dict)
 
     @property
     def deaf(self) -> bool:
@@ -156,7 +158,7 @@ _HEARTBEAT = Fields(
         **dict.fromkeys(("task", "environment", "place", "placement"), TEXT),
         **dict.fromkeys(("since", "silent"), FINITE),
         **dict.fromkeys(("refuses", "discarded", "where", "hindered"), NAMED_TEXTS),
-        "pace": NAMED_FIGURES,
+        **dict.fromkeys(("pace", "cache"), NAMED_FIGURES),
         "started": COUNT,
         "signs": TEXTS,
     },
@@ -381,6 +383,19 @@ class Registry:
             if isinstance(arguments, dict):
                 found.append(arguments)
         return found
+
+    def lengths(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many messages wait in each queue."""
+        with translated(self.url, "ask how long the queues are"):
+            pipe = self.client.pipeline(transaction=False)
+            for queue in queues:
+                pipe.llen(queue)
+            return dict(zip(queues, pipe.execute(), strict=True))
+
+    def supervisor(self) -> str:
+        """Id of the supervisor, "" while there is none."""
+        with translated(self.url, "ask for the supervisor"):
+            return cast(str, self.client.get(keys.SUPERVISOR) or "")
 
     def memory(self) -> StoreMemory | None:
         """How full the control plane's server is; None where it does not say (its ACL may forbid it)."""

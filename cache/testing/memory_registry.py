@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import cast
 
@@ -130,6 +131,14 @@ class MemoryRegistry(Registry):
         """See `Registry.queued`."""
         waiting = [json.loads(text)["headers"]["kwargsrepr"] for text in self.plane.get(queue) or []]
         return [ast.literal_eval(text) for text in waiting]
+
+    def lengths(self, queues: Sequence[str]) -> dict[str, int]:
+        """See `Registry.lengths`."""
+        return {queue: len(self.plane.get(queue) or ()) for queue in queues}
+
+    def supervisor(self) -> str:
+        """See `Registry.supervisor`."""
+        return str(self.plane.get(keys.SUPERVISOR) or "")
 
     def server_id(self) -> str:
         """See `Registry.server_id`."""

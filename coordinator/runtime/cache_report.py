@@ -40,6 +40,16 @@ def snapshot(services: Services) -> Tiers:
     }
 
 
+def counted(services: Services) -> dict[str, float]:
+    """What a heartbeat says of the tiers: TIER.COUNTER -> so far, what is zero left out."""
+    return {
+        f"{tier}.{name}": round(value, 3)
+        for tier, found in snapshot(services).items()
+        for name, value in found.items()
+        if value
+    }
+
+
 def since(before: Tiers, services: Services) -> Tiers:
     """What the tiers have done since a snapshot; what is zero is left out.
 

@@ -11,6 +11,7 @@ from tornado.options import options
 from torchord.tasks.flower_pages.asking import Asking
 from torchord.tasks.flower_pages.handlers import handlers
 from torchord.tasks.flower_pages.loader import Loader
+from torchord.tasks.flower_pages.metrics import MetricsHandler
 from torchord.tasks.flower_pages.words import OPTIONS, format_task
 
 
@@ -28,4 +29,4 @@ def register(allows: frozenset[str], *, whole: bool) -> None:
         setattr(options, name, value)
     theirs = os.fspath(urls.settings["template_path"])
     urls.settings["template_loader"] = Loader(theirs)
-    urls.handlers[:0] = handlers(Asking(), allows)
+    urls.handlers[:0] = [("/metrics", MetricsHandler), *handlers(Asking(), allows)]

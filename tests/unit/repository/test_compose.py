@@ -18,6 +18,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[3]
 COMPOSE = ROOT / "docker-compose.yml"
 OVERLAYS = sorted((ROOT / "deploy").glob("*.yml"))
+MONITORING = ROOT / "deploy" / "monitoring.yml"
 Document = dict[str, Any]
 
 
@@ -301,7 +302,19 @@ def test_a_broken_promise_is_noticed(
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
 def test_an_overlay_changes_only_services_that_exist(path: Path) -> None:
-    assert load(path)["services"].keys() <= load(COMPOSE)["services"].keys()
+    added = {"prometheus", "grafana"} if path == MONITORING else set()
+    assert load(path)["services"].keys() - added <= load(COMPOSE)["services"].keys()
+
+
+def test_what_watches_is_hardened_and_reads_files_that_are_there() -> None:
+    document = load(MONITORING)
+    assert [*health_and_restart(document), *ports_are_local(document)] == []
+    for service in document["services"].values():
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+        for volume in service["volumes"]:
+            source, _, rest = volume.partition(":")
+            named = source in document["volumes"]
+            assert named or ((ROOT / source).is_file() and rest.endswith(":ro")), volume
 
 
 def test_the_fleet_overlay_keeps_the_stores_options() -> None:
