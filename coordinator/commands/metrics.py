@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from torchord.coordinator.commands.common import BAD, OK, guarded, settings_of, with_url
+from torchord.coordinator.commands.common import BAD, OK, guarded, settings_of, with_json, with_url
 
 _PORT = 9540
 
@@ -15,12 +15,14 @@ _PORT = 9540
     "/metrics until interrupted. Flower's /metrics has them, too.",
 )
 @with_url
+@with_json
 @click.option("--port", type=click.IntRange(0, 65535), help=f"Serve at this port; {_PORT} is a good one.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="Listen at this address.")
-def metrics(url: str | None, port: int | None, address: str) -> int:
+def metrics(url: str | None, as_json: bool, port: int | None, address: str) -> int:
     """See the help."""
 
     def perform() -> int:
+        from torchord.cache.ledger.figures import for_others
         from torchord.coordinator.metrics.collector import Collector
         from torchord.coordinator.metrics.serving import server
         from torchord.coordinator.runtime.control_plane import ControlPlane
@@ -28,7 +30,8 @@ def metrics(url: str | None, port: int | None, address: str) -> int:
         plane = ControlPlane(settings_of(url))
         if port is None:
             plane.require_reachable()
-            click.echo(Collector(plane).text(), nl=False)
+            found = Collector(plane).scrape()
+            click.echo(for_others(found.values()) if as_json else found.text().rstrip())
             return OK
         try:
             serving = server(Collector(plane).text, address, port)

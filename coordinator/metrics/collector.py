@@ -97,6 +97,10 @@ class Collector:
         self._said: dict[str, Mapping[str, float]] = {}  # worker -> its counters as last seen
 
     def text(self) -> str:
+        """A scrape as Prometheus reads it."""
+        return self.scrape().text()
+
+    def scrape(self) -> Samples:
         """A scrape; where the store does not answer, one that says so."""
         with self._lock:
             began, samples = time.monotonic(), Samples()
@@ -110,7 +114,7 @@ class Collector:
             else:
                 samples.add(families.UP, 1)
             samples.add(families.SECONDS, time.monotonic() - began)
-            return samples.text()
+            return samples
 
     # --- the fleet ------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -101,6 +101,18 @@ class Samples:
         """All samples of `others`, too."""
         for name, found in others._found.items():
             self._found.setdefault(name, []).extend(found)
+
+    def values(self) -> list[dict[str, Any]]:
+        """All samples as JSON-able values: name, labels and value of each."""
+        return [
+            {
+                "name": family.name,
+                "labels": dict(zip(family.labels, labels, strict=True)),
+                "value": float(value),
+            }
+            for family in FAMILIES
+            for labels, value in self._found.get(family.name, ())
+        ]
 
     def text(self) -> str:
         """All samples in the text format of Prometheus, version 0.0.4."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -252,4 +253,7 @@ def test_the_command_prints_them(fleet: Fleet, capsys: pytest.CaptureFixture[str
     assert main(["metrics", "--url", fleet.url]) == 0
     found = scraped(capsys.readouterr().out)
     assert value(found, families.STATE, "from-a-shell", "running") == 1
+    assert main(["metrics", "--json", "--url", fleet.url]) == 0
+    (state,) = [each for each in json.loads(capsys.readouterr().out) if each["name"] == families.STATE.name]
+    assert state["labels"] == {"run": "from-a-shell", "state": "running"} and state["value"] == 1
     assert main(["metrics", "--url", "redis://127.0.0.1:1/0"]) == 4
