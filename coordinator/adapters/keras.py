@@ -41,8 +41,7 @@ def keras(build: Entry, dataset: Entry, *, evaluation: Entry | None = None, **en
 
     Raises:
         RecipeError: Keras is not installed, or computes with another backend than torch in this process; or
-        an
-            entry cannot be one of a recipe.
+            an entry cannot be one of a recipe.
 
     Example:
         >>> recipe = keras(build_model, load_digits)  # doctest: +SKIP

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import griffe
 import pytest
 import yaml
 
@@ -72,6 +74,27 @@ def test_the_reference_names_all_that_is_public() -> None:
     page = docs_site.reference()["reference.md"]
     for name in torchord.__all__:
         assert name == "app" or f"::: torchord.{name}\n" in page
+
+
+def documented(thing: griffe.Object | griffe.Alias) -> Iterator[griffe.Object | griffe.Alias]:
+    """What is shown of a module, class or function: itself, and what it defines that is public."""
+    yield thing
+    for member in thing.members.values():
+        if not member.is_alias and not member.name.startswith("_") and (thing.is_class or thing.is_module):
+            yield from documented(member)
+
+
+def test_docstrings_of_the_reference_are_understood(caplog: pytest.LogCaptureFixture) -> None:
+    """A parameter that is none, or a section whose continued lines are not indented further, is a warning."""
+    caplog.set_level(logging.WARNING, "griffe")
+    package = griffe.load("torchord", search_paths=[ROOT], docstring_parser="google")
+    shown = [package[name] for name in torchord.__all__ if name != "app"]
+    shown += [package[name.removeprefix("torchord.")] for name in (*docs_site.MODULES, docs_site.ERRORS)]
+    for thing in shown:
+        for each in documented(thing.final_target if thing.is_alias else thing):
+            if each.docstring is not None:
+                assert each.docstring.parsed
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_sections_of_our_docstrings_are_what_the_site_knows() -> None:
