@@ -72,7 +72,13 @@ VERSION = Fields(
 NOTES = Fields(
     "the notes of a ledger entry",
     {},
-    {"partial_sums": ROWS, "checks": ROWS, "start_from": OBJECT, step_metrics.METRICS: step_metrics.NAMED},
+    {
+        "partial_sums": ROWS,
+        "checks": ROWS,
+        "start_from": OBJECT,
+        "fork": OBJECT,
+        step_metrics.METRICS: step_metrics.NAMED,
+    },
     open=True,
 )
 
@@ -109,7 +115,14 @@ MANIFEST = Fields("the layout of the parameters", {}, open=True)
 SPEC = Fields(
     "a run's spec",
     {"recipe": OBJECT, "config": OBJECT},
-    {"switches": OBJECT, "fingerprint": TEXT, "skew": TEXT, "evaluation_seed": TEXT, "admitted": LIST},
+    {
+        "switches": OBJECT,
+        "fingerprint": TEXT,
+        "skew": TEXT,
+        "evaluation_seed": TEXT,
+        "admitted": LIST,
+        "fork": OBJECT,
+    },
     open=True,
 )
 

@@ -85,6 +85,7 @@ def audit(
     plan: Plan | None,
     stored: VersionRecord | None,
     unlike: Sequence[str] = (),
+    begins: tuple[int, str] = (0, GENESIS),
 ) -> Audit:
     """Check the ledger against itself, the plan and the stored parameters.
 
@@ -94,6 +95,7 @@ def audit(
         plan: which shards each step must have; None before the run was initialised.
         stored: record of the head version in the parameter cache, None if it is gone.
         unlike: what was said of processes that computed another first shard than the rest.
+        begins: version and chain that the run begins with; not 0 for a fork.
     """
     problems: list[str] = []
     by_version: dict[int, LedgerEntry] = {}
@@ -104,10 +106,10 @@ def audit(
             first = by_version.setdefault(entry.version, entry)
             if first.to_json() != entry.to_json():  # as text: NaN equals NaN
                 problems.append(f"version {entry.version} has two entries that differ")
-    chain = GENESIS
+    before, chain = begins
     slots = sums = checked = 0
     workers: dict[str, int] = {}
-    expected = 1
+    expected = before + 1
     for version, found in [*sorted(by_version.items()), (head.version + 1, None)]:
         if version > expected:
             problems += _lacking(expected, version - 1)

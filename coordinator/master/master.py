@@ -231,7 +231,7 @@ def _other(
     differing = _differences(spec["recipe"], Recipe.from_spec(before).to_spec()) + config.differences(
         TrainingConfig.from_json({**before_checks, **there["config"]})
     )
-    if there.get("start_from", {}).get("digest") != (None if start is None else start.digest):
+    if "fork" in there or there.get("start_from", {}).get("digest") != (start.digest if start else None):
         differing.append("start_from")
     if "on" in spec and there.get("on", {}) != spec["on"]:
         differing.append("on")

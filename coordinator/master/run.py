@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torchord.cache import keys
 from torchord.cache.errors import (
     InvalidInput,
     RunError,
@@ -16,12 +18,13 @@ from torchord.cache.errors import (
 from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.outbox import Telling
-from torchord.cache.ledger.records import LedgerEntry
+from torchord.cache.ledger.records import GENESIS, LedgerEntry
 from torchord.coordinator.drawing.picture import Picture
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit, opened, said_of_workers
 from torchord.coordinator.master.extending import extend
 from torchord.coordinator.master.follower import Follower
+from torchord.coordinator.master.forking import begun_from, create, forked_spec, unlike_parent
 from torchord.coordinator.master.plotting import pictured
 from torchord.coordinator.master.progress import Progress
 from torchord.coordinator.master.reports import (
@@ -32,6 +35,7 @@ from torchord.coordinator.master.reports import (
 from torchord.coordinator.master.run_versions import RunVersions
 from torchord.coordinator.master.standing import Standing
 from torchord.coordinator.master.stored_version import (
+    Version,
     manifest_of,
     statement_of,
 )
@@ -48,6 +52,7 @@ from torchord.coordinator.master.waiting import (
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.recreate import recreate
 from torchord.coordinator.runtime.services import Services
+from torchord.coordinator.spec.targets import Entry
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +271,51 @@ class Run(RunVersions):
             log.warning("run %r: %s", self.name, said)
         self._sender.advance(self.name)
 
+    def fork(
+        self,
+        *,
+        name: str,
+        version: Version = None,
+        optimizer: Entry | None = None,
+        scheduler: Entry | None = None,
+        **fields: Any,
+    ) -> Run:
+        """Another run that goes on from a version of this one, step numbers and data order included.
+
+        It is chained to the ledger's entry of that version, which the fork's `verify` looks at. With nothing
+        changed it has this run's bits.
+
+        Args:
+            name: of the fork.
+            version: a stored version above 0, as `model`; with the optimizer's state, which checkpoints have,
+                where `optimizer` is left out.
+            optimizer, scheduler: in place of the recipe's; given either, both begin afresh.
+            fields: of the config, such as `epochs` or `stop_when`; none that moves examples to other steps.
+
+        Raises:
+            InvalidInput: a field cannot be changed, or the version is 0 or above the newest.
+            VersionMissing: that version is stored nowhere, or without what is needed.
+            ConfigMismatch: the name is another run's.
+            ConfigError, RecipeError: a value cannot be used.
+        """
+        head, spec = self._ledger.head(), self._spec()
+        wanted = self._wanted(head, version)
+        text = self._entry_texts(head).get(wanted)
+        if text is None:
+            raise InvalidInput(
+                f"run {self.name!r} has no step that made version {wanted}; a fork begins at 1 to "
+                f"{head.version}, and a new run with start_from=... at any version's weights"
+            )
+        entry = LedgerEntry.from_json(bare(text))
+        changes = {"optimizer": optimizer, "scheduler": scheduler, **fields}
+        made = forked_spec(spec, head, entry, self.name, changes)
+        fork = Run(self._services, self._sender, keys.check_name(name), trusted=self._trusted)
+        checkpoints, fresh = self._checkpoints(head.incarnation), made["fork"]["fresh"]
+        read = partial(begun_from, self._services, self._ledger, checkpoints, entry, fresh=fresh)
+        create(fork._ledger, self._services, made, read)
+        self._sender.advance(name)
+        return fork
+
     def statement(self) -> str | None:
         """What the training server states of the run, sealed (docs/keys.md); None if it does not.
 
@@ -303,7 +353,12 @@ class Run(RunVersions):
         unlike = said_of_workers(self._ledger.claims(), entries)
         stored, forged = opened(self._ledger, texts, head.version)
         ends = unfounded(head, self.config(), self.evaluations(), entries)
-        found = audit(head, entries, plan, stored, [*forged, *unlike, *ends])
+        begins, fork = (0, GENESIS), self._spec().get("fork")
+        if fork is not None:
+            parent = Run(self._services, self._sender, fork["run"])
+            begins = fork["version"], fork["chain"]
+            unlike += unlike_parent(fork, parent._ledger, parent._checkpoints)
+        found = audit(head, entries, plan, stored, [*forged, *unlike, *ends], begins)
         steps = tuple(reexecute)
         if not steps or plan is None:
             return found
@@ -314,7 +369,7 @@ class Run(RunVersions):
             plan,
             self._checkpoints(head.incarnation),
             {entry.version: entry for entry in entries},
-            started_elsewhere="start_from" in self._spec(),
+            started_elsewhere="start_from" in self._spec() or fork is not None,
             manifest=manifest_of(self._ledger),
             progress=progress,
         )

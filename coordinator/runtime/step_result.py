@@ -146,7 +146,7 @@ def entry_of(
         lr=tuple(updated.report.lr),
         previous=previous,
         notes={
-            **(_origin(context.spec) if step == 0 else {}),
+            **_origin(context.spec, step),
             **({"switch": plan.switches[step]} if step in plan.switches else {}),
             **({PARTIAL_SUMS: sums} if plan.fan_in(step).partials else {}),
             **({METRICS: metrics} if (metrics := metrics_of(roots)) else {}),
@@ -193,7 +193,10 @@ def event_of(entry: LedgerEntry) -> dict[str, Any]:
     }
 
 
-def _origin(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the weights of version 0 came from, if they are not the recipe's own."""
-    start = spec.get("start_from")
+def _origin(spec: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Where the weights of the run's first version came from, if they are not the recipe's own."""
+    fork = spec.get("fork")
+    if fork is not None and step == fork["version"]:
+        return {"fork": {name: fork[name] for name in ("run", "version", "chain")}}
+    start = spec.get("start_from") if step == 0 else None
     return {} if start is None else {"start_from": {"source": start["source"], "digest": start["digest"]}}

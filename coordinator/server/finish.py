@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.errors import Fenced
 from torchord.cache.ledger.records import StateRecord
 from torchord.coordinator.messages.sender import Sender
@@ -103,8 +104,7 @@ class Finish:
             ledger.retire(self._begun(warm))
             for record in (warm.record, *(stored[v] for v in warm.best if v != version and v in stored)):
                 self.services.parameters.keep(record)
-            if (start := warm.context.spec.get("start_from")) is not None:
-                self.services.chunks.delete(StateRecord.from_dict(start["weights"]).blobs())
+            self.services.chunks.delete(_started_from(warm.context.spec))
         self.fault("server.after_finish")
         return {**receipt, "status": "done", "version": version}
 
@@ -129,6 +129,13 @@ class Finish:
             finished_at=time.time(),
         )
         warm.checkpoints.save_statement(made)
+
+
+def _started_from(spec: Mapping[str, Any]) -> list[BlobRef]:
+    """The bytes that a run was to start from; by now there are checkpoints."""
+    start, fork = spec.get("start_from"), spec.get("fork")
+    stored = [start["weights"]] if start is not None else [] if fork is None else [fork["start"]]
+    return [blob for record in stored for blob in StateRecord.from_dict(record).blobs()]
 
 
 def evaluation_parts(size: int, shards: int) -> int:

@@ -119,6 +119,7 @@ class TakeOver:
         evaluation_size, evaluation_seed = context.first_evaluation()
         self.checkpoints.save_spec(context.saved_spec())
         if head.version:
+            self._keep_start(head.version)
             trainer, record = self._from_checkpoint(head.version)
         else:
             make = partial(self._tried, plan, evaluation_size)
@@ -230,11 +231,47 @@ class TakeOver:
                 log.warning("run %s: checkpoint %d passed over: %s", self.context.run, candidate, error)
         return self._first(partial(self._trainer, 0), self.context.plan().size)
 
+    def _keep_start(self, version: int) -> None:
+        """Write the version that a fork begins with as a checkpoint, since nothing else makes it again.
+
+        Raises:
+            RunError: it is neither in the cache nor on disk.
+        """
+        fork = self.context.spec.get("fork")
+        if fork is None or fork["version"] != version or version in self.checkpoints.versions():
+            return
+        try:
+            start = self.services.parameters.fetch_state(StateRecord.from_dict(fork["start"]))
+        except (ChunkMissing, ChunkCorrupt) as error:
+            raise self._gone(fork, error) from error
+        trainer = self._trainer(version)
+        trainer.replica.load_tensors(start["tensors"])
+        state = trainer.state() if fork["fresh"] else {}
+        meta = {
+            "run": self.context.run,
+            "incarnation": self.context.incarnation,
+            "chain": fork["chain"],
+            "parameters": fork["parameters"],
+            "dataset_size": self.context.plan().size,
+            "evaluations": {},
+        }
+        tensors = trainer.replica.state_tensors()
+        self.checkpoints.save(version, tensors, {**state, **start["state"]}, meta)
+
+    def _gone(self, fork: Mapping[str, Any], error: object) -> RunError:
+        return RunError(
+            f"run {self.context.run!r}: version {fork['version']} of run {fork['run']!r}, which it was "
+            f"forked from, is neither in the cache nor in {self.checkpoints.path()}: {error}; fork it anew, "
+            "under another name"
+        )
+
     def _first(self, make: Callable[..., Trainer], size: int) -> tuple[Trainer, VersionRecord]:
         """Make and publish version 0: with the recipe's own weights, or with those that the run starts from.
 
         These are kept as a checkpoint, since nothing else makes them again.
         """
+        if (fork := self.context.spec.get("fork")) is not None:
+            raise self._gone(fork, "no checkpoint can be read")
         if (start := self.context.spec.get("start_from")) is None:
             trainer = make()
             return trainer, self._published(trainer, 0, GENESIS)

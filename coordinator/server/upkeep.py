@@ -163,7 +163,7 @@ class Upkeep:
             state["window"] = self._window(warm)
         warm.checkpoints.save(warm.version, warm.trainer.replica.state_tensors(), state, meta)
         self.fault("server.after_checkpoint")
-        warm.checkpoints.prune(config.keep_checkpoints, also=warm.best)
+        warm.checkpoints.prune(config.keep_checkpoints, also=_lasting(warm))
         warm.spilled = warm.version
         kept_from = warm.version - keys.LEDGER_KEPT + 1
         if kept_from > 1 and warm.ledger.ledger_size() > keys.LEDGER_KEPT:
@@ -193,3 +193,9 @@ class Upkeep:
                 self.publish_state(warm)
         except (CacheError, Fenced) as error:
             log.warning("run %s: state of version %d not published: %s", warm.run, warm.version, error)
+
+
+def _lasting(warm: WarmRun) -> frozenset[int]:
+    """The checkpoints that stay: the best ones, and what a fork begins with."""
+    fork = warm.context.spec.get("fork")
+    return warm.best if fork is None else warm.best | {fork["version"]}

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 
 from tests.support import inprocess, models
 from tests.support import recipes_step_metrics as stepping
-from tests.support.fleet import finished
 from tests.support.one_process import DECIDING, RUN, Fleet, Outcome
-from tests.support.shuffle import EvaluatingPost, Shuffle
+from tests.support.shuffle import Evaluated
 from torchord import (
     Keep,
     Master,
@@ -31,7 +30,6 @@ from torchord import (
     Plateau,
     Recipe,
     Threshold,
-    TrainedModel,
     TrainingConfig,
 )
 from torchord.cache.errors import InvalidInput, RunError
@@ -287,36 +285,20 @@ def test_no_step_behind_the_verdict_is_committed_whatever_is_under_way(
 # --- through Redis, as a person uses them -------------------------------------------------------------------
 
 
-class Laboratory(Shuffle):
-    """A run whose training server and Clients are in this process."""
-
-    POST = EvaluatingPost
-
-    def train(self) -> TrainedModel:
-        """Deliver messages until the run has ended."""
-        while self.run.status().state in ("pending", "running"):
-            if self.post.parts:
-                version, part, of = self.post.parts.pop(0)
-                self.clients[part % 2].inference.evaluate(self.run.name, version, part, of)
-            else:
-                self._in_order()
-        return finished(self.run)
-
-
 @pytest.fixture
-def submit(redis_url: str, tmp_path: Path) -> Callable[..., Laboratory]:
+def submit(redis_url: str, tmp_path: Path) -> Callable[..., Evaluated]:
     """A function (config, name, recipe) -> a run that is submitted and not begun."""
 
-    def make(config: TrainingConfig, name: str = "decided", recipe: Recipe = RECIPE) -> Laboratory:
+    def make(config: TrainingConfig, name: str = "decided", recipe: Recipe = RECIPE) -> Evaluated:
         run = Master(redis_url, checkpoint_dir=str(tmp_path)).submit(recipe, config, name=name)
-        return Laboratory(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
+        return Evaluated(Settings(url=redis_url, checkpoint_dir=str(tmp_path)), run, None)
 
     return make
 
 
-def test_the_reason_is_told_and_the_best_version_given_back(submit: Callable[..., Laboratory]) -> None:
+def test_the_reason_is_told_and_the_best_version_given_back(submit: Callable[..., Evaluated]) -> None:
     lab = submit(dataclasses.replace(CONFIG, stop_when=Plateau(patience=3, min_delta=0.01), keep="best"))
-    trained = lab.train()
+    trained = lab.end()
     status = lab.run.status()
     assert trained.reason == status.reason
     assert status.reason.startswith("stopped: eval loss has not improved by 0.01 in 3 evaluations; best")
@@ -336,9 +318,9 @@ def test_the_reason_is_told_and_the_best_version_given_back(submit: Callable[...
     assert "which its figures do not say" in problem or "went on behind version" in problem
 
 
-def test_a_run_that_keeps_nothing_says_how_it_would(submit: Callable[..., Laboratory]) -> None:
+def test_a_run_that_keeps_nothing_says_how_it_would(submit: Callable[..., Evaluated]) -> None:
     lab = submit(dataclasses.replace(CONFIG, epochs=1))
-    lab.train()
+    lab.end()
     with pytest.raises(InvalidInput, match=r"submit it with TrainingConfig\(keep='best'\)"):
         lab.run.best()
 
@@ -354,16 +336,16 @@ def test_a_run_that_keeps_nothing_says_how_it_would(submit: Callable[..., Labora
     ids=["sgd", "error feedback", "loss scale and scheduler", "an average"],
 )
 def test_a_run_that_is_extended_ends_with_the_bits_of_a_longer_one(
-    submit: Callable[..., Laboratory], recipe: Recipe, changes: dict[str, Any]
+    submit: Callable[..., Evaluated], recipe: Recipe, changes: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(CONFIG, **{"evaluate_every": None, "epochs": 3, **changes})
-    longer = submit(config, "longer", recipe).train()
+    longer = submit(config, "longer", recipe).end()
     lab = submit(dataclasses.replace(config, epochs=1), "extended", recipe)
-    lab.train()
+    lab.end()
     lab.run.extend(epochs=2)
     assert lab.run.status().state == "pending"
     lab.post.callbacks += 1
-    extended = lab.train()
+    extended = lab.end()
     assert [report.loss for report in extended.history] == [report.loss for report in longer.history]
     expected = longer.module.state_dict()
     assert all(inprocess.same(expected[name], t) for name, t in extended.module.state_dict().items())
@@ -372,22 +354,22 @@ def test_a_run_that_is_extended_ends_with_the_bits_of_a_longer_one(
         lab.run.extend(epochs=0)
 
 
-def test_what_cannot_be_extended_says_why(submit: Callable[..., Laboratory]) -> None:
+def test_what_cannot_be_extended_says_why(submit: Callable[..., Evaluated]) -> None:
     lab = submit(dataclasses.replace(CONFIG, stop_when=MaxSteps(3)))
     with pytest.raises(RunError, match="is pending; only a run that is done is extended"):
         lab.run.extend(epochs=1)
-    lab.train()
+    lab.end()
     with pytest.raises(RunError, match=r"ended by one of its rules \(3 steps are taken, of 40\).*fork"):
         lab.run.extend(epochs=1)
 
 
 def test_a_schedule_that_knows_its_length_is_named(
-    submit: Callable[..., Laboratory], caplog: pytest.LogCaptureFixture
+    submit: Callable[..., Evaluated], caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=5)
     recipe = dataclasses.replace(RECIPE, scheduler=scheduler)
     lab = submit(dataclasses.replace(CONFIG, epochs=1), recipe=recipe)
-    lab.train()
+    lab.end()
     lab.run.extend(epochs=1)
     assert "its scheduler has T_max=5, which stays" in caplog.text
 

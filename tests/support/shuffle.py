@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.support import reference
 from tests.support.fleet import finished
-from torchord import Run
+from torchord import Run, TrainedModel
 from torchord.cache.ledger.heartbeat import Heartbeat
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.workers import new_info
@@ -205,3 +205,23 @@ class Shuffle:
         receipt = client.sums.partial_sum(task) if summed else client.shards.compute_gradient(task)
         self.verdicts[receipt["status"]] += 1
         self.post.counted(shard, chord)
+
+
+class Evaluated(Shuffle):
+    """A run whose evaluations are computed as soon as they are sent, before anything else."""
+
+    POST = EvaluatingPost
+
+    def end(self) -> TrainedModel:
+        """Deliver messages, each once, until the run has ended."""
+        self.deliver()
+        return finished(self.run)
+
+    def deliver(self) -> None:
+        """Deliver messages, each once, as long as the run is not at rest."""
+        while self.run.status().state in ("pending", "running"):
+            if self.post.parts:
+                version, part, of = self.post.parts.pop(0)
+                self.clients[part % 2].inference.evaluate(self.run.name, version, part, of)
+            else:
+                self._in_order()
