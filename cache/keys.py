@@ -83,7 +83,8 @@ DISTRUSTED = f"{PREFIX}:distrusted"
 DATASETS = f"{PREFIX}:datasets"
 TELLING = f"{PREFIX}:telling"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_NAME = re.compile(NAME_PATTERN)
 
 
 def check_name(name: object, what: str = "run") -> str:

@@ -211,6 +211,20 @@ def flower_allows(argument: str | None = None) -> frozenset[str]:
     return FLOWER_ALLOWS if words & _ON else words & FLOWER_ALLOWS
 
 
+def api_tokens() -> str:
+    """The entries of tokens that the REST interface admits (TORCHORD_API_TOKENS, or its file); "" for none.
+
+    Raises:
+        InvalidInput: the file cannot be read.
+    """
+    return _given("TORCHORD_API_TOKENS")
+
+
+def api_recipes() -> str:
+    """The directory of the recipes that may be submitted by name (TORCHORD_API_RECIPES); "" for none."""
+    return located(folder) if (folder := os.environ.get("TORCHORD_API_RECIPES")) else ""
+
+
 def _keys(text: str) -> str:
     return "off" if text.lower() in _OFF else located(text) if text else ""
 
@@ -239,7 +253,7 @@ def _given(name: str) -> str:
         why = getattr(error, "strerror", None) or "it is no text"
         raise InvalidInput(f"{name}_FILE names {path!r}, which cannot be read: {why}") from None
     if not value:
-        raise InvalidInput(f"{name}_FILE names {path!r}, in which nothing stands; write the URL into it")
+        raise InvalidInput(f"{name}_FILE names {path!r}, in which nothing stands; write it there")
     return value
 
 

@@ -40,10 +40,11 @@ from torchord.coordinator.commands.metrics import metrics
 from torchord.coordinator.commands.plot import plot
 from torchord.coordinator.commands.predict import predict
 from torchord.coordinator.commands.report import report
+from torchord.coordinator.commands.submit import submit
+from torchord.coordinator.commands.token import token
 from torchord.coordinator.commands.told import told
 from torchord.coordinator.doctor import doctor
 from torchord.coordinator.key_commands import keys
-from torchord.coordinator.submit_command import submit
 from torchord.coordinator.trust_commands import liars, readmit
 
 if TYPE_CHECKING:
@@ -439,5 +440,6 @@ for command in (
     worker,
     flower,
     completion,
+    token,
 ):
     _torchord.add_command(command)

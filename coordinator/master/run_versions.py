@@ -154,6 +154,14 @@ class RunVersions:
             recipe=self._spec()["recipe"],
         )
 
+    def newest(self) -> int:
+        """The newest version that is there for readers.
+
+        Raises:
+            RunError: the run has no parameters yet.
+        """
+        return self._wanted(self._ledger.head(), None)
+
     # --- parts ----------------------------------------------------------------------------
 
     def config(self) -> TrainingConfig:

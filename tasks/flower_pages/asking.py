@@ -13,7 +13,7 @@ from torchord.cache.errors import TorchordError
 from torchord.cache.settings import from_environment
 
 if TYPE_CHECKING:
-    from torchord.coordinator.pages.pages import Pages
+    from torchord.coordinator.pages.answers import Answers
 
 _THREADS = 4
 _WAITING_MOST = 64
@@ -25,24 +25,24 @@ class Busy(TorchordError):
 
 
 class Asking:
-    """Asks `Pages`, which is made at the first question: it loads torch.
+    """Asks `Answers`, which is made at the first question: it loads torch.
 
     Args:
         make: what to ask; None for what the environment says.
     """
 
-    def __init__(self, make: Callable[[], Pages] | None = None) -> None:
+    def __init__(self, make: Callable[[], Answers] | None = None) -> None:
         self._make = make or _from_environment
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="torchord-pages")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="torchord-pages-slow")
         self._lock = threading.Lock()
-        self._pages: Pages | None = None
+        self._pages: Answers | None = None
         self._waiting = 0
         self._answers: dict[tuple[Any, ...], tuple[float, Future[Any]]] = {}
 
     async def ask(
         self,
-        question: Callable[[Pages], Any],
+        question: Callable[[Answers], Any],
         *,
         key: tuple[Any, ...] = (),
         seconds: float = 0.0,
@@ -77,7 +77,7 @@ class Asking:
         """Let the next questions be asked anew: something has changed."""
         self._answers.clear()
 
-    def _answer(self, question: Callable[[Pages], Any]) -> Any:
+    def _answer(self, question: Callable[[Answers], Any]) -> Any:
         with self._lock:
             if self._pages is None:
                 self._pages = self._make()
@@ -91,7 +91,7 @@ class Asking:
                 del self._answers[key]
 
 
-def _from_environment() -> Pages:
-    from torchord.coordinator.pages.pages import Pages
+def _from_environment() -> Answers:
+    from torchord.coordinator.pages.answers import Answers
 
-    return Pages(from_environment())
+    return Answers(from_environment())

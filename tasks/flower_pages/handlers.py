@@ -72,7 +72,7 @@ class RunsHandler(BaseHandler):
         try:
             found = await self.asking.ask(lambda pages: for_others(question(pages)), **sharing)
         except Exception as error:  # whatever it is, the page says so and asks again
-            self.set_status(_code(error))
+            self.set_status(code_of(error))
             if not isinstance(error, TorchordError):
                 log.exception("a page about runs got no answer")
             said = str(error) if isinstance(error, TorchordError) else f"{type(error).__name__}: {error}"
@@ -194,7 +194,7 @@ class RunWeights(RunsHandler):
             try:
                 version = await self.asking.ask(lambda pages: pages.write_weights(name, str(path)), slow=True)
             except TorchordError as error:
-                raise HTTPError(_code(error), "%s", error) from error
+                raise HTTPError(code_of(error), "%s", error) from error
             self.set_header("Content-Type", "application/octet-stream")
             self.set_header("Content-Length", path.stat().st_size)
             self.set_header("Content-Disposition", f'attachment; filename="{name}-{version}.safetensors"')
@@ -234,7 +234,7 @@ class RunAct(RunsHandler):
         self.finish(for_others({"error": message}))
 
 
-def _code(error: Exception) -> int:
+def code_of(error: Exception) -> int:
     """The status of an answer that is an error."""
     return next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
 

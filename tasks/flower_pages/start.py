@@ -43,10 +43,9 @@ class RunsOption(click.Option):
         from torchord.tasks.flower_pages.registering import register
 
         try:
-            allows = flower_allows(value)
+            register(flower_allows(value), whole=self._whole)
         except InvalidInput as error:
             raise click.BadParameter(str(error), ctx, param) from error
-        register(allows, whole=self._whole)
 
 
 def _is_flower(ctx: click.Context) -> bool:

@@ -24,10 +24,12 @@ from torchord.cache import keys
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer, free_port
+from torchord.coordinator.pages.tokens import made
 
 pytestmark = pytest.mark.slow
 RUNS, OTHER, FAILED = 200, 4, 3
 PASSWORD = "user:secret"
+TOKEN = made("a-program", "write")
 
 
 class Site:
@@ -94,12 +96,13 @@ def site(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> It
     folder, port = tmp_path_factory.mktemp("elsewhere"), free_port()
     command = [str(Path(sys.executable).with_name("celery")), "-A", "torchord", "flower", f"--port={port}"]
     options = ["--url_prefix=watch", f"--basic_auth={PASSWORD}", "--runs-allow=pause,cancel"]
-    log = folder / "flower.log"
+    log, tokens = folder / "flower.log", folder / "tokens"
+    tokens.write_text(f"# who may pause\n{TOKEN[1]}\n")
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*command, *options],
             cwd=folder,
-            env={**os.environ, "TORCHORD_URL": server.url},
+            env={**os.environ, "TORCHORD_URL": server.url, "TORCHORD_API_TOKENS_FILE": str(tokens)},
             stdout=out,
             stderr=out,
         )
@@ -185,6 +188,20 @@ def test_buttons_act_when_their_own_page_asks_and_flower_admits_them(site: Site)
     assert site.json("/run/run-002/overview")["state"] == "paused"
     status, answer = post(site, "/run/unheard-of/cancel", token, **own)
     assert status == 404 and "unheard-of" in answer["error"]
+
+
+def test_a_program_with_a_token_is_answered_beside_flowers_own_api(site: Site) -> None:
+    token = {"Authorization": f"Bearer {TOKEN[0]}"}
+    status, body, _ = site.ask("/api/runs/run-010", password=None, headers=token)
+    assert status == 200 and json.loads(body)["version"] == 12
+    status, body, _ = site.ask(
+        "/api/runs/run-010/pause", password=None, method="POST", data=b"", headers=token
+    )
+    assert (status, json.loads(body)) == (200, {"name": "run-010", "state": "paused"})
+    assert site.ask("/api/runs/run-011/pause", method="POST", data=b"")[0] == 403
+    assert site.ask("/api/runs", password=None)[0] == 401 and site.ask("/api/runs")[0] == 200
+    assert site.json("/api/openapi.json")["servers"] == [{"url": "/watch"}]
+    assert site.ask("/api/workers")[0] == 200
 
 
 def test_names_from_an_address_are_text(site: Site) -> None:

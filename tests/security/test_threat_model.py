@@ -13,6 +13,7 @@ PAGE = ROOT / "docs" / "security.md"
 WHO = (
     "Who may only submit",
     "Who has a worker's credential",
+    "Who reaches the REST interface",
     "Who can write to Redis",
     "A worker that is malicious or broken",
     "A bystander on the host",

@@ -16,7 +16,7 @@ from torchord.cache.servers.redis_client import connect
 from torchord.coordinator.cli import main
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
-from torchord.coordinator.submit_command import read
+from torchord.coordinator.spec.submission import read
 
 FILE = """
 name = "points"

@@ -1,17 +1,13 @@
-"""`torchord submit FILE`: a run as a TOML file has it."""
+"""A run as a TOML file has it."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import click
-
-from torchord.cache.errors import CacheUnreachable, InvalidInput, TorchordError
-from torchord.coordinator.commands.common import BAD, OK, UNREACHABLE, USAGE, find_modules_here
+from torchord.cache.errors import InvalidInput
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
 from torchord.coordinator.spec.targets import Target
@@ -29,6 +25,7 @@ class Submission:
         recipe: what to train.
         config: how.
         start_from, on: see `Master.submit`.
+        adjustable: fields of the config that whoever submits it by its name may choose.
     """
 
     name: str | None
@@ -36,6 +33,19 @@ class Submission:
     config: TrainingConfig
     start_from: str | None
     on: dict[str, Any] | None
+    adjustable: tuple[str, ...] = ()
+
+    def adjusted(self, config: Mapping[str, Any]) -> Submission:
+        """The same with other values of some fields of the config.
+
+        Raises:
+            InvalidInput: a field is not among the adjustable ones.
+            ConfigError: a value is out of range.
+        """
+        if locked := sorted(set(config) - set(self.adjustable)):
+            choice = ", ".join(self.adjustable) or "nothing"
+            raise InvalidInput(f"{locked[0]!r} of this recipe's config is fixed; it lets {choice} be chosen")
+        return replace(self, config=replace(self.config, **config))
 
 
 def read(text: str) -> Submission:
@@ -53,8 +63,10 @@ def read(text: str) -> Submission:
         said = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"it is no TOML: {error}") from error
-    if unknown := sorted(said.keys() - {"name", "recipe", "config", "start_from", "on"}):
-        raise InvalidInput(f"it has {unknown[0]!r}; a run has name, [recipe], [config], start_from and [on]")
+    if unknown := sorted(said.keys() - {"name", "recipe", "config", "start_from", "on", "adjustable"}):
+        raise InvalidInput(
+            f"it has {unknown[0]!r}; a run has name, [recipe], [config], start_from, [on] and adjustable"
+        )
     recipe, config = said.get("recipe"), said.get("config", {})
     if not isinstance(recipe, dict) or not isinstance(config, dict):
         raise InvalidInput("a run needs a table [recipe]: model, dataset, optimizer, and a loss or a step")
@@ -65,13 +77,15 @@ def read(text: str) -> Submission:
         raise InvalidInput(f"[recipe] lacks {lacking[0]!r}")
     if unknown := sorted(config.keys() - {field.name for field in fields(TrainingConfig)}):
         raise InvalidInput(f"[config] has {unknown[0]!r}, which is no field of TrainingConfig")
+    adjustable = said.get("adjustable", [])
+    if not isinstance(adjustable, list) or not {*map(str, adjustable)} <= {
+        f.name for f in fields(TrainingConfig)
+    }:
+        raise InvalidInput("adjustable is a list of fields of TrainingConfig")
     entries = {name: _entries(name, value) for name, value in recipe.items()}
+    made = Recipe(**entries), TrainingConfig(**config)
     return Submission(
-        said.get("name"),
-        Recipe(**entries),
-        TrainingConfig(**config),
-        said.get("start_from"),
-        said.get("on"),
+        said.get("name"), *made, said.get("start_from"), said.get("on"), tuple(map(str, adjustable))
     )
 
 
@@ -97,37 +111,3 @@ def _entry(name: str, value: Any) -> Any:
         )
     given = {key: each for key, each in value.items() if key not in ("target", "args")}
     return Target(value["target"], tuple(value.get("args", ())), given)
-
-
-@click.command(
-    "submit",
-    help="Submit a run as a TOML file has it: name, [recipe], [config]; modules are found from the "
-    "directory that this is started in, as workers find them in theirs.",
-)
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
-@click.option("--name", help="Name of the run, in place of the file's.")
-@click.option("--url", metavar="URL", help="Redis URL of broker and control plane (else TORCHORD_URL).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def submit(file: Path, name: str | None, url: str | None, as_json: bool) -> int:
-    """See the help."""
-    from torchord.cache.ledger.figures import for_others
-    from torchord.coordinator.master.master import Master
-
-    find_modules_here()
-    try:
-        said = read(file.read_text(encoding="utf-8"))
-        run = Master(url).submit(
-            said.recipe, said.config, name=name or said.name, start_from=said.start_from, on=said.on
-        )
-        state = run.status().state
-    except InvalidInput as error:
-        click.echo(f"error: {file}: {error}", err=True)
-        return USAGE
-    except (TorchordError, UnicodeDecodeError) as error:
-        click.echo(f"error: {file}: {error}", err=True)
-        return UNREACHABLE if isinstance(error, CacheUnreachable) else BAD
-    if as_json:
-        click.echo(for_others({"name": run.name, "state": state}))
-    else:
-        click.echo(f"{run.name}: {state}; `torchord watch {run.name}` follows it")
-    return OK
