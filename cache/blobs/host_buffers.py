@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_MOST_KEPT = 6  # drafts that are free or shown, a process
+_MOST_KEPT = (
+    12  # drafts that are free or shown, a process: in a round, what slots send and keep in three steps
+)
 
 
 @dataclass(slots=True)

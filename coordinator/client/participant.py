@@ -200,7 +200,8 @@ class Participant:
         """Take over what the slots of a step keep for their next."""
         before = self.slots
         self.slots, unused = kept_states(self.context, step, slots.values(), before, skipped=skipped)
-        self._read[step] += _besides([*before.values(), *unused], self.slots, self._stored)
+        self._read[step] += _besides(unused, self.slots)
+        self._read.setdefault(step - 1, []).extend(_besides(before.values(), self.slots, self._stored))
 
     def settle(self, record: VersionRecord | None) -> list[BlobRef]:
         """Keep of the slots' states what is stored with a version: the present one's, at a round's end.

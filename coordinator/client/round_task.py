@@ -170,8 +170,17 @@ class RoundTask:
         except (CacheError, RunNotFound) as error:
             # What of the round can be had elsewhere goes on there; else its training server goes back.
             log.warning("run %s: this worker leaves the round of step %d: %s", run, task.step, error)
-            self.lease.hindrances.met(ledger, "slot", (task.step,), error)
+            if not self._is_over(ledger, task):
+                self.lease.hindrances.met(ledger, "slot", (task.step,), error)
             return {**receipt, "status": "left", "error": str(error)}
+
+    @staticmethod
+    def _is_over(ledger: Ledger, task: SeatTask) -> bool:
+        """Whether a round has ended while this participant was behind: what it lacked is deleted then."""
+        with suppress(CacheError):
+            state = ledger.round()
+            return state is None or state.first != task.step
+        return False
 
     def _forget(self, run: str) -> None:
         self._participants.pop(run, None)

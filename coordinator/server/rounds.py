@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterable
 from typing import Literal
 
+from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import FALSIFIED, Head, VersionRecord
-from torchord.cache.ledger.rounds import RoundState
+from torchord.cache.ledger.rounds import KEPT_STEPS, RoundState
 from torchord.cache.ledger.workers import WorkerInfo
 from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.messages.task_names import GRADIENTS
@@ -159,8 +160,18 @@ class RoundOpener:
         stored, pinned = warm.ledger.kept_versions()
         warm.adopt(record, (head.committed_at - warm.committed_at) / taken, head.committed_at)
         warm.stored, warm.pinned = stored, pinned
+        over, left = record.version >= warm.end, self._left(warm, record)
+        warm.spent = [*warm.left, *(left if over else [])]
+        warm.left = [] if over else left
         warm.ledger.close_round(token=warm.token, committed=record.version)
         self.fault("server.after_adopt")
+
+    def _left(self, warm: WarmRun, record: VersionRecord) -> list[BlobRef]:
+        """The bytes of a round's last steps, which a participant that is behind may be reading at present."""
+        kept = {blob.key for blob in record.blobs()}
+        steps = range(max(0, record.version - KEPT_STEPS - 1), record.version)
+        slots = [slot for step in steps for slot in warm.ledger.slots(step).values()]
+        return [blob for slot in slots for blob in slot.blobs() if blob.key not in kept]
 
     def judge(self, warm: WarmRun, parameters: str) -> None:
         """Say who was wrong about a version that two participants made differently, now that it is made here.

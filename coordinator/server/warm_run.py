@@ -49,6 +49,7 @@ class WarmRun:
         far_until: up to which step it is taken for granted that Clients are on other hosts.
         download: reads the present step's gradients ahead; None where that does not pay.
         spent: gradient bytes of the last committed step, to be deleted.
+        left: those of the last round's last steps, to be deleted once nobody can be behind any more.
         stored, pinned: versions in the cache, and those among them that readers hold, as of the last commit.
         alone_until: the last step that this server takes itself, since a round was lost there.
         disputed: a round in which two Clients made different bytes of a version: up to that, this server
@@ -80,6 +81,7 @@ class WarmRun:
     far_until: int = NEVER
     download: GradientDownload | None = field(default=None, repr=False)
     spent: list[BlobRef] = field(default_factory=list, repr=False)
+    left: list[BlobRef] = field(default_factory=list, repr=False)
     stored: tuple[int, ...] = ()
     pinned: frozenset[int] = frozenset()
     behind: Callable[[Trainer], None] | None = field(default=None, repr=False)
@@ -176,7 +178,7 @@ class WarmRun:
         """
         self.version, self.chain, self.record = entry.version, entry.chain, record
         self.committed_at, self.seconds = entry.committed_at, entry.seconds
-        self.spent = spent
+        self.spent, self.left = [*spent, *self.left], []
         self.stored, self.pinned = committed.stored, committed.pinned
 
     def oldest_needed(self) -> int:

@@ -130,6 +130,17 @@ def test_what_slots_keep_may_lie_in_the_hosts_memory(tmp_path: Path, mode: str) 
     assert tier.counters.hits and found.kills and found.bits == expected.bits
 
 
+@pytest.mark.parametrize("mode", ["local", "topk", "clipped"])
+def test_nothing_is_left_but_what_versions_have(tmp_path: Path, mode: str) -> None:
+    """Neither of the steps that rounds pass through, nor of the last ones."""
+    given = alone(models.mlp(model=partial(models.Mlp, hidden=1024)))
+    fleet = Fleet(str(tmp_path), 3, seed=4)
+    assert fleet.run(given, config(**MODES[mode], round_steps=5, epochs=4)).state == "done"
+    stored = [record for _, record in sorted(fleet.ledger.versions().items())]
+    ours = {key for record in stored for blob in record.blobs() for key in blob.chunk_keys()}
+    assert set(cast(Any, fleet.services.chunks.chunks).chunks) <= ours
+
+
 def test_each_version_of_a_round_has_the_digest_of_its_content(tmp_path: Path) -> None:
     """Though only the last of a round is stored."""
     given, how = recipe(), config(digest="sha256", round_steps=5)
