@@ -34,6 +34,7 @@ from torchord.coordinator.commands.common import (
 from torchord.coordinator.commands.completion import completion
 from torchord.coordinator.commands.data import data
 from torchord.coordinator.commands.demo import demo
+from torchord.coordinator.commands.diff import diff
 from torchord.coordinator.commands.export import export
 from torchord.coordinator.commands.logs import logs
 from torchord.coordinator.commands.metrics import metrics
@@ -430,6 +431,7 @@ for command in (
     export,
     predict,
     data,
+    diff,
     demo,
     told,
     metrics,

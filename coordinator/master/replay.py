@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from torchord.cache.blobs.blob import BlobRef
 from torchord.cache.blobs.chunk_store import CHUNK_NBYTES
-from torchord.cache.errors import CheckpointError, InvalidInput, ShardFailed, TorchordError
+from torchord.cache.errors import CheckpointError, InvalidInput, RunError, ShardFailed, TorchordError
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.records import LedgerEntry, SlotReceipt, combined_digest
 from torchord.cache.stores.trees import put_tree
@@ -94,8 +95,7 @@ class Replay:
             RecipeError: the recipe cannot be imported here.
         """
         computed: list[int] = []
-        config = self.plan.config
-        with pinned(config.threads, config.deterministic, device(), restore=True):
+        with self._pinned():
             for step in sorted(set(steps)):
                 if step + 1 not in self.entries:
                     last = max(self.entries, default=0) - 1
@@ -110,6 +110,48 @@ class Replay:
                     if problems:
                         return computed, problems
         return computed, []
+
+    # --- parts of one step ----------------------------------------------------------------------
+
+    def starting(self, step: int) -> dict[str, Tensor]:
+        """The version that a step starts from, by name; errors as of `compare`.
+
+        Raises:
+            RunError: a step before it came out otherwise than the ledger says.
+        """
+        with self._pinned():
+            self._go_back(step)
+            while self._version < step:
+                if problems := self._try_step():
+                    raise RunError(problems[0])
+        assert self._trainer is not None
+        return {name: tensor.clone() for name, tensor in self._trainer.replica.state_tensors().items()}
+
+    def sent(self, step: int, shard: int) -> dict[str, Tensor]:
+        """What a shard sends: its gradient as it travels, and the buffers that changed; errors likewise."""
+        self.starting(step)
+        with self._pinned():
+            found = self._shard(step, shard)
+        return {**found.payload, **found.buffers}
+
+    def ending(self, step: int) -> dict[str, Tensor]:
+        """The version that a step makes, by name, whatever the ledger says of it; errors likewise."""
+        self.starting(step)
+        with self._pinned():
+            self._try_step()
+        assert self._trainer is not None
+        return {name: tensor.clone() for name, tensor in self._trainer.replica.state_tensors().items()}
+
+    def unlike(self, step: int, shard: int) -> list[str]:
+        """How a shard that is computed here differs from what the ledger says; errors likewise."""
+        self.starting(step)
+        with self._pinned():
+            found = self._shard(step, shard)
+        return self._compared(step, shard, found, self.entries[step + 1].slots[shard])
+
+    def _pinned(self) -> AbstractContextManager[None]:
+        config = self.plan.config
+        return pinned(config.threads, config.deterministic, device(), restore=True)
 
     # --- where to start -------------------------------------------------------------------------
 
