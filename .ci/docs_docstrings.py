@@ -1,7 +1,8 @@
 """Docstrings as the site shows them: an extension of griffe, which reads them for mkdocstrings.
 
 Its sections are Google's, and two of ours are not among them: `Example:` is what Google's `Examples:` is, and
-the lines of an `Equation:` are shown as they stand.
+the lines of an `Equation:` are shown as they stand. What is said of several arguments is
+said of each of them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import Any
 from griffe import Extension, Object
 
 EQUATION = re.compile(r"^( *)Equation:\n((?:\1 +\S.*\n|\n(?=\1 ))+)", re.MULTILINE)
+SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 
 
 def shown(docstring: str) -> str:
     """The docstring with both sections as griffe and Markdown know them."""
     text = re.sub(r"^( *)Example:$", r"\1Examples:", docstring, flags=re.MULTILINE)
+    text = SEVERAL.sub(
+        lambda found: "\n".join(f"{found[1]}{name}: {found[3]}" for name in found[2].split(", ")), text
+    )
     return EQUATION.sub(r"\1Equation:\n\1    ```text\n\2\1    ```\n", f"{text}\n")
 
 

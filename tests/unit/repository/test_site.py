@@ -87,7 +87,12 @@ def documented(thing: griffe.Object | griffe.Alias) -> Iterator[griffe.Object | 
 def test_docstrings_of_the_reference_are_understood(caplog: pytest.LogCaptureFixture) -> None:
     """A parameter that is none, or a section whose continued lines are not indented further, is a warning."""
     caplog.set_level(logging.WARNING, "griffe")
-    package = griffe.load("torchord", search_paths=[ROOT], docstring_parser="google")
+    package = griffe.load(
+        "torchord",
+        search_paths=[ROOT],
+        docstring_parser="google",
+        extensions=griffe.load_extensions(docs_docstrings.Docstrings()),
+    )
     shown = [package[name] for name in torchord.__all__ if name != "app"]
     shown += [package[name.removeprefix("torchord.")] for name in (*docs_site.MODULES, docs_site.ERRORS)]
     for thing in shown:
@@ -97,8 +102,17 @@ def test_docstrings_of_the_reference_are_understood(caplog: pytest.LogCaptureFix
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_sections_of_our_docstrings_are_what_the_site_knows() -> None:
-    text = "Mean.\n\nEquation:\n    a_1 = w\n    a_2 = v\n\nExample:\n    >>> mean()"
-    assert docs_docstrings.shown(text) == (
-        "Mean.\n\nEquation:\n    ```text\n    a_1 = w\n    a_2 = v\n    ```\n\nExamples:\n    >>> mean()\n"
-    )
+@pytest.mark.parametrize(
+    ("ours", "shown"),
+    [
+        ("Equation:\n    a = w\n    b = v\n", "Equation:\n    ```text\n    a = w\n    b = v\n    ```\n"),
+        ("Equation:\n    a = w", "Equation:\n    ```text\n    a = w\n    ```\n"),
+        ("Example:\n    >>> mean()\n", "Examples:\n    >>> mean()\n"),
+        (
+            "Args:\n    a, b: of\n        both.\n    c: it.\n",
+            "Args:\n    a: of\n        both.\n    b: of\n        both.\n    c: it.\n",
+        ),
+    ],
+)
+def test_sections_of_our_docstrings_are_what_the_site_knows(ours: str, shown: str) -> None:
+    assert docs_docstrings.shown(ours).rstrip() == shown.rstrip()
