@@ -20,6 +20,7 @@ BENCHMARKS = {
     "security": "what keys and digests cost a step",
     "scale": "2 to 256 simulated Clients: what a step costs, and what gives out first",
     "gpu": "one GPU, one and two workers beside the plain loop; skipped where there is none",
+    "portable": "whether portable kernels give the same bits on emulated processors, and their price",
     "codecs": "bytes, accuracy and seconds of each gradient codec",
     "accuracy": "seconds and bytes to 90 % test accuracy beside DDP; DiLoCo beside exact sync",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.bench_portable import QEMU, differing, machines, matrix
 from tests.support import falsified, models, reference
 from tests.support.waiting import wait_until
 from torchord import LocalCluster, Master, TrainingConfig
@@ -80,3 +82,17 @@ def test_a_machine_that_errs_does_not_start(tmp_path: Path) -> None:
             erring.wait_ready()
         said = " ".join(str(told.value).split())
         assert "this worker cannot start: this machine computes 'layer norm' with other bits than" in said
+
+
+@pytest.mark.slow
+def test_other_processors_compute_the_same() -> None:
+    """A dozen operators and a model, on emulated Intel and AMD processors where they can be had."""
+    columns = machines(small=True)
+    found = matrix(small=True)
+    shared = [each.name for each in columns if each.portable]
+    assert len(shared) == 3 and sum(bool(each.model) for each in columns) == (2 if shutil.which(QEMU) else 0)
+    assert differing(found, shared) == {name: [] for name in shared}
+    rows = [row for kind in found[shared[0]].values() for row in kind]
+    assert len(rows) >= 11
+    (native,) = (each.name for each in columns if not each.portable)
+    assert "matmul" in differing(found, [native])[native], "what is pinned makes a difference"

@@ -35,7 +35,7 @@ def test_one_bit_of_one_operator_shows_there_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_inputs_are_exact_numbers_of_every_size() -> None:
-    values = self_test._values(40, 50)
+    values = self_test.values(40, 50)
     assert ((values * 1024).round() == values * 1024).all() and values.abs().max() <= 2
     assert len(values.unique()) > 1000
 
