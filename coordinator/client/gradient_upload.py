@@ -198,7 +198,7 @@ class GradientUploads:
 
 def _may_go_ahead(replica: Replica, config: TrainingConfig) -> bool:
     plain = config.compression == "none" and config.local_steps == 1 and not config.compile
-    return plain and replica.memory is None
+    return plain and config.micro_batch_size is None and replica.memory is None
 
 
 def _fits(spec: TensorSpec, parameter: nn.Parameter | None) -> bool:

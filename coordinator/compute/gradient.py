@@ -10,16 +10,18 @@ provided; see `determinism`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchord.cache.errors import InvalidInput
 from torchord.cache.ledger.step_metrics import Row
+from torchord.coordinator.compute import step_metrics
 from torchord.coordinator.compute.batch import (
     Batch,
     IndexArray,
@@ -32,8 +34,10 @@ from torchord.coordinator.compute.determinism import pinned, seed_everything
 from torchord.coordinator.compute.forward_watch import due
 from torchord.coordinator.compute.loss_scale import LossScale, unscale
 from torchord.coordinator.compute.optimizers import require_same_trained
-from torchord.coordinator.compute.readback import collect, take_gradients
+from torchord.coordinator.compute.readback import collect, norm_of, take_gradients
 from torchord.coordinator.compute.replica import Replica
+from torchord.coordinator.compute.shares import mean_loss, total_weight
+from torchord.coordinator.compute.sums import Accumulator
 from torchord.coordinator.compute.weights import (
     Weighed,
     checked,
@@ -103,6 +107,9 @@ def compute(
 ) -> ShardGradient:
     """Compute the gradient of a shard's mean loss at the replica's version.
 
+    With `config.micro_batch_size` it is put together from parts of the shard, each computed as a shard is,
+    from the version's buffers and with seeds of its own.
+
     Args:
         replica: the model, loaded with the step's version.
         resolved: the run's recipe.
@@ -126,10 +133,63 @@ def compute(
     """
     if len(indices) == 0:
         raise InvalidInput(f"shard {shard} of step {step} has no examples")
+    parts = micro_batches(indices, config.micro_batch_size)
+    if len(parts) == 1:
+        return _compute(replica, resolved, config, dataset, indices, (step, shard), watched, whole)
+    rest = unwatched, len(indices) if whole is None else whole
+    found = (
+        _compute(replica, resolved, config, dataset, part, (step, shard, number), *rest)
+        for number, part in enumerate(parts)
+    )
+    with pinned(config.threads, config.deterministic, replica.device):
+        return _together(replica, found, len(indices))
+
+
+def micro_batches(indices: IndexArray, size: int | None) -> list[IndexArray]:
+    """Cut a shard into parts of at most `size` examples, as even as they can be; None: it is one part.
+
+    Example:
+        >>> [len(part) for part in micro_batches(np.arange(10), 4)]
+        [4, 3, 3]
+    """
+    if size is None:
+        return [indices]
+    return list(np.array_split(np.asarray(indices), -(-len(indices) // size)))
+
+
+def _together(replica: Replica, parts: Iterable[ShardGradient], examples: int) -> ShardGradient:
+    """A shard from its micro-batches, put together as a step is from its shards; one is held at a time."""
+    total = Accumulator(replica.version_tensors, examples, replica.rules)
+    figures: list[tuple[float, int, float | None]] = []
+    measured: list[step_metrics.Part] = []
+    for part in parts:
+        total.add(part.gradients, part.buffers, part.examples, part.weight)
+        figures.append((part.loss, part.examples, part.weight))
+        measured.append((part.metrics, part.examples, part.weight))
+    gradients, buffers = total.result()
+    weight = total_weight((number, each) for _, number, each in figures)
+    loss, norm = (0.0, 0.0) if weight == 0 else (mean_loss(figures), norm_of(gradients))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    metrics = step_metrics.joined(measured)
+    return ShardGradient(gradients, buffers, loss, norm, examples, finite, weight, metrics)
+
+
+def _compute(
+    replica: Replica,
+    resolved: ResolvedRecipe,
+    config: TrainingConfig,
+    dataset: Any,
+    indices: IndexArray,
+    place: tuple[int, ...],
+    watched: Watch,
+    whole: int | None,
+) -> ShardGradient:
+    """What is computed at once: a shard, at `(step, shard)`, or one of its micro-batches."""
+    step, shard, *_ = place
     with pinned(config.threads, config.deterministic, replica.device):
         replica.reset_buffers()
-        batch = read_batch(resolved, config, dataset, indices, (step, shard))
-        place, scale = (step, shard), replica.loss_scale
+        batch = read_batch(resolved, config, dataset, indices, place)
+        scale = replica.loss_scale
         weighed = forward_backward(replica, resolved, config, batch, place, scale, watched, whole=whole)
         gradients = take_gradients(replica)
         require_same_trained(replica, f"step {step}, shard {shard}")

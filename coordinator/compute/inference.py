@@ -77,7 +77,8 @@ def evaluate(
         InvalidInput: the recipe's code returned what cannot be used.
         Exception: what it raises, with a note.
     """
-    size = -(-config.batch_size // config.shards)
+    size = -(-config.batch_size // config.shard_count)
+    size = min(size, config.micro_batch_size or size)
     parts: list[Measured] = []
     beside: list[step_metrics.Part] = []
     tally = Tally(resolved.metrics, replica.device)

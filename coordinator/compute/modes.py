@@ -60,11 +60,12 @@ class Modes:
             synced = any(
                 base.__name__ == "SyncBatchNorm" for base in type(module).__mro__
             )  # apex has its own
-            if synced and id(module) not in staying and config.shards > 1:
+            if synced and id(module) not in staying and (config.shard_count > 1 or config.micro_batch_size):
                 raise InvalidInput(
                     f"{name or 'the model'!r} is a SyncBatchNorm, whose statistics are those of the whole "
                     "batch, while shards are computed apart; use a BatchNorm (each shard's own statistics, "
-                    "as each rank's under DDP), a GroupNorm, which needs none, or shards=1"
+                    "as each rank's under DDP), a GroupNorm, which needs none, or shards=1 "
+                    "and no micro_batch_size"
                 )
 
 

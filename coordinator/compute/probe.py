@@ -34,6 +34,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torchord.coordinator.compute.aligned_chance import AlignedChance
 from torchord.coordinator.compute.batch import Batch, read_samples
 from torchord.coordinator.compute.determinism import pinned, seed_everything
+from torchord.coordinator.compute.gradient import micro_batches
 from torchord.coordinator.compute.metric_trial import try_metrics
 from torchord.coordinator.compute.part_losses import (
     MODES,
@@ -73,7 +74,17 @@ def due(resolved: ResolvedRecipe, plan: Plan, step: int, shard: int) -> bool:
 
 
 def _is_made_of_shards(plan: Plan, step: int) -> bool:
-    return plan.config_at(step).local_steps == 1 and plan.shards_in(step) > 1
+    config = plan.config_at(step)
+    if config.local_steps > 1:
+        return False
+    return plan.shards_in(step) > 1 or plan.shard_sizes(step)[0] > (config.micro_batch_size or math.inf)
+
+
+def _parts(plan: Plan, step: int, shard: int) -> list[list[int]]:
+    """The samples of what is computed at once: the shards from this one on, or their micro-batches."""
+    size = plan.config_at(step).micro_batch_size
+    shards = (plan.indices(step, each) for each in range(shard, plan.shards_in(step)))
+    return [list(map(int, part)) for indices in shards for part in micro_batches(indices, size)]
 
 
 def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, step: int, shard: int) -> str:
@@ -92,9 +103,9 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
     """
     config = plan.config_at(step)
     indices: list[int] = []
-    for each in range(shard, plan.shards_in(step)):
+    for part in _parts(plan, step, shard):
         if len(indices) < _LEAST_EXAMPLES:
-            indices += plan.indices(step, each).tolist()
+            indices += part
     if len(indices) < 2:
         return ""
     try:
@@ -117,16 +128,16 @@ def probe(like: Replica, resolved: ResolvedRecipe, plan: Plan, dataset: Any, ste
             try:
                 return trial(indices)
             except PartsRaise:  # no part of a run is smaller than its shards
-                first, second = (plan.indices(step, s).tolist() for s in _two(plan, step, shard))
+                first, second = _two(plan, step, shard)
                 return trial(first + second, [len(first), len(second)])
     except CannotLook as reason:
         return f"{_WHETHER} could not be looked at: {reason}"
 
 
-def _two(plan: Plan, step: int, shard: int) -> tuple[int, int]:
-    """A shard and its neighbour."""
-    first = min(shard, plan.shards_in(step) - 2)
-    return first, first + 1
+def _two(plan: Plan, step: int, shard: int) -> list[list[int]]:
+    """A part and its neighbour."""
+    found = _parts(plan, step, shard)
+    return found[:2] if len(found) > 1 else _parts(plan, step, 0)[-2:]
 
 
 class _Trial:

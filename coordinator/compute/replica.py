@@ -79,6 +79,7 @@ class Replica:
         digest: of the bytes in `flat`, kept likewise; "" if unknown.
         modes: puts the model in training or evaluation mode.
         rules: name -> rule of each buffer and frozen parameter (`buffer_rules`).
+        version_tensors: what the loaded version has, by name, on the CPU; not to be written to.
         tried: those of them of which this process knows that no batch enters them.
         counts: finds out whether the next model that this process makes has other names.
     """
@@ -103,7 +104,7 @@ class Replica:
         self.rules: Mapping[str, Rule] = {}
         self.tried: set[str] = set()
         self.counts: Callable[[], bool] = lambda: False
-        self._version: dict[str, Tensor] = {}  # on the CPU
+        self.version_tensors: dict[str, Tensor] = {}
         self._here: dict[str, Tensor] = {}  # the same on the device, where they are copied from
         self._rest_here: dict[str, Tensor] = {}  # of these, what rests
         self._attached = self._dirty = False
@@ -268,7 +269,7 @@ class Replica:
         if self.memory is not None and rest is not self.rest:
             self._rest_here = {name: tensor.to(self.device) for name, tensor in beside.items()}
         self.flat, self.rest = buffer, rest
-        self._version = self._here = {**views(buffer, manifest), **beside}
+        self.version_tensors = self._here = {**views(buffer, manifest), **beside}
         if self.memory is not None:
             self._here = {**views(self.memory.upload(buffer), manifest), **self._rest_here}
 
@@ -293,7 +294,7 @@ class Replica:
         self._take(buffer, rest)
         for name, parameter in self.parameters.items():
             if name not in self.frozen:
-                parameter.data = self._version[name]
+                parameter.data = self.version_tensors[name]
         self._places.put(self.frozen, self._here)
         self._attached, self._dirty = True, False
         self._settle()
@@ -338,7 +339,7 @@ class Replica:
         self._places.note()
         self.reset_buffers()
         if self.loss_scale is not None:
-            self.loss_scale = LossScale.of(self._version[ENTRY])
+            self.loss_scale = LossScale.of(self.version_tensors[ENTRY])
         if self.average is not None:
             self.average.take(self._here)
 
@@ -439,8 +440,8 @@ class Replica:
 
     def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a shard sends of some contiguous CPU tensors whose bytes differ from the loaded version's."""
-        found = {name: v for name, v in values.items() if not same_bytes(v, self._version[name])}
-        return contributions(found, self._version, self.rules)
+        found = {name: v for name, v in values.items() if not same_bytes(v, self.version_tensors[name])}
+        return contributions(found, self.version_tensors, self.rules)
 
     def train(self) -> nn.Module:
         """Switch the model to training mode, drop its gradients and return it, compiled if it is to be."""

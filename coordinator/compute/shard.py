@@ -93,8 +93,9 @@ def work(
         indices, place = plan.indices(step, shard), (step, shard)
         whole = plan.examples(step)
         found = gradient.compute(replica, recipe, config, dataset, indices, step, shard, watched, whole=whole)
-    if found.buffers and plan.shards_in(step) > 1:
-        require_no_batch(replica, recipe, config, dataset, indices, place, found.buffers)
+    first = gradient.micro_batches(indices, config.micro_batch_size)[0]
+    if found.buffers and (plan.shards_in(step) > 1 or len(first) < len(indices)):
+        require_no_batch(replica, recipe, config, dataset, first, place, found.buffers)
     gradients = {} if found.weight == 0 else found.gradients
     with pinned(config.threads, config.deterministic, replica.device):
         encoded = codec.encode(gradients, before.get("residual"))

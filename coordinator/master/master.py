@@ -15,8 +15,10 @@ from torchord.cache.datasets.datasets import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput, RunNotFound
 from torchord.cache.settings import from_environment, located
 from torchord.coordinator.compute.optimizer_trial import try_optimizers
+from torchord.coordinator.local_cluster.starting import starting
 from torchord.coordinator.master.reports import TrainedModel
 from torchord.coordinator.master.run import Run
+from torchord.coordinator.master.shards import fixed
 from torchord.coordinator.master.starting_point import StartFrom, StartingPoint, read_start
 from torchord.coordinator.messages.addressees import On, read_on
 from torchord.coordinator.messages.broker import celery_url, publisher, transport_options
@@ -24,7 +26,7 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.aggregation import require_equal_shards
 from torchord.coordinator.spec.buffer_entries import require_apart
-from torchord.coordinator.spec.config import TrainingConfig
+from torchord.coordinator.spec.config import AUTO, TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.fingerprints import fingerprint
 from torchord.coordinator.spec.recipe import Recipe, measures_more
@@ -123,6 +125,7 @@ class Master:
         config = TrainingConfig() if config is None else config
         if not isinstance(config, TrainingConfig):
             raise InvalidInput(f"submit() takes a TrainingConfig second, got {type(config).__name__}")
+        config = self._fixed(config, name)
         recipe.require_order_of(config)
         require_float32("this program")
         self._services.require_same_placement()
@@ -165,6 +168,17 @@ class Master:
         elif state in ("pending", "running"):
             self._sender.advance(name)
         return run
+
+    def _fixed(self, config: TrainingConfig, name: str | None) -> TrainingConfig:
+        """The config with its number of shards: that of the run that is there, else the fleet's."""
+        if config.shards != AUTO:
+            return config
+        if name is not None:
+            with suppress(RunNotFound):
+                there = self._services.ledger(keys.check_name(name)).spec()["config"]
+                return replace(config, shards=TrainingConfig.from_json(there).shard_count)
+        started = starting(self.url)  # before the registry, see there
+        return fixed(config, self._services.registry.alive(), started)
 
     def _create(self, name: str, spec: dict[str, Any], start: StartingPoint | None) -> dict[str, Any] | None:
         """Create the run unless it is there; the spec of the one that is.

@@ -63,7 +63,7 @@ class Finish:
         size = warm.ledger.head().evaluation_size
         if not size:
             return False
-        parts = evaluation_parts(size, warm.context.config.shards)
+        parts = evaluation_parts(size, warm.context.config.shard_count)
         if warm.ledger.launch_evaluation(warm.version, parts, pin_seconds=_EVALUATION_PIN_SECONDS):
             self.sender.evaluation(warm.run, warm.version, range(parts), parts)
         return True

@@ -57,7 +57,13 @@ def require_apart(buffers: Mapping[str, Entry] | None, config: TrainingConfig) -
     Raises:
         RecipeError: names the buffer and the field of the config.
     """
-    if config.shards > config.fan_in and (names := functions_of(buffers)):
+    added = [name for name, rule in words_of(buffers).items() if rule == "sum"]
+    if config.micro_batch_size is not None and (whole := [*functions_of(buffers), *added]):
+        raise RecipeError(
+            f"buffers: the rule of {whole[0]!r} is one of whole shards, and with micro_batch_size they are "
+            "computed in parts; leave that out and set more shards, or use 'shard0', 'mean' or 'agree'"
+        )
+    if config.shard_count > config.fan_in and (names := functions_of(buffers)):
         raise RecipeError(
             f"buffers: the rule of {next(iter(names))!r} is a function of all shards' values, which partial "
             f"sums do not keep (shards={config.shards}, fan_in={config.fan_in}); set fan_in={config.shards}, "

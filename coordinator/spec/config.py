@@ -20,6 +20,7 @@ from torchord.coordinator.spec.stopping import Keep, MaxSteps, Rule
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _MEMORY_FORMATS = ("contiguous", "channels_last")
+AUTO = "auto"
 _DIGESTS = ("auto", "xxh3", "blake3", "sha256")
 _NONFINITE = ("stop", "skip")
 _SKEW = ("refuse", "admit")
@@ -40,7 +41,12 @@ class TrainingConfig:
         batch_size: examples in one global step over all shards together, at least 1.
         shards: gradient tasks in one step, 1 to 2**20; a step with fewer examples than this
             (the ragged end of an epoch, or a small batch) has one shard per example instead.
-            The bits of a run depend on it, on the number of workers they do not.
+            The bits of a run depend on it, on the number of workers they do not. "auto": chosen when the run
+            is submitted, two for each Client that there is then, and a number from then on; see
+            `torchord.coordinator.master.shards`.
+        micro_batch_size: examples that a shard's forward and backward have at a time, at least 1, where its
+            activations would take more memory than a device has; None: all of the shard's. The gradients of
+            the parts add up in their order, as in gradient accumulation. The bits of a run depend on it.
         fan_in: tensors that are summed in one place, at least 2. A step with more shards has them
             summed in groups by the workers, in a tree fixed by the shards' numbers, so that the
             training server reads at most this many tensors. The bits of a run with more shards than
@@ -141,7 +147,8 @@ class TrainingConfig:
 
     epochs: int = 1
     batch_size: int = 256
-    shards: int = 4
+    shards: int | str = 4
+    micro_batch_size: int | None = None
     fan_in: int = 8
     seed: int = 0
     local_steps: int = 1
@@ -180,12 +187,19 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             self._integer(name, minimum=1)
-        for name in ("shards", "local_steps"):
-            self._integer(name, minimum=1, maximum=_MAX_TASKS)
+        self._integer("local_steps", minimum=1, maximum=_MAX_TASKS)
+        if self.shards != AUTO:
+            self._integer("shards", minimum=1, maximum=_MAX_TASKS, words=("'auto'",))
         self._integer("threads", minimum=1, maximum=_MAX_THREADS)
         for name in ("checkpoint_every", "keep_checkpoints", "max_attempts", "loss_scale_interval"):
             self._integer(name, minimum=1)
         self._integer("fan_in", minimum=2)
+        self._integer("micro_batch_size", minimum=1, optional=True)
+        if self.micro_batch_size is not None and self.local_steps > 1:
+            raise ConfigError(
+                f"micro_batch_size is for shards of exact steps, and with local_steps={self.local_steps} a "
+                "shard takes steps of its own; leave it out, and set a smaller batch_size or more shards"
+            )
         self._integer("evaluate_every", minimum=1, optional=True)
         self._integer("seed", minimum=0, maximum=_MAX_SEED)
         self._integer("staleness", minimum=0, maximum=_MAX_STALENESS)
@@ -195,19 +209,8 @@ class TrainingConfig:
         self._positive("max_shard_norm", optional=True)
         self._choice("aggregation", AGGREGATIONS)
         self._integer("aggregation_faults", minimum=1)
-        require_robust(
-            self.aggregation,
-            self.aggregation_faults,
-            shards=self.shards,
-            fan_in=self.fan_in,
-            compression=self.compression,
-        )
-        if self.max_shard_norm is not None and self.shards > self.fan_in:
-            raise ConfigError(
-                f"max_shard_norm looks at each shard's gradient, and with shards={self.shards} above fan_in="
-                f"{self.fan_in} the training server gets sums of them: set fan_in to {self.shards}, or leave "
-                "max_shard_norm out"
-            )
+        if self.shards != AUTO:
+            self._require_shards()
         self._positive("shard_timeout_seconds", optional=True)
         self._positive("loss_scale")
         self._fraction("audit_fraction")
@@ -232,6 +235,33 @@ class TrainingConfig:
                     check(getattr(self, name))
                 except ConfigError as error:
                     raise ConfigError(str(error).replace("compression", name, 1)) from None
+
+    def _require_shards(self) -> None:
+        """Refuse what a number of shards is too large or too small for."""
+        require_robust(
+            self.aggregation,
+            self.aggregation_faults,
+            shards=self.shard_count,
+            fan_in=self.fan_in,
+            compression=self.compression,
+        )
+        if self.max_shard_norm is not None and self.shard_count > self.fan_in:
+            raise ConfigError(
+                f"max_shard_norm looks at each shard's gradient, and with shards={self.shards} above fan_in="
+                f"{self.fan_in} the training server gets sums of them: set fan_in to {self.shards}, or leave "
+                "max_shard_norm out"
+            )
+
+    @property
+    def shard_count(self) -> int:
+        """`shards` as the number that it is from when the run was submitted.
+
+        Raises:
+            ConfigError: it is "auto" still.
+        """
+        if isinstance(self.shards, str):
+            raise ConfigError("shards='auto' is a number from when the run is submitted; here it is none yet")
+        return self.shards
 
     def _require_portable(self) -> None:
         if self.compile:

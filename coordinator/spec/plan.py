@@ -262,7 +262,7 @@ class Plan:
 
     def shards_in(self, step: int) -> int:
         """Return how many shards the step has: `config.shards`, or one an example if those are fewer."""
-        return min(self.config_at(step).shards, self.batch_sizes(step)[0])
+        return min(self.config_at(step).shard_count, self.batch_sizes(step)[0])
 
     def fan_in(self, step: int) -> FanIn:
         """Return the slots of the step: its shards, the partial sums where those are many, its checks."""

@@ -287,7 +287,7 @@ def test_a_write_to_a_parameter_is_undone_from_the_device() -> None:
         parameter.add_(1)
     copies.log.clear()
     replica.reset_buffers()
-    assert torch.equal(parameter, replica._version[name]) and not copies.log
+    assert torch.equal(parameter, replica.version_tensors[name]) and not copies.log
 
 
 # --- determinism ------------------------------------------------------------------------

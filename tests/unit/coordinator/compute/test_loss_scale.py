@@ -213,7 +213,7 @@ def test_the_slots_scale_is_grad_scalers() -> None:
                 optimizer.zero_grad(set_to_none=True)
             assert LossScale.of(each.state["loss_scale"]).scale == scaler.get_scale()
             for name, parameter in replica.parameters.items():
-                moved = replica._version[name] - parameter.detach()
+                moved = replica.version_tensors[name] - parameter.detach()
                 assert torch.equal(each.gradient.gradients.get(name, torch.zeros_like(moved)), moved)
 
 
