@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ from torchord.coordinator.key_commands import keys
 from torchord.coordinator.trust_commands import liars, readmit
 
 if TYPE_CHECKING:
+    from torchord.cache.ledger.answers import Event
+    from torchord.coordinator.commands.screen import Screen
     from torchord.coordinator.master.master import Master
     from torchord.coordinator.runtime.control_plane import ControlPlane
 
@@ -284,17 +287,15 @@ def _watch(plane: ControlPlane, options: Options) -> int:
 
     run = Standing(plane, options.name)
     run.status()  # raises if there is no such run
-    follower, quiet = run.follow(), run.quiet(_Lines(options))
-    while True:
-        head, events = follower.look(block_seconds=POLL_SECONDS, resting=RESTING)
-        for event in events:
-            if options.json:
-                print(for_others({"id": event.id, "type": event.type, **event.data}), flush=True)
-            else:
-                print(views.worded(event.type, event.data), flush=True)
-        if head is not None and not events and head.status in RESTING:
-            break
-        quiet.look(head, moved=bool(events))
+    with _shown(options) as shown:
+        follower, quiet = run.follow(), run.quiet(shown)
+        while True:
+            head, events = follower.look(block_seconds=POLL_SECONDS, resting=RESTING)
+            for event in events:
+                shown.event(event, views.worded(event.type, event.data))
+            if head is not None and not events and head.status in RESTING:
+                break
+            quiet.look(head, moved=bool(events))
     status = run.status()
     if status.state == "done":
         return OK
@@ -304,11 +305,29 @@ def _watch(plane: ControlPlane, options: Options) -> int:
     return BAD
 
 
-class _Lines:
-    """Says on lines of their own what a run waits for."""
+def _shown(options: Options) -> Screen | _Lines:
+    """A curve and the last events on a terminal, else a line for each."""
+    if options.json or not sys.stdout.isatty():
+        return _Lines(options)
+    from rich.console import Console
+
+    from torchord.coordinator.commands.screen import Screen
+
+    console = Console()
+    return _Lines(options) if console.is_dumb_terminal else Screen(console, options.name)
+
+
+class _Lines(nullcontext[Any]):
+    """Says on lines of their own what happens in a run, and what it waits for."""
 
     def __init__(self, options: Options) -> None:
+        super().__init__(self)
         self._options = options
+
+    def event(self, event: Event, worded: str) -> None:
+        """See `torchord.coordinator.commands.screen.Screen`."""
+        value = {"id": event.id, "type": event.type, **event.data}
+        print(for_others(value) if self._options.json else worded, flush=True)
 
     def quiet(self, said: str) -> None:
         """What was said stays there to read."""

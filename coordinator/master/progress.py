@@ -66,6 +66,9 @@ class Progress:
             if not (console.is_terminal or console.is_jupyter):
                 self._lines = console
                 return self
+            if console.is_jupyter:
+                self._in_notebook()
+                return self
             wide = console.width >= 100  # below that only the name gives way, the figures do not
             self._bar = Bar(
                 TextColumn(
@@ -81,6 +84,20 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=None, note="waiting for a training server")
         return self
+
+    def _in_notebook(self) -> None:
+        """HTML that stays; lines where there is no IPython after all."""
+        from rich.console import Console
+
+        from torchord.coordinator.master.notebook import NotebookBar
+
+        try:
+            self._bar = NotebookBar(clock=self._clock)
+        except ImportError:
+            self._lines = Console(force_jupyter=False)
+            return
+        self._bar.start()
+        self._bar.add_task(self.name, total=None, note="waiting for a training server")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

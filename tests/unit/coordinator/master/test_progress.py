@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -103,3 +104,60 @@ def test_what_a_step_measures_stands_beside_its_loss(capsys: pytest.CaptureFixtu
         watched.shown.head(head(1))
         watched.shown.event(Event(event.id, "step", {**event.data, "metrics": metrics}))
     assert "loss 0.5000  accuracy 0.7500  reward nan  4 ex/s" in capsys.readouterr().out
+
+
+# --- in a notebook --------------------------------------------------------------------------
+
+
+class Page:
+    """What IPython shows of one display, in the order in which it came."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def display(self, html: str, *, display_id: bool) -> Page:
+        assert display_id
+        self.shown.append(html)
+        return self
+
+    def update(self, html: str) -> None:
+        self.shown.append(html)
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Page:
+    """A notebook's page, as rich takes it for one."""
+    made = Page()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setitem(
+        sys.modules, "IPython.display", cast(Any, SimpleNamespace(HTML=str, display=made.display))
+    )
+    monkeypatch.setitem(sys.modules, "IPython", cast(Any, SimpleNamespace()))
+    return made
+
+
+def test_a_notebook_has_one_display_that_ends_with_how_it_ended(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = Watched()
+    with watched.shown:
+        watched.shown.say("waits for <a worker>")
+        watched.steps(1, 100, seconds=0.1)
+        watched.shown.event(Event("101-0", "rollback", {"version": 90}))
+    assert len(page.shown) < 30, "twice a second is enough"
+    last = page.shown[-1]
+    assert 'value="100" max="100"' in last and "100/100 loss 0.5000" in last
+    assert (
+        "<br>run &#x27;digits&#x27; waits for &lt;a worker&gt;" in last and "<br>rollback: version 90" in last
+    )
+    assert capsys.readouterr().out == ""
+
+
+def test_where_there_is_no_ipython_after_all_there_are_lines(
+    page: Page, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "IPython.display", cast(Any, None))
+    watched = Watched()
+    with watched.shown:
+        watched.steps(1, 3, seconds=60)
+    assert page.shown == [] and "step 3 of 100" in capsys.readouterr().out
