@@ -72,8 +72,13 @@ def recipe(rate: float = 0.2) -> Recipe:
     return torchord.keras(partial(build, rate=rate), pictures, evaluation=partial(pictures, split="test"))
 
 
+def config(epochs: int) -> TrainingConfig:
+    """How it is trained."""
+    return TrainingConfig(epochs=epochs, batch_size=BATCH, shards=4, checkpoint_every=48)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and audit."""
     made = launch.parser("Train a Keras model on digits.", name="keras_digits", epochs=12)
-    config = TrainingConfig(batch_size=BATCH, shards=4, checkpoint_every=48)
-    return launch.train(made, arguments, recipe(), config, show=("accuracy", "top3"))
+    chosen = launch.options(made, arguments)
+    return launch.train(chosen, recipe(), config(chosen.epochs), show=("accuracy", "top3"))

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -98,20 +98,24 @@ def needed(package: str, *, extras: str) -> Iterator[None]:
 
 
 def train(
-    made: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
+    chosen: Options,
     recipe: Recipe,
     config: TrainingConfig,
     *,
     show: Sequence[str],
 ) -> int:
-    """Train a recipe as the command line says, show some of its metrics, audit it; returns an exit code."""
-    chosen = options(made, arguments)
+    """Train a recipe, show some of its metrics and the bytes of a step, audit it; returns an exit code.
+
+    Args:
+        show: names of the metrics.
+    """
     with cluster(chosen) as master:
-        run = master.submit(recipe, replace(config, epochs=chosen.epochs), name=chosen.name)
+        run = master.submit(recipe, config, name=chosen.name)
         trained = run.wait(progress=True)
         for name in show:
             print(f"{name:<12} {trained.metrics[name]:.4f}")
+        sent = sum(step.nbytes for step in trained.history) / len(trained.history)
+        print(f"Gradients:   {sent:,.0f} bytes a step, from all shards together")
         clean = report(chosen, run, trained)
         what_next(chosen, f"examples.{chosen.arguments.prefix}")
     return 0 if clean else 1

@@ -91,8 +91,13 @@ def recipe(dropout: float = 0.1) -> Recipe:
     )
 
 
+def config(epochs: int) -> TrainingConfig:
+    """How it is trained."""
+    return TrainingConfig(epochs=epochs, batch_size=BATCH, shards=4, checkpoint_every=48)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and audit."""
     made = launch.parser("Train a LightningModule on digits.", name="lightning_digits", epochs=12)
-    config = TrainingConfig(batch_size=BATCH, shards=4, checkpoint_every=48)
-    return launch.train(made, arguments, recipe(), config, show=("val_accuracy", "val_f1"))
+    chosen = launch.options(made, arguments)
+    return launch.train(chosen, recipe(), config(chosen.epochs), show=("val_accuracy", "val_f1"))
