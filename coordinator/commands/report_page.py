@@ -100,6 +100,8 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, object]]:
     total = run["total"] if run["total"] is not None else "?"
     facts: list[tuple[str, object]] = [("steps", f"{run['version']} of {total}")]
+    if run["reason"]:
+        facts.append(("ended", run["reason"]))
     if run["loss"] is not None:
         facts.append(("loss of the last step", f"{run['loss']:.6g}"))
     if run["metrics"]:

@@ -72,11 +72,12 @@ class RunStatus:
 
     def __repr__(self) -> str:
         said = f"<RunStatus of {self.name!r}: {self.state}, step {self.version} of {self._total}"
-        reason = f", waits for {self.waits[0].what}" if self.waits else ""
+        reason = f", waits for {self.waits[0].what}" if self.waits else self.reason and f", {self.reason}"
         return f"{said}{f': {self._failure}' if self.error else reason}>"
 
     def _repr_html_(self) -> str:
         rows: list[tuple[str, object]] = [("state", self.state), ("step", f"{self.version} of {self._total}")]
+        rows += [("ended", self.reason)] if self.reason else []
         rows += [("waits for", f"{wait.what}; {wait.ends}") for wait in self.waits]
         rows += [("refused", each) for each in self.refused]
         rows += [("error", self._failure)] if self.error else []

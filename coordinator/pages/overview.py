@@ -7,6 +7,7 @@ from collections.abc import Container
 from typing import Any
 
 from torchord.cache.ledger.answers import Event
+from torchord.coordinator.master.reports import stop_reason
 from torchord.coordinator.master.standing import untold
 from torchord.coordinator.pages.subject import Seen, Subject
 
@@ -35,6 +36,7 @@ def overview(subject: Subject, seen: Seen, line: dict[str, Any], alive: Containe
         **line,
         "now": time.time(),
         "incarnation": seen.incarnation,
+        "reason": "" if head is None else stop_reason(head),
         "server": "" if head is None else head.owner,
         "environment": "" if head is None else head.environment,
         "counted": {}

@@ -301,6 +301,7 @@ def test_the_reason_is_told_and_the_best_version_given_back(submit: Callable[...
     trained = lab.end()
     status = lab.run.status()
     assert trained.reason == status.reason
+    assert status.reason in repr(status)
     assert status.reason.startswith("stopped: eval loss has not improved by 0.01 in 3 evaluations; best")
     stopped = [event for event in lab.run.events() if event.type == "stopped"]
     assert [event.data["version"] for event in stopped] == [trained.version]

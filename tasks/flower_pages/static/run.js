@@ -47,7 +47,7 @@
 
   function figures(run) {
     var box = t.clear(by("run-figures"));
-    var notes = [t.known(run.total) ? "of " + t.whole(run.total) : "", t.known(run.left_seconds) ?
+    var notes = run.reason ? [run.reason] : [t.known(run.total) ? "of " + t.whole(run.total) : "", t.known(run.left_seconds) ?
       t.duration(run.left_seconds) + " left" : "", t.known(run.committed_at) ?
       "last " + t.duration(run.now - run.committed_at) + " ago" : ""];
     var names = Object.keys(run.metrics).sort();

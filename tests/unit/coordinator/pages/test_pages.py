@@ -18,6 +18,7 @@ from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.servers.redis_client import connect
 from torchord.cache.settings import Settings
+from torchord.coordinator.commands import report_page
 from torchord.coordinator.pages.pages import Pages
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
@@ -144,6 +145,17 @@ def test_a_runs_page_says_what_happened_and_what_was_submitted(redis_url: str, p
     assert [event["type"] for event in found["events"]] == ["evaluation", "failed"]
     assert [(one["worker"], one["shards"], one["alive"]) for one in found["crew"]] == [("w0", 24, False)]
     assert (found["loaded"], found["steps_known"], found["problem"]) == (12, 12, "")
+
+
+def test_why_a_rule_ended_a_run_is_on_its_page(redis_url: str, pages: Pages) -> None:
+    made = committed(redis_url, "digits-01")
+    assert pages.overview("digits-01")["reason"] == ""
+    head = made.head()
+    assert made.stop(head.version, rule="Plateau", reason="no better", token=head.token) == "ok"
+    found = pages.overview("digits-01")
+    assert found["reason"] == "stopped: no better"
+    curves, timeline = pages.curves("digits-01", points=9), pages.timeline("digits-01")
+    assert "stopped: no better" in report_page.page(found, curves, timeline, None)
 
 
 def test_a_run_on_disk_has_its_page(pages: Pages, tmp_path: Path) -> None:
