@@ -84,6 +84,7 @@ class RoundState:
         participants: ids of the workers in it; they may have died.
         waiting: those that have waited for others since a step was last complete.
         ending: whether it is to end before its last step.
+        apart: whether its participants share no memory.
         published: the version that was stored at its end, None before that.
         disputed: the version of which two participants made different bytes, None if there is none.
         rivals: digest of that version's parameters by worker, as each of the two had reported it.
@@ -98,6 +99,7 @@ class RoundState:
     rivals: dict[str, str] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
     ending: bool = False
+    apart: bool = False
 
     @classmethod
     def of(cls, fields: Mapping[str, str]) -> RoundState:
@@ -122,6 +124,7 @@ class RoundState:
             rivals=rivals if disputed is not None else {},
             waiting=tuple(filter(None, fields.get("waiting", "").split(","))),
             ending="ending" in fields,
+            apart=fields.get("memory") == "",
         )
 
 

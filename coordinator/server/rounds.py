@@ -32,6 +32,8 @@ ROUND_SECONDS = 1.0
 
 _LOOK_AGAIN_SECONDS = 5.0  # whether what prevents rounds still does
 
+_SLOWER, _COMPARED_SECONDS = 1.25, 30.0  # rounds of such steps rest for so long
+
 Going = Literal["published", "under way", "lost", "waiting"]
 
 
@@ -160,11 +162,27 @@ class RoundOpener:
         stored, pinned = warm.ledger.kept_versions()
         warm.adopt(record, (head.committed_at - warm.committed_at) / taken, head.committed_at)
         warm.stored, warm.pinned = stored, pinned
+        self._compare(warm, state)
         over, left = record.version >= warm.end, self._left(warm, record)
         warm.spent = [*warm.left, *(left if over else [])]
         warm.left = [] if over else left
         warm.ledger.close_round(token=warm.token, committed=record.version)
         self.fault("server.after_adopt")
+
+    def _compare(self, warm: WarmRun, state: RoundState) -> None:
+        """Let automatic rounds rest whose steps take longer than this server's own: between hosts they may.
+
+        There each participant reads what all others send; in a single step a Client reads the new version.
+        """
+        warm.rounds += 1  # of which the first has imports in it
+        if warm.context.config.round_steps != "auto" or not state.apart or warm.rounds == 1:
+            return
+        if 0 < _SLOWER * warm.own_seconds < warm.seconds:
+            log.info(
+                "run %s: a step takes %.3f s in a round and %.3f s singly: single steps for a while",
+                *(warm.run, warm.seconds, warm.own_seconds),
+            )
+            self._rests[warm.run] = time.monotonic() + _COMPARED_SECONDS
 
     def _left(self, warm: WarmRun, record: VersionRecord) -> list[BlobRef]:
         """The bytes of a round's last steps, which a participant that is behind may be reading at present."""

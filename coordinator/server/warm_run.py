@@ -41,6 +41,8 @@ class WarmRun:
         record: where the version's bytes are.
         committed_at: Unix time (s) of the last commit.
         seconds: what the last step took.
+        own_seconds: what the last one took that this server made; 0.0: it has made none.
+        rounds: how many it has gone on from.
         state_version: the newest version whose optimizer state is in the cache.
         state_at: when it went there (monotonic clock, s).
         spilled: up to which version the ledger is on disk.
@@ -73,6 +75,8 @@ class WarmRun:
     record: VersionRecord
     committed_at: float
     seconds: float = 0.0
+    own_seconds: float = 0.0
+    rounds: int = 0
     state_version: int = NEVER
     state_at: float = 0.0
     spilled: int = 0
@@ -177,7 +181,7 @@ class WarmRun:
             spent: gradient bytes and slot states that nobody needs any more.
         """
         self.version, self.chain, self.record = entry.version, entry.chain, record
-        self.committed_at, self.seconds = entry.committed_at, entry.seconds
+        self.committed_at, self.seconds, self.own_seconds = entry.committed_at, entry.seconds, entry.seconds
         self.spent, self.left = [*spent, *self.left], []
         self.stored, self.pinned = committed.stored, committed.pinned
 

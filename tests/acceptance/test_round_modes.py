@@ -180,6 +180,23 @@ def test_a_single_step_is_launched_within_the_commit_before(
     assert len(drafted) == drafts
 
 
+@pytest.mark.parametrize(
+    ("factor", "shared", "rest"),
+    [(1e-9, False, True), (1e9, False, False), (1e-9, True, False)],
+    ids=["slower between hosts", "faster between hosts", "on one host"],
+)
+def test_automatic_rounds_that_do_not_pay_between_hosts_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, shared: bool, rest: bool
+) -> None:
+    """The first one is not looked at: it has imports in it."""
+    monkeypatch.setattr(rounds, "_SLOWER", factor)
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 1e9)
+    fleet = Fleet(str(tmp_path / "run"), 2, host=HostTier(tmp_path / "tier") if shared else None)
+    assert fleet.run(recipe(), config(round_steps="auto", checkpoint_every=3)).state == "done"
+    by_server = [entry.server.startswith("server") for entry in fleet.ledger.entries()]
+    assert by_server == [True, *[False] * 5, *[rest] * 3, True]
+
+
 # --- plain loops ------------------------------------------------------------------------
 
 
