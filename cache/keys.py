@@ -28,6 +28,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:{RUN}:evaluating | hash version -> parts of a launched evaluation | server | RUN_TTL; fields leave when recorded |
 | torchord:{RUN}:outbox | hash id -> JSON of what is to be told | scripts only | RUN_TTL; fields leave when told |
 | torchord:{RUN}:telling | hash id -> JSON of how its delivery stands | scripts only | RUN_TTL; fields leave when told |
+| torchord:{RUN}:heard | hash callback -> id of the last event that it was told | server | RUN_TTL after the last |
 | torchord:{RUN}:slots:STEP | hash shard -> JSON of SlotRecord | write_slot.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:leases:STEP | hash shard -> JSON of holder | begin_shard.lua | WORK_TTL; deleted at commit |
 | torchord:{RUN}:round | hash: token, steps, participants, see take_turn.lua | scripts only | RUN_TTL; deleted when it is closed |
@@ -161,6 +162,7 @@ class RunKeys:
         self.round = f"{root}:round"
         self.outbox = f"{root}:outbox"
         self.telling = f"{root}:telling"
+        self.heard = f"{root}:heard"
 
     def lasting(self) -> list[str]:
         """The keys that live as long as the run can be asked about."""
@@ -179,6 +181,7 @@ class RunKeys:
             self.round,
             self.outbox,
             self.telling,
+            self.heard,
         ]
 
     def slots(self, step: int) -> str:

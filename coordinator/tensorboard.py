@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from torchord.cache.errors import CacheUnreachable, RunNotFound, TorchordError
-from torchord.cache.ledger.answers import Event
-from torchord.cache.ledger.step_metrics import METRICS
 from torchord.cache.settings import located
 from torchord.coordinator.master.master import Master
 from torchord.coordinator.master.run import Run
+from torchord.coordinator.runtime.happenings import scalars
 
 _POLL_SECONDS = 1.0
 _PLACE = "torchord.json"
@@ -57,28 +56,6 @@ class Summaries:
             self.writer.flush()
             self._place.write_text(json.dumps({"after": events[-1].id}))
         return len(events)
-
-
-def scalars(event: Event) -> list[tuple[str, float, int]]:
-    """(tag, value, global step) of each number that an event carries."""
-    data = event.data
-    if event.type == "step":
-        step = int(data["version"])
-        found = [("train/loss", data["loss"], step), ("train/gradient norm", data["grad_norm"], step)]
-        found += [(f"train/learning rate {group}", lr, step) for group, lr in enumerate(data["lr"])]
-        taken = {tag for tag, _, _ in found}
-        for name, value in data.get(METRICS, {}).items():
-            tag = f"train/{name}"
-            found.append((tag if tag not in taken else f"train/metric {name}", value, step))
-        found.append(("speed/gradient bytes a step", data["nbytes"], step))
-        if data["seconds"] > 0:
-            found.append(("speed/samples a second", data["examples"] / data["seconds"], step))
-        return found
-    if event.type == "evaluation":
-        return [
-            (f"evaluation/{name}", value, int(data["version"])) for name, value in data["metrics"].items()
-        ]
-    return []
 
 
 def copy_all(followed: dict[str, Summaries]) -> int:

@@ -30,6 +30,19 @@ class Events(ControlPlane):
             pipe.expire(self.keys.events, keys.RUN_TTL_SECONDS)
             pipe.execute()
 
+    def heard(self) -> dict[str, str]:
+        """Up to which event each callback of the run has been told."""
+        with self._during("ask what callbacks have heard"):
+            return cast(dict[str, str], self.client.hgetall(self.keys.heard))
+
+    def hear(self, callback: str, id: str) -> None:
+        """Note that a callback has been told up to an event."""
+        with self._during("note what callbacks have heard"):
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hset(self.keys.heard, callback, id)
+            pipe.expire(self.keys.heard, keys.RUN_TTL_SECONDS)
+            pipe.execute()
+
     def read_events(self, after: str = "0-0", *, block_seconds: float = 0.0, count: int = 500) -> list[Event]:
         """Events after an id, waiting up to `block_seconds` for the first."""
         with self._during("read the events"):

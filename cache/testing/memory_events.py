@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from torchord.cache import keys
 from torchord.cache.ledger.answers import Event
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
 
@@ -15,6 +16,14 @@ class MemoryEvents(MemoryControlPlane):
         """See `Ledger.emit`."""
         with self.plane.changed:
             self._event(event, data)
+
+    def heard(self) -> dict[str, str]:
+        """See `Ledger.heard`."""
+        return self.plane.hash(self.keys.heard)
+
+    def hear(self, callback: str, id: str) -> None:
+        """See `Ledger.hear`."""
+        self.plane.hset(self.keys.heard, {callback: id}, keys.RUN_TTL_SECONDS)
 
     def read_events(self, after: str = "0-0", *, block_seconds: float = 0.0, count: int = 500) -> list[Event]:
         """See `Ledger.read_events`."""

@@ -28,9 +28,7 @@ def submit(file: Path, name: str | None, url: str | None, as_json: bool) -> int:
     find_modules_here()
     try:
         said = read(file.read_text(encoding="utf-8"))
-        run = Master(url).submit(
-            said.recipe, said.config, name=name or said.name, start_from=said.start_from, on=said.on
-        )
+        run = Master(url).submit(said.recipe, said.config, name=name or said.name, **said.options())
         state = run.status().state
     except InvalidInput as error:
         click.echo(f"error: {file}: {error}", err=True)

@@ -26,11 +26,13 @@ from torchord.coordinator.messages.sender import Sender
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.aggregation import require_equal_shards
 from torchord.coordinator.spec.buffer_entries import require_apart
+from torchord.coordinator.spec.callback_entries import described as described_callbacks
 from torchord.coordinator.spec.config import AUTO, TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.fingerprints import fingerprint
 from torchord.coordinator.spec.recipe import Recipe, measures_more
 from torchord.coordinator.spec.stopping import require_decidable
+from torchord.coordinator.spec.targets import Entry
 
 
 class Master:
@@ -92,6 +94,7 @@ class Master:
         name: str | None = None,
         start_from: StartFrom | None = None,
         on: On | None = None,
+        callbacks: Sequence[Entry] | None = None,
     ) -> Run:
         """Queue a run and return at once; it goes on without this process.
 
@@ -109,10 +112,13 @@ class Master:
             on: whom to tell what happens to the run (docs/told.md): an event, of done, failed, cancelled,
                 paused, resumed and evaluated, -> the name of a task of your own Celery app, or a URL; or a
                 list of them. A run that is there keeps what it was submitted with where this is None.
+            callbacks: classes, partials of classes or import paths that the training server makes objects
+                of, and tells of steps, versions, evaluations and checkpoints (docs/told.md); at most 8. A run
+                that is there keeps what it was submitted with where this is None.
 
         Raises:
-            ConfigMismatch: the name is taken by a run with another recipe, config, start or `on`; the message
-                names the fields.
+            ConfigMismatch: the name is taken by a run with another recipe, config, start, `on` or
+                `callbacks`; the message names the fields.
             RecipeError: an entry cannot travel to the workers, or the config contradicts it.
             InvalidInput: an argument is of another type, or torch's default dtype is not float32 here; or no
                 model could be trained with the optimizer or scheduler, as far as this process can make them;
@@ -147,8 +153,7 @@ class Master:
         try_optimizers(recipe, config)
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations
-        if on is not None:
-            spec["on"] = read_on(on, self._services.settings)
+        spec |= self._told(on, callbacks)
         start = None if start_from is None else read_start(start_from, self.run)
         there = self._create(name, spec, start)
         if there is None:
@@ -180,6 +185,15 @@ class Master:
         started = starting(self.url)  # before the registry, see there
         return fixed(config, self._services.registry.alive(), started)
 
+    def _told(self, on: On | None, callbacks: Sequence[Entry] | None) -> dict[str, Any]:
+        """What a spec has of whoever is told of the run."""
+        told: dict[str, Any] = {}
+        if on is not None:
+            told["on"] = read_on(on, self._services.settings)
+        if callbacks is not None:
+            told["callbacks"] = described_callbacks(callbacks)
+        return told
+
     def _create(self, name: str, spec: dict[str, Any], start: StartingPoint | None) -> dict[str, Any] | None:
         """Create the run unless it is there; the spec of the one that is.
 
@@ -206,11 +220,12 @@ class Master:
         name: str | None = None,
         start_from: StartFrom | None = None,
         on: On | None = None,
+        callbacks: Sequence[Entry] | None = None,
         progress: bool = True,
         timeout: float | None = None,
     ) -> TrainedModel:
         """`submit`, then `Run.wait`; arguments and errors as there."""
-        run = self.submit(recipe, config, name=name, start_from=start_from, on=on)
+        run = self.submit(recipe, config, name=name, start_from=start_from, on=on, callbacks=callbacks)
         return run.wait(progress=progress, timeout=timeout)
 
     def run(self, name: str) -> Run:
@@ -247,8 +262,9 @@ def _other(
     )
     if "fork" in there or there.get("start_from", {}).get("digest") != (start.digest if start else None):
         differing.append("start_from")
-    if "on" in spec and there.get("on", {}) != spec["on"]:
-        differing.append("on")
+    for name in ("on", "callbacks"):
+        if name in spec and (there.get(name) or None) != (spec[name] or None):
+            differing.append(name)
     return differing
 
 

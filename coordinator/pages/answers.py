@@ -128,9 +128,7 @@ class Answers(Pages):
             raise InvalidInput(f"recipe {recipe!r} cannot be read here: {error}") from error
         said = read(text).adjusted(config or {})
         master = Master(self._services.settings.url, checkpoint_dir=self._services.settings.checkpoint_dir)
-        run = master.submit(
-            said.recipe, said.config, name=name or said.name, start_from=said.start_from, on=said.on
-        )
+        run = master.submit(said.recipe, said.config, name=name or said.name, **said.options())
         return {"name": run.name, "state": run.status().state}
 
     def predict(

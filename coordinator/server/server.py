@@ -40,6 +40,7 @@ from torchord.coordinator.runtime.environment import unlike
 from torchord.coordinator.runtime.failures import Failure, contained, noted, short_traceback
 from torchord.coordinator.runtime.faults import Hook, nothing
 from torchord.coordinator.runtime.hindrances import Hindrances
+from torchord.coordinator.server.callbacks import Callbacks
 from torchord.coordinator.server.commit import Applied, StepCommit
 from torchord.coordinator.server.decisions import Decisions
 from torchord.coordinator.server.finish import Finish
@@ -85,6 +86,7 @@ class TrainingServer:
         self._disputes: dict[str, RoundState] = {}  # until the run is taken over anew
         self._lock = threading.RLock()
         self.hindrances = Hindrances(heartbeat)
+        self.callbacks = Callbacks(services, heartbeat.info.id)
         self.upkeep = Upkeep(services, fault)
         self.finish = Finish(services, sender, self.upkeep, self._checkpointed, fault)
         self.decisions = Decisions(self.finish, self._checkpointed, fault)
@@ -198,6 +200,7 @@ class TrainingServer:
             warm = taken
             head = ledger.head()
         warm.shared = head.shared
+        self.callbacks.follow(ledger, warm.context.spec, warm.token)
         self._warm.move_to_end(run)
         receipt: dict[str, Any] = {"run": run, "status": "waiting", "version": warm.version}
         launched = -1 if head.launched is None else head.launched
@@ -436,3 +439,4 @@ class TrainingServer:
                 except CacheError as error:
                     log.warning("run %s: not released: %s", warm.run, error)
             self._warm.clear()
+        self.callbacks.stop()

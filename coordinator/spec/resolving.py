@@ -98,6 +98,14 @@ def resolve(
     return ResolvedRecipe(**plain)
 
 
+def resolve_entry(
+    name: str, entry: Target, *, allowed: tuple[str, ...] | None, directory: Path | None = None
+) -> Callable[..., Any]:
+    """Import what one entry names beside a recipe, arguments bound; arguments and errors as for `resolve`."""
+    needed = tuple(sorted(entry.targets() - OWN_TARGETS))
+    return _bind(name, entry, Admission(allowed, directory or START_DIRECTORY, needed))
+
+
 def _bind(name: str, entry: Entry, admission: Admission) -> Callable[..., Any]:
     if not isinstance(entry, Target):  # pragma: no cover - from_spec makes Targets only
         raise RecipeError(f"recipe entry {name!r} is not a reference")

@@ -14,6 +14,8 @@ from torchord.coordinator.spec.targets import Target
 
 _TABLES = ("metrics", "buffers")
 _WORDS = ("loss_over",)
+_KNOWN = {"name", "recipe", "config", "start_from", "on", "callbacks", "adjustable"}
+_HAS = "name, [recipe], [config], start_from, [on], callbacks and adjustable"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Submission:
         name: of the run; None: one made from the time.
         recipe: what to train.
         config: how.
-        start_from, on: see `Master.submit`.
+        start_from, on, callbacks: see `Master.submit`.
         adjustable: fields of the config that whoever submits it by its name may choose.
     """
 
@@ -34,6 +36,11 @@ class Submission:
     start_from: str | None
     on: dict[str, Any] | None
     adjustable: tuple[str, ...] = ()
+    callbacks: list[Any] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What `submit` is given beside recipe, config and name."""
+        return {"start_from": self.start_from, "on": self.on, "callbacks": self.callbacks}
 
     def adjusted(self, config: Mapping[str, Any]) -> Submission:
         """The same with other values of some fields of the config.
@@ -63,10 +70,8 @@ def read(text: str) -> Submission:
         said = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"it is no TOML: {error}") from error
-    if unknown := sorted(said.keys() - {"name", "recipe", "config", "start_from", "on", "adjustable"}):
-        raise InvalidInput(
-            f"it has {unknown[0]!r}; a run has name, [recipe], [config], start_from, [on] and adjustable"
-        )
+    if unknown := sorted(said.keys() - _KNOWN):
+        raise InvalidInput(f"it has {unknown[0]!r}; a run has {_HAS}")
     recipe, config = said.get("recipe"), said.get("config", {})
     if not isinstance(recipe, dict) or not isinstance(config, dict):
         raise InvalidInput("a run needs a table [recipe]: model, dataset, optimizer, and a loss or a step")
@@ -85,8 +90,19 @@ def read(text: str) -> Submission:
     entries = {name: _entries(name, value) for name, value in recipe.items()}
     made = Recipe(**entries), TrainingConfig(**config)
     return Submission(
-        said.get("name"), *made, said.get("start_from"), said.get("on"), tuple(map(str, adjustable))
+        said.get("name"),
+        *made,
+        said.get("start_from"),
+        said.get("on"),
+        tuple(map(str, adjustable)),
+        None if "callbacks" not in said else _callbacks(said["callbacks"]),
     )
+
+
+def _callbacks(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidInput('it has callbacks, which is a list of "module:Class" or of tables with a target')
+    return [_entry(f"callbacks.{number}", each) for number, each in enumerate(value)]
 
 
 def _entries(name: str, value: Any) -> Any:

@@ -1562,6 +1562,8 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
     "settle_telling": lambda ledger, token: ledger.settle_telling(TOLD, "w0", "dead", error="away", to="it"),
     "outbox": lambda ledger, token: [each.id for each in ledger.outbox()],
     "tell_again": lambda ledger, token: ledger.tell_again(),
+    "heard": lambda ledger, token: ledger.heard(),
+    "hear": lambda ledger, token: ledger.hear("0", "1-0"),
     "emit": lambda ledger, token: ledger.emit("tick", {}),
     "read_events": lambda ledger, token: ledger.read_events(),
 }
