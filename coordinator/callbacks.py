@@ -16,6 +16,7 @@ What is here writes below `RunInfo.directory` and nowhere else.
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 from pathlib import Path
@@ -65,6 +66,21 @@ def _place(run: RunInfo, name: str) -> Path:
         )
     run.directory.mkdir(parents=True, exist_ok=True)
     return run.directory / name
+
+
+def _installed(module: str) -> Any:
+    """A module of a package that is no dependency of torchord's: whoever names the callback has it.
+
+    Raises:
+        InvalidInput: it is not installed here.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise InvalidInput(
+            f"{package} is not installed on this training server: pip install {package}"
+        ) from error
 
 
 def _order(id: str) -> tuple[int, int]:
@@ -254,10 +270,8 @@ class MLflow(_Scalars):
     def begin(self, run: RunInfo) -> None:
         """Make the run in MLflow, or go on with it."""
         place = _place(run, self._folder)
-        from mlflow.tracking import MlflowClient
-
         place.mkdir(exist_ok=True)
-        self._client = MlflowClient(tracking_uri=place.absolute().as_uri())
+        self._client = _installed("mlflow.tracking").MlflowClient(tracking_uri=place.absolute().as_uri())
         noted = place / "torchord-run.txt"
         if noted.exists():
             self._id = noted.read_text()
@@ -293,11 +307,9 @@ class WandB:
 
     def begin(self, run: RunInfo) -> None:
         """Begin a run of W&B under the run's name."""
-        import wandb
-
         place = _place(run, "wandb")
         place.mkdir(exist_ok=True)
-        self._run = wandb.init(
+        self._run = _installed("wandb").init(
             mode="offline",
             project=self._project,
             name=run.name,

@@ -150,6 +150,14 @@ def test_mlflow_gets_every_number_in_a_folder_and_one_run(
     assert first.ended == second.ended == "experiment torchord: digits-01"
 
 
+@pytest.mark.parametrize("kind", [MLflow, WandB])
+def test_what_is_not_installed_is_said(kind: Any, run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mlflow", "mlflow.tracking", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="is not installed on this training server: pip install"):
+        kind().begin(run)
+
+
 def test_weights_and_biases_gets_every_number_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
