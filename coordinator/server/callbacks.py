@@ -242,8 +242,10 @@ class Listener:
             )
             if self._told < _TOLD_MOST:
                 self._told += 1
-                said = {"callback": self.post.target, "in": what, "message": message[:_MOST_SIGNS]}
-                self.ledger.emit("callback failed", said)
+                self.ledger.emit(
+                    "callback failed",
+                    {"callback": self.post.target, "in": what, "message": message[:_MOST_SIGNS]},
+                )
             return None
         self._failures = 0
         return found
