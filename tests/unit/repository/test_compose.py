@@ -5,6 +5,7 @@ compose-spec/compose-spec) comes with the development dependency check-jsonschem
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,10 +67,38 @@ def health_and_restart(document: Document) -> list[str]:
     return broken
 
 
-def one_image(document: Document) -> list[str]:
-    images = {service["image"] for service in ours(document).values()}
-    builds = {str(service.get("build")) for service in ours(document).values()}
-    return [] if len(images) == 1 and len(builds) == 1 else [f"images {images}, builds {builds}"]
+def an_image_for_each_build(document: Document) -> list[str]:
+    """One for the CPU and one for GPUs: neither build takes the other's tag."""
+    gpu = {name for name, service in document["services"].items() if "gpu" in service.get("profiles", [])}
+    found = {
+        kind: {
+            (service["image"], str(service["build"]))
+            for name, service in ours(document).items()
+            if (name in gpu) == kind
+        }
+        for kind in (False, True)
+    }
+    images, builds = ({pair[place] for pairs in found.values() for pair in pairs} for place in (0, 1))
+    alone = all(len(pairs) == 1 for pairs in found.values()) and len(images) == len(builds) == 2
+    return [] if alone else [f"images {images}, builds {builds}"]
+
+
+def memory_is_bounded(document: Document) -> list[str]:
+    return [
+        f"{name}: no mem_limit"
+        for name, service in document["services"].items()
+        if "mem_limit" not in service
+    ]
+
+
+def workers_are_begun_anew(document: Document) -> list[str]:
+    broken = []
+    for name, service in ours(document).items():
+        if "-Q " in command_of(service):
+            test = " ".join(service.get("healthcheck", {}).get("test", []))
+            if "torchord health --live" not in test or "kill -9 -1" not in test:
+                broken.append(f"{name}: stays as it is when it lives no more")
+    return broken
 
 
 def profiles(document: Document) -> list[str]:
@@ -172,7 +201,9 @@ def queues_are_served(document: Document) -> list[str]:
 
 PROMISES: list[Callable[[Document], list[str]]] = [
     health_and_restart,
-    one_image,
+    an_image_for_each_build,
+    memory_is_bounded,
+    workers_are_begun_anew,
     profiles,
     gpu_reserved,
     store_persists,
@@ -212,6 +243,18 @@ def _drop_restart(services: Document) -> None:
 
 def _second_image(services: Document) -> None:
     services["flower"]["image"] = "mher/flower"
+
+
+def _same_tag(services: Document) -> None:
+    services["client-gpu"]["image"] = services["client-cpu"]["image"]
+
+
+def _no_limit(services: Document) -> None:
+    del services["store"]["mem_limit"]
+
+
+def _only_told(services: Document) -> None:
+    services["server"]["healthcheck"]["test"] = ["CMD-SHELL", "torchord health"]
 
 
 def _gpu_by_default(services: Document) -> None:
@@ -275,7 +318,10 @@ def _no_server(services: Document) -> None:
     [
         (_drop_health, health_and_restart),
         (_drop_restart, health_and_restart),
-        (_second_image, one_image),
+        (_second_image, an_image_for_each_build),
+        (_same_tag, an_image_for_each_build),
+        (_no_limit, memory_is_bounded),
+        (_only_told, workers_are_begun_anew),
         (_gpu_by_default, profiles),
         (_no_reservation, gpu_reserved),
         (_no_aof, store_persists),
@@ -298,6 +344,53 @@ def test_a_broken_promise_is_noticed(
     document = load(COMPOSE)
     breakage(document["services"])
     assert promise(document) != []
+
+
+# In files of secrets, set by each service, or of the submitting process.
+NOT_HANDED_ON = {"TORCHORD_URL_FILE", "TORCHORD_DEVICE", "TORCHORD_TELL_KEY", "TORCHORD_API_TOKENS"}
+
+
+def test_every_setting_is_handed_on() -> None:
+    page = (ROOT / "docs" / "workers.md").read_text().partition("\n## Environment\n")[2]
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    known = {name for row in rows for name in re.findall(r"TORCHORD_\w+", row)}
+    services = load(COMPOSE)["services"]
+    handed = {name for service in ("server", "flower") for name in services[service]["environment"]}
+    assert len(known) > 25 and known - handed - NOT_HANDED_ON == set()
+
+
+@pytest.mark.parametrize(
+    ("ready", "alive", "asked", "ended"),
+    [
+        (0, 0, 20, False),
+        (1, 0, 20, False),  # it waits for its store
+        (1, 1, 9, False),
+        (1, 1, 10, True),
+    ],
+)
+def test_a_worker_is_ended_that_lives_no_more_and_no_other(
+    ready: int, alive: int, asked: int, ended: bool, tmp_path: Path
+) -> None:
+    """The health check in a real shell, with a `torchord` and a `kill` that only tell."""
+    kind, check = load(COMPOSE)["services"]["client-cpu"]["healthcheck"]["test"]
+    program = tmp_path / "torchord"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *--live*) exit {alive} ;; *) exit {ready} ;; esac\n')
+    program.chmod(0o755)
+    script = f"kill() {{ echo ended; }}\n{check}".replace("$$", "$").replace(
+        "/tmp/unwell", str(tmp_path / "unwell")
+    )
+    answers = [
+        subprocess.run(
+            ["sh", "-c", script],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        for _ in range(asked)
+    ]
+    assert kind == "CMD-SHELL" and {answer.returncode for answer in answers} == {ready}
+    assert [answer.stdout for answer in answers] == [""] * (asked - 1) + ["ended\n" if ended else ""]
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
