@@ -14,7 +14,7 @@ import torch
 from tests.support import models, recipes_impure, recipes_more, recipes_step_metrics, reference
 from tests.support.fleet import Fleet, finished, fleet
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
-from torchord import LocalCluster, Master, Recipe, Run, TrainingConfig
+from torchord import LocalCluster, Master, NotFinite, Plateau, Recipe, Run, TrainingConfig
 from torchord.cache.errors import ConfigError, RunFailed
 from torchord.cache.servers.redis_client import connect
 
@@ -123,6 +123,28 @@ def test_checkpoints_and_evaluations_end_rounds(clients: Fleet) -> None:
     assert one.evaluations == other.evaluations and len(other.evaluations) >= 4
     saved = [event.data["version"] for event in run.events() if event.type == "checkpoint"]
     assert saved == [6, 12, 18, 20]
+
+
+def test_rules_end_a_run_of_rounds_where_they_end_one_of_single_steps(clients: Fleet) -> None:
+    clients.resize(2)
+    recipe = models.mlp(optimizer=partial(torch.optim.SGD, lr=0.9))
+    rules = (Plateau(patience=3, min_delta=0.01), NotFinite())
+    how = config(epochs=8, shards=2, evaluate_every=4, stop_when=rules, keep="best", evaluate_at_start=True)
+    found = []
+    for length in (1, 100):
+        run = submitted(clients, recipe, replace(how, round_steps=length))
+        trained, best = finished(run), run.best()
+        bits = reference.all_bits(trained.module), reference.all_bits(best.module)
+        found.append((trained.reason, trained.version, trained.evaluations, best.version, bits))
+    assert found[0] == found[1]
+    assert "has not improved by 0.01 in 3 evaluations" in found[1][0]
+    over_steps = (Plateau(patience=2, over="steps"),)
+    run = submitted(clients, recipe, replace(how, round_steps=100, stop_when=over_steps))
+    assert "step loss has not improved in 2 steps" in finished(run).reason
+    assert all(entry.server.startswith("server") for entry in run._ledger.entries()), "single steps"
+    wild = models.mlp(optimizer=partial(torch.optim.SGD, lr=1e30))
+    run = submitted(clients, wild, config(shards=2, round_steps=100, stop_when=NotFinite()))
+    assert "has loss nan" in finished(run).reason
 
 
 def test_a_step_that_diverges_stops_the_run_with_its_sentence(clients: Fleet) -> None:
