@@ -35,7 +35,7 @@ from torchord import (
 from torchord.cache.errors import InvalidInput, RunError
 from torchord.cache.files.checkpoint import CheckpointStore
 from torchord.cache.settings import Settings
-from torchord.coordinator.averages import ema
+from torchord.coordinator.averages import ema, swa
 from torchord.coordinator.master.extending import extend
 from torchord.coordinator.master.verdicts import unfounded
 
@@ -317,6 +317,27 @@ def test_the_reason_is_told_and_the_best_version_given_back(submit: Callable[...
     lab.run._ledger.client.hset(lab.run._ledger.keys.evaluations, str(best.version), '{"loss": 1e9}')
     (problem,) = lab.run.verify().problems
     assert "which its figures do not say" in problem or "went on behind version" in problem
+
+
+@pytest.mark.parametrize("average", [partial(ema, decay=0.8), partial(swa, start=4)], ids=["ema", "swa"])
+def test_the_best_version_is_the_best_by_its_averaged_weights(
+    submit: Callable[..., Evaluated], average: Any
+) -> None:
+    recipe = dataclasses.replace(RECIPE, average=average)
+    config = dataclasses.replace(CONFIG, epochs=4, keep="best", evaluate_at_start=True)
+    lab = submit(config, recipe=recipe)
+    trained = lab.end()
+    losses = {version: found["loss"] for version, found in trained.evaluations.items()}
+    best = lab.run.best()
+    assert best.version == min(losses, key=losses.__getitem__)
+    assert evaluated(best.module)["loss"] == pytest.approx(losses[best.version], rel=1e-5)
+    plain = inprocess.InProcess(inprocess.resolved(recipe), config).train(stop=best.version)
+    weights = plain.trainer.replica.model.state_dict()
+    trained_ones = lab.run.state_dict("best", averaged=False)
+    assert all(inprocess.same(weights[name], tensor) for name, tensor in trained_ones.items())
+    plain.trainer.replica.put_average()
+    averaged = plain.trainer.replica.model.state_dict()
+    assert all(inprocess.same(averaged[name], t) for name, t in best.module.state_dict().items())
 
 
 def test_a_run_that_keeps_nothing_says_how_it_would(submit: Callable[..., Evaluated]) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, ReduceLROnPlateau
 
 from tests.support import models
 from tests.support.inprocess import InProcess, resolved
 from torchord.cache.errors import InvalidInput
 from torchord.coordinator.compute.optimizer_trial import try_optimizers
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.schedules import each_epoch
+from torchord.coordinator.schedules import each_epoch, warmup
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
 
@@ -61,3 +62,31 @@ def test_what_cannot_step_by_epochs_is_refused(
         if config.local_steps > 1:
             try_optimizers(given, config)
         Trainer.build(resolved(given), config)
+
+
+@pytest.mark.parametrize("following", [None, partial(CosineAnnealingLR, T_max=9)], ids=["alone", "cosine"])
+def test_a_warm_up_rises_linearly_and_hands_over(following: Any) -> None:
+    made = partial(warmup, steps=4, start_factor=0.2, scheduler=following)
+    given = models.mlp(size=40, optimizer=partial(torch.optim.SGD, lr=0.5), scheduler=made)
+    run = InProcess(resolved(given), TrainingConfig(epochs=2, batch_size=8, shards=2)).train()
+    after = [
+        0.5 if following is None else 0.25 * (1 + math.cos(math.pi * step / 9))
+        for step in range(len(run.reports))
+    ]
+    rising = [0.5 * (0.2 + 0.8 * step / 4) for step in range(4)]
+    assert [report.lr[0] for report in run.reports] == pytest.approx([*rising, *after][: len(run.reports)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"steps": 0}, "number of steps from 1, not 0"),
+        ({"start_factor": 0.0}, "factor above 0 and up to 1, not 0.0"),
+        ({"scheduler": ReduceLROnPlateau}, "ReduceLROnPlateau cannot follow a warm-up"),
+        ({"scheduler": partial(each_epoch, scheduler=partial(ExponentialLR, gamma=0.5))}, "EachEpoch cannot"),
+    ],
+)
+def test_what_cannot_follow_a_warm_up_is_refused(arguments: dict[str, Any], text: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(InvalidInput, match=text):
+        warmup(optimizer, **{"steps": 3, **arguments})

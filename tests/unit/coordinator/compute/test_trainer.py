@@ -20,7 +20,7 @@ from torchord.cache.tensors import tree
 from torchord.coordinator.compute.determinism import seed_everything
 from torchord.coordinator.compute.optimizers import Groups
 from torchord.coordinator.compute.trainer import Trainer
-from torchord.coordinator.schedules import each_epoch
+from torchord.coordinator.schedules import each_epoch, warmup
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.recipe import Recipe
 from torchord.coordinator.spec.targets import Target
@@ -69,6 +69,7 @@ SCHEDULERS: dict[str, Any] = {
     "ReduceLROnPlateau": partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0),
     "LambdaLR": models.lambda_scheduler,
     "each_epoch": partial(each_epoch, scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.5), frequency=2),
+    "warmup": partial(warmup, steps=3, scheduler=partial(lr_scheduler.CosineAnnealingLR, T_max=7)),
     "SequentialLR": models.warmup_then_cosine,
     "ChainedScheduler": "tests.unit.coordinator.compute.test_trainer:chained",
 }
