@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torchord.coordinator.adapters.lightning import lightning
     from torchord.coordinator.compute.step_metrics import Measure
     from torchord.coordinator.datasets import stored_dataset
+    from torchord.coordinator.estimator import Estimator
     from torchord.coordinator.local_cluster.cluster import LocalCluster
     from torchord.coordinator.master.audit import Audit
     from torchord.coordinator.master.master import Master
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Audit": "torchord.coordinator.master.audit",
     "Keep": "torchord.coordinator.spec.stopping",
+    "Estimator": "torchord.coordinator.estimator",
     "LocalCluster": "torchord.coordinator.local_cluster.cluster",
     "Master": "torchord.coordinator.master.master",
     "MaxSeconds": "torchord.coordinator.spec.stopping",
@@ -54,6 +56,7 @@ _HOME = {
 __all__ = [
     "Audit",
     "Keep",
+    "Estimator",
     "LocalCluster",
     "Master",
     "MaxSeconds",

@@ -18,6 +18,7 @@ from torchord.cache.settings import pin_kernels
 if TYPE_CHECKING:
     from torchord.coordinator import (
         Audit,
+        Estimator,
         Keep,
         LocalCluster,
         Master,
@@ -45,6 +46,7 @@ pin_kernels()
 __all__ = [
     "Audit",
     "Keep",
+    "Estimator",
     "LocalCluster",
     "Master",
     "MaxSeconds",

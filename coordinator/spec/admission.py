@@ -83,6 +83,7 @@ OWN_TARGETS = frozenset(
         "torchord.coordinator.callbacks:MLflow",
         "torchord.coordinator.callbacks:TensorBoard",
         "torchord.coordinator.callbacks:WandB",
+        "torchord.coordinator.estimator:squared",
         "torchord.coordinator.local_steps:averaging",
         "torchord.coordinator.local_steps:diloco",
         "torchord.coordinator.orders:balanced",
