@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from torchord.coordinator.messages.addressees import check, named, read_on, requ
 ALLOWED = Settings(
     tell_tasks=("shop.tasks.deploy", "mail.*"), tell_urls=("https://hooks.example.org/torchord", "http://")
 )
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "told.md"
 NOTICE = {"id": "digits/5e1f/done-40.0", "run": "digits", "event": "done", "metrics": {"loss": None}}
 
 
@@ -138,6 +142,25 @@ def test_a_call_is_signed_over_time_and_body(receiver: Receiver) -> None:
     assert json.loads(body) == NOTICE
     assert receiver.notices == [json.loads(body)], "it has checked the signature"
     assert headers["Torchord-Id"] == NOTICE["id"]
+
+
+def test_the_receiver_of_the_page_believes_what_is_genuine_and_recent(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snippet,) = re.findall(r"^```python\n(import hashlib\n.*?)^```", PAGE.read_text(), re.S | re.M)
+    told: dict[str, Any] = {}
+    exec(snippet, told)  # noqa: S102  # the page's own code
+    webhook.post(receiver.url, NOTICE, key=KEY, private=True)
+    ((_, headers, body),) = receiver.calls
+    believed = told["is_torchords"]
+    assert believed(KEY, headers, body)
+    assert not believed("another key", headers, body)
+    assert not believed(KEY, headers, body + b" ")
+    earlier = str(int(headers["Torchord-Timestamp"]) - 1)
+    assert not believed(KEY, {**headers, "Torchord-Timestamp": earlier}, body)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 301)
+    assert not believed(KEY, headers, body), "a call that somebody has kept is no call"
 
 
 @pytest.mark.parametrize("status", [302, 307, 400, 404, 500, 503])
