@@ -316,7 +316,8 @@ class Supervisor:
             return not ledger.pending_evaluations()
         if head.round is not None:
             return False
-        if self._plan(ledger, head).config.decides_by_evaluations and ledger.pending_evaluations():
+        decides = self._plan(ledger, head).config.decides_by_evaluations
+        if decides and head.version in ledger.pending_evaluations():
             return False
         if head.launched is None or head.launched < self._plan(ledger, head).window(head.version)[-1]:
             return True

@@ -340,3 +340,13 @@ def test_another_reason_is_said_as_well(watched: Watched) -> None:
 def test_a_redis_that_is_away_is_said(watched: Watched) -> None:
     watched.look(QUIET_SECONDS, away=True)
     assert watched.shown.lines[0].startswith("waits for Redis, which does not answer")
+
+
+def test_an_evaluation_that_decides_is_awaited_before_the_next_step(lab: Laboratory) -> None:
+    lab.begun().ledger.launch_evaluation(0, 2, pin_seconds=9)
+    assert "that nobody has begun" in lab.the(WaitKind.QUEUE).what, "beside the steps, as a rule"
+    plan = Plan(24, replace(PLAN.config, keep="best", evaluate_every=1, evaluate_at_start=True))
+    waits = Waits(lab.ledger, lambda head: plan, clock=lambda: lab.now)
+    (found,) = waits.look(lab.ledger.head(), lab.living)
+    assert found.kind is WaitKind.EVALUATION
+    assert found.what.startswith("the evaluation of version 0, of which 0 of 2 parts are there")

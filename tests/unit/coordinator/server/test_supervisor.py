@@ -882,3 +882,14 @@ def test_a_run_that_everybody_refuses_is_paused_with_the_reasons(lab: Laboratory
     head = lab.run.head()
     assert head.status == "paused" and head.error is not None
     assert "w0 has other code" in head.error["message"] and "admit_skew" in head.error["message"]
+
+
+def test_nobody_is_called_while_the_run_waits_for_an_evaluation_that_decides(lab: Laboratory) -> None:
+    lab.queued()
+    decides = replace(CONFIG, keep="best", evaluate_every=1, evaluate_at_start=True)
+    other = lab.submit("other", decides, launched=None)
+    other.launch_evaluation(0, 1, pin_seconds=1e6)
+    lab.plane.push(GRADIENTS, {"run": "other", "version": 0, "part": 0, "parts": 1})
+    assert lab.rounds(30) == []
+    other.record_evaluation(0, {"loss": 1.0})
+    assert lab.rounds(30) == [("advance", OWN)]
