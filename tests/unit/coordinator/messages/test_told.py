@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,12 @@ import pytest
 
 from tests.support.receiver import KEY, Receiver, receiving
 from torchord.cache.errors import InvalidInput, NotTold
+from torchord.cache.servers.redis_client import connect
 from torchord.cache.settings import Settings, from_environment
 from torchord.coordinator.messages import webhook
 from torchord.coordinator.messages.addressees import check, named, read_on, require_allowed, shown
+from torchord.coordinator.messages.broker import publisher
+from torchord.coordinator.messages.sender import Sender
 
 ALLOWED = Settings(
     tell_tasks=("shop.tasks.deploy", "mail.*"), tell_urls=("https://hooks.example.org/torchord", "http://")
@@ -269,3 +273,19 @@ def test_nobody_at_the_address_is_said() -> None:
         port = gone.getsockname()[1]
     with pytest.raises(NotTold, match="ConnectionRefused"):
         webhook.post(f"http://127.0.0.1:{port}/", NOTICE, key="key", private=True)
+
+
+# --- a task -------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_a_message_that_any_app_reads_and_the_same_notice_has_one_id(redis_url: str) -> None:
+    sender = Sender(publisher(redis_url, {}))
+    for _ in range(2):
+        sender.tell("shop.tasks.deploy", NOTICE, queue="shop")
+    with connect(redis_url) as client:
+        first, second = (json.loads(text) for text in client.lrange("shop", 0, -1))
+        client.delete("shop")
+    assert first["headers"]["task"] == "shop.tasks.deploy"
+    assert first["headers"]["id"] == second["headers"]["id"]
+    assert json.loads(b64decode(first["body"]))[:2] == [[NOTICE], {}]
+    assert first["content-type"] == "application/json" and first["headers"]["ignore_result"] is True

@@ -241,3 +241,14 @@ def test_weights_are_those_that_the_model_has(redis_url: str, pages: Pages, tmp_
     assert pages.write_weights("digits-01", str(tmp_path / "m.safetensors")) == 12
     found = load_file(tmp_path / "m.safetensors")
     assert found.keys() == {"weight", "bias"} and found["weight"].tolist() == [3.0, 3.0]
+
+
+def test_a_runs_page_says_what_others_could_not_be_told(redis_url: str, pages: Pages) -> None:
+    spec = {"recipe": {}, "config": {}, "on": {"evaluated": ["shop.look"]}}
+    made = committed(redis_url, "digits-01", spec=spec)
+    assert pages.overview("digits-01")["untold"] == [], "nothing has gone wrong yet"
+    taken = made.claim_telling("w0", seconds=60)
+    assert taken is not None
+    made.settle_telling(taken, "w0", "again", seconds=60, error="answered 503")
+    (said,) = pages.overview("digits-01")["untold"]
+    assert said == "evaluated (evaluated-10.0), 1 try so far: answered 503"
