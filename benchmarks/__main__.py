@@ -15,6 +15,7 @@ BENCHMARKS = {
     "flat": "whether anything accumulates over 10,000 steps",
     "cache": "the chunk store against a bare socket",
     "straggler": "what a worker that is ten times slower costs a run",
+    "share": "workers by weight for two runs; a prediction's wait beside a large one",
     "tree": "what the training server reads a step, with partial sums and without",
     "rest": "what a step moves of a model that is mostly frozen",
     "security": "what keys and digests cost a step",

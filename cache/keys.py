@@ -13,6 +13,7 @@ lie on one node, so a Lua script may touch several of them.
 | torchord:quarantined | string, how many such entries there were | workers | QUARANTINE_TTL after the last |
 | torchord:distrusted | hash node -> JSON of Distrusted | server | DISTRUST_TTL after the last |
 | torchord:placement | string, where chunks lie, in words | workers | WORKER_LEASE, renewed by a thread |
+| torchord:turns | zset flow -> time at which its next message begins, see ranked.lua | enqueue.lua, commit.lua | WORK_TTL after the last message |
 | torchord:supervisor | string, worker id | supervisor | SUPERVISOR_LEASE, renewed |
 | torchord:telling | set of names of the runs that have something to tell | scripts only | RUN_TTL after the last entry |
 | torchord:{RUN}:spec | string, JSON of recipe and config | Master | RUN_TTL, renewed at commit |
@@ -78,6 +79,7 @@ ACTIVE = f"{PREFIX}:active"
 WORKERS = f"{PREFIX}:workers"
 PLACEMENT = f"{PREFIX}:placement"
 SUPERVISOR = f"{PREFIX}:supervisor"
+TURNS = f"{PREFIX}:turns"
 QUARANTINE = f"{PREFIX}:quarantine"
 QUARANTINED = f"{PREFIX}:quarantined"
 DISTRUSTED = f"{PREFIX}:distrusted"

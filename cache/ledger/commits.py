@@ -107,15 +107,7 @@ class Commits(ControlPlane):
         """
         names = self.keys
         now = time.time()
-        published: list[Any] = []
-        if launch is not None:
-            published = [
-                launch.step,
-                launch.incarnation,
-                launch.size,
-                launch.size_ttl_seconds,
-                *launch.messages,
-            ]
+        published = [] if launch is None else launch.arguments(self.run)
         with self._during(f"commit version {step + 1}"):
             reply = self._script(
                 "commit",
@@ -133,7 +125,7 @@ class Commits(ControlPlane):
                     names.evaluations,
                     keys.ACTIVE,
                     keys.RUNS,
-                    *([] if launch is None else [launch.size_key, launch.queue]),
+                    *([] if launch is None else [launch.size_key, launch.queue, keys.TURNS]),
                 ],
                 [
                     step,

@@ -13,10 +13,11 @@ from torchord.cache.ledger.events import Events
 from torchord.cache.ledger.outbox import Outbox
 from torchord.cache.ledger.rounds import Rounds
 from torchord.cache.ledger.run_life import RunLife
+from torchord.cache.ledger.share import Shares
 from torchord.cache.ledger.versions import Versions
 
 
-class Ledger(RunLife, Rounds, Commits, Versions, Evaluations, Outbox, Events):
+class Ledger(RunLife, Rounds, Commits, Versions, Evaluations, Outbox, Events, Shares):
     """All operations on one run's control keys; arguments as for `control_plane.ControlPlane`.
 
     Raises:

@@ -395,6 +395,7 @@ class Head:
         shared: several processes of one node take turns as server.
         round: the last step of the round that is open, None if there is none.
         on: what is to be told of the run, to how many: ",done=1,failed=2,"; "" for nothing.
+        weight, priority: its share of the fleet (scripts/ranked.lua).
         error: why the run failed: {"message", "kind", ...}.
         stopped: the verdict that ends the run before its last step: {"version", "rule", "reason"}; None if
             there is none.
@@ -431,6 +432,8 @@ class Head:
     stopped: dict[str, Any] | None = None
     started_at: float = 0.0
     on: str = ""
+    weight: float = 1.0
+    priority: int = 0
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -479,6 +482,8 @@ class Head:
             stopped=known.STOPPED.read(fields["stopped"]) if fields.get("stopped") else None,
             started_at=seconds("started_at"),
             on=fields.get("on", ""),
+            weight=seconds("weight") if "weight" in fields else 1.0,
+            priority=int(seconds("priority")) if "priority" in fields else 0,
         )
 
 

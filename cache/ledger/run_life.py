@@ -20,6 +20,7 @@ from torchord.cache.ledger.records import (
     GENESIS,
     Head,
 )
+from torchord.cache.ledger.share import share_of
 
 
 class RunLife(ControlPlane):
@@ -67,6 +68,7 @@ class RunLife(ControlPlane):
                     spec.get("config", {}).get("skew", "admit"),
                     wanted(spec),
                     subscribed(spec),
+                    *share_of(spec),
                 ],
             )
             return None if verdict == "created" else SPEC.read(bare(text))

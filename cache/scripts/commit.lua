@@ -1,13 +1,16 @@
+-- Uses ranked.lua
 -- Commit one global step: complete step + expected head + fencing token -> new head.
 -- The blobs of the new version are already stored; this moves the pointer.
 -- KEYS 1 head hash, 2 slots hash, 3 leases hash, 4 ledger hash, 5 versions hash, 6 pins hash,
 --      7 events stream, 8 expected hash, 9 spec, 10 manifest, 11 evaluations, 12 active set, 13 runs zset,
---      14 Celery's size of the next chord (string), 15 the queue (list) of its messages: with ARGV 13 only
+--      14 Celery's size of the next chord (string), 15 the queue (list) of its messages, 16 turns (zset), see
+--      ranked.lua: with ARGV 13 only
 -- ARGV 1 step (= version it starts from), 2 token, 3 shards in the step, 4 ledger entry JSON,
 --      5 version record JSON, 6 new chain, 7 now (s), 8 TTL of a run (s), 9 event JSON,
 --      10 events kept, 11 now (ms), 12 versions to drop unless they are pinned (comma-separated),
 --      and for the launch of a further step with the commit: 13 that step, 14 incarnation that its messages
---      are for, 15 size of the chord, 16 TTL of that (s), 17... the messages
+--      are for, 15 size of the chord, 16 TTL of that (s), 17 name of the run, 18 seconds that a shard takes,
+--      19 TTL of the turns (s), 20... the messages
 -- Returns {'ok', '1' if that step is launched (now, or before), incarnation, versions kept..., '|', pinned
 -- versions..., '|', records of the versions dropped...}, or {verdict}: 'fenced', 'stale', 'incomplete',
 -- 'stopped', 'diverged' (a replay that did not meet the chain it had before). Nothing is launched under
@@ -52,9 +55,12 @@ if ARGV[13] and incarnation == ARGV[14] then
   launched = '1'
   if tonumber(redis.call('HGET', KEYS[1], 'launched') or '-1') < tonumber(ARGV[13]) then
     redis.call('SET', KEYS[14], ARGV[15], 'EX', ARGV[16])
-    for i = 17, #ARGV do
-      redis.call('LPUSH', KEYS[15], ARGV[i])
+    local messages = {}
+    for i = 20, #ARGV do
+      messages[#messages + 1] = ARGV[i]
     end
+    redis.call('HSET', KEYS[1], 'shard_seconds', ARGV[18])
+    ranked(KEYS[15], KEYS[16], KEYS[1], ARGV[17], ARGV[18], ARGV[19], messages)
     local reached = tonumber(redis.call('HGET', KEYS[1], 'reached') or '-1')
     redis.call('HSET', KEYS[1], 'launched', ARGV[13], 'reached', math.max(reached, tonumber(ARGV[13])))
     redis.call('HDEL', KEYS[1], 'called')

@@ -7,7 +7,8 @@
 -- ARGV 1 name, 2 spec JSON, 3 now (s), 4 TTL of a run (s), 5 incarnation (unique id), 6 version, 7 chain,
 --      8 skew: 'refuse' if workers of different environments must not mix, else 'admit',
 --      9 environment: 'portable' if only workers with portable kernels may compute and update, else '',
---      10 what is to be told of the run, to how many: ',done=1,failed=2,' ('' for nothing)
+--      10 what is to be told of the run, to how many: ',done=1,failed=2,' ('' for nothing),
+--      11 weight and 12 priority: its share of the fleet, see ranked.lua
 -- Returns {'created', spec} or {'exists', spec of the one that is there}.
 local spec = redis.call('GET', KEYS[1])
 if spec and redis.call('EXISTS', KEYS[2]) == 1 then
@@ -20,7 +21,7 @@ redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
 redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[2], 'status', 'pending', 'version', ARGV[6], 'chain', ARGV[7], 'token', 0,
   'incarnation', ARGV[5], 'skew', ARGV[8], 'submitted_at', ARGV[3], 'committed_at', ARGV[3],
-  'duplicates', 0, 'late', 0)
+  'duplicates', 0, 'late', 0, 'weight', ARGV[11], 'priority', ARGV[12])
 if ARGV[9] ~= '' then
   redis.call('HSET', KEYS[2], 'environment', ARGV[9], 'server_environment', ARGV[9])
 end

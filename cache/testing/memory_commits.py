@@ -12,6 +12,7 @@ from torchord.cache.ledger.hardware import fits
 from torchord.cache.ledger.incarnation import revised
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.ledger.records import LedgerEntry, VersionRecord
+from torchord.cache.testing import memory_turns
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
 
 
@@ -144,7 +145,8 @@ class MemoryCommits(MemoryControlPlane):
         if int(head.get("launched", -1)) < launch.step:
             plane.put(launch.size_key, str(launch.size), launch.size_ttl_seconds)
             texts = [message.decode() for message in launch.messages]
-            plane.put(launch.queue, [*reversed(texts), *(plane.get(launch.queue) or [])])
+            plane.hset(self.keys.head, {"shard_seconds": launch.seconds})
+            memory_turns.put(plane, launch.queue, self.run, texts, seconds=launch.seconds)
             reached = max(launch.step, int(head.get("reached", -1)))
             plane.hset(self.keys.head, {"launched": launch.step, "reached": reached})
             plane.hdel(self.keys.head, "called")

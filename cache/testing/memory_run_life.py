@@ -14,6 +14,7 @@ from torchord.cache.ledger.hardware import wanted
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.outbox import entry_text, subscribed
 from torchord.cache.ledger.records import GENESIS, Head
+from torchord.cache.ledger.share import share_of
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
 
 
@@ -49,6 +50,7 @@ class MemoryRunLife(MemoryControlPlane):
                 "committed_at": now,
                 "duplicates": 0,
                 "late": 0,
+                **dict(zip(("weight", "priority"), share_of(spec), strict=True)),
             }
             if environment := wanted(spec):
                 head |= {"environment": environment, "server_environment": environment}
@@ -56,6 +58,18 @@ class MemoryRunLife(MemoryControlPlane):
             plane.put(keys.RUNS, {**(plane.get(keys.RUNS) or {}), self.run: now}, ttl)
             plane.put(keys.ACTIVE, (plane.get(keys.ACTIVE) or set()) | {self.run}, ttl)
         return None
+
+    def share(self, *, weight: float | None = None, priority: int | None = None) -> str:
+        """See `Ledger.share`."""
+        plane = self.plane
+        with plane.changed:
+            if not (head := plane.hash(self.keys.head)):
+                return "missing"
+            said = {n: v for n, v in {"weight": weight, "priority": priority}.items() if v is not None}
+            if any(head.get(name) != str(value) for name, value in said.items()):
+                plane.hset(self.keys.head, said)
+                self._event("share", said)
+        return head["status"]
 
     def spec(self) -> dict[str, Any]:
         """See `Ledger.spec`."""

@@ -155,6 +155,7 @@ class Master:
         spec["evaluation_seed"] = "dataset"  # a run of before, which has no such word, keeps its evaluations
         spec |= self._told(on, callbacks)
         start = None if start_from is None else read_start(start_from, self.run)
+        self._sender.say_turns(name, config.weight, config.priority)
         there = self._create(name, spec, start)
         if there is None:
             self._submitted.add(name)

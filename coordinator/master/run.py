@@ -19,6 +19,7 @@ from torchord.cache.keyring import bare
 from torchord.cache.ledger.answers import Event
 from torchord.cache.ledger.outbox import Telling
 from torchord.cache.ledger.records import GENESIS, LedgerEntry
+from torchord.cache.ledger.share import checked
 from torchord.coordinator.drawing.picture import Picture
 from torchord.coordinator.master.admitting import respecify
 from torchord.coordinator.master.audit import Audit, audit, opened, said_of_workers
@@ -177,6 +178,21 @@ class Run(RunVersions):
         if not done and before != "paused":
             self._ledger.head()  # raises if there is no such run
             raise RunError(f"run {self.name!r} is {before}; only a running run can be paused")
+
+    def share(self, *, weight: float | None = None, priority: int | None = None) -> None:
+        """Give the run another share of the fleet, from its next shards on; None leaves what it has.
+
+        Args:
+            weight, priority: as in `TrainingConfig`. The config keeps what it says; a run that is created
+                anew from its checkpoint has that again.
+
+        Raises:
+            ConfigError: one of them is out of range.
+            RunNotFound: there is no such run.
+        """
+        checked(1.0 if weight is None else weight, 0 if priority is None else priority)
+        if self._ledger.share(weight=weight, priority=priority) == "missing":
+            self._ledger.head()  # raises
 
     def cancel(self) -> None:
         """End the run for good; what it computed stays readable for a week.

@@ -85,6 +85,10 @@ def publisher(url: str, options: dict[str, object]) -> Celery:
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
+        # Nobody has results; but where they are is where the queue is, in which each run has its turn.
+        result_backend=url,
+        redis_socket_connect_timeout=2,
+        redis_socket_timeout=10,
         task_ignore_result=True,
         broker_connection_timeout=2,
         broker_transport_options={

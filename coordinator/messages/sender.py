@@ -6,26 +6,36 @@ is named by (run, step, shard, version) and lies in the cache.
 
 from __future__ import annotations
 
+import json
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from celery import Celery, chord
 from kombu.exceptions import OperationalError
+from kombu.utils.functional import retry_over_time
 
 from torchord.cache.errors import CacheError, CacheUnreachable
 from torchord.cache.ledger.launch import Launch
 from torchord.cache.servers.address import masked
 from torchord.cache.servers.redis_client import hint_of
 from torchord.coordinator.messages import task_names
-from torchord.coordinator.messages.templates import StepTemplate, push, push_front
+from torchord.coordinator.messages.templates import StepTemplate, enqueue, push, push_front, recorded
 from torchord.coordinator.runtime.faults import Injector
+
+log = logging.getLogger(__name__)
 
 _NOTICES = uuid.UUID("0a5a2a52-7c56-4bb4-a2ea-5a8a2ad22f4c")
 
 Join = tuple[str, dict[str, Any]]  # a chord, as (group id, callback)
 
-_PUBLISH = {"retry": True, "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0}}
+_PREDICTING = "?"  # after a run's name, whose turns its predictions' are: no name has it
+_PUBLISH: dict[str, Any] = {
+    "retry": True,
+    "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_max": 1.0},
+}
 
 
 class Sender:
@@ -46,7 +56,17 @@ class Sender:
         self._connection_errors: tuple[type[Exception], ...] = (
             OperationalError,
             *(getattr(app.backend, "connection_errors", ()) if self._one_server else ()),
+            *(getattr(app.backend, "channel_errors", ()) if self._one_server else ()),
         )
+
+    def say_turns(self, run: str, weight: float, priority: int) -> None:
+        """Say of a run with a share of its own that there are no turns here: they are on one plain server."""
+        if (weight, priority) != (1.0, 0) and not self._one_server:
+            log.warning(
+                "run %r: weight and priority have no effect here, since the broker is not one plain Redis: "
+                "shards are taken in the order in which they come",
+                run,
+            )
 
     def send(self, task: str, kwargs: dict[str, Any], *, queue: str, hidden: str = "") -> None:
         """Publish one task whose result nobody waits for.
@@ -57,12 +77,17 @@ class Sender:
         Raises:
             CacheUnreachable: if the broker does not take it.
         """
+        seen = repr({name: value for name, value in kwargs.items() if name != hidden})
+        options: dict[str, Any] = {"kwargs": kwargs, "ignore_result": True, "kwargsrepr": seen}
         try:
-            seen = repr({name: value for name, value in kwargs.items() if name != hidden})
-            self.app.send_task(
-                task, kwargs=kwargs, queue=queue, ignore_result=True, kwargsrepr=seen, **_PUBLISH
-            )
-        except OperationalError as error:
+            if queue == task_names.GRADIENTS and self._one_server:
+                flow = _PREDICTING if task == task_names.PREDICT else ""
+                message = json.dumps(recorded(partial(self.app.send_task, task), queue, **options)).encode()
+                put = partial(enqueue, self.app, queue, str(kwargs["run"]), [message], flow=flow)
+                retry_over_time(put, self._connection_errors, **_PUBLISH["retry_policy"])
+            else:
+                self.app.send_task(task, queue=queue, **options, **_PUBLISH)
+        except self._connection_errors as error:
             run = kwargs.get("run", "")
             raise self._unreachable(f"send {task} of run {run!r}", error) from error
 
@@ -149,6 +174,7 @@ class Sender:
         version: int | None = None,
         joining: int = 0,
         steps: int = 1,
+        seconds: float | None = None,
     ) -> None:
         """Publish a global step, or a round: a chord of gradient tasks with the update as its callback.
 
@@ -157,6 +183,7 @@ class Sender:
             joining: partial sums that will be published later and belong to the chord, too.
             shards: the shards that still lack a slot; of a round, its seats.
             steps: how many the round has; 1: it is a single step.
+            seconds: that each task will take, by which the run's turn is reckoned; None: as shards before.
             callback_queue: private queue of the training server that holds the run.
 
         Raises:
@@ -168,7 +195,8 @@ class Sender:
             return
         template = self._template(run, callback_queue, rounds=steps > 1)
         try:
-            push(self.app, template, step, version, shards, joining=joining, steps=steps, fault=self.fault)
+            more = {"joining": joining, "steps": steps, "seconds": seconds}
+            push(self.app, template, step, version, shards, fault=self.fault, **more)  # type: ignore[arg-type]
         except self._connection_errors as error:
             raise self._unreachable(f"launch step {step} of run {run!r}", error) from error
 
@@ -181,12 +209,13 @@ class Sender:
         callback_queue: str,
         version: int,
         incarnation: str,
+        seconds: float,
         joining: int = 0,
     ) -> Launch | None:
         """The messages that `step` would publish, for the commit that makes the step possible.
 
         Args:
-            joining: as for `step`.
+            seconds, joining: as for `step`.
 
         Returns:
             None where the control plane and Celery's broker are not known to be one plain server, or
@@ -204,6 +233,7 @@ class Sender:
             len(messages) + joining,
             int(backend.expires),
             template.queue,
+            seconds,
             tuple(messages),
         )
 

@@ -27,6 +27,9 @@ from celery import Celery
 from kombu import Connection
 from kombu.transport import memory
 
+from torchord.cache import keys
+from torchord.cache.scripts import source
+
 
 class _Channel(memory.Channel):
     queues: dict[str, Any] = {}  # noqa: RUF012  as in its base class; not those of other memory transports in this process
@@ -59,7 +62,7 @@ class StepTemplate:
     Args:
         app: the Celery app whose settings the messages follow.
         task: name of the header's task.
-        kwargs: its keyword arguments but for "step", "version" and "shard".
+        kwargs: its keyword arguments but for "step", "version" and "shard"; "run" is one.
         queue: where the header's tasks go.
         body: name of the callback's task.
         body_kwargs: its keyword arguments but for "step".
@@ -80,6 +83,7 @@ class StepTemplate:
         rounds: bool = False,
     ) -> None:
         self.queue = queue
+        self.run = str(kwargs["run"])
         # Numbers that stand for step, shard and version; drawn, so that nothing else equals them.
         numbers = (str(10**17 + secrets.randbelow(10**17)) for _ in range(4))
         self._step, self._shard, self._version, self._steps = numbers
@@ -221,29 +225,52 @@ def push(
     *,
     joining: int = 0,
     steps: int = 1,
+    seconds: float | None = None,
     fault: Callable[[str], None] | None = None,
 ) -> None:
-    """Publish one step in one round trip: the chord's size, then its messages.
-
-    The size comes first, as in Celery's own order: a header that finishes before it is known would
-    not be counted.
+    """Publish one step in one round trip: the chord's size, then its messages, at the run's turn.
 
     Args:
         joining: header tasks that are published later: the step's partial sums.
         steps: as for `StepTemplate.render`.
+        seconds: that each will take, see `enqueue`.
         fault: if given, the first message goes in a round trip of its own and `fault` is called
             between the two; tests use it to die in the middle of a launch.
     """
     group, messages = template.render(step, version, shards, steps)
     backend = cast(Any, app.backend)
-    pipe = backend.client.pipeline(transaction=False)
-    pipe.set(backend.get_key_for_group(group, ".s"), len(messages) + joining, ex=int(backend.expires))
+    size = (backend.get_key_for_group(group, ".s"), len(messages) + joining, int(backend.expires))
     if fault is not None and len(messages) > 1:
-        pipe.lpush(template.queue, messages.pop(0))
-        pipe.execute()
+        enqueue(app, template.queue, template.run, [messages.pop(0)], size=size, seconds=seconds)
         fault("sender.mid_launch")
-    pipe.lpush(template.queue, *messages)
-    pipe.execute()
+    enqueue(app, template.queue, template.run, messages, size=size, seconds=seconds)
+
+
+def enqueue(
+    app: Celery,
+    queue: str,
+    run: str,
+    messages: Sequence[bytes],
+    *,
+    flow: str = "",
+    seconds: float | None = None,
+    size: tuple[str | bytes, int, int] | None = None,
+) -> None:
+    """Put messages of a run where its share of the fleet has them taken, for apps whose result backend is the
+    broker: see scripts/ranked.lua.
+
+    Args:
+        flow: whose turn it is, beside the run's own; "" for that.
+        seconds: that each will take; None: what a shard of the run takes.
+        size: key, size and TTL (s) of the chord that they are; it is set before them.
+    """
+    client = cast(Any, app.backend).client
+    names = [queue, keys.TURNS, keys.RunKeys(run).head, *([] if size is None else [size[0]])]
+    chord = ["", ""] if size is None else list(size[1:])
+    each = "" if seconds is None else seconds
+    client.register_script(source("enqueue"))(
+        keys=names, args=[f"{run}{flow}", each, keys.WORK_TTL_SECONDS, *chord, *messages]
+    )
 
 
 def push_front(app: Celery, task: str, *, queue: str, **options: Any) -> None:

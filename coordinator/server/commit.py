@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -157,7 +158,7 @@ class StepCommit:
         entry = self._entry(warm, slots, updated, draft, {CHECKS: checks} if checks else {})
         record, unused = self._record(warm, slots, draft, entry)
         verdict = None if warm.watch is None else warm.watch.see(entry)
-        drafted = self._draft(warm, after=launched, seconds=entry.seconds, ends=verdict is not None)
+        drafted = self._draft(warm, entry, after=launched, ends=verdict is not None)
         committed = warm.ledger.commit(
             step=step,
             token=warm.token,
@@ -248,19 +249,19 @@ class StepCommit:
         far = self.read_nbytes >= least or warm.version < warm.far_until
         return far and warm.writer.nbytes >= least
 
-    def _draft(self, warm: WarmRun, *, after: int, seconds: float, ends: bool) -> Launch | None:
+    def _draft(self, warm: WarmRun, entry: LedgerEntry, *, after: int, ends: bool) -> Launch | None:
         """The chord that the commit of the present step makes possible, None if there is none or several.
 
         Args:
             after: the last step that is launched.
-            seconds: what the present step took.
+            entry: of the present step.
             ends: whether a rule of the config says that the step is the last.
         """
         plan, following = warm.context.plan(), warm.version + 1
         if following >= warm.end or warm.waits_at(following) or ends:
             return None
         steps = [step for step in plan.window(following) if step > after]
-        if len(steps) != 1 or self.rounds.steps(warm, following, seconds=seconds) > 1:
+        if len(steps) != 1 or self.rounds.steps(warm, following, seconds=entry.seconds) > 1:
             return None
         tree = plan.fan_in(steps[0])
         return self.sender.drafted(
@@ -270,6 +271,7 @@ class StepCommit:
             callback_queue=self.queue,
             version=plan.version_for(steps[0]),
             incarnation=warm.context.incarnation,
+            seconds=fmean(slot.seconds for slot in entry.slots),
             joining=len(tree.partials),
         )
 

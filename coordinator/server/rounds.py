@@ -83,7 +83,15 @@ class RoundOpener:
         if warm.ledger.open_round(first, last, token=warm.token) != "ok":
             return None
         self.fault("server.after_open")
-        self.sender.step(warm.run, first, range(seats), version=first, callback_queue=self.queue, steps=steps)
+        self.sender.step(
+            warm.run,
+            first,
+            range(seats),
+            version=first,
+            callback_queue=self.queue,
+            steps=steps,
+            seconds=steps * warm.seconds or None,
+        )
         return last
 
     def _prevented(self, warm: WarmRun, clients: Iterable[WorkerInfo]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torchord.cache.errors import ConfigError
+from torchord.cache.ledger.share import checked
 from torchord.cache.settings import HARDWARE
 from torchord.coordinator.spec import stopping
 from torchord.coordinator.spec.aggregation import AGGREGATIONS, require_robust
@@ -137,6 +138,11 @@ class TrainingConfig:
             AVX2, whoever made them, at a price in speed. Workers pin them when they start
             (TORCHORD_HARDWARE=portable); others leave the run to those. See docs/portable.md.
 
+        weight: the run's share of a fleet that several runs use, 0.01 to 100: beside a run of weight 1, one
+            of weight 3 has three quarters of it. It changes no bit of a run; see docs/sharing.md.
+        priority: -1000 to 1000: work of a higher priority is taken before all of a lower one, whatever the
+            weights.
+
     Raises:
         ConfigError: a value is out of range; the message names field, value and range.
 
@@ -183,6 +189,8 @@ class TrainingConfig:
     keep: Keep | str | None = None
     evaluate_at_start: bool = False
     hardware: str = "native"
+    weight: float = 1.0
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -219,6 +227,7 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         object.__setattr__(self, "stop_when", stopping.rules_of(self.stop_when))
         object.__setattr__(self, "keep", stopping.keep_of(self.keep))
+        object.__setattr__(self, "weight", checked(self.weight, self.priority)[0])
         self._choice("nonfinite", _NONFINITE)
         self._choice("digest", _DIGESTS)
         self._choice("skew", _SKEW)

@@ -44,6 +44,7 @@ SELDOM = {
     "cluster|slots": "nodes of tensors that are a Redis Cluster",
     "select": "nodes of tensors in a database other than 0",
     "unlink": "a blob that nobody wants",
+    "linsert": "a shard whose run's turn is before another's that waits",
     "llen": "a queue is looked at that has stood still",
     "punsubscribe": "a process ends in order",
 }

@@ -83,17 +83,25 @@ class Post:
         callback_queue: str,
         version: int,
         incarnation: str,
+        seconds: float,
         joining: int = 0,
     ) -> Launch:
         """What goes out with a commit; `arrived` takes it in."""
-        messages = tuple(json.dumps([step, shard, version, joining]).encode() for shard in shards)
+        messages = tuple(json.dumps({"of": [step, shard, version, joining]}).encode() for shard in shards)
         return Launch(
-            step, incarnation, "celery-taskset-meta-test.s", len(messages) + joining, 60, self.QUEUE, messages
+            step,
+            incarnation,
+            "celery-taskset-meta-test.s",
+            len(messages) + joining,
+            60,
+            self.QUEUE,
+            seconds,
+            messages,
         )
 
     def arrived(self, client: Any) -> None:
         """Take in the chords that commits published; each comes whole, but perhaps more than one."""
-        came = [json.loads(text) for text in client.lrange(self.QUEUE, 0, -1)][::-1]
+        came = [json.loads(text)["of"] for text in client.lrange(self.QUEUE, 0, -1)][::-1]
         client.delete(self.QUEUE)
         for step, version, joining in dict.fromkeys((t, v, j) for t, _, v, j in came):
             shards = [s for t, s, _, _ in came if t == step]

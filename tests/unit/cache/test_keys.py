@@ -74,7 +74,7 @@ def test_the_page_explains_every_field_of_the_head() -> None:
             r"`(\w+)`", "".join(line.split("|")[1] for line in section.splitlines() if line[:1] == "|")
         )
     )
-    private = {"called", "changed", "changed_from", "corrected_at", "memory", "toolchain"}
+    private = {"called", "changed", "changed_from", "corrected_at", "memory", "shard_seconds", "toolchain"}
     assert explained == set(Head.__slots__) | private
 
 

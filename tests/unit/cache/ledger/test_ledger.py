@@ -730,7 +730,9 @@ def test_a_commit_whose_answer_was_lost_is_known_though_the_run_has_stopped_sinc
 
 
 def launch(step: int = 1, incarnation: str = "life") -> Launch:
-    return Launch(step, incarnation, "celery-taskset-meta-g.s", 2, 60, "gradients", (b"m0", b"m1"))
+    return Launch(
+        step, incarnation, "celery-taskset-meta-g.s", 2, 60, "gradients", 0.5, (b'{"m": 0}', b'{"m": 1}')
+    )
 
 
 @pytest.fixture
@@ -768,7 +770,9 @@ class TestLaunchWithCommit:
         assert (committed.verdict, committed.launched, committed.incarnation) == ("ok", True, "life")
         head = running.head()
         assert (head.version, head.launched, head.reached) == (1, 1, 1)
-        assert queued() == ["m1", "m0"]
+        assert queued() == [
+            f'{{"rank": "0 {time}", "m": {m}}}' for m, time in ((1, "0.500000"), (0, "0.000000"))
+        ]
         size, seconds = size_of_chord(running)
         assert size == "2" and 0 < seconds <= 60
 
@@ -786,7 +790,9 @@ class TestLaunchWithCommit:
         running.commit(**arguments, launch=launch())
         again = running.commit(**arguments, launch=launch())
         assert (again.verdict, again.launched) == ("ok", True)
-        assert queued() == ["m1", "m0"]
+        assert queued() == [
+            f'{{"rank": "0 {time}", "m": {m}}}' for m, time in ((1, "0.500000"), (0, "0.000000"))
+        ]
 
     def test_nothing_is_published_under_another_config(self, queued: Queued, running: Ledger) -> None:
         token = acquire(running)
@@ -1492,6 +1498,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
         SPEC, step=9, incarnation="life", following="life+1", total_steps=9, data={}
     ),
     "extend": lambda ledger, token: ledger.extend(SPEC, incarnation="life", following="life.1", data={}),
+    "share": lambda ledger, token: ledger.share(weight=3.0, priority=1),
     "server_memory": lambda ledger, token: ledger.server_memory(),
     "incarnation": lambda ledger, token: ledger.incarnation(),
     "head": lambda ledger, token: ledger.head(),
@@ -1916,7 +1923,7 @@ def test_a_script_says_what_it_takes_and_gives(path: Path) -> None:
 
 def test_the_head_reads_what_the_scripts_write() -> None:
     """Every field that a script writes to the head is one that `Head` knows, or a private one named here."""
-    private = {"called", "corrected_at", "changed", "changed_from", "server_environment"}
+    private = {"called", "corrected_at", "changed", "changed_from", "server_environment", "shard_seconds"}
     seen = set()
     for path in SCRIPTS.glob("*.lua"):
         text = path.read_text()

@@ -163,5 +163,19 @@ def test_a_partial_sum_goes_before_the_gradients_that_wait(app: Celery, redis_ur
         task_names.COMPUTE_GRADIENT,
     ]
     assert found[0]["body"][2]["chord"] is None
-    assert set(found[0]) == set(found[1]), "the same envelope"
+    assert set(found[0]) == set(found[1]) - {"rank"}, "the same envelope"
     assert {**found[0]["headers"], **found[1]["headers"]}.keys() == found[0]["headers"].keys()
+
+
+def test_what_is_sent_stands_where_its_runs_turn_is(app: Celery, redis_url: str) -> None:
+    sender, client = Sender(app), redis.Redis.from_url(redis_url)
+    client.hset("torchord:{heavy}:head", mapping={"weight": 2.0})
+    sender.step("light", 0, range(6), callback_queue=QUEUE, seconds=1.0)
+    sender.step("heavy", 0, range(6), callback_queue=QUEUE, seconds=1.0)
+    sender.send(task_names.PREDICT, {"run": "heavy", "part": 7}, queue=task_names.GRADIENTS)
+    found = [(message["body"][1]["run"], message["headers"]["task"]) for message in messages(redis_url)]
+    order = ["light", "heavy", "heavy", "light", "heavy", "heavy", "light", "heavy", "heavy"]
+    assert [run for run, task in found if task == task_names.COMPUTE_GRADIENT][:9] == order
+    assert found.index(("heavy", task_names.PREDICT)) <= 2, "a question is asked as soon as a worker is free"
+    client.delete("torchord:{heavy}:head")
+    client.close()
