@@ -114,7 +114,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "torchord: installing torchord with its test and lint tools into $(VENV) (once; a few minutes) ..."
-	@$(if $(HASHES),$(call HASHED,dev),$(INSTALL) -e '.[demo,dev,docs,images,keys,models]')
+	@$(if $(HASHES),$(call HASHED,dev),$(INSTALL) -e '.[demo,dev,docs,images,keys,models,store,sweeps]')
 	@touch $@ $(VENV)/.installed-demo
 
 # pip is the last thing that venv writes: an interrupted or failed attempt is made again.

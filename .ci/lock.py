@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 PYTHONS = ("3.11", "3.12", "3.13")
 RUN = ("demo", "keys", "tensorboard")
-DEV = (*RUN, "dev", "docs", "images", "models")
+DEV = (*RUN, "dev", "docs", "images", "models", "store", "sweeps")
 
 
 def _manylinux(machine: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torchord.cache.ledger.commits import Commits
 from torchord.cache.ledger.evaluations import Evaluations
 from torchord.cache.ledger.events import Events
+from torchord.cache.ledger.labels import Labels
 from torchord.cache.ledger.outbox import Outbox
 from torchord.cache.ledger.rounds import Rounds
 from torchord.cache.ledger.run_life import RunLife
@@ -17,7 +18,7 @@ from torchord.cache.ledger.share import Shares
 from torchord.cache.ledger.versions import Versions
 
 
-class Ledger(RunLife, Rounds, Commits, Versions, Evaluations, Outbox, Events, Shares):
+class Ledger(RunLife, Rounds, Commits, Versions, Evaluations, Outbox, Events, Shares, Labels):
     """All operations on one run's control keys; arguments as for `control_plane.ControlPlane`.
 
     Raises:

@@ -15,6 +15,7 @@ from torchord.cache.errors import RecordDamaged
 from torchord.cache.ledger import fields as known
 from torchord.cache.ledger.delta_record import DeltaRecord
 from torchord.cache.ledger.figures import figures_in, to_text
+from torchord.cache.ledger.peoples_fields import fields_of
 from torchord.cache.ledger.rest_record import RestRecord
 from torchord.cache.ledger.step_metrics import METRICS, Row
 from torchord.cache.reading import number_of
@@ -395,7 +396,7 @@ class Head:
         shared: several processes of one node take turns as server.
         round: the last step of the round that is open, None if there is none.
         on: what is to be told of the run, to how many: ",done=1,failed=2,"; "" for nothing.
-        weight, priority: its share of the fleet (scripts/ranked.lua).
+        weight, priority: its share of the fleet (scripts/ranked.lua); tags, notes: what people have written.
         error: why the run failed: {"message", "kind", ...}.
         stopped: the verdict that ends the run before its last step: {"version", "rule", "reason"}; None if
             there is none.
@@ -434,6 +435,8 @@ class Head:
     on: str = ""
     weight: float = 1.0
     priority: int = 0
+    tags: tuple[str, ...] = ()
+    notes: str = ""
 
     @classmethod
     def from_hash(cls, fields: dict[str, str]) -> Head:
@@ -482,8 +485,7 @@ class Head:
             stopped=known.STOPPED.read(fields["stopped"]) if fields.get("stopped") else None,
             started_at=seconds("started_at"),
             on=fields.get("on", ""),
-            weight=seconds("weight") if "weight" in fields else 1.0,
-            priority=int(seconds("priority")) if "priority" in fields else 0,
+            **fields_of(fields),
         )
 
 

@@ -13,6 +13,7 @@ from torchord.cache.ledger.figures import to_text
 from torchord.cache.ledger.hardware import wanted
 from torchord.cache.ledger.incarnation import revision
 from torchord.cache.ledger.outbox import entry_text, subscribed
+from torchord.cache.ledger.peoples_fields import checked_notes, checked_tags
 from torchord.cache.ledger.records import GENESIS, Head
 from torchord.cache.ledger.share import share_of
 from torchord.cache.testing.memory_control_plane import MemoryControlPlane
@@ -58,6 +59,18 @@ class MemoryRunLife(MemoryControlPlane):
             plane.put(keys.RUNS, {**(plane.get(keys.RUNS) or {}), self.run: now}, ttl)
             plane.put(keys.ACTIVE, (plane.get(keys.ACTIVE) or set()) | {self.run}, ttl)
         return None
+
+    def label(self, *, tags: Iterable[str] | None = None, notes: str | None = None) -> str:
+        """See `Ledger.label`."""
+        plane = self.plane
+        with plane.changed:
+            if not (head := plane.hash(self.keys.head)):
+                return "missing"
+            said = {} if tags is None else {"tags": json.dumps(checked_tags(tags))}
+            said |= {} if notes is None else {"notes": checked_notes(notes)}
+            if said:
+                plane.hset(self.keys.head, said)
+        return head["status"]
 
     def share(self, *, weight: float | None = None, priority: int | None = None) -> str:
         """See `Ledger.share`."""

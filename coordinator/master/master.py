@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torchord.cache import keys
 from torchord.cache.datasets.datasets import Datasets
 from torchord.cache.errors import ConfigMismatch, InvalidInput, RunNotFound
+from torchord.cache.files.run_store import RunRecord
 from torchord.cache.settings import from_environment, located
 from torchord.coordinator.compute.optimizer_trial import try_optimizers
 from torchord.coordinator.local_cluster.starting import starting
+from torchord.coordinator.master.querying import chosen, known
 from torchord.coordinator.master.reports import TrainedModel
 from torchord.coordinator.master.run import Run
 from torchord.coordinator.master.shards import fixed
@@ -243,9 +246,39 @@ class Master:
         self._services.require_same_placement()
         return Datasets(self._services.settings)
 
-    def runs(self) -> list[str]:
-        """Names of the runs that the server knows, oldest first."""
-        return self._services.runs.known()
+    def runs(self, **query: Any) -> list[str]:
+        """Names of runs; without arguments of those that Redis knows, oldest first.
+
+        With any of the arguments of `records`, those that fit, in their order; Redis may have forgotten them.
+        """
+        return [record.name for record in self.records(**query)] if query else self._services.runs.known()
+
+    def records(
+        self,
+        *,
+        state: str | Iterable[str] | None = None,
+        since: float | datetime | None = None,
+        metric: str | None = None,
+        tag: str | Iterable[str] | None = None,
+        order: str | None = None,
+    ) -> list[RunRecord]:
+        """What is known of the runs that fit, those included that Redis has forgotten: see docs/store.md.
+
+        Args:
+            state: a state or several; "on disk" for runs of which the checkpoints alone are left.
+            since: when they were submitted, at the earliest: Unix time (s), or a datetime.
+            metric: one that they have, or a comparison such as "accuracy>=0.9".
+            tag: one that they bear, or several that they all bear.
+            order: "submitted" (as it is without one), "changed", "name", "version", "loss" or "metric"; with
+                a "-" before it the largest first.
+
+        Raises:
+            InvalidInput: an argument is none that is known.
+            CacheUnreachable: Redis does not answer.
+            CheckpointError: the database of runs does not.
+        """
+        query = {"state": state, "since": since, "metric": metric, "tag": tag, "order": order}
+        return chosen(known(self._services).values(), **query)  # type: ignore[arg-type]
 
 
 def _other(

@@ -179,6 +179,21 @@ class Run(RunVersions):
             self._ledger.head()  # raises if there is no such run
             raise RunError(f"run {self.name!r} is {before}; only a running run can be paused")
 
+    def label(self, *, tags: Iterable[str] | None = None, notes: str | None = None) -> None:
+        """Write tags or notes on the run, in the place of those before; None leaves what it has.
+
+        Args:
+            tags: at most 32 printable texts of at most 100 characters, by which `Master.runs(tag=...)` finds
+                it.
+            notes: a text of at most 10,000 characters.
+
+        Raises:
+            InvalidInput: they are none of these.
+            RunNotFound: there is no such run.
+        """
+        if self._ledger.label(tags=tags, notes=notes) == "missing":
+            self._ledger.head()  # raises
+
     def share(self, *, weight: float | None = None, priority: int | None = None) -> None:
         """Give the run another share of the fleet, from its next shards on; None leaves what it has.
 

@@ -148,8 +148,17 @@ class Upkeep:
         config = warm.context.config
         entries = warm.ledger.entry_texts(warm.spilled + 1, warm.version)
         warm.checkpoints.append_ledger(list(entries.values()))
+        head = warm.ledger.head()
         meta = {
             "run": warm.run,
+            # Of what a lost database of runs is made again.
+            "run_record": {
+                "total_steps": warm.end,
+                "submitted_at": head.submitted_at,
+                "committed_at": head.committed_at,
+                "tags": list(head.tags),
+                "notes": head.notes,
+            },
             "incarnation": warm.context.incarnation,
             "chain": warm.chain,
             "parameters": warm.record.digest,

@@ -33,6 +33,7 @@ from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.server.supervisor.discards import Discards
 from torchord.coordinator.server.supervisor.memory import IDLE_SECONDS, REPEAT_SECONDS, Memory
 from torchord.coordinator.server.supervisor.messenger import Messenger
+from torchord.coordinator.server.supervisor.recorder import Recorder
 from torchord.coordinator.server.supervisor.shard_watch import ASTRAY_SECONDS, ShardWatch
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.plan import Plan
@@ -77,6 +78,7 @@ class Supervisor:
         self.fault = fault
         self.memory = Memory(clock)
         self.discards = Discards(clock, report)
+        self.recorder = Recorder(services)
         self.messenger = Messenger(services, worker, sender, fault=fault)
         self._plans: dict[tuple[str, str], Plan] = {}
         self._known: dict[str, str] = {}  # active run -> id of the Redis that knew it
@@ -94,6 +96,7 @@ class Supervisor:
     def stop(self) -> None:
         """End, and give the lease up."""
         self._stop.set()
+        self.recorder.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=2.0)
         try:
@@ -109,6 +112,7 @@ class Supervisor:
                     self.fault("supervisor.before_look")
                     self.messenger.look(registry)
                     self.look(registry)
+                    self.recorder.want()
             except TorchordError as error:
                 self._settled_at = self.clock() + SETTLE_SECONDS
                 log.warning("supervisor: %s", error)

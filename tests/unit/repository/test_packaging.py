@@ -64,8 +64,18 @@ def foreign_imports(*folders: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (PACKAGES, ("keys",)),
-        (("tests", "benchmarks", ".ci"), ("demo", "dev", "docs", "images", "keys", "models")),
+        (
+            PACKAGES,
+            (
+                "keys",
+                "store",
+                "sweeps",
+            ),
+        ),
+        (
+            ("tests", "benchmarks", ".ci"),
+            ("demo", "dev", "docs", "images", "keys", "store", "sweeps", "models"),
+        ),
     ],
 )
 def test_every_import_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:

@@ -1498,6 +1498,7 @@ CALLS: dict[str, Callable[[Ledger, int], Any]] = {
         SPEC, step=9, incarnation="life", following="life+1", total_steps=9, data={}
     ),
     "extend": lambda ledger, token: ledger.extend(SPEC, incarnation="life", following="life.1", data={}),
+    "label": lambda ledger, token: ledger.label(tags=["b", "a"], notes="a note"),
     "share": lambda ledger, token: ledger.share(weight=3.0, priority=1),
     "server_memory": lambda ledger, token: ledger.server_memory(),
     "incarnation": lambda ledger, token: ledger.incarnation(),
