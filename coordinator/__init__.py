@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Plateau,
         Threshold,
     )
+    from torchord.coordinator.sweeps import sweep
 
 _HOME = {
     "Audit": "torchord.coordinator.master.audit",
@@ -51,6 +52,7 @@ _HOME = {
     "keras": "torchord.coordinator.adapters.keras",
     "lightning": "torchord.coordinator.adapters.lightning",
     "stored_dataset": "torchord.coordinator.datasets",
+    "sweep": "torchord.coordinator.sweeps",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "keras",
     "lightning",
     "stored_dataset",
+    "sweep",
 ]
 
 

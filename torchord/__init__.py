@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         keras,
         lightning,
         stored_dataset,
+        sweep,
     )
     from torchord.tasks import app
     from torchord.tasks.install import install
@@ -66,6 +67,7 @@ __all__ = [
     "keras",
     "lightning",
     "stored_dataset",
+    "sweep",
 ]
 
 
