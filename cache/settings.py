@@ -54,7 +54,7 @@ class Settings:
         cache_weights: relative share of each of `cache_urls`, in their order; empty means equal.
         cache_connections: sockets per node that one operation uses at a time.
         checkpoint_dir: directory or fsspec URL under which each run has a folder.
-        store_url: where the database of runs is: a URL of SQLAlchemy's, or "off"; "" for an SQLite file
+        runs_url: where the database of runs is: a URL of SQLAlchemy's, or "off"; "" for an SQLite file
             beside the checkpoints.
         allowed_modules: module prefixes that a worker may import recipes from, "." for what lies under
             the directory that the worker was started in; None means "." and "torch".
@@ -91,7 +91,7 @@ class Settings:
     cache_weights: tuple[float, ...] = ()
     cache_connections: int = 1
     checkpoint_dir: str = DEFAULT_CHECKPOINT_DIR
-    store_url: str = field(default="", repr=False)
+    runs_url: str = field(default="", repr=False)
     allowed_modules: tuple[str, ...] | None = None
     host_cache: bool = True
     keep_memory: bool = True
@@ -315,7 +315,7 @@ def from_environment() -> Settings:
         cache_weights=_numbers("TORCHORD_CACHE_WEIGHTS"),
         cache_connections=_whole("TORCHORD_CACHE_CONNECTIONS", 1, of=""),
         checkpoint_dir=located(env.get("TORCHORD_CHECKPOINT_DIR") or DEFAULT_CHECKPOINT_DIR),
-        store_url=_given("TORCHORD_STORE_URL"),
+        runs_url=_given("TORCHORD_RUNS_URL"),
         allowed_modules=None if allowed is None else _words(allowed),
         host_cache=_on("TORCHORD_HOST_CACHE"),
         keep_memory=_on("TORCHORD_KEEP_MEMORY"),

@@ -87,7 +87,7 @@ def store_of(settings: Settings) -> RunStore | None:
     Raises:
         InvalidInput: the URL is none that can be opened here.
     """
-    url = settings.store_url
+    url = settings.runs_url
     if url.lower() == OFF:
         return None
     if url:
@@ -198,13 +198,13 @@ def _engine(url: str) -> Any:
         import sqlalchemy
     except ImportError:
         raise InvalidInput(
-            "TORCHORD_STORE_URL needs SQLAlchemy: run pip install 'torchord[store]', or leave it out for an "
+            "TORCHORD_RUNS_URL needs SQLAlchemy: run pip install 'torchord[store]', or leave it out for an "
             "SQLite file beside the checkpoints"
         ) from None
     try:
         return sqlalchemy.create_engine(url, pool_pre_ping=True)
     except Exception as error:
-        raise InvalidInput(f"TORCHORD_STORE_URL cannot be opened: {type(error).__name__}: {error}") from error
+        raise InvalidInput(f"TORCHORD_RUNS_URL cannot be opened: {type(error).__name__}: {error}") from error
 
 
 def _alchemys(connection: Any) -> Any:

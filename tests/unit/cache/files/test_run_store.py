@@ -62,7 +62,7 @@ def test_where_it_is_follows_the_settings(tmp_path: Path) -> None:
     made = store_of(Settings(checkpoint_dir=str(tmp_path)))
     assert made is not None and made.place == str(tmp_path / "runs.sqlite") and not made.exists()
     assert store_of(Settings(checkpoint_dir="s3://bucket/runs")) is None
-    assert store_of(Settings(store_url="off")) is None
+    assert store_of(Settings(runs_url="off")) is None
     pytest.importorskip("sqlalchemy")
-    with pytest.raises(InvalidInput, match="TORCHORD_STORE_URL cannot be opened"):
-        store_of(Settings(store_url="nothing://here"))
+    with pytest.raises(InvalidInput, match="TORCHORD_RUNS_URL cannot be opened"):
+        store_of(Settings(runs_url="nothing://here"))
