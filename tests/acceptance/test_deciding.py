@@ -372,6 +372,7 @@ def test_a_run_that_is_extended_ends_with_the_bits_of_a_longer_one(
     expected = longer.module.state_dict()
     assert all(inprocess.same(expected[name], t) for name, t in extended.module.state_dict().items())
     assert "extended" in [event.type for event in lab.run.events()]
+    assert submit(config, "extended", recipe).run.status().state == "done", "it is that run now"
     with pytest.raises(RunError, match="at least 1"):
         lab.run.extend(epochs=0)
 

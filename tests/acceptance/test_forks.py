@@ -173,6 +173,23 @@ def test_the_version_that_a_fork_begins_with_is_not_pruned(lab: Laboratory) -> N
     assert fork._checkpoints(fork._ledger.head().incarnation).versions() == [15, 30]
 
 
+def test_a_version_that_only_the_cache_has_is_forked_with_an_optimizer_of_its_own(lab: Laboratory) -> None:
+    parent = lab.run(models.mlp())
+    checkpoints = parent._checkpoints(parent._ledger.head().incarnation)
+    with_it = lab.end(parent.fork(optimizer=SGD, name="one", epochs=4))
+    for path in Path(lab.folder, "parent").rglob("version-000000015*"):
+        path.unlink()
+    assert 15 not in checkpoints.versions()
+    without = lab.end(parent.fork(optimizer=SGD, name="other", epochs=4))
+    assert without._ledger.head().chain == with_it._ledger.head().chain
+    record = parent._ledger.version(15)
+    assert record is not None
+    token = parent._ledger.head().token
+    parent._ledger.put_version(dataclasses.replace(record, state=None), token=token)
+    with pytest.raises(VersionMissing, match=r"without its optimizer's state.*\[4, 8, 12\]"):
+        parent.fork(name="third", epochs=4)
+
+
 class Dying(Evaluated):
     """A training server that does nothing more once it comes to a point, as if it were killed there."""
 
