@@ -110,8 +110,8 @@ class Supervisor:
                 registry = self.services.registry
                 if self._elected(registry):
                     self.fault("supervisor.before_look")
-                    self.messenger.look(registry)
                     self.look(registry)
+                    self._tell(registry)
                     self.recorder.want()
             except TorchordError as error:
                 self._settled_at = self.clock() + SETTLE_SECONDS
@@ -120,6 +120,14 @@ class Supervisor:
                 log.exception("supervisor: unexpected error; going on")
             finally:
                 self._round_ended = self.clock()
+
+    def _tell(self, registry: Registry) -> None:
+        """Have others told of their runs; what is wrong with that stops no run."""
+        try:
+            self.messenger.look(registry)
+        except Exception as error:  # noqa: BLE001  # as just said
+            if self.memory.due(("messenger",), UNREADABLE_AGAIN_SECONDS):
+                log.error("supervisor: nobody can be told of a run: %s: %s", type(error).__name__, error)
 
     def _elected(self, registry: Registry) -> bool:
         """Whether this process is the supervisor; it follows one that died beside it at once."""

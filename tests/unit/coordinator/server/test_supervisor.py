@@ -699,6 +699,18 @@ def test_one_supervisor_acts_and_another_takes_its_place() -> None:
     assert plane.get(keys.SUPERVISOR) is None
 
 
+def test_what_is_wrong_with_telling_others_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Laboratory()
+    monkeypatch.setattr(lab.registry, "telling_runs", lambda: 1 / 0)
+    lab.supervisor.services.registry = lab.registry  # type: ignore[misc]
+    looked: list[int] = []
+    monkeypatch.setattr(lab.supervisor, "look", lambda registry: looked.append(1))
+    lab.supervisor.start()
+    wait_until(lambda: len(looked) > 1, message="another look at the runs")
+    assert lab.supervisor._settled_at == float("-inf"), "and nobody waits for a store that is there"
+    lab.supervisor.stop()
+
+
 # --- partial sums: four shards with a fan-in of 2 are summed in the slots 4 and 5 --------------------
 
 
