@@ -25,6 +25,7 @@ from torchord import Recipe, TrainingConfig
 from torchord.cache.blobs.host_tier import HostTier
 from torchord.cache.keyring import Keyring
 from torchord.cache.ledger.records import CONTENT
+from torchord.coordinator.averages import ema
 from torchord.coordinator.local_steps import diloco
 from torchord.coordinator.runtime import faults, key_files
 from torchord.coordinator.server import rounds
@@ -48,6 +49,16 @@ MODES: dict[str, dict[str, Any]] = {
     "krum": {"aggregation": "krum", "shards": 5, "batch_size": 20},
     "bounded": {"max_shard_norm": 1e6},
     "clipped": {"clip_norm": 0.5},
+    "averaged deltas": {"parameter_compression": "int8"},
+    "skipped": {"nonfinite": "skip", "compression": "topk:0.1,minimum=4"},
+    "skipped local": {"nonfinite": "skip", "local_steps": 2},
+    "micro-batches": {"micro_batch_size": 2},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "diloco": {"outer_optimizer": diloco},
+    "averaged deltas": {"average": partial(ema, 0.9)},
+    "skipped": {"dataset": partial(models.poisoned, 7)},
+    "skipped local": {"dataset": partial(models.poisoned, 7)},
 }
 MODELS: dict[str, Callable[..., Recipe]] = {
     "mlp": models.mlp,
@@ -70,9 +81,8 @@ POINTS = [
 
 def recipe(mode: str = "", **changes: Any) -> Recipe:
     """An MLP with dropout under AdamW, whose state has to come along everywhere."""
-    outer = {"outer_optimizer": diloco} if mode == "diloco" else {}
     model = partial(models.Mlp, hidden=200)
-    return alone(models.mlp(model=model, **outer, **changes))
+    return alone(models.mlp(model=model, **RECIPES.get(mode, {}), **changes))
 
 
 def alone(given: Recipe) -> Recipe:

@@ -310,7 +310,6 @@ class Fleet:
 
     def _dies(self, worker: str) -> None:
         """A Client that was in a round has ended, and another one takes its place."""
-        self.plane.delete(keys.worker(worker))
         number = next(n for n, client in enumerate(self.clients) if client.heartbeat.info.id == worker)
         self._replace_client(number)
 
@@ -399,6 +398,7 @@ class Fleet:
         self.server = self._server()
 
     def _replace_client(self, number: int) -> None:
+        self.plane.delete(keys.worker(self.clients[number].heartbeat.info.id))
         self.clients[number] = self._client()
 
     # --- the end ----------------------------------------------------------------------------
