@@ -39,6 +39,9 @@ def export(
         from safetensors import SafetensorError
 
         settings = settings_of(url, checkpoint_dir)
+        if not file.absolute().parent.is_dir():
+            click.echo(f"error: cannot write {file}: choose a directory that exists", err=True)
+            return BAD
         try:
             if kind == "safetensors":
                 from torchord.coordinator.pages.pages import Pages
@@ -57,9 +60,8 @@ def export(
                 from torchord.coordinator.master.exporting import write_program
                 from torchord.coordinator.master.master import Master
 
-                version = write_program(
-                    Master(settings.url, checkpoint_dir=settings.checkpoint_dir), name, file, kind
-                )
+                master = Master(settings.url, checkpoint_dir=settings.checkpoint_dir)
+                version = write_program(master.run(name), file, kind)
         except (OSError, SafetensorError) as error:
             click.echo(f"error: cannot write {file}: {error}; choose a directory that exists", err=True)
             return BAD

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,31 @@ from torch.utils import _pytree as pytree
 from torchord.cache.errors import CheckpointError, InvalidInput
 from torchord.coordinator.compute.batch import open_dataset, pair, read_batch
 from torchord.coordinator.compute.determinism import pinned
-from torchord.coordinator.master.master import Master
+from torchord.coordinator.master.run_versions import RunVersions
 
 _EXAMPLES = 2  # torch.export takes a dimension of 0 or 1 for fixed
 
 
-def write_program(master: Master, name: str, path: Path, kind: str) -> int:
+def write_program(run: RunVersions, path: Path, kind: str) -> int:
     """Write the newest version of a run's model as a program; its version.
 
     What it takes is shaped like the dataset's first examples, and has any number of them where the model
     admits that.
 
     Args:
-        master: knows the run.
-        name: of the run.
+        run: whose model.
         path: of the file.
         kind: "torch-export" or "onnx".
 
     Raises:
-        InvalidInput: the model cannot be traced.
+        InvalidInput: the model cannot be traced, or nothing says what it takes.
         CheckpointError: the file cannot be written.
         RunNotFound, VersionMissing: there is nothing to write.
     """
-    run = master.run(name)
     version = run.tensors()[0]
     module = run.model(version)
-    args, kwargs = _inputs(run)
-    dynamic = _any_number(kwargs or args)
+    args, kwargs = _inputs(run, module)
+    dynamic = (*map(_any_number, args), *map(_any_number, kwargs.values()))
     try:
         program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
         if kind == "onnx":
@@ -56,17 +54,40 @@ def write_program(master: Master, name: str, path: Path, kind: str) -> int:
     return version
 
 
-def _inputs(run: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the model for the dataset's first examples, as a prediction has them."""
+def _inputs(run: RunVersions, module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the model for the dataset's first examples, without a `labels` that it can do without.
+
+    Beside a `step` they are those that its first call of the model has.
+
+    Raises:
+        InvalidInput: the step does not call the model as a whole.
+    """
     recipe, config = run.recipe(), run.config()
-    with pinned(config.threads, config.deterministic, restore=True):
+    with pinned(config.threads, config.deterministic, restore=True), torch.no_grad():
         dataset = open_dataset(recipe, config)
         value = read_batch(recipe, config, dataset, range(min(_EXAMPLES, len(dataset))), (0,)).value
-    if recipe.loss is not None:
-        value = pair(value)[0]
-    if recipe.step is not None and isinstance(value, Mapping):
-        return (), dict(value)
-    return (dict(value) if isinstance(value, Mapping) else value,), {}
+        if recipe.step is None:
+            return (pair(value)[0],), {}
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def seen(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, dict(kwargs)))
+
+        handle = module.register_forward_pre_hook(seen, with_kwargs=True)
+        try:
+            recipe.step(module, value)
+        finally:
+            handle.remove()
+    if not calls:
+        raise InvalidInput(
+            f"the recipe's step never calls {type(module).__name__} as a whole, so nobody knows its inputs; "
+            "its weights can be written, with --format safetensors"
+        )
+    args, kwargs = calls[0]
+    labels = inspect.signature(module.forward).parameters.get("labels")
+    if labels is not None and labels.default is not inspect.Parameter.empty:
+        kwargs.pop("labels", None)
+    return args, kwargs
 
 
 def _any_number(value: Any) -> Any:

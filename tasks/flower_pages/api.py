@@ -58,6 +58,7 @@ _LIST_SECONDS, _EVENT_SECONDS = 1.0, 0.4
 _STREAMS_MOST = 64
 _STREAM_SECONDS = 3600.0
 _SIGN_OF_LIFE_SECONDS = 15.0
+_OTHERS = r"/api/(?:runs|recipes)/.*"
 _TYPES: dict[str, Any] = {
     "integer": int,
     "string": str,
@@ -96,7 +97,7 @@ class Api:
                 ApiHandler,
                 {"api": self, "routes": routes},
             )
-            for pattern, routes in found.items()
+            for pattern, routes in [*found.items(), (_OTHERS, {})]
         ]
 
 
@@ -137,6 +138,8 @@ class ApiHandler(BaseHandler):
             raise HTTPError(413, f"the body is larger than {BODY_NBYTES:,} bytes")
         self.request.connection.set_max_body_size(BODY_NBYTES)
         route = self.routes.get(self.request.method.lower())
+        if not self.routes:
+            raise HTTPError(404, "no such address; GET /api/openapi.json lists those that there are")
         if route is None:
             raise HTTPError(405, f"this address takes {', '.join(sorted(self.routes)).upper()}")
         if self.current_user is None:
@@ -214,13 +217,25 @@ class ApiHandler(BaseHandler):
         return int(text)
 
     async def told(
-        self, question: Callable[[Any], Any], *, status: int = 200, works: bool = False, **sharing: Any
+        self,
+        question: Callable[[Any], Any],
+        *,
+        status: int = 200,
+        slow: bool = False,
+        changes: bool = False,
+        **sharing: Any,
     ) -> None:
-        """Answer with what a question gives, as JSON."""
-        asking = self.api.working if works else self.api.asking
+        """Answer with what a question gives, as JSON.
+
+        Args:
+            status: of the answer.
+            slow: it waits for workers or imports something, so nothing that is quick waits for it.
+            changes: what was answered before is so no more.
+        """
+        asking = self.api.working if slow else self.api.asking
         found = await asking.ask(lambda pages: for_others(question(pages)), **sharing)
-        if works:
-            self.api.asking.forget()  # something may have changed
+        if changes:
+            self.api.asking.forget()
         self.set_status(status)
         self.send(found)
 
@@ -297,7 +312,8 @@ async def _submit(handler: ApiHandler) -> None:
     await handler.told(
         lambda pages: pages.submit(folder, body["recipe"], name=body.get("name"), config=body.get("config")),
         status=202,
-        works=True,
+        slow=True,
+        changes=True,
     )
 
 
@@ -358,23 +374,23 @@ def _after(name: str, after: str) -> Callable[[Any], Any]:
 
 def _acts(verb: str) -> Callable[..., Awaitable[None]]:
     async def act(handler: ApiHandler, name: str) -> None:
-        await handler.told(lambda pages: {"name": name, **pages.act(name, verb)}, works=True)
+        await handler.told(lambda pages: {"name": name, **pages.act(name, verb)}, changes=True)
 
     return act
 
 
 async def _predict(handler: ApiHandler, name: str) -> None:
-    body = handler.body
-    await handler.told(
-        lambda pages: pages.predict(
-            name,
-            body["inputs"],
-            version=body.get("version"),
-            batch_size=body.get("batch_size", 256),
-            timeout=body.get("timeout", 30.0),
-        ),
-        works=True,
-    )
+    body, asked = handler.body, time.monotonic()
+    timeout = body.get("timeout", 30.0)
+
+    def question(pages: Any) -> Any:
+        left = timeout - (time.monotonic() - asked)
+        if left <= 0:
+            raise Busy("others' predictions have taken all of the time; ask again in a while")
+        version, size = body.get("version"), body.get("batch_size", 256)
+        return pages.predict(name, body["inputs"], version=version, batch_size=size, timeout=left)
+
+    await handler.told(question, slow=True)
 
 
 async def _openapi(handler: ApiHandler) -> None:

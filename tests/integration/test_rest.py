@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -21,6 +23,7 @@ from tests.support.waiting import wait_until
 from tests.support.web import Asker, served
 from torchord import LocalCluster, Master
 from torchord.cache.settings import Settings
+from torchord.coordinator.local_cluster.import_path import ROOT
 from torchord.coordinator.pages.answers import Answers
 from torchord.coordinator.pages.tokens import Tokens, made
 from torchord.tasks.flower_pages.api import OPERATIONS, Api
@@ -159,6 +162,39 @@ def test_predictions_are_those_of_the_model(fleet: Fixture) -> None:
     assert torch.allclose(torch.tensor(found["outputs"]), model(inputs))
 
 
+def test_the_program_of_the_page_runs(fleet: Fixture) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rest.md").read_text(), flags=re.DOTALL)
+    printed: list[Any] = []
+    given = {
+        "FLOWER": fleet.address,
+        "TOKEN": TOKENS["write"][0],
+        "ROWS": models.points(2).tensors[0].tolist(),
+    }
+    exec(code, {**given, "print": printed.append})  # noqa: S102  # the page
+    assert len(printed[0]) == 2
+
+
+def test_a_prediction_whose_time_passed_in_the_queue_is_not_begun(
+    fleet: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet.api.working, "_threads", Late(1))
+    code, said = fleet.ask("POST", "/api/runs/done/predict", {**WITH_BODY["predict"], "timeout": 0.001})
+    assert code == 503 and "others' predictions have taken all of the time" in said["error"]
+
+
+class Late(ThreadPoolExecutor):
+    """Begins what it is given when its time has passed."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        asked = time.monotonic()
+
+        def late() -> Any:
+            wait_until(lambda: time.monotonic() - asked > 0.01, message="a hundredth of a second")
+            return fn(*args, **kwargs)
+
+        return super().submit(late)
+
+
 # --- who may ask ----------------------------------------------------------------------------
 
 
@@ -232,6 +268,8 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("GET", "/api/runs/done/history?limit=0", None, 400, "limit must be a whole number from 1 to 5000"),
     ("GET", "/api/runs/done/history?limit=99999999999999999999", None, 400, "limit must be"),
     ("GET", "/api/runs/done/events?after=%00", None, 422, "two numbers with a dash"),
+    ("GET", "/api/runs/done/nothing", None, 404, "no such address; GET /api/openapi.json"),
+    ("GET", "/api/runs/", None, 404, "no such address"),
     ("DELETE", "/api/runs/done", None, 405, "this address takes GET"),
     ("PUT", "/api/runs", {"recipe": "points"}, 405, "this address takes GET, POST"),
     ("POST", "/api/runs", b"{", 400, "the body is no JSON"),
