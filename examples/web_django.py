@@ -88,9 +88,7 @@ def train(request: HttpRequest, name: str) -> dict[str, Any]:
 def answers(request: HttpRequest, name: str) -> dict[str, Any]:
     """Which digits the images show, by the newest version, whether or not the run goes on."""
     images = torch.tensor(json.loads(request.body)["images"], dtype=torch.float32)
-    run = master().run(name)
-    version = run.newest()
-    outputs = run.predict(images, version=version, timeout=ANSWER_SECONDS)
+    version, outputs = master().run(name).predict_newest(images, timeout=ANSWER_SECONDS)
     return {"version": version, "digits": outputs.argmax(1).tolist()}
 
 

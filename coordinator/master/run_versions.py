@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchord.cache.errors import InvalidInput, RunError
+from torchord.cache.errors import InvalidInput, RunError, VersionMissing
 from torchord.cache.keyring import bare
 from torchord.cache.ledger.ledger import Ledger
 from torchord.cache.ledger.records import Head, LedgerEntry
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import torch
 
     from torchord.coordinator.spec.resolving import ResolvedRecipe
+
+
+_TRIES = 10
 
 
 class RunVersions:
@@ -154,13 +158,27 @@ class RunVersions:
             recipe=self._spec()["recipe"],
         )
 
-    def newest(self) -> int:
-        """The newest version that is there for readers.
+    def predict_newest(
+        self, inputs: Any, batch_size: int = 256, *, timeout: float | None = None
+    ) -> tuple[int, Any]:
+        """The newest version, and its outputs for `inputs`, while the run goes on and lets older ones go.
+
+        Args:
+            inputs: as for `predict`, and no iterator, since they may be read again.
+            batch_size: examples a task.
+            timeout: seconds; None waits as long as workers are alive.
 
         Raises:
-            RunError: the run has no parameters yet.
+            TorchordError: as `predict`.
         """
-        return self._wanted(self._ledger.head(), None)
+        for tries in itertools.count(1):
+            wanted = self._wanted(self._ledger.head(), None)
+            try:
+                return wanted, self.predict(inputs, batch_size, version=wanted, timeout=timeout)
+            except VersionMissing:  # the run has gone on between the two
+                if tries == _TRIES:
+                    raise
+        raise AssertionError("counting has no end")
 
     # --- parts ----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchord.cache import keys
-from torchord.cache.errors import InvalidInput, VersionMissing
+from torchord.cache.errors import InvalidInput
 from torchord.coordinator.master.answers import as_tensors, in_lists
 from torchord.coordinator.master.master import Master
 from torchord.coordinator.pages import rows
@@ -18,7 +18,6 @@ from torchord.coordinator.spec.submission import read
 
 STEPS_MOST, EVENTS_MOST = 5000, 500
 _HISTORY_SECONDS = 20.0
-_TRIES = 3
 
 
 class Answers(Pages):
@@ -145,13 +144,8 @@ class Answers(Pages):
             TorchordError: as `Run.predict`.
         """
         run, given = self._subject(name).run, as_tensors(inputs)
-        for tries in range(_TRIES):
-            wanted = run.newest() if version is None else version
-            try:
-                found = run.predict(given, batch_size=batch_size, version=wanted, timeout=timeout)
-            except VersionMissing:
-                if version is not None or tries + 1 == _TRIES:  # the run has gone on meanwhile
-                    raise
-            else:
-                return {"version": wanted, "outputs": in_lists(found)}
-        raise AssertionError("unreachable")
+        if version is None:
+            version, found = run.predict_newest(given, batch_size, timeout=timeout)
+        else:
+            found = run.predict(given, batch_size, version=version, timeout=timeout)
+        return {"version": version, "outputs": in_lists(found)}

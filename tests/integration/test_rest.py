@@ -104,10 +104,12 @@ def test_a_run_is_submitted_by_the_name_of_its_recipe_with_what_it_lets_one_choo
     assert ask("POST", "/api/runs/long/pause") == (200, {"name": "long", "state": "paused"})
     assert ask("POST", "/api/runs/long/resume") == (200, {"name": "long", "state": "running"})
     inputs = models.points(3).tensors[0]
-    first = ask("POST", "/api/runs/long/predict", {"inputs": inputs.tolist()})
-    assert first[0] == 200 and len(first[1]["outputs"]) == 3
+    question = {"inputs": inputs.tolist(), "timeout": 60}
+    first = ask("POST", "/api/runs/long/predict", question)
+    assert first[0] == 200 and len(first[1]["outputs"]) == 3, first
     wait_until(lambda: ask("GET", "/api/runs/long")[1]["version"] > first[1]["version"] + 3, message="more")
-    later = ask("POST", "/api/runs/long/predict", {"inputs": inputs.tolist()})[1]
+    code, later = ask("POST", "/api/runs/long/predict", question)
+    assert code == 200, later
     assert later["version"] > first[1]["version"] and later["outputs"] != first[1]["outputs"]
     assert ask("POST", "/api/runs/long/cancel") == (200, {"name": "long", "state": "cancelled"})
     code, said = ask("POST", "/api/runs/long/pause")

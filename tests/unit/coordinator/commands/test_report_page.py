@@ -34,6 +34,7 @@ def told(**changes: Any) -> str:
         "now": 1e9,
         "version": 3,
         "total": None,
+        "reason": EVIL,
         "loss": math.nan,
         "metrics": {EVIL: 1.0},
         "evaluated": 2,
@@ -72,6 +73,13 @@ def test_nothing_that_a_run_holds_is_markup() -> None:
 def test_a_run_of_which_little_is_known_has_a_report() -> None:
     nothing: dict[str, Any] = {"message": "", "traceback": "", "worker": "", "log": []}
     text = told(
-        failure=nothing, evaluations=[], events=[], crew=[], submitted_at=None, environment="", checkpoints=[]
+        failure=nothing,
+        reason="",
+        evaluations=[],
+        events=[],
+        crew=[],
+        submitted_at=None,
+        environment="",
+        checkpoints=[],
     )
     assert "none seen from here" in text and "unknown" in text and ">Failed<" not in text
