@@ -46,7 +46,8 @@ def kernels() -> Mapping[str, str]:
     if known is not None and (other := _differing(known, first)):
         raise InvalidInput(
             f"this machine computes {_named(other)} with other bits than portable kernels of torch "
-            f"{torch.__version__} have: {_LOOK}, or start it without TORCHORD_HARDWARE=portable"
+            f"{torch.__version__} have: {_LOOK}, import torchord before torch, or start it without "
+            "TORCHORD_HARDWARE=portable"
         )
     return first
 

@@ -53,7 +53,8 @@ def unlike(run: str, there: str, here: str, *, does: str = "computed") -> str:
     if is_portable(there) and not is_portable(here):
         return (
             f"run {run!r} has hardware='portable', for which a worker pins its kernels when it starts, and "
-            f"this worker has {here}; start workers with TORCHORD_HARDWARE=portable in their environment"
+            f"this worker has {here}; start workers with TORCHORD_HARDWARE=portable in their environment, or "
+            "LocalCluster(hardware='portable')"
         )
     return (
         f"run {run!r} is {does} on {there}; this worker has {here}, which may give other bits. Start a "
