@@ -269,8 +269,14 @@ def _called(model: Any, name: str, batch: Any) -> tuple[Any, Log]:
                 batch = getattr(model, hook)(batch, 0)
         log.begin(batch)
         method = getattr(model, name)
-        numbered = "batch_idx" in inspect.signature(method).parameters
-        return (method(batch, batch_idx=UNKNOWN) if numbered else method(batch)), log
+        return (method(batch, UNKNOWN) if _numbered(method) else method(batch)), log
+
+
+def _numbered(method: Callable[..., Any]) -> bool:
+    """Whether a step takes the batch's number, by whatever name: its second argument."""
+    kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+    several = inspect.Parameter.VAR_POSITIONAL in kinds
+    return several or kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) > 1
 
 
 def _with(loss: Tensor, beside: Mapping[str, Any]) -> Any:

@@ -43,7 +43,7 @@ def test_arguments_are_those_of_scikit_learns_habits() -> None:
 
 @pytest.mark.slow
 def test_it_learns_classes_and_values_and_is_searched(cluster: Callable[..., LocalCluster]) -> None:
-    made = cluster(2, env={"TORCHORD_ALLOWED_MODULES": "tests,torch"})
+    made = cluster(1, env={"TORCHORD_ALLOWED_MODULES": "tests,torch"})
     inputs, targets = models.points(120).tensors
     X, names = inputs.numpy(), np.array(["one", "three", "two"])
     y = names[targets.numpy()]

@@ -95,8 +95,8 @@ class Older(OTHER.LightningModule):  # type: ignore[misc]
         super().__init__()
         self.net = nn.Linear(models.FEATURES, models.CLASSES)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+    def training_step(self, train_batch: Any, number: int) -> Any:
+        return F.cross_entropy(self.net(train_batch[0]), train_batch[1])
 
     def predict_step(self, batch: Any) -> Any:
         return self.net(batch).softmax(1)
