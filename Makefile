@@ -9,6 +9,7 @@
 # make audit    known faults of the pinned versions (asks the index of advisories)
 # make ranges   unit tests and demo with the lowest and newest versions on each Python (long; docs/dependencies.md)
 # make docs     the documentation as a site, in build/site     make docs-serve  at http://localhost:8000, anew after each change
+# make pictures the pictures of the pages, taken anew (needs Chromium)
 # make clean    remove caches and build leftovers        make distclean  .venv too
 #
 # PYTHON=python3.12         the interpreter that .venv is made with (3.11 or newer)
@@ -34,7 +35,7 @@ HASHED = $(PIP) install -qq --require-hashes --no-deps -r requirements/torch.txt
 # One install at a time, whatever `-j` says.
 .NOTPARALLEL:
 
-.PHONY: demo test docs docs-serve ranges fuzz bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
+.PHONY: demo test docs docs-serve pictures ranges fuzz bench bench-cache lint lint-style lint-format lint-types lint-imports lint-sizes lint-lock licences sbom lock audit format clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-demo
@@ -56,6 +57,9 @@ docs: $(VENV)/.installed-dev
 
 docs-serve: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
+
+pictures: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.pictures
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS) --fuzz 10000 --timeout 3600 tests/security/test_fuzzing.py $(ARGS)

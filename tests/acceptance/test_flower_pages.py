@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -29,6 +30,7 @@ from torchord.coordinator.pages.tokens import made
 pytestmark = pytest.mark.slow
 RUNS, OTHER, FAILED = 200, 4, 3
 PASSWORD = "user:secret"
+AXE = files("axe_core_python").joinpath("axe.min.js").read_text()
 TOKEN = made("a-program", "write")
 
 
@@ -264,6 +266,20 @@ def test_a_page_fits_a_telephone_in_either_scheme(site: Site, page: Page, path: 
     opened(page, site, path)
     assert page.ask("document.documentElement.getAttribute('data-bs-theme')") == scheme
     assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
+    assert serious(page) == []
+
+
+def serious(page: Page) -> list[Any]:
+    """What axe-core finds that keeps people from reading or using the page; Flower's own bar is not ours."""
+    page.until("!document.querySelector('#charts') || document.querySelector('#charts .uplot')", "curves")
+    page.ask(AXE)
+    told = "one => [one.id, one.nodes.map(node => node.html.slice(0, 150) + ' ' + node.failureSummary)]"
+    grave = "one => ['serious', 'critical'].includes(one.impact)"
+    return list(
+        page.ask(
+            f"axe.run({{exclude: [['.navbar']]}}).then(found => found.violations.filter({grave}).map({told}))"
+        )
+    )
 
 
 def test_curves_grow_while_the_run_trains_and_show_a_part(

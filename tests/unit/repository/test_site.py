@@ -14,6 +14,7 @@ import yaml
 import docs_docstrings
 import docs_site
 import torchord
+from tests import pictures
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -74,6 +75,14 @@ def test_the_reference_names_all_that_is_public() -> None:
     page = docs_site.reference()["reference.md"]
     for name in torchord.__all__:
         assert name == "app" or f"::: torchord.{name}\n" in page
+
+
+def test_each_picture_is_small_shown_and_taken_by_a_command() -> None:
+    found = {path.stem: path for path in (ROOT / "docs" / "pictures").iterdir()}
+    shown = {name for page in docs_site.pages() for name in docs_site.targets((ROOT / page).read_text())}
+    assert found.keys() == pictures.PICTURES.keys()
+    for name, path in found.items():
+        assert path.stat().st_size <= pictures.MOST_NBYTES and f"pictures/{name}.png" in shown
 
 
 def documented(thing: griffe.Object | griffe.Alias) -> Iterator[griffe.Object | griffe.Alias]:
