@@ -117,6 +117,11 @@ class RunStore:
 
     def put(self, records: Sequence[RunRecord]) -> None:
         """Write records, each in its run's place."""
+        if self._engine is None:
+            try:
+                Path(self.place).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"no database of runs can be made at {self.place}: {error}") from error
         with self._open() as execute:
             for record in records:
                 for table, column in (("metrics", "run"), ("tags", "run"), ("runs", "name")):

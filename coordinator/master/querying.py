@@ -37,7 +37,7 @@ def known(services: Services) -> dict[str, RunRecord]:
         try:
             if not store.exists():
                 rebuild(store, services.settings.checkpoint_dir)
-            found = store.records()
+            found = store.records() if store.exists() else {}
         except CheckpointError:
             if store.exists():
                 raise  # there are no checkpoints here either, and no runs but those of Redis

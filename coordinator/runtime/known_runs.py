@@ -63,7 +63,8 @@ def rebuild(store: RunStore, checkpoint_dir: str, known: Iterable[str] = ()) -> 
             found.append(_of_checkpoint(name, incarnation, versions[-1] if versions else 0, meta))
         except (TorchordError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("what lies of run %.100r beside its checkpoints is left out: %s", name, error)
-    store.put(found)
+    if found:
+        store.put(found)
 
 
 def _of_checkpoint(name: str, incarnation: str, version: int, meta: dict[str, object]) -> RunRecord:

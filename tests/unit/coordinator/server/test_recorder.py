@@ -84,6 +84,20 @@ def test_runs_are_found_after_redis_was_emptied(made: Any, redis_url: str) -> No
     assert master.records(state="failed")[0].error == "a NaN"
 
 
+def test_who_asks_makes_nothing_and_who_records_makes_its_folder(redis_url: str, tmp_path: Path) -> None:
+    place = tmp_path / "not" / "there"
+    services = Services(Settings(url=redis_url, checkpoint_dir=str(place)))
+    assert Master(redis_url, checkpoint_dir=str(place)).runs(order="name") == [] and not place.parent.exists()
+    recorder, store = Recorder(services), store_of(services.settings)
+    assert store is not None
+    recorder.look(store)
+    assert not place.parent.exists(), "there are no runs"
+    committed(services.ledger("one"))
+    recorder.look(store)
+    assert set(store.records()) == {"one"}
+    services.close()
+
+
 def test_only_what_changes_is_written(made: Any) -> None:
     _, services, recorder = made
     store, ledger = store_of(services.settings), services.ledger("one")
