@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import kombu.pools
 import pytest
 import redis
 import torch
@@ -32,6 +34,7 @@ from torchord.coordinator.local_cluster.embedded_server import EmbeddedServer
 from torchord.coordinator.spec import start_place
 
 DATABASES = 1024
+MOST_FILES = 200
 _numbers = itertools.count(1)
 
 
@@ -70,6 +73,15 @@ def cold_workers(request: pytest.FixtureRequest, warm_workers: WarmWorkers) -> I
     warm_workers.cold = getattr(request.module, "COLD", False)
     yield
     warm_workers.cold = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_open_files() -> Iterator[None]:
+    """What a file of tests leaves open is closed: kombu's pools keep a connection to each URL."""
+    yield
+    if len(os.listdir("/dev/fd")) > MOST_FILES:
+        kombu.pools.reset()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -404,13 +404,15 @@ class Guardian:
     def _reply(self, number: int) -> dict[str, Any]:
         assert self._process.stdout is not None
         deadline = time.monotonic() + REPLY_SECONDS
+        poll = select.poll()  # `select` takes no number of a file above 1023, and its program may have more
+        poll.register(self._process.stdout, select.POLLIN)
         while True:
             while b"\n" in self._buffer:
                 line, self._buffer = self._buffer.split(b"\n", 1)
                 reply: dict[str, Any] = json.loads(line)
                 if reply.get("id") == number:  # others answer calls that were interrupted
                     return reply
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
             if not data:
                 raise GuardianLost

@@ -97,7 +97,7 @@ def check_leftovers(url: str, runs: tuple[str, ...]) -> None:
     lasting = [
         rf"torchord:\{{({names})\}}:(spec|head|manifest|versions|ledger|claims|events|evaluations|pins)",
         rf"torchord:blob:({names}):(parameters|state):\d+:\w+:\d+",
-        r"torchord:(runs|workers|placement|supervisor|active)",
+        r"torchord:(runs|workers|placement|supervisor|active|turns)",
         r"torchord:worker:.+",
         r"celery-taskset-meta-[\w-]+\.c",  # the mark of a chord that has called back: 60 s
     ]

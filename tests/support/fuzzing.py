@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import gzip
+import importlib
 import io
 import json
 import math
 import os
+import pkgutil
 import socket
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -68,7 +71,8 @@ from torchord.cache.servers.node import Node
 from torchord.cache.settings import Settings, from_environment
 from torchord.cache.tensors import tree
 from torchord.cache.tensors.codec import Manifest, layout, pack, views
-from torchord.coordinator import cli
+from torchord.coordinator import cli, commands
+from torchord.coordinator.commands import celery_aliases
 from torchord.coordinator.messages import addressees
 from torchord.coordinator.messages.inspection import fault_of, fault_of_any, fault_of_taken, fault_of_text
 from torchord.coordinator.messages.task_names import OUR_TASKS
@@ -492,13 +496,18 @@ def _settings(found: dict[str, str]) -> None:
     parse_faults(found.get("TORCHORD_FAULTS", ""))
 
 
+for _each in pkgutil.iter_modules(commands.__path__, "torchord.coordinator.commands."):
+    importlib.import_module(_each.name)  # those that are imported when they are called, too
+
+
 def _arguments(words: list[str]) -> None:
-    with (
-        mock.patch.object(cli, "_guarded", lambda command, options: 0),
-        mock.patch.object(cli, "_perform", lambda command, options: 0),
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()),
-    ):
+    with ExitStack() as quiet:
+        for name, module in list(sys.modules.items()):  # nothing is done of what is understood
+            if name.startswith("torchord.coordinator.") and hasattr(module, "guarded"):
+                quiet.enter_context(mock.patch.object(module, "guarded", lambda perform: 0))
+        quiet.enter_context(mock.patch.object(celery_aliases, "_become", lambda *given, **more: 0))
+        quiet.enter_context(redirect_stdout(io.StringIO()))
+        quiet.enter_context(redirect_stderr(io.StringIO()))
         assert type(cli.main(words)) is int
 
 

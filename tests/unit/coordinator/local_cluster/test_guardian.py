@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -112,6 +113,21 @@ def test_exit_codes_and_stop(guardian: Guardian, run: Run) -> None:
     stubborn, _ = run(STUBBORN)
     assert stubborn.stop(0.1) == -signal.SIGKILL
     assert stubborn.poll() == -signal.SIGKILL
+
+
+def test_a_program_with_many_open_files_has_a_guardian(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        (tmp_path / "scratch").mkdir()
+        one = Guardian(scratch=tmp_path / "scratch", grace_seconds=0.2)
+        assert one.spawn([sys.executable, "-c", "raise SystemExit(3)"]).wait(20) == 3
+        one.close()
+    finally:
+        for each in opened:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_environment_directory_and_signals_of_a_child(
