@@ -25,8 +25,7 @@ from torchord.coordinator.master.stored_version import manifest_of
 from torchord.coordinator.runtime.services import Services
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.fingerprints import fingerprint
-from torchord.coordinator.spec.recipe import Recipe, measures_more
-from torchord.coordinator.spec.stopping import require_decidable
+from torchord.coordinator.spec.recipe import Recipe, require_measured
 
 if TYPE_CHECKING:
     from torchord.cache.files.checkpoint import CheckpointStore
@@ -80,14 +79,7 @@ def forked_spec(
     config = replace(TrainingConfig.from_json(spec["config"]), **given)
     described = recipe.to_spec() if entries else {}
     made = {**spec["recipe"], **{name: described[name] for name in entries}}
-    require_decidable(
-        config.rules,
-        config.keep_rule,
-        every=config.evaluate_every,
-        evaluation=recipe.evaluation is not None,
-        metrics=recipe.metrics or (),
-        others=measures_more(made),
-    )
+    require_measured(recipe, made, config)
     switches = {at: values for at, values in spec.get("switches", {}).items() if int(at) <= entry.version}
     fork = {
         "run": run,

@@ -33,8 +33,7 @@ from torchord.coordinator.spec.callback_entries import described as described_ca
 from torchord.coordinator.spec.config import AUTO, TrainingConfig
 from torchord.coordinator.spec.default_dtype import require_float32
 from torchord.coordinator.spec.fingerprints import fingerprint
-from torchord.coordinator.spec.recipe import Recipe, measures_more
-from torchord.coordinator.spec.stopping import require_decidable
+from torchord.coordinator.spec.recipe import Recipe, require_measured
 from torchord.coordinator.spec.targets import Entry
 
 
@@ -144,14 +143,7 @@ class Master:
         )
         require_apart(recipe.buffers, config)
         described = recipe.to_spec()
-        require_decidable(
-            config.rules,
-            config.keep_rule,
-            every=config.evaluate_every,
-            evaluation=recipe.evaluation is not None,
-            metrics=recipe.metrics or (),
-            others=measures_more(described),
-        )
+        require_measured(recipe, described, config)
         require_equal_shards(recipe.weight, recipe.loss_over, config.aggregation)
         try_optimizers(recipe, config)
         spec = {"recipe": described, "config": config.to_json(), "fingerprint": fingerprint(described)}

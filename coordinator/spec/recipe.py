@@ -19,6 +19,7 @@ from torchord.coordinator.spec.admission import (
 from torchord.coordinator.spec.buffer_entries import check_buffers, decoded, functions_of, words_of
 from torchord.coordinator.spec.config import TrainingConfig
 from torchord.coordinator.spec.offered import OFFERED, offered
+from torchord.coordinator.spec.stopping import require_decidable
 from torchord.coordinator.spec.targets import Entry, Target, check_kind, decode, encode
 
 _REQUIRED = ("model", "dataset", "optimizer")
@@ -267,6 +268,25 @@ def targets_of(recipe: Recipe) -> set[str]:
     """Return all that a recipe made from a spec has its workers import."""
     entries = (entry for entry in entries_of(recipe).values() if isinstance(entry, Target))
     return set().union(*(entry.targets() for entry in entries))
+
+
+def require_measured(recipe: Recipe, spec: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Refuse a config whose rules read what the recipe does not measure, as far as the recipe says that.
+
+    Args:
+        spec: of the recipe.
+
+    Raises:
+        RecipeError: as `stopping.require_decidable`.
+    """
+    require_decidable(
+        config.rules,
+        config.keep_rule,
+        every=config.evaluate_every,
+        evaluation=recipe.evaluation is not None,
+        metrics=recipe.metrics or (),
+        others=measures_more(spec),
+    )
 
 
 def measures_more(spec: Mapping[str, Any]) -> bool:
