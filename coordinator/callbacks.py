@@ -115,7 +115,23 @@ def _whole_lines(path: Path) -> list[bytes]:
     return whole.splitlines()
 
 
-class JsonLines:
+class _InLines:
+    """What writes a line an event into one file; `begin` opens it."""
+
+    _lines: _Lines | None = None
+
+    def flush(self) -> None:
+        """Hand what is written to the system."""
+        if self._lines is not None:
+            self._lines.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._lines is not None:
+            self._lines.file.close()
+
+
+class JsonLines(_InLines):
     """Writes each step, evaluation and checkpoint as a line of JSON; NaN and infinity are null.
 
     Args:
@@ -124,7 +140,6 @@ class JsonLines:
 
     def __init__(self, file: str = "history.jsonl") -> None:
         self._name = file
-        self._lines: _Lines | None = None
 
     def begin(self, run: RunInfo) -> None:
         """Open the file, and go on after its last line."""
@@ -150,18 +165,8 @@ class JsonLines:
         """Write a checkpoint."""
         self._write("checkpoint", checkpoint)
 
-    def flush(self) -> None:
-        """Hand what is written to the system."""
-        if self._lines is not None:
-            self._lines.file.flush()
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._lines is not None:
-            self._lines.file.close()
-
-
-class Csv:
+class Csv(_InLines):
     """Writes the steps as comma-separated values, with a head line; learning rate is the first group's.
 
     Args:
@@ -170,7 +175,6 @@ class Csv:
 
     def __init__(self, file: str = "history.csv") -> None:
         self._name = file
-        self._lines: _Lines | None = None
 
     def begin(self, run: RunInfo) -> None:
         """Open the file, and go on after its last line."""
@@ -186,16 +190,6 @@ class Csv:
         if not self._lines.has(step.id):
             found = [getattr(step, column) for column in _COLUMNS]
             csv.writer(self._lines.file).writerow([*found, step.lr[0] if step.lr else ""])
-
-    def flush(self) -> None:
-        """Hand what is written to the system."""
-        if self._lines is not None:
-            self._lines.file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._lines is not None:
-            self._lines.file.close()
 
 
 class _Scalars:

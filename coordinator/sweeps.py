@@ -144,9 +144,10 @@ class _Attempt:
             if head.status == "failed" and self._again(str((head.error or {}).get("kind", ""))):
                 self._run.resume()
             elif head.status in ("done", "failed", "cancelled"):
-                known = record_of(ledger, head)
+                evaluations = ledger.evaluations()
+                known = record_of(ledger, head, evaluations)
                 values = known.metrics if known.loss is None else {"loss": known.loss, **known.metrics}
-                reports = {at: found[metric] for at, found in ledger.evaluations().items() if metric in found}
+                reports = {at: found[metric] for at, found in evaluations.items() if metric in found}
                 rule = "" if head.stopped is None else str(head.stopped["rule"])
                 error = "" if head.status == "done" else known.error or head.status
                 self.ended = _End(values.get(metric, math.nan), reports, rule, error)

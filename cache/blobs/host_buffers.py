@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_MOST_KEPT = (
-    12  # drafts that are free or shown, a process: in a round, what slots send and keep in three steps
-)
+_MOST_KEPT = 12
+"""Drafts that are free or shown, a process: in a round, what slots send and keep in three steps."""
 
 
 @dataclass(slots=True)

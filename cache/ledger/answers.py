@@ -141,6 +141,15 @@ class Event:
     type: str
     data: dict[str, Any]
 
+    @property
+    def at(self) -> float:
+        """When it happened, by the server's clock (Unix time, s)."""
+        return int(self.id.partition("-")[0]) / 1000
+
+    def as_row(self) -> dict[str, Any]:
+        """What pages and programs are told of it."""
+        return {"id": self.id, "at": self.at, "type": self.type, "data": self.data}
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:

@@ -1,3 +1,4 @@
+-- Uses entrusted.lua
 -- Record the metrics of one version once, and let go of what the evaluation held.
 -- KEYS 1 evaluations hash, 2 parts hash, 3 pins hash, 4 events stream, 5 pending hash (version -> parts),
 --      6 head hash, 7 outbox hash, 8 set of the runs that have one
@@ -12,16 +13,7 @@ redis.call('HDEL', KEYS[5], ARGV[1])
 if first == 1 then
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[5], '*', 'type', 'evaluation', 'data', ARGV[3])
   redis.call('EXPIRE', KEYS[4], ARGV[4])
-  local many = string.match(redis.call('HGET', KEYS[6], 'on') or '', ',evaluated=(%d),')
-  for place = 0, tonumber(many or '0') - 1 do
-    if redis.call('HLEN', KEYS[7]) < tonumber(ARGV[9]) then
-      redis.call('HSET', KEYS[7], ARGV[7] .. '.' .. place, ARGV[8])
-      redis.call('EXPIRE', KEYS[7], ARGV[4])
-      redis.call('SADD', KEYS[8], ARGV[6])
-      redis.call('EXPIRE', KEYS[8], ARGV[4])
-    else
-      redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[5], '*', 'type', 'not told', 'data', ARGV[10])
-    end
-  end
+  entrusted(KEYS[6], KEYS[7], KEYS[8], KEYS[4], ARGV[6], 'evaluated', {ARGV[7], ARGV[8], ARGV[9], ARGV[10]},
+    ARGV[4], ARGV[5])
 end
 return first

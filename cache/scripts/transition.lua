@@ -1,3 +1,4 @@
+-- Uses entrusted.lua
 -- Change the status of a run, if it is in one of the states that allow it.
 -- KEYS 1 head hash, 2 active set, 3 events stream, 4 slots hash of the step in ARGV 12 (of the present
 --      step if there is none), 5 leases hash of the same step, 6 outbox hash, 7 set of the runs that have one
@@ -49,15 +50,6 @@ else
 end
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[8], '*', 'type', ARGV[4], 'data', ARGV[5])
 redis.call('EXPIRE', KEYS[3], ARGV[7])
-local many = string.match(redis.call('HGET', KEYS[1], 'on') or '', ',' .. ARGV[4] .. '=(%d),')
-for place = 0, tonumber(many or '0') - 1 do
-  if redis.call('HLEN', KEYS[6]) < tonumber(ARGV[16]) then
-    redis.call('HSET', KEYS[6], ARGV[14] .. '.' .. place, ARGV[15])
-    redis.call('EXPIRE', KEYS[6], ARGV[7])
-    redis.call('SADD', KEYS[7], ARGV[1])
-    redis.call('EXPIRE', KEYS[7], ARGV[7])
-  else
-    redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[8], '*', 'type', 'not told', 'data', ARGV[17])
-  end
-end
+entrusted(KEYS[1], KEYS[6], KEYS[7], KEYS[3], ARGV[1], ARGV[4], {ARGV[14], ARGV[15], ARGV[16], ARGV[17]},
+  ARGV[7], ARGV[8])
 return {'ok', status}

@@ -20,7 +20,7 @@ def in_lines(event: Event) -> Iterator[str]:
     """One event for people, in lines of at most 80 columns: when, and what."""
     from torchord.coordinator.master.progress import worded
 
-    at = time.strftime("%m-%d %H:%M:%S", time.localtime(_seconds(event)))
+    at = time.strftime("%m-%d %H:%M:%S", time.localtime(event.at))
     said = worded(event.type, event.data).splitlines() or [""]
     for place, line in enumerate(said):
         before = f"{at}  " if place == 0 else " " * 16
@@ -40,15 +40,11 @@ def failure_lines(error: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"    {line}" for line in log)
 
 
-def _seconds(event: Event) -> float:
-    return int(event.id.partition("-")[0]) / 1000
-
-
 def _shown(event: Event, *, as_json: bool) -> None:
     from torchord.cache.ledger.figures import for_others
 
     if as_json:
-        click.echo(for_others({**event.data, "id": event.id, "at": _seconds(event), "type": event.type}))
+        click.echo(for_others({**event.data, "id": event.id, "at": event.at, "type": event.type}))
     else:
         for line in in_lines(event):
             click.echo(line)

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch import library as operators
 
 from torchord.cache.errors import InvalidInput
 
 CAPABILITY = "AVX2"
 _C: Any = torch._C
 _torch: Any = torch  # partly untyped
+_operators: Any = operators  # likewise
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _REAL = (torch.float32, torch.float64)
 _library: Any = None  # what is registered lives as long as it
@@ -41,7 +43,7 @@ def install() -> None:
     if _library is not None:
         return
     _require()
-    library = _torch.library.Library("aten", "IMPL")
+    library = _operators.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that a kernel is replaced
         for name, root in (("sqrt", _root), ("atan", _arc_tangent)):
@@ -58,7 +60,7 @@ def _require() -> None:
         what = f"a processor of kind {platform.machine()}"
     elif not _torch.backends.mkl.is_available():
         what = "a torch that was built without MKL"
-    elif not hasattr(torch.library, "get_kernel"):
+    elif not hasattr(operators, "get_kernel"):
         what = f"torch {torch.__version__}, in which kernels cannot be replaced"
     elif found != CAPABILITY:
         what = f"the kernels of {found}"
@@ -81,7 +83,7 @@ def _arc_tangent(given: Tensor, out: Tensor) -> None:
 
 def _replace_unary(library: Any, name: str, compute: Callable[[Tensor, Tensor], None]) -> None:
     """Three overloads of an operator; other dtypes keep the kernel that they have."""
-    plain, inplace, into = (torch.library.get_kernel(f"aten::{each}", "CPU") for each in _overloads(name))
+    plain, inplace, into = (operators.get_kernel(f"aten::{each}", "CPU") for each in _overloads(name))
 
     def of(given: Tensor) -> Any:
         if given.dtype not in _REAL:
@@ -115,7 +117,7 @@ def _overloads(name: str) -> tuple[str, str, str]:
 def _replace_powers(library: Any) -> None:
     """A power of a half is a square root; others keep their kernel."""
     names = ("pow.Tensor_Scalar", "pow_.Scalar", "pow.Tensor_Scalar_out")
-    plain, inplace, into = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in names)
+    plain, inplace, into = (operators.get_kernel(f"aten::{name}", "CPU") for name in names)
 
     def power(given: Tensor, exponent: Any) -> Any:
         return given.sqrt() if _half(given, exponent) else plain.call_boxed(_CPU, given, exponent)
@@ -137,7 +139,7 @@ def _half(given: Tensor, exponent: Any) -> bool:
 
 
 def _replace_lstm(library: Any, name: str) -> None:
-    composed = torch.library.get_kernel(f"aten::{name}", "CPU")
+    composed = operators.get_kernel(f"aten::{name}", "CPU")
 
     def lstm(*arguments: Any) -> Any:
         before = _C._get_mkldnn_enabled()

@@ -151,6 +151,8 @@ def _first(read: Callable[[Replay], Mapping[str, Tensor]], replays: list[Replay]
     """The first tensor in which two runs differ, and how."""
     import torch
 
+    from torchord.coordinator.compute.model_state import same_bytes
+
     one, other = (dict(read(replay)) for replay in replays)
     for name, tensor in one.items():
         if name not in other:
@@ -159,8 +161,7 @@ def _first(read: Callable[[Replay], Mapping[str, Tensor]], replays: list[Replay]
         if (tensor.shape, tensor.dtype) != (rival.shape, rival.dtype):
             shapes = f"{tuple(tensor.shape)} {tensor.dtype} and {tuple(rival.shape)} {rival.dtype}"
             return name, f"tensor {name!r} differs in kind: {shapes}"
-        raw = [each.contiguous().reshape(-1).view(torch.uint8) for each in (tensor, rival)]
-        if not torch.equal(*raw):
+        if not same_bytes(tensor.contiguous(), rival.contiguous()):
             wide = torch.complex128 if tensor.is_complex() else torch.float64
             apart = (tensor.to(wide) - rival.to(wide)).abs()
             return name, (

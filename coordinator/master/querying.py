@@ -44,7 +44,7 @@ def known(services: Services) -> dict[str, RunRecord]:
     for name in services.runs.known():
         try:
             ledger = services.ledger(name)
-            found[name] = record_of(ledger, ledger.head())
+            found[name] = record_of(ledger, ledger.head(), ledger.evaluations())
         except RunNotFound:
             continue
         except TorchordError as error:

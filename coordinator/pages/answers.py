@@ -79,16 +79,11 @@ class Answers(Pages):
         ledger = self._subject(name, keep=False).ledger
         head = ledger.head()
         found = ledger.read_events(after, count=max(1, min(limit, EVENTS_MOST)))
-        events = [
-            {
-                "id": event.id,
-                "at": int(event.id.partition("-")[0]) / 1000,
-                "type": event.type,
-                "data": event.data,
-            }
-            for event in found
-        ]
-        return {"events": events, "state": head.status, "ended": head.status in rows.ENDED}
+        return {
+            "events": [event.as_row() for event in found],
+            "state": head.status,
+            "ended": head.status in rows.ENDED,
+        }
 
     def recipes(self, folder: str) -> list[dict[str, Any]]:
         """What may be submitted: name and adjustable fields of each file of the allow-list."""

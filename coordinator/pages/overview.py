@@ -6,7 +6,6 @@ import time
 from collections.abc import Container
 from typing import Any
 
-from torchord.cache.ledger.answers import Event
 from torchord.coordinator.master.reports import stop_reason
 from torchord.coordinator.master.standing import untold
 from torchord.coordinator.pages.subject import Seen, Subject
@@ -64,7 +63,7 @@ def overview(subject: Subject, seen: Seen, line: dict[str, Any], alive: Containe
         "checkpoints": checkpoints,
         "checkpoint_dir": place,
         "untold": _untold(subject) if head is not None and head.on else [],
-        "events": [_event(event) for event in list(history.events)[-_EVENTS_SHOWN:]],
+        "events": [event.as_row() for event in list(history.events)[-_EVENTS_SHOWN:]],
         "crew": _crew(subject, alive),
         "loaded": history.loaded,
         "steps_known": len(history.columns),
@@ -75,15 +74,6 @@ def overview(subject: Subject, seen: Seen, line: dict[str, Any], alive: Containe
 def _untold(subject: Subject) -> list[str]:
     """What others were to be told of the run and could not be, or not at once, in words."""
     return [said for telling in subject.ledger.outbox() if (said := untold(telling))][:_UNTOLD_SHOWN]
-
-
-def _event(event: Event) -> dict[str, Any]:
-    return {
-        "id": event.id,
-        "at": int(event.id.partition("-")[0]) / 1000,
-        "type": event.type,
-        "data": event.data,
-    }
 
 
 def _crew(subject: Subject, alive: Container[str]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def _marks(
     for event in events:
         if event.type in _NOT_MARKED:
             continue
-        at = int(event.id.partition("-")[0]) / 1000
+        at = event.at
         version = event.data.get("version")
         if not isinstance(version, int):
             row = bisect_left(columns.times, at)

@@ -111,8 +111,7 @@ def happening(event: Event) -> Happening | None:
     Raises:
         KeyError, TypeError, ValueError: somebody wrote it who is none of ours.
     """
-    data, id = event.data, event.id
-    at = int(id.partition("-")[0]) / 1000
+    data, id, at = event.data, event.id, event.at
     if event.type == "step":
         return StepMade(
             id=id,

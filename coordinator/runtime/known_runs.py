@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torchord.cache.errors import CheckpointError, TorchordError
 from torchord.cache.files.run_store import RunRecord, RunStore
@@ -15,14 +15,16 @@ log = logging.getLogger(__name__)
 ON_DISK = "on disk"
 
 
-def record_of(ledger: Ledger, head: Head) -> RunRecord:
+def record_of(ledger: Ledger, head: Head, evaluations: Mapping[int, Mapping[str, float]]) -> RunRecord:
     """What a run's ledger says of it.
+
+    Args:
+        evaluations: of the run, as the ledger has them.
 
     Raises:
         TorchordError: it cannot be read.
     """
     last = next(iter(ledger.entries(head.version, head.version)), None) if head.version else None
-    evaluations = ledger.evaluations()
     measured = {} if last is None else last.metrics
     return RunRecord(
         name=ledger.run,

@@ -94,11 +94,11 @@ class Recorder:
             try:
                 ledger = self._services.ledger(name)
                 head = ledger.head()
-                now = (head.incarnation, head.status, head.version, head.tags, head.notes)
-                evaluated = len(ledger.evaluations())
-                if self._written.get(name) != (*now, evaluated):
-                    records.append(record_of(ledger, head))
-                    self._written[name] = (*now, evaluated)
+                evaluations = ledger.evaluations()
+                now = (head.incarnation, head.status, head.version, head.tags, head.notes, len(evaluations))
+                if self._written.get(name) != now:
+                    records.append(record_of(ledger, head, evaluations))
+                    self._written[name] = now
             except RunNotFound:
                 self._written.pop(name, None)
             except CheckpointError:
